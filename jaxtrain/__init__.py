@@ -1,0 +1,1 @@
+"""jaxtrain: train language models from Hugging Face streams, resumable anywhere, bit for bit."""

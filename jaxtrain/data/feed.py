@@ -1,0 +1,97 @@
+"""From this host's rows to arrays of the mesh, ahead of the step. The sharding says which lanes a host reads."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jaxtrain import sharding
+from jaxtrain.data.pipeline import HostBatch
+from jaxtrain.interfaces import BATCH_FIELDS
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBatch:
+    """One step's batch on the devices, [B, T] for each field, and where this host's lanes stand after it."""
+
+    step: int
+    arrays: dict[str, jax.Array]
+    states: dict[int, np.ndarray]
+    ended: bool
+
+
+def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
+    """The lanes whose rows this process's devices hold. The same for every batch size that the lanes divide.
+
+    A lane whose rows fall on several hosts is read by each of them: they agree, since a lane follows from the config.
+    """
+    # Rows are lane-major: lane l has the l-th part of a batch, so a batch of `fine` rows shows every boundary.
+    fine = num_lanes * mesh.shape["data"] * mesh.shape["fsdp"]
+    slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((fine, mesh.shape["context"]))
+    rows_in_lane = fine // num_lanes
+    lanes: set[int] = set()
+    for index in slices.values():
+        assert index is not None
+        start, stop, _ = index[0].indices(fine)
+        lanes.update(lanes_of_rows(start, stop, rows_in_lane))
+    return sorted(lanes)
+
+
+def lanes_of_rows(start: int, stop: int, rows_in_lane: int) -> range:
+    """The lanes that have some of the rows [start, stop) of a batch."""
+    return range(start // rows_in_lane, -(-stop // rows_in_lane))
+
+
+class Feed:
+    """The batches of a host pipeline as arrays of the mesh, `ahead` of them on the devices before they are needed."""
+
+    def __init__(
+        self, batches: Iterator[HostBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int, ahead: int
+    ):
+        self._batches = batches
+        self._sharding = sharding.batch_sharding(mesh)
+        self._place = {lane: index for index, lane in enumerate(lanes)}
+        self._num_lanes = num_lanes
+        self._ahead = ahead
+        self._held: collections.deque[DeviceBatch] = collections.deque()
+
+    def begin(self) -> None:
+        """Start to read, without waiting for the first batch."""
+        start = getattr(self._batches, "start_prefetch", None)
+        if start is not None:
+            start()
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        if not self._held:
+            self._hold(next(self._batches))
+        batch = self._held.popleft()
+        while len(self._held) < self._ahead and (more := next(self._batches, None)) is not None:
+            self._hold(more)
+        return batch
+
+    def _hold(self, batch: HostBatch) -> None:
+        arrays = {name: self._array(batch.batch[name]) for name in BATCH_FIELDS}
+        self._held.append(DeviceBatch(batch.step, arrays, batch.states, batch.ended))
+
+    def _array(self, rows: np.ndarray) -> jax.Array:
+        """rows: [rows of this host's lanes, T] → the global [B, T]."""
+        per_lane = len(rows) // len(self._place)
+        shape = (per_lane * self._num_lanes, rows.shape[1])
+
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(shape[0])
+            lanes = lanes_of_rows(start, stop, per_lane)
+            places = [self._place[lane] * per_lane for lane in lanes]
+            if places == list(range(places[0], places[0] + len(places) * per_lane, per_lane)):
+                first = places[0] + start % per_lane
+                return rows[first : first + stop - start, index[1]]
+            wanted = np.arange(start, stop)
+            return rows[np.repeat(places, per_lane)[wanted - lanes[0] * per_lane] + wanted % per_lane, index[1]]
+
+        return jax.make_array_from_callback(shape, self._sharding, piece)

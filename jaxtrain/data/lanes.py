@@ -1,0 +1,372 @@
+"""A lane: one of `num_lanes` logical readers. What it yields depends on the config alone, never on hosts or devices.
+
+A lane keeps a cursor in every source. For each step the plan says which of the lane's rows come from which source; the
+lane cuts that many rows from each and puts them in their places, a whole block of rows for a step.
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+
+from jaxtrain.data.packing import WHERE, Counts, Documents, Packer, Pieces, empty_block
+from jaxtrain.data.ragged import Ragged
+from jaxtrain.data.sources.gate import gate
+from jaxtrain.data.windows import Dealer, Position, Window
+from jaxtrain.interfaces import Batch, Tokenizer
+from jaxtrain.plan import Plan, StepPlan
+
+# Fields of a lane's state in one source, int64: the cursor, then what the packer and the ledger count.
+STATE_FIELDS = ("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended")
+_ENDED = STATE_FIELDS.index("ended")
+# A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
+# the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
+_OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
+CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, little enough to be there soon
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """Threads of this host: `readers` wait for the network, `workers` tokenize. Two pools: workers wait for readers."""
+
+    readers: Executor
+    workers: Executor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How documents become rows, for all lanes. `epochs`: how often a source is read; None for ever."""
+
+    tokenizer: Tokenizer
+    add_bos: bool
+    document_mask: bool
+    epochs: int | None
+
+
+class Ahead(Iterator[T]):
+    """An iterator whose next items are made in a pool before they are asked for. It starts with the first `next`.
+
+    weigh, enough: items are made until what is held weighs so much; by default that is one item. Less than `enough` and
+    one item more is held at once. One item is made at a time.
+
+    What the making of an item raises is raised by the `next` that wants it, and by every further one.
+    """
+
+    def __init__(self, items: Iterator[T], pool: Executor, weigh: Callable[[T], int] = lambda item: 1, enough: int = 1):
+        self._items = items
+        self._pool = pool
+        self._weigh, self._enough = weigh, enough
+        self._coming: collections.deque[Future[T | None]] = collections.deque()
+        self._held = 0
+        self._making = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin with the first item, without waiting for it."""
+        with self._lock:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._making and self._held < self._enough:
+            self._making = True
+            self._coming.append(self._pool.submit(self._make))
+
+    def _make(self) -> T | None:
+        item = next(self._items, None)
+        if item is not None:  # else, as after an error, there is nothing to go on with
+            with self._lock:
+                self._held += self._weigh(item)
+                self._making = False
+                self._go_on()
+        return item
+
+    def __next__(self) -> T:
+        self.start()
+        item = self._coming[0].result()
+        if item is None:
+            raise StopIteration
+        with self._lock:
+            self._coming.popleft()
+            self._held -= self._weigh(item)
+            self._go_on()
+        return item
+
+
+def documents_of(
+    windows: Iterator[Window], start: Position, rows: Rows, nothing: Callable[[], object] = lambda: None
+) -> Iterator[Documents]:
+    """The tokenized documents of a lane's windows from `start` on.
+
+    nothing: called where the first epoch has no document with a token; then this is the end, unless it raises.
+    """
+    empty = start == Position(0, 0, 0)
+    for window in windows:
+        at = window.start
+        if empty and at.epoch:
+            break
+        first = start.row if (at.epoch, at.unit) == (start.epoch, start.unit) else 0
+        for documents in _tokenized(window, first, rows):
+            empty = empty and not len(documents.lengths)
+            yield documents
+    if empty:
+        nothing()
+
+
+def _tokenized(window: Window, first: int, rows: Rows) -> Iterator[Documents]:
+    """The window's documents from row `first` on, in pieces of about `CHUNK_CHARACTERS`; or all, if it has tokens."""
+    kept = np.flatnonzero(window.positions >= first)
+    if window.tokens is not None:
+        if len(kept):
+            yield _closed(window, kept, window.tokens, window.file_rows[kept] - window.first, rows)
+        return
+    indices = kept.tolist()
+    chunk: list[int] = []
+    size = 0
+    for index in indices:
+        chunk.append(index)
+        size += len(window.texts[index])
+        if size >= CHUNK_CHARACTERS:
+            yield _encode(window, chunk, rows)
+            chunk, size = [], 0
+    if chunk:
+        yield _encode(window, chunk, rows)
+
+
+def _encode(window: Window, chunk: Sequence[int], rows: Rows) -> Documents:
+    with gate:
+        ids, lengths = rows.tokenizer.encode_batch([window.texts[index] for index in chunk])
+    kept = np.flatnonzero(lengths)
+    return _closed(window, np.asarray(chunk)[kept], Ragged(ids, lengths), kept, rows)
+
+
+def _closed(window: Window, of_window: np.ndarray, tokens: Ragged, which: np.ndarray, rows: Rows) -> Documents:
+    """The window's documents `of_window`, whose ids are those numbered `which` of `tokens`; none is empty."""
+    bos_id = rows.tokenizer.bos_id if rows.add_bos else None
+    flat, lengths = tokens.closed(which, rows.tokenizer.eos_id, bos_id)
+    at = window.start
+    where = np.empty((len(of_window), len(WHERE)), np.int64)
+    where[:] = (at.epoch, at.unit, 0, at.base, window.file, 0)
+    where[:, WHERE.index("row")] = window.positions[of_window]
+    where[:, WHERE.index("file_row")] = window.file_rows[of_window]
+    return Documents(flat, lengths, where)
+
+
+def position_of(state: np.ndarray) -> Position:
+    """Where a lane's state in a source says that it stands. state: int64 [STATE_FIELDS]"""
+    epoch, unit, row, _, base, *_ = state.tolist()
+    return Position(epoch, unit, row, base)
+
+
+class SourceLane:
+    """One lane's place in one source: reads ahead, packs, and says where it stands."""
+
+    def __init__(self, dealer: Dealer, lane: int, rows: Rows, pools: Pools, state: np.ndarray):
+        _, _, _, token, _, seen, documents, tokens, unique, _ = state.tolist()
+        start = position_of(state)
+        # Windows at the end of a unit may have a few rows only, too few to hide the way to the next unit behind.
+        half = -(-dealer.rules.shuffle_window // 2)
+        windows = Ahead(dealer.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
+        nothing = functools.partial(dealer.refuse, lane)
+        self._documents = Ahead(documents_of(windows, start, rows, nothing), pools.workers)
+        end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
+        self.packer = Packer(
+            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(dealer.skips)
+        )
+        windows.start()
+
+    def start(self) -> None:
+        """Begin to tokenize, without waiting for it; but a worker waits for windows, so let all be under way."""
+        self._documents.start()
+
+    @property
+    def state(self) -> np.ndarray:
+        """int64 [STATE_FIELDS]"""
+        (position, token), counts = self.packer.cursor, self.packer.counts
+        cursor = (position.epoch, position.unit, position.row, token, position.base)
+        counted = (self.packer.seen, counts.documents, counts.tokens, counts.unique, self.packer.ended)
+        return np.array([*cursor, *counted], np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One step for all lanes. Sources are indices into the plan's.
+
+    rows: of a lane. sources_by_lane: the source of every row, [V, rows], or None where all are from `only`.
+    opened: sources that are to be open by now. wanted: those of this stage and the later ones.
+    """
+
+    at: StepPlan
+    rows: int
+    only: int
+    sources_by_lane: np.ndarray | None
+    opened: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+class Shares:
+    """The plan's steps shared out to lanes, worked out once for all lanes of the host that take the same step."""
+
+    def __init__(self, plan: Plan, num_lanes: int):
+        self.plan = plan
+        self.num_lanes = num_lanes
+        self._latest: Share | None = None
+
+    def at(self, step: int) -> Share:
+        """Of step 1 to the plan's last one."""
+        if self._latest is None or self._latest.at.step != step:
+            self._latest = self._make(step)
+        return self._latest
+
+    def _make(self, step: int) -> Share:
+        plan, at = self.plan, self.plan.at(step)
+        ahead = step + max(_OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS // (at.batch_size * at.seq_len))
+        last = plan.at(ahead if plan.last_step is None else min(ahead, plan.last_step)).stage
+        rows, now = at.batch_size // self.num_lanes, self._sources(at.stage, at.stage)
+        return Share(
+            at=at,
+            rows=rows,
+            only=now[0],
+            sources_by_lane=None if len(now) == 1 else plan.sources_of(step).reshape(self.num_lanes, rows),
+            opened=self._sources(at.stage, last),
+            wanted=self._sources(at.stage, len(plan.stages)),
+        )
+
+    def _sources(self, first: int, last: int) -> tuple[int, ...]:
+        """Of the stages from `first` to `last`, from 1, that have steps; what comes first is opened first."""
+        stages = [stage for stage in self.plan.stages[first - 1 : last] if stage.has_steps]
+        names = dict.fromkeys(name for stage in stages for name in stage.weights)
+        return tuple(self.plan.source_names.index(name) for name in names)
+
+
+class LaneDataset(grain.IterDataset):
+    """The lane as a Grain dataset: an element is its block of rows for one step, the iterator's state is the lane's.
+
+    dealers: one for each source, in the plan's order; they and `shares` are shared by the lanes of this host.
+    """
+
+    def __init__(self, lane: int, shares: Shares, dealers: Sequence[Dealer], rows: Rows, pools: Pools):
+        super().__init__()
+        self.lane, self.shares = lane, shares
+        self.dealers, self.rows, self.pools = dealers, rows, pools
+
+    def __iter__(self) -> "LaneIterator":
+        return LaneIterator(self)
+
+
+class LaneIterator(grain.DatasetIterator):
+    """Elements: dicts with `BATCH_FIELDS`, [rows of this lane, T], and `ended`, whether no token is left for any step.
+
+    State: {"step": the last step yielded, "sources": int64 [S, STATE_FIELDS]}.
+    """
+
+    def __init__(self, dataset: LaneDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._step = 0
+        self._states = np.zeros((len(dataset.dealers), len(STATE_FIELDS)), np.int64)
+        self._sources: dict[int, SourceLane] = {}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step, "sources": self._states.copy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        self._states = np.array(state["sources"], np.int64)
+        self._sources = {}
+
+    def open(self) -> None:
+        """Begin to read what the next step needs, and what those soon after it need first, without waiting."""
+        shares = self._dataset.shares
+        if shares.plan.last_step is None or self._step < shares.plan.last_step:
+            for index in shares.at(self._step + 1).opened:
+                self._source(index)
+
+    def start(self) -> None:
+        """Begin to tokenize what is being read."""
+        for source in self._sources.values():
+            source.start()
+
+    def shape(self) -> tuple[int, int]:
+        """(rows, T) of the next step's block. Raises StopIteration if there is none."""
+        shares = self._dataset.shares
+        if shares.plan.last_step is not None and self._step >= shares.plan.last_step:
+            raise StopIteration
+        share = shares.at(self._step + 1)
+        return share.rows, share.at.seq_len
+
+    def __next__(self) -> dict[str, Any]:
+        block = empty_block(*self.shape())
+        return {**block, "ended": self.write(block)}
+
+    def write(self, block: Batch) -> bool:
+        """As `next`, into arrays of that `shape`, each contiguous. Returns `ended`."""
+        self.open()
+        self._step += 1
+        share, lane = self._dataset.shares.at(self._step), self._dataset.lane
+        at = share.at
+        counted_R = _counted(at, lane * share.rows, share.rows)
+        if share.sources_by_lane is None:
+            self._take(share.only, share.rows, at, counted_R, block)
+        else:
+            self._mixed(share.sources_by_lane[lane], at, counted_R, block)
+        if counted_R is not None:
+            block["loss_mask"][...] &= np.arange(at.seq_len) < counted_R[:, None]
+        return all(self._states[index, _ENDED] for index in share.wanted)
+
+    def addresses(self) -> list[tuple[int, Pieces]]:
+        """For each of this lane's rows of the next step: its source, and the documents in it. Reads as `next` would."""
+        shares, lane = self._dataset.shares, self._dataset.lane
+        self.open()
+        share = shares.at(self._step + 1)
+        at = share.at
+        sources_R = [share.only] * share.rows if share.sources_by_lane is None else share.sources_by_lane[lane].tolist()
+        found = {
+            index: iter(self._source(index).packer.addresses(sources_R.count(index), at.seq_len, at.stride))
+            for index in dict.fromkeys(sources_R)
+        }
+        return [(index, next(found[index])) for index in sources_R]
+
+    def _take(
+        self, index: int, rows: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch | None = None
+    ) -> Batch:
+        source = self._source(index)
+        counted = None if counted_R is None else int(counted_R.sum())
+        block = source.packer.take(rows, at.seq_len, at.stride, self._dataset.rows.document_mask, counted, block)
+        self._states[index] = source.state
+        return block
+
+    def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> None:
+        """Rows of several sources, in their places."""
+        counts = np.bincount(sources_R).tolist()
+        if counts[-1] == len(sources_R):
+            self._take(len(counts) - 1, len(sources_R), at, counted_R, block)
+            return
+        for index, rows in enumerate(counts):
+            if rows:
+                place_R = np.flatnonzero(sources_R == index)
+                counted = None if counted_R is None else counted_R[place_R]
+                for name, part in self._take(index, rows, at, counted).items():
+                    block[name][place_R] = part
+
+    def _source(self, index: int) -> SourceLane:
+        if index not in self._sources:
+            data = self._dataset
+            self._sources[index] = SourceLane(
+                data.dealers[index], data.lane, data.rows, data.pools, self._states[index]
+            )
+        return self._sources[index]
+
+
+def _counted(at: StepPlan, first_row: int, rows: int) -> np.ndarray | None:
+    """How many tokens of each of a lane's rows count, from its first on; None: all. Only a run's last batch is cut."""
+    if at.masked_from == at.batch_size * at.seq_len:
+        return None
+    return np.clip(at.masked_from - (first_row + np.arange(rows)) * at.seq_len, 0, at.seq_len)

@@ -1,0 +1,264 @@
+"""How each source is read. Whichever way, the batches are the same, bit for bit, so it may change at any resume.
+
+    stream         the source's files, as they are needed; nothing stays on disk
+    download       the same files, all fetched first, into the disk cache (data.max_disk_gb)
+    pretokenized   the token store and nothing else: the network is not needed
+    auto           the token store, if it is complete and of this run; else what has been downloaded; else large
+                   datasets are streamed and small ones downloaded
+
+Each source is decided for itself; "pretokenized" wants a store for all of them.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from jaxtrain.data import addresses, faults, pipeline
+from jaxtrain.data.cache import DiskCache
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.sources import token_store
+from jaxtrain.data.sources.cached import CachedBytes
+from jaxtrain.data.sources.huggingface import HuggingFaceSource
+from jaxtrain.data.sources.ranges import Bytes
+from jaxtrain.data.sources.token_store import RamCache, TokenStore
+from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer, UserError
+
+logger = logging.getLogger("jaxtrain")
+
+SMALL_BYTES = 2_000_000_000  # "auto" downloads what is not larger: minutes on most networks
+# So that nothing has to be asked. Also what the first ones are called for short.
+_LARGE = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "Skylion007/openwebtext", "emozilla/pg19")
+_SMALL = ("Salesforce/wikitext",)
+_FETCHERS = 8  # files at once: enough to fill most networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A source, and how it is read: "stream", "download" or "pretokenized"; `why`, for the log."""
+
+    source: Source
+    mode: str
+    why: str
+
+
+def store_folder(config: DataConfig, folder: str, name: str) -> str:
+    """Where the token store of source `name` is. folder: that of the run's stores, unless the config says another."""
+    return os.path.join(config.token_store or folder, name)
+
+
+def open_sources(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    folder: str,
+    identities: Mapping[str, Json] | None = None,
+    streams: Mapping[str, Source] | None = None,
+    chosen: Mapping[str, str] | None = None,
+    cache: DiskCache | None = None,
+    fetch: bool = True,
+    ahead: bool = True,
+) -> dict[str, Opened]:
+    """All sources, each in its mode, in the config's order.
+
+    folder: the run's token stores. identities: from a checkpoint, as for `pipeline.resolve`. streams: those that have
+    been resolved already. chosen: the modes, where another process has decided. cache: where downloads go. fetch:
+    whether there are downloads; without, their sources are read as streams. ahead: before they are read; without, each
+    file when it is first read.
+
+    Raises as `pipeline.resolve`, and UserError for a store that is not there or of another run.
+    """
+    memory = RamCache(config.ram_cache_gb * 1e9) if config.ram_cache_gb else None
+    wanted = {name: config.mode if chosen is None else chosen[name] for name in config.sources}
+    found: dict[str, Opened] = {}
+    for name, mode in wanted.items():
+        known = (identities or {}).get(name)
+        store = functools.partial(_store, config, name, tokenizer, folder, known and known["source"], memory)
+        if mode == "pretokenized":
+            found[name] = Opened(store(), mode, "as data.mode says")
+        elif mode == "auto":
+            stored = _if_there(store, store_folder(config, folder, name))
+            if stored is not None:
+                found[name] = Opened(stored, "pretokenized", f"its token store {stored.folder} is complete")
+    missing = {name: source for name, source in config.sources.items() if name not in found}
+    resolved = _resolve(config, missing, wanted, identities, streams or {}, cache)
+    for name, source_config in missing.items():
+        mode, why, source = wanted[name], "as data.mode says", resolved[name]
+        if mode == "auto":
+            mode, why = _choose(source_config, source, cache)
+        elif mode == "download" and not _can_download(source):
+            mode, why = "stream", "its files are on this machine"
+        elif mode == "download" and name in (streams or {}) and pipeline.wants_cache(source):
+            mode, why = "stream", "through the disk cache, as for the tokenizer's training"
+        found[name] = Opened(source, mode, why)
+    opened = {name: found[name] for name in config.sources}
+    return _downloaded(config, opened, cache, ahead) if fetch else opened
+
+
+def _resolve(
+    config: DataConfig,
+    missing: Mapping[str, SourceConfig],
+    wanted: Mapping[str, str],
+    identities: Mapping[str, Json] | None,
+    streams: Mapping[str, Source],
+    cache: DiskCache | None,
+) -> dict[str, Source]:
+    """The sources that are not read from stores; those to be downloaded without the cache, which comes later."""
+    found = dict(streams)
+    for through in (None, cache):
+        names = [name for name in missing if name not in found and (through is cache or wanted[name] == "download")]
+        sources = {name: missing[name] for name in names}
+        if sources:
+            found |= pipeline.resolve(dataclasses.replace(config, sources=sources), identities, through)
+    return found
+
+
+def _can_download(source: Source) -> bool:
+    return isinstance(source, CacheableSource) and not (isinstance(source, HuggingFaceSource) and source.is_local)
+
+
+def _if_there(store: Callable[[], TokenStore], folder: str) -> TokenStore | None:
+    """The store, if it is complete and of this run."""
+    if not token_store.exists(folder):
+        return None
+    try:
+        return store()
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _store(
+    config: DataConfig, name: str, tokenizer: Tokenizer, folder: str, identity: Json | None, memory: RamCache | None
+) -> TokenStore:
+    where = store_folder(config, folder, name)
+    try:
+        manifest = token_store.load(where)
+        token_store.check(manifest, where, config.sources[name], tokenizer, identity)
+    except UserError as error:
+        raise UserError(f"source {name!r}: {error}") from None
+    return TokenStore(where, manifest, memory)
+
+
+def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tuple[str, str]:
+    """What "auto" takes without a token store: (mode, why)."""
+    if not isinstance(source, HuggingFaceSource) or not _can_download(source):
+        return "stream", "no token store, and nothing to download first"
+    if cache is None:
+        return "stream", "no token store, and data.max_disk_gb=0 leaves no room to download"
+    name: str = source.identity["name"]
+    if os.path.exists(_marker(cache, source)):
+        return "download", "no token store, and its files were downloaded before"
+    if config.max_samples is not None:
+        return "stream", "no token store, and max_samples bounds what is read"
+    if name in _LARGE:
+        return "stream", f"no token store, and {name} is large"
+    if name in _SMALL:
+        return "download", f"no token store, and {name} is small"
+    size = _bytes_of(source)
+    if size is None:
+        return "stream", "no token store, and its size is not known"
+    comparison = "no more" if size <= min(SMALL_BYTES, cache.limit) else "more"
+    why = f"no token store, and it has {size / 1e9:.2f} GB, {comparison} than {SMALL_BYTES / 1e9:g} or the disk cache"
+    return ("download" if comparison == "no more" else "stream"), why
+
+
+def _bytes_of(source: HuggingFaceSource) -> int | None:
+    if source.file_bytes is not None:
+        return sum(source.file_bytes)
+    try:
+        return source.hub_bytes()
+    except Exception as error:  # it only decides how the files are read
+        logger.warning("The size of %s: %s", source.identity["name"], faults.redact(str(error)))
+        return None
+
+
+def _downloaded(
+    config: DataConfig, opened: Mapping[str, Opened], cache: DiskCache | None, ahead: bool
+) -> dict[str, Opened]:
+    """The same, the sources of mode "download" read through the cache; ahead: with as many files there as fit."""
+    found, left = dict(opened), 0 if cache is None else cache.limit
+    for name, one in opened.items():
+        source = one.source
+        if one.mode != "download":
+            continue
+        assert isinstance(source, CacheableSource)
+        if cache is None:
+            raise UserError(
+                "data.mode=download keeps files on disk, and data.max_disk_gb=0 allows none. Set it higher."
+            )
+        files: list[CachedBytes] = []
+
+        def cached(file: Bytes, key: str, files: list[CachedBytes] = files) -> Bytes:
+            files.append(CachedBytes(file, key, cache, 60 * config.retry_minutes))
+            return files[-1]
+
+        found[name] = dataclasses.replace(one, source=source.through(cached))
+        if ahead:
+            deadline = 60 * config.retry_minutes
+            wanted = _files_with(name, source, config.sources[name].max_samples, deadline)
+            marker = _marker(cache, source) if wanted == len(files) else None
+            left -= _fetch(name, files[:wanted], left, deadline, marker)
+    return found
+
+
+def _files_with(name: str, source: Source, max_samples: int | None, deadline: float) -> int:
+    """How many of the first files hold the documents that are wanted; 0 where only reading them tells."""
+    count = len(source.files)
+    if max_samples is None:
+        return count
+    if not source.random_access:
+        logger.info("Source %s: only reading tells which files max_samples wants: each is fetched then.", name)
+        return 0
+
+    def groups(file: int) -> list[int]:
+        read = functools.partial(source.row_groups, file)
+        return faults.attempt(read, what=source.files[file], deadline=deadline)
+
+    with ThreadPoolExecutor(_FETCHERS, "jaxtrain-footers") as executor:
+        found = addresses.groups_within(count, max_samples, lambda some: list(executor.map(groups, some)))
+    return max((file + 1 for file, sizes in enumerate(found) if sizes), default=0)
+
+
+def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, marker: str | None) -> int:
+    """Bring files into the cache, the first ones as far as there is room; returns the bytes. A bar shows how far.
+
+    marker: a file to write if all are there, and they are all that the source has.
+    """
+    with ThreadPoolExecutor(_FETCHERS, "jaxtrain-download") as executor:
+        asked = [executor.submit(faults.attempt, file.size, what=file.what, deadline=deadline) for file in files]
+        sizes = [future.result() for future in asked]
+        fitting, taken = [], 0
+        for file, size in zip(files, sizes, strict=True):
+            if taken + size <= room:
+                fitting.append((file, size))
+                taken += size
+        if taken < sum(sizes):
+            logger.warning(
+                "Source %s has %.2f GB, and data.max_disk_gb leaves room for %.2f: the rest is fetched when it is "
+                "read, and again whenever it is read again.",
+                name,
+                sum(sizes) / 1e9,
+                taken / 1e9,
+            )
+        with tqdm(total=taken, desc=f"Downloading {name}", unit="B", unit_scale=True, disable=None) as bar:
+
+            def one(file: CachedBytes, size: int) -> None:
+                faults.attempt(functools.partial(file.fetch, 0, 1), what=file.what, deadline=deadline)
+                bar.update(size)
+
+            for future in [executor.submit(one, *each) for each in fitting]:
+                future.result()
+    if marker is not None and taken == sum(sizes):
+        with open(marker, "w", encoding="utf-8") as out:
+            json.dump({"source": name, "bytes": taken}, out)
+    return taken
+
+
+def _marker(cache: DiskCache, source: Source) -> str:
+    """A file that says that all files of this source have been downloaded. Beside the cache, which knows its own."""
+    return f"{cache.directory}-{token_store.digest_of_json(source.identity)}.json"

@@ -1,0 +1,380 @@
+"""The only place where the stages of the data path are joined: sources → lanes → packing → batches of this host."""
+
+import collections
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeGuard
+
+import grain
+import numpy as np
+
+from jaxtrain.data import faults
+from jaxtrain.data.cache import DiskCache
+from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Rows, Shares, position_of
+from jaxtrain.data.packing import Pieces, empty_block
+from jaxtrain.data.pools import DaemonPool
+from jaxtrain.data.skips import Skips
+from jaxtrain.data.sources.cached import CachedBytes
+from jaxtrain.data.windows import Dealer, Position, Rules, Window
+from jaxtrain.interfaces import (
+    Batch,
+    CacheableSource,
+    Json,
+    Source,
+    SourceConfig,
+    Tokenizer,
+    UserError,
+)
+from jaxtrain.plan import Plan
+
+# Else Grain puts a note about its own frames under every error, users' mistakes included.
+grain.config.update("py_traceback_filtering", "off")
+
+PATIENCE_AT_START = 60.0  # seconds that an outage may last: somebody waits, and a launcher may try again
+MODES = ("stream", "download", "pretokenized", "auto")
+_DISK_GB = 35.0  # of the disk cache, by default: a shard of 1 GB for each of 32 lanes, and a few to come
+_READERS = 32  # threads that wait for the network, for each host
+_TEXT_LANES = 8  # lanes whose next window is read ahead for a tokenizer's training
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+    """Where documents come from and how they become rows.
+
+    Attributes:
+        sources: the sources by name. A name is part of its documents' identities: it keys shuffle and holdout.
+        num_lanes: logical readers; fixed for a run, divides every batch size, and at best a multiple of the hosts.
+        mode: "stream": read from the source while training, nothing is kept on disk. "download": fetch the files
+            first. "pretokenized": read the token store. "auto": what is there, see data/modes.py. All give the same
+            batches, and it may change at a resume.
+        token_store: folder with a token store for each source (tools.pretokenize); "" for `tokens` in the work
+            directory.
+        ram_cache_gb: memory for what was read from token stores, on each host; for runs of many epochs.
+        max_disk_gb: the most that the disk cache may hold (1e9 bytes), for downloads and tar shards. None: 35.
+            0: no cache, files are read in ranges from where they are.
+        shuffle: permute units each epoch and rows within windows; False keeps the files' order.
+        shuffle_window: rows that are permuted together.
+        holdout: part of the documents, 0 to below 1, that are kept out of training for evaluation.
+        document_mask: attention does not cross documents, and a document's last token has no loss.
+        add_bos: begin each document with the tokenizer's beginning-of-document token.
+        workers: threads that tokenize, on each host; None for 4, or 8 where all comes from token stores.
+        prefetch: batches made ahead, on each host; None for 2, or 4 where all comes from token stores.
+        retry_minutes: how long an outage of a source may last before the run stops (exit code 1).
+        on_corrupt: a file that cannot be decoded "stop"s the run (exit code 1), or its rows from the first bad one on
+            are given up for good: "skip" records it in skips.json and ends with exit code 75, to be started again.
+    """
+
+    sources: dict[str, SourceConfig]
+    num_lanes: int = 8
+    mode: str = "stream"
+    token_store: str = ""
+    ram_cache_gb: float = 0.0
+    max_disk_gb: float | None = None
+    shuffle: bool = True
+    shuffle_window: int = 512
+    holdout: float = 0.0
+    document_mask: bool = True
+    add_bos: bool = False
+    workers: int | None = None
+    prefetch: int | None = None
+    retry_minutes: float = 60.0
+    on_corrupt: str = "stop"
+
+    def check(self) -> None:
+        if not self.sources:
+            raise UserError("sources={}: give one at least, for example {'code': TextFiles()}")
+        for name, least in (("num_lanes", 1), ("shuffle_window", 1), ("workers", 1), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value}: give {least} or more")
+        if self.mode not in MODES:
+            near = difflib.get_close_matches(self.mode, MODES) or MODES
+            raise UserError(f"mode={self.mode!r} is not known; did you mean {' or '.join(map(repr, near))}?")
+        if self.ram_cache_gb < 0:
+            raise UserError(f"ram_cache_gb={self.ram_cache_gb}: give 0 or more")
+        if "://" in self.token_store:
+            raise UserError(f"token_store={self.token_store!r}: token stores are read from local paths")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"holdout={self.holdout} is a part of the documents: give 0 or more, below 1")
+        if self.max_disk_gb is not None and self.max_disk_gb < 0:
+            raise UserError(f"max_disk_gb={self.max_disk_gb}: give 0 (no cache) or more, or none for {_DISK_GB:g}")
+        if self.retry_minutes <= 0:
+            raise UserError(f"retry_minutes={self.retry_minutes} has to be above 0")
+        if self.on_corrupt not in ("stop", "skip"):
+            raise UserError(f"on_corrupt={self.on_corrupt!r}: give 'stop', or 'skip' to go on without corrupt files")
+        for name in self.sources:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise UserError(f"sources: {name!r} is used in logs and overrides; use letters, digits, - and _")
+
+    def threads(self, stored: bool = False) -> tuple[int, int]:
+        """(workers, prefetch). stored: all sources are read from token stores."""
+        workers, prefetch = (8, 4) if stored else (4, 2)
+        return self.workers or workers, self.prefetch or prefetch
+
+    def rules(self, seed: int, held_out: bool = False) -> Rules:
+        return Rules(seed, self.num_lanes, self.shuffle, self.shuffle_window, self.holdout, held_out)
+
+    def rows(self, tokenizer: Tokenizer, epochs: int | None) -> Rows:
+        """Raises UserError if add_bos is on and the tokenizer has no such token."""
+        if self.add_bos and tokenizer.bos_id is None:
+            raise UserError("data.add_bos=true, but the tokenizer has no beginning-of-document token: set it to false")
+        return Rows(tokenizer, self.add_bos, self.document_mask, epochs)
+
+    def build(
+        self,
+        resolved: Mapping[str, Source],
+        *,
+        seed: int,
+        held_out: bool = False,
+        skips: Skips | None = None,
+        scratch: str | None = None,
+    ) -> list[Dealer]:
+        """The sources cut into units for all lanes, in the order of `self.sources`, without what `skips` gives up.
+
+        scratch: a folder for what slow lanes have yet to take, where it does not fit into memory; None: the system's.
+        """
+        rules, seconds, given_up = self.rules(seed, held_out), 60 * self.retry_minutes, skips or {}
+        return [
+            Dealer(
+                name,
+                config,
+                resolved[name],
+                rules,
+                retry_seconds=seconds,
+                skips=given_up.get(name),
+                scratch=scratch,
+            )
+            for name, config in self.sources.items()
+        ]
+
+    def cache(self, directory: str) -> DiskCache | None:
+        """The disk cache in `directory`, for the sources that want one; None if there is to be none."""
+        limit = _DISK_GB if self.max_disk_gb is None else self.max_disk_gb
+        return DiskCache(directory, limit) if limit else None
+
+
+def pools(config: DataConfig, stored: bool = False) -> Pools:
+    """The threads of this host. stored: all sources are read from token stores."""
+    workers, _ = config.threads(stored)
+    return Pools(DaemonPool(_READERS, "jaxtrain-read"), DaemonPool(workers, "jaxtrain-tokenize"))
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """The rows of this host's lanes for one step, lane by lane, and where these lanes stand after it.
+
+    batch: fields [rows, T]. states: lane → int64 [S, STATE_FIELDS]. ended: no lane of this host has a token left.
+    """
+
+    step: int
+    batch: Batch
+    states: dict[int, np.ndarray]
+    ended: bool
+
+
+class HostDataset(grain.IterDataset):
+    """The batches of some lanes, from step `after` + 1 on."""
+
+    def __init__(self, lanes: Sequence[LaneDataset], after: int, states: Mapping[int, np.ndarray]):
+        super().__init__()
+        self.lanes, self.after, self.states = lanes, after, states
+
+    def __iter__(self) -> "HostIterator":
+        return HostIterator(self)
+
+
+class HostIterator(grain.DatasetIterator):
+    """Joins the lanes; its state is theirs: {"step", "lanes": int64 [lanes of this host, S, STATE_FIELDS]}.
+
+    After an error it raises that error for ever: some lanes have taken a step that others have not.
+    """
+
+    def __init__(self, dataset: HostDataset):
+        super().__init__()
+        self._lanes = [lane.__iter__() for lane in dataset.lanes]
+        self._numbers = [lane.lane for lane in dataset.lanes]
+        self._dealers = dataset.lanes[0].dealers
+        empty = np.zeros((len(self._dealers), len(STATE_FIELDS)), np.int64)
+        states = [dataset.states.get(number, empty) for number in self._numbers]
+        self.set_state({"step": dataset.after, "lanes": np.array(states, np.int64)})
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step, "lanes": self._states}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step, self._states = state["step"], state["lanes"]
+        for lane, sources in zip(self._lanes, self._states, strict=True):
+            lane.set_state({"step": self._step, "sources": sources})
+        self._started = False
+        self._failed: Exception | None = None
+
+    def addresses(self) -> list[tuple[int, Pieces]]:
+        """For each of this host's rows of the next step: its source, and the documents in it. Reads as `next` would."""
+        if not self._started:
+            self._start()
+        return [row for lane in self._lanes for row in lane.addresses()]
+
+    def close(self) -> None:
+        super().close()
+        for dealer in self._dealers:
+            dealer.close()
+
+    def __next__(self) -> HostBatch:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            return self._next()
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def _start(self) -> None:
+        """Every lane says where it stands before any reads, and all read before any waits for what is read."""
+        for index, dealer in enumerate(self._dealers):
+            starts = map(position_of, self._states[:, index])
+            dealer.register(dict(zip(self._numbers, starts, strict=True)))
+        for lane in self._lanes:
+            lane.open()
+        for lane in self._lanes:
+            lane.start()
+        self._started = True
+
+    def _next(self) -> HostBatch:
+        if not self._started:
+            self._start()
+        rows, seq_len = self._lanes[0].shape()
+        batch, ended = empty_block(rows * len(self._lanes), seq_len), True
+        for number, lane in enumerate(self._lanes):
+            place = slice(number * rows, (number + 1) * rows)
+            ended &= lane.write({name: field[place] for name, field in batch.items()})
+        self._step += 1
+        self._states = np.stack([lane.get_state()["sources"] for lane in self._lanes])
+        return HostBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
+
+
+def host_dataset(
+    dealers: Sequence[Dealer],
+    plan: Plan,
+    rows: Rows,
+    lanes: Sequence[int],
+    threads: Pools,
+    *,
+    after: int,
+    states: Mapping[int, np.ndarray],
+) -> HostDataset:
+    """The batches of `lanes` from step `after` + 1 on.
+
+    states: where each lane stood after step `after`; those missing start at the beginning.
+    """
+    names = tuple(dealer.name for dealer in dealers)
+    assert names == plan.source_names, f"dealers of {names} for a plan of {plan.source_names}"
+    shares = Shares(plan, dealers[0].rules.num_lanes)
+    return HostDataset([LaneDataset(lane, shares, dealers, rows, threads) for lane in lanes], after, states)
+
+
+def host_batches(
+    dealers: Sequence[Dealer],
+    plan: Plan,
+    rows: Rows,
+    lanes: Sequence[int],
+    threads: Pools,
+    *,
+    after: int,
+    states: Mapping[int, np.ndarray],
+    prefetch: int,
+) -> grain.DatasetIterator:
+    """As `host_dataset`, made `prefetch` batches ahead in a thread: an iterator of HostBatch.
+
+    To stop before its end, `close` it.
+    """
+    dataset: grain.IterDataset = host_dataset(dealers, plan, rows, lanes, threads, after=after, states=states)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
+
+
+def resolve(
+    config: DataConfig, identities: Mapping[str, Json] | None = None, cache: DiskCache | None = None
+) -> dict[str, Source]:
+    """Look all sources up, side by side. identities: from a checkpoint, to have exactly what it had of those named.
+    cache: what `cached` sources read through; without one they read in ranges.
+
+    Raises UserError, with the source's name in front, and TransientError past PATIENCE_AT_START or retry_minutes.
+    """
+    deadline = min(60 * config.retry_minutes, PATIENCE_AT_START)
+
+    def one(name: str) -> Source:
+        known = (identities or {}).get(name)
+        look_up = functools.partial(config.sources[name].resolve, known and known["source"])
+        try:
+            source = faults.attempt(look_up, what=f"source {name!r}", deadline=deadline)
+            return _through(cache, source, 60 * config.retry_minutes) if cache and wants_cache(source) else source
+        except UserError as error:
+            raise UserError(f"source {name!r}: {error}") from error
+
+    with ThreadPoolExecutor(8, "jaxtrain-resolve") as executor:
+        return dict(zip(config.sources, executor.map(one, config.sources), strict=True))
+
+
+def wants_cache(source: Source) -> TypeGuard[CacheableSource]:
+    """Whether a source is read through the disk cache, where there is one."""
+    return isinstance(source, CacheableSource) and source.needs_cache
+
+
+def _through(cache: DiskCache, source: CacheableSource, retry_seconds: float) -> Source:
+    for file, size in zip(source.files, source.file_bytes or (), strict=False):
+        cache.check(file, size)
+    return source.through(lambda file, key: CachedBytes(file, key, cache, retry_seconds))
+
+
+def texts(config: DataConfig, dealers: Sequence[Dealer], plan: Plan, max_samples: int) -> Iterator[str]:
+    """Documents in the plan's mix, for training a tokenizer: the first `max_samples` that the lanes begin with.
+
+    Before there is a tokenizer there are no token weights, so sources are drawn by characters: each next document is
+    from the source that lags most behind its share over the whole run. Of each source `_TEXT_LANES` windows are held.
+    """
+    shares = _shares(plan)
+    readers = DaemonPool(_TEXT_LANES, "jaxtrain-texts")
+    streams = {dealer.name: _round_robin(dealer, readers) for dealer in dealers if shares[dealer.name]}
+    drawn = dict.fromkeys(streams, 0)
+    try:
+        while streams and max_samples:
+            name = min(streams, key=lambda name: (drawn[name] / shares[name], name))
+            text = next(streams[name], None)
+            if text is None:
+                del streams[name]
+                continue
+            drawn[name] += len(text)
+            max_samples -= 1
+            yield text
+    finally:
+        readers.shutdown(wait=False)
+        for dealer in dealers:
+            dealer.close()
+
+
+def _shares(plan: Plan) -> dict[str, float]:
+    """Each source's part of the run's tokens, by the plan."""
+    if plan.last_step is None:
+        stage = plan.stages[-1]
+        return {name: float(stage.weights.get(name, 0)) for name in plan.source_names}
+    tokens = plan.source_tokens_before(plan.last_step + 1)
+    return dict(zip(plan.source_names, (tokens / tokens.sum()).tolist(), strict=True))
+
+
+def _round_robin(dealer: Dealer, readers: Executor) -> Iterator[str]:
+    """One epoch of a source, lane after lane, a window each; the next lanes' windows are read meanwhile."""
+    lanes = range(dealer.rules.num_lanes)
+    dealer.register(dict.fromkeys(lanes, Position(0, 0, 0)))
+    turns = collections.deque(dealer.windows(lane, Position(0, 0, 0), 1) for lane in lanes)
+    coming: collections.deque[tuple[Iterator[Window], Future[Window | None]]] = collections.deque()
+    while turns or coming:
+        while turns and len(coming) < _TEXT_LANES:
+            windows = turns.popleft()
+            coming.append((windows, readers.submit(next, windows, None)))
+        windows, future = coming.popleft()
+        window = future.result()
+        if window is not None:
+            turns.append(windows)
+            yield from window.texts

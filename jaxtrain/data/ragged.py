@@ -1,0 +1,81 @@
+"""Token ids of several documents in one array: what a token store's rows are, where a text's would be strings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Below so many tokens a document on average, gathering by an index for each token is faster than a slice for each
+# document: 408 against 83 M tokens/s at 60 a document, 75 against 910 at 735 (one core).
+_SHORT = 150
+
+
+class Ragged:
+    """Documents one after the other. ids: any integer type, [sum of lengths]. lengths: int64 [N], 0 for an empty one.
+
+    Slices and sums are as those of a list of documents.
+    """
+
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray):
+        self.ids = ids
+        self.lengths = lengths
+        self._starts: np.ndarray | None = None
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document begins, and where the last one ends: int64 [N + 1]."""
+        if self._starts is None:
+            self._starts = np.concatenate([np.zeros(1, np.int64), self.lengths.cumsum()])
+        return self._starts
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.lengths.nbytes
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: slice) -> "Ragged":
+        first, stop, _ = rows.indices(len(self))
+        return Ragged(self.ids[self.starts[first] : self.starts[max(stop, first)]], self.lengths[first:stop])
+
+    def __add__(self, other: "Ragged") -> "Ragged":
+        return Ragged(np.concatenate([self.ids, other.ids]), np.concatenate([self.lengths, other.lengths]))
+
+    def closed(self, rows: np.ndarray, eos_id: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The documents `rows`, in that order, each with eos_id behind it and bos_id (if any) before it.
+
+        Returns tokens int32 [sum of lengths] and lengths int64 [len(rows)], with those tokens.
+        """
+        if not len(rows):
+            return np.empty(0, np.int32), np.empty(0, np.int64)
+        lengths, begins = self.lengths[rows], self.starts[rows]
+        closed = lengths + (1 if bos_id is None else 2)
+        if lengths.sum() < _SHORT * len(rows):
+            return self._gathered(lengths, begins, closed, eos_id, bos_id), closed
+        eos = np.array([eos_id], np.int32)
+        bos = np.array([] if bos_id is None else [bos_id], np.int32)
+        pieces: list[np.ndarray] = []
+        for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True):
+            pieces += (bos, self.ids[begin:end], eos)
+        return np.concatenate(pieces, dtype=np.int32, casting="unsafe"), closed
+
+    def _gathered(
+        self, lengths: np.ndarray, begins: np.ndarray, closed: np.ndarray, eos_id: int, bos_id: int | None
+    ) -> np.ndarray:
+        ends = closed.cumsum()
+        index = (begins - (ends - closed) - (0 if bos_id is None else 1)).repeat(closed)
+        index += np.arange(len(index))
+        # At a document's own two tokens the index is one off, maybe past the ends.
+        tokens = np.zeros(len(index), np.int32)
+        if len(self.ids):
+            tokens[...] = self.ids.take(index, mode="clip")
+        tokens[ends - 1] = eos_id
+        if bos_id is not None:
+            tokens[ends - closed] = bos_id
+        return tokens
+
+
+def ragged(documents: Sequence[Sequence[int]]) -> Ragged:
+    """From one sequence of ids for each document."""
+    lengths = np.array([len(document) for document in documents], np.int64)
+    return Ragged(np.concatenate([np.empty(0, np.int32), *(np.asarray(d, np.int32) for d in documents)]), lengths)

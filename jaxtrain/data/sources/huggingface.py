@@ -1,0 +1,395 @@
+"""Datasets of the Hugging Face Hub, and files anywhere that the datasets library has a reader for.
+
+What it reads is settled once, by `resolve`: the commit, the list of files, how they are decoded. The datasets library
+says which files make up a dataset and decodes all formats but parquet, which has a reader of its own (parquet.py).
+"""
+
+import array
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxtrain.data import faults
+from jaxtrain.data.sources.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
+from jaxtrain.data.sources.ranges import Bytes, LocalBytes
+from jaxtrain.data.sources.samples import sample_blocks
+from jaxtrain.data.sources.streams import BUILDER_KWARGS, stream_blocks
+from jaxtrain.interfaces import Block, CorruptError, Json, Transform, TransientError, UserError
+
+BUILDERS = ("parquet", "json", "csv", "text", "arrow", "xml", "webdataset")
+# What people call a dataset → its id and configuration.
+SHORT_NAMES = {
+    "finewebedu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "pg19": ("emozilla/pg19", None),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+}
+_TIMEOUT = 30.0  # seconds; the Hub's client has none of its own, and a stalled listing would never end
+
+
+@dataclasses.dataclass(kw_only=True)
+class HuggingFace:
+    """A dataset of the Hub, or any files by the name of a builder.
+
+    Fields:
+        name: the Hub dataset ("org/name", or one of the SHORT_NAMES: "finewebedu", "openwebtext", "pg19",
+            "wikitext-103"), or a builder ("parquet", "json", "csv", "text", ...) for `data_files`.
+        config_name: the dataset's configuration (subset), where it has several. A short name has one of its own.
+        split: which split. With a builder, every file belongs to it.
+        column: the column with the text.
+        revision: branch, tag or commit of a Hub dataset; None for its main branch. It is resolved to a commit once.
+        data_files: patterns of files: inside the Hub dataset, or with a builder local paths and http(s), s3, gs and
+            hf:// URLs. () for all files of the split.
+        max_samples: only the first so many documents, in the files' order. None for all.
+        fetch_rows: how many rows of a parquet file one request brings, about (256 kB to 16 MB). More cost memory for
+            each reader, fewer cost a round trip each.
+        transforms: functions of one document, applied in order.
+    """
+
+    name: str
+    config_name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+    data_files: tuple[str, ...] = ()
+    max_samples: int | None = None
+    fetch_rows: int = 1024
+    transforms: tuple[Transform, ...] = ()
+
+    def check(self) -> None:
+        if not self.name or not self.column or not self.split:
+            raise UserError("name, column and split may not be empty.")
+        if self.name in BUILDERS and not self.data_files:
+            raise UserError(f"name={self.name!r} is a builder and needs data_files: paths, patterns or URLs.")
+        if self.name in BUILDERS and self.revision is not None:
+            raise UserError(
+                "revision belongs to a Hub dataset. In data_files write hf://datasets/ORG/NAME@REVISION/PATH."
+            )
+        known = {*BUILDERS, *SHORT_NAMES}
+        if self.name not in known and (self.name.count("/") != 1 or self.name.startswith((".", "/"))):
+            builders, short = ", ".join(BUILDERS), ", ".join(SHORT_NAMES)
+            raise UserError(
+                f"name={self.name!r} is neither a Hub dataset (ORG/NAME, or for short {short}) nor a builder "
+                f"({builders}). For files of your own, take the builder of their format and give their paths in "
+                "data_files."
+            )
+        if "[" in self.split:
+            raise UserError(f"split={self.split!r}: slices are not supported. Bound the documents by max_samples.")
+        if self.fetch_rows < 1 or (self.max_samples is not None and self.max_samples < 1):
+            raise UserError(f"fetch_rows={self.fetch_rows} and max_samples={self.max_samples} must be at least 1.")
+
+    def full_name(self) -> "HuggingFace":
+        """The same, but for a short name."""
+        if self.name not in SHORT_NAMES:
+            return self
+        name, config_name = SHORT_NAMES[self.name]
+        return dataclasses.replace(self, name=name, config_name=self.config_name or config_name)
+
+    def resolve(self, identity: Json | None = None) -> "HuggingFaceSource":
+        """Look the dataset up (identity None), or take from a checkpoint's identity exactly what it was.
+
+        Raises UserError for what is not there, may not be read, has changed or lacks the column, and TransientError
+        (no network, a server's fault) for the caller to try again.
+        """
+        _bound_client()
+        if self.name in SHORT_NAMES:
+            return self.full_name().resolve(identity)
+        if identity is not None:
+            return self._resume(identity)
+        found = self._look_up_files() if self.name in BUILDERS else self._look_up_dataset()
+        source = HuggingFaceSource(self, found.identity, found.files)
+        source.check_schema(found.features)
+        return source
+
+    def _about(self) -> Json:
+        """What of an identity the config says itself."""
+        return {
+            "kind": "huggingface",
+            "name": self.name,
+            "config": self.config_name,
+            "split": self.split,
+            "column": self.column,
+        }
+
+    def _look_up_files(self) -> "_Found":
+        files = expand(self.data_files)
+        located = [locate(address) for address in files.values()]
+        identity = {
+            **self._about(),
+            "revision": None,
+            "files": list(files),
+            "stamps": stamps(list(files), located),
+            "builder": self.name,
+            "builder_kwargs": BUILDER_KWARGS.get(self.name, {}),
+        }
+        return _Found(identity, located, None)
+
+    def _look_up_dataset(self) -> "_Found":
+        sha = self._sha()
+        builder = self._builder(sha)
+        by_split = builder.config.data_files or {}
+        if self.split not in by_split:
+            splits = ", ".join(repr(str(split)) for split in by_split)
+            raise UserError(f"dataset {self.name} has no split {self.split!r}. It has {splits or 'no files'}.")
+        prefix = f"hf://datasets/{self.name}@{sha}/"
+        names = [faults.redact(str(address)).removeprefix(prefix) for address in by_split[self.split]]
+        files = [locate(str(address)) for address in by_split[self.split]]
+        features = builder.config.features if hasattr(builder.config, "features") else None
+        features = features or builder.info.features
+        identity = {
+            **self._about(),
+            "revision": sha,
+            "files": names,
+            "stamps": stamps(names, files),
+            "builder": builder.name,
+            "builder_kwargs": _builder_kwargs(builder, features),
+        }
+        return _Found(identity, files, features)
+
+    def _sha(self) -> str:
+        """The commit that `revision` names now."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        what = f"dataset {self.name}"
+        try:
+            sha = HfApi().dataset_info(self.name, revision=self.revision, timeout=_TIMEOUT).sha
+        except RevisionNotFoundError:
+            raise UserError(f"{what} has no revision {self.revision!r}. {self._branches()}") from None
+        except Exception as error:
+            fault = faults.classify(error, what)
+            if isinstance(error, RepositoryNotFoundError) and (names := self._similar()):
+                fault = UserError(f"{fault} Similar names: {', '.join(names)}.")
+            raise _as_fault(fault, error, what) from None
+        assert sha is not None
+        return sha
+
+    def _builder(self, sha: str) -> Any:
+        import datasets
+
+        what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
+        try:
+            builder = datasets.load_dataset_builder(
+                self.name, self.config_name, data_files=list(self.data_files) or None, revision=sha
+            )
+        except Exception as error:
+            fault = faults.classify(error, what)
+            if isinstance(error, FileNotFoundError):
+                # The library hides what went wrong behind `from None`, and the client's file system takes a server's
+                # 503 for a missing file: look at what was hidden, and see if listings work at all.
+                hidden = faults.classify(error.__context__ or error, what)
+                fault = hidden if isinstance(hidden, TransientError) else fault
+                self._list(sha)
+            raise _as_fault(fault, error, what) from None
+        if builder.name == "cache":
+            raise TransientError(f"{what}: the Hub cannot be reached (a prepared copy is in the datasets cache)")
+        return builder
+
+    def _list(self, sha: str) -> None:
+        from huggingface_hub import HfApi
+
+        try:
+            next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
+        except Exception as error:
+            raise faults.classify(error, f"dataset {self.name}") from None
+
+    def _similar(self) -> list[str]:
+        """Datasets of the Hub that the user may have meant."""
+        from huggingface_hub import HfApi
+
+        try:
+            found = [info.id for info in HfApi().list_datasets(search=self.name.split("/")[-1], limit=50)]
+        except Exception:
+            return []  # the answer that the name is unknown is what matters
+        return difflib.get_close_matches(self.name, found, n=3, cutoff=0.3)
+
+    def _branches(self) -> str:
+        from huggingface_hub import HfApi
+
+        try:
+            refs = HfApi().list_repo_refs(self.name, repo_type="dataset")
+        except Exception:
+            return ""
+        return f"It has {', '.join(ref.name for ref in [*refs.branches, *refs.tags])}."
+
+    def _resume(self, identity: Json) -> "HuggingFaceSource":
+        for key, now in self._about().items():
+            if identity[key] != now:
+                raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
+        names: list[str] = identity["files"]
+        if identity["revision"] is None:
+            # Credentials and signatures are in the config alone.
+            secret = {faults.redact(pattern): pattern for pattern in self.data_files if pattern.startswith("http")}
+            files = [locate(secret.get(name, name)) for name in names]
+        else:
+            self._check_sha(identity["revision"])
+            root = f"hf://datasets/{self.name}@{identity['revision']}/"
+            files = [locate(name if "://" in name else root + name) for name in names]
+        check_unchanged(identity["stamps"], names, files)
+        return HuggingFaceSource(self, identity, files)
+
+    def _check_sha(self, sha: str) -> None:
+        """Raises UserError if the Hub no longer has a checkpoint's commit."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        what = f"dataset {self.name}"
+        try:
+            HfApi().dataset_info(self.name, revision=sha, timeout=_TIMEOUT)
+        except RevisionNotFoundError:
+            raise UserError(
+                f"{what}: the checkpoint's revision {sha} is gone from the Hub; {self.revision or 'main'} is now "
+                f"{self._sha()}. Those may be other documents: start a new run in another --workdir."
+            ) from None
+        except Exception as error:
+            raise _as_fault(faults.classify(error, what), error, what) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    identity: Json
+    files: list[Bytes]
+    features: Any  # datasets.Features, if the dataset's card has them
+
+
+class HuggingFaceSource:
+    """A resolved `HuggingFace`. Implements interfaces.Source. Safe for several threads."""
+
+    def __init__(self, config: HuggingFace, identity: Json, files: Sequence[Bytes]):
+        self.config = config
+        self.identity = identity
+        self.files: list[str] = identity["files"]
+        self.random_access: bool = identity["builder"] == "parquet"
+        self.text = config.column
+        # "text" is the chosen column, also for a transform that asks for it.
+        wanted = (name for transform in config.transforms for name in transform.columns if name != "text")
+        self.columns = tuple(dict.fromkeys(wanted))
+        self._files = files
+        self._parquet = ParquetFiles(files, config.fetch_rows)
+
+    def row_groups(self, file: int) -> list[int]:
+        """Rows in each row group of a parquet file."""
+        assert self.random_access, self.identity["builder"]
+        return self._parquet.row_groups(file)
+
+    def known_row_groups(self) -> list[tuple[int, list[int]]]:
+        """(file, its row groups) of those whose footers were read."""
+        return [(file, rows.tolist()) for file, rows in list(self._parquet.rows.items())]
+
+    def learn_row_groups(self, known: Sequence[tuple[int, list[int]]]) -> None:
+        """What another process found by `known_row_groups`."""
+        for file, rows in known:
+            self._parquet.rows.setdefault(file, array.array("q", rows))
+
+    def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
+        """Blocks of up to 512 rows: "text", and the columns that the transforms ask for."""
+        if self.random_access:
+            return self._parquet.blocks(file, row, self.text, self.columns, stop)
+        about = self.identity
+        if about["builder"] == "webdataset":
+            return sample_blocks(self._files[file], row, self.text, self.columns)
+        return stream_blocks(
+            self._files[file],
+            self.files[file],
+            row,
+            self.text,
+            self.columns,
+            about["builder"],
+            about["builder_kwargs"],
+        )
+
+    @property
+    def needs_cache(self) -> bool:
+        return False
+
+    @property
+    def file_bytes(self) -> list[int] | None:
+        """Known where the files have stamps, and without a request for those of this machine."""
+        found = [self.identity["stamps"].get(name, {}).get("size") for name in self.files]
+        return None if None in found else found
+
+    @property
+    def is_local(self) -> bool:
+        return all(isinstance(file, LocalBytes) for file in self._files)
+
+    def through(self, cached: Callable[[Bytes, str], Bytes]) -> "HuggingFaceSource":
+        """The same, its files read as `cached` makes them; but for those of this machine."""
+        about, files = self.identity, []
+        root = f"{about['name']}@{about['revision']}" if about["revision"] else "files"
+        for name, file in zip(self.files, self._files, strict=True):
+            key = f"huggingface {root} {name} {about['stamps'].get(name, '')}"
+            files.append(file if isinstance(file, LocalBytes) else cached(file, key))
+        made = HuggingFaceSource(self.config, about, files)
+        # A footer read through a cache brings its whole file there, maybe one that is not wanted.
+        made._parquet.rows = self._parquet.rows
+        return made
+
+    def hub_bytes(self) -> int | None:
+        """The size of all files by one request to the Hub; None where that does not tell."""
+        from huggingface_hub import HfApi
+
+        if self.identity["revision"] is None:
+            return None
+        sha, wanted = self.identity["revision"], set(self.files)
+        info = HfApi().dataset_info(self.identity["name"], revision=sha, files_metadata=True, timeout=_TIMEOUT)
+        sizes = {one.rfilename: one.size for one in info.siblings or ()}
+        found = [sizes.get(name) for name in wanted]
+        return None if None in found else sum(size or 0 for size in found)
+
+    def check_schema(self, features: Any) -> None:
+        """Raises UserError if the columns are not there: a stage that needs them may be days away.
+
+        A first file that is corrupt tells nothing, and is left to those who read it.
+        """
+        with contextlib.suppress(CorruptError):
+            self._check_schema(features)
+
+    def _check_schema(self, features: Any) -> None:
+        if self.random_access:
+            schema = self._parquet.schema(0)
+        elif features is not None:
+            schema = features.arrow_schema
+        else:
+            # Only the rows themselves tell; reading them checks it.
+            next(self.open(0, 0), None)
+            return
+        check_columns(schema, self.text, self.columns, self._files[0].what)
+
+
+def _builder_kwargs(builder: Any, features: Any) -> Json:
+    """How the dataset's card wants its files decoded (a separator, a field, ...), over our own settings."""
+    config = builder.config
+    plain = type(config)()
+    kwargs: Json = dict(BUILDER_KWARGS.get(builder.name, {}))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("name", "version", "data_dir", "data_files", "description", "features", "converters"):
+            continue
+        if value != getattr(plain, field.name) and isinstance(value, str | int | float | bool | list | None):
+            kwargs[field.name] = value
+    if builder.name == "json" and features is not None:
+        # With them, a column that only later rows have is no surprise.
+        kwargs["features"] = features.to_dict()
+    return kwargs
+
+
+def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseException:
+    """What to raise for a failed look-up: the client's complaints about names and settings are the user's to mend."""
+    if fault is not error or not isinstance(error, ValueError | RuntimeError | NotImplementedError | ImportError):
+        return fault
+    text = faults.redact(str(error)).strip()
+    if "scripts are no longer supported" in text:
+        text += ". No code of datasets is run here: try its parquet files by revision='refs/convert/parquet'."
+    return UserError(f"{what}: {text}")
+
+
+def _bound_client() -> None:
+    """Give the Hub's HTTP client a time-out for the calls that pass none."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = _TIMEOUT

@@ -1,0 +1,88 @@
+"""Datasets in the WebDataset layout, as the Hub has them: members of a tar with one key are the columns of one row.
+
+`0001.txt`, `0001.json` and `0001.cls` are the columns txt, json and cls of the row 0001: the key ends at the name's
+first dot, and members of one key follow each other (https://github.com/webdataset/webdataset, the format's
+description). Read here rather than by the datasets library, which orders the columns of later rows otherwise than those
+of the first and then fails, and which takes an archive that was cut short for a whole one.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxtrain.data.sources.ranges import Bytes
+from jaxtrain.data.sources.tars import members
+from jaxtrain.interfaces import Block, CorruptError, UserError
+
+_BLOCK_ROWS = 512
+
+
+def sample_blocks(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterator[Block]:
+    """Blocks of an archive's rows from `row` on: "text" (the column `text`), and `columns`; missing ones are None.
+
+    Raises TransientError and UserError as they come, and CorruptError at the first row that cannot be had.
+    """
+    rows: list[dict[str, Any]] = []
+    is_first = row == 0
+    try:
+        for sample in _samples(source, row, (text, *columns)):
+            if is_first and text not in sample:
+                has = ", ".join(map(repr, sample))
+                raise UserError(f"{source.what} has no column {text!r}. Its first row has {has}.")
+            is_first = False
+            rows.append({**dict.fromkeys(columns), **sample, "text": _text(sample, text, source.what)})
+            if len(rows) == _BLOCK_ROWS:
+                yield _block(rows, columns)
+                row += len(rows)
+                rows = []
+    except (tarfile.TarError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        if rows:
+            yield _block(rows, columns)
+        source.refresh()
+        raise CorruptError(f"{source.what}: {error}", source.what, row + len(rows)) from None
+    if rows:
+        yield _block(rows, columns)
+
+
+def _block(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Block:
+    return {name: [row[name] for row in rows] for name in dict.fromkeys(["text", *columns])}
+
+
+def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows after the first `skip`, whose members are not read: their wanted columns, and the names of all."""
+    key: str | None = None
+    sample: dict[str, Any] = {}
+    for path, content in members(source):
+        folder, _, name = path.rpartition("/")
+        stem, dot, column = name.partition(".")
+        if not stem or not dot:
+            continue  # hidden files, and those without a suffix: no column
+        if (found := f"{folder}/{stem}") != key:
+            if key is not None:
+                if not skip:
+                    yield sample
+                skip = max(skip - 1, 0)
+            key, sample = found, {}
+        sample[column.lower()] = None
+        if not skip and column.lower() in wanted:
+            sample[column.lower()] = _decoded(column.lower(), content.read())
+    if key is not None and not skip:
+        yield sample
+
+
+def _decoded(column: str, data: bytes) -> Any:
+    """By the suffix, as the layout's own tools do: json is parsed, all else is text."""
+    return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
+
+
+def _text(sample: dict[str, Any], column: str, what: str) -> str:
+    text = sample.get(column)
+    if isinstance(text, str | None):
+        return text or ""
+    raise UserError(
+        f"{what}: column {column!r} holds no text. For texts inside .json members use the source WebDataset, whose "
+        "column names their key."
+    )

@@ -1,0 +1,145 @@
+"""Text files of this machine; by default the sources of the running Python's own standard library.
+
+The default needs no network and is there wherever Python is: a few hundred documents of one kind of prose and code,
+enough for a quickstart to learn from.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import pathlib
+import platform
+import sysconfig
+from collections.abc import Iterator, Sequence
+
+from jaxtrain.data import faults
+from jaxtrain.data.sources.locations import expand
+from jaxtrain.interfaces import Block, Json, Transform, UserError
+
+_BLOCK_ROWS = 512
+_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextFiles:
+    """Local text files, each one document, or each of its lines.
+
+    Fields:
+        patterns: paths or patterns (`*`, `?`, `**`). () for the standard library's own `*.py` files, without its tests.
+        document: "file" (a file is a document) or "line" (a line is one, without its line end).
+        encoding: of all files. What cannot be decoded (the file, or the line) keeps its row, with the text "".
+        max_samples: only the first so many documents, in the files' order. None for all.
+        transforms: functions of one document, applied in order.
+    """
+
+    patterns: tuple[str, ...] = ()
+    document: str = "file"
+    encoding: str = "utf-8"
+    max_samples: int | None = None
+    transforms: tuple[Transform, ...] = ()
+
+    def check(self) -> None:
+        if self.document not in ("file", "line"):
+            raise UserError(f"document={self.document!r} must be 'file' or 'line'.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UserError(f"max_samples={self.max_samples} must be at least 1.")
+        if any("://" in pattern for pattern in self.patterns):
+            raise UserError("patterns are local paths. For URLs use HuggingFace(name='text', data_files=...).")
+        try:
+            newline = "\n".encode(self.encoding)
+        except LookupError:
+            raise UserError(f"encoding={self.encoding!r} is not known to Python.") from None
+        if self.document == "line" and not newline.endswith(b"\n"):
+            raise UserError(f"encoding={self.encoding!r} cannot be cut into lines; convert the files to utf-8.")
+        columns = sorted({name for transform in self.transforms for name in transform.columns} - {"text"})
+        if columns:
+            raise UserError(f"transforms read the columns {', '.join(columns)}, but text files have only text.")
+
+    def resolve(self, identity: Json | None = None) -> "TextFilesSource":
+        """List the files (identity None), or check that they are those of a checkpoint.
+
+        Raises UserError if no file matches, or if the files are not the checkpoint's.
+        """
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        if self.patterns:
+            paths = {name: name for name in expand(self.patterns)}
+        else:
+            paths = {name: str(root / name) for name in _standard_library(root)}
+        now = {
+            "kind": "text_files",
+            "document": self.document,
+            "encoding": self.encoding,
+            "python": None if self.patterns else platform.python_version(),
+            "files": list(paths),
+            "digest": _digest(paths),
+        }
+        if identity is not None and identity != now:
+            raise UserError(_difference(identity, now))
+        return TextFilesSource(now, list(paths.values()))
+
+
+class TextFilesSource:
+    """A resolved `TextFiles`. Implements interfaces.Source. Safe for several threads."""
+
+    def __init__(self, identity: Json, paths: Sequence[str]):
+        self.identity = identity
+        self.files: list[str] = identity["files"]
+        self.random_access: bool = identity["document"] == "file"
+        self.paths = paths
+
+    def row_groups(self, file: int) -> list[int]:
+        """A file is one row."""
+        assert self.random_access
+        return [1]
+
+    def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
+        try:
+            with open(self.paths[file], "rb") as lines:
+                if self.random_access:
+                    if row == 0:
+                        yield {"text": [self._decode(lines.read())]}
+                    return
+                rest = itertools.islice(lines, row, None)
+                while some := list(itertools.islice(rest, _BLOCK_ROWS)):
+                    yield {"text": [self._decode(line.removesuffix(b"\n").removesuffix(b"\r")) for line in some]}
+        except OSError as error:
+            raise faults.classify(error, self.paths[file]) from None
+
+    def _decode(self, data: bytes) -> str:
+        try:
+            return data.decode(self.identity["encoding"])
+        except UnicodeDecodeError:
+            return ""
+
+
+def _standard_library(root: pathlib.Path) -> list[str]:
+    """Its `*.py` files relative to `root`, by POSIX path."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        relative = pathlib.Path(folder).relative_to(root)
+        found += [(relative / name).as_posix() for name in files if name.endswith(".py")]
+    if not found:
+        raise UserError(f"this Python has no library sources in {root}. Give the files to train on in patterns.")
+    return sorted(found)
+
+
+def _digest(paths: dict[str, str]) -> str:
+    """A digest of names and sizes: a changed, added or removed file is noticed without reading all."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in paths.items():
+        digest.update(f"{name}\0{os.path.getsize(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _difference(old: Json, new: Json) -> str:
+    """Which files differ between the checkpoint and now, for the user."""
+    for key in ("kind", "document", "encoding", "python"):
+        if old.get(key) != new[key]:
+            what = "the standard library of Python" if key == "python" else key
+            return f"text files: the checkpoint was trained on {what} {old.get(key)}, here it is {new[key]}."
+    added, removed = (sorted(set(a) - set(b)) for a, b in ((new["files"], old["files"]), (old["files"], new["files"])))
+    if added or removed:
+        return f"text files: since the checkpoint, {len(added)} came {added[:3]} and {len(removed)} went {removed[:3]}."
+    return "text files: files have changed since the checkpoint. Restore them, or start a new run in another --workdir."

@@ -1,0 +1,260 @@
+"""Tar shards ("WebDataset"): archives of small files, each a document or a document a line.
+
+There is no position to open at: a resume decodes a shard from its beginning, without parsing what comes before. So
+shards are read through the disk cache (data/cache.py), where there is one.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from jaxtrain.data import faults
+from jaxtrain.data.sources.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.sources.ranges import Bytes
+from jaxtrain.data.sources.tars import BrokenError, members
+from jaxtrain.interfaces import Block, CorruptError, Json, Transform, UserError
+
+KINDS = ("json", "jsonl", "txt")
+_BLOCK_ROWS = 512
+_BLOCK_CHARACTERS = 1 << 22  # of text in a block, as far as documents allow
+_MOST_SHARDS = 1_000_000
+
+
+@dataclasses.dataclass(kw_only=True)
+class WebDataset:
+    """Tar archives by URL pattern; plain or compressed by gzip, bzip2 or zstd.
+
+    Fields:
+        urls: local paths and http(s), s3, gs and hf:// URLs. Braces stand for many: `shard-{00000..01000}.tar.bz2`,
+            `{en,de}/*.tar`. Local paths and buckets also take `*`, `?` and `**`.
+        column: the key with the text in .json and .jsonl members. Documents of null keep their row.
+        members: which members hold documents, by suffix: "json" (one object each), "jsonl" (an object a line; blank
+            lines are none), "txt" (the whole member, UTF-8). Others are ignored, as are hidden files (`._a.json`).
+            A document that is not UTF-8 keeps its row, with the text "".
+        max_samples: only the first so many documents, in the order of shards and members. None for all.
+        transforms: functions of one document, applied in order. Their columns are other keys of .json and .jsonl
+            members; a key that is not there is None.
+    """
+
+    urls: tuple[str, ...]
+    column: str = "text"
+    members: tuple[str, ...] = KINDS
+    max_samples: int | None = None
+    transforms: tuple[Transform, ...] = ()
+
+    def check(self) -> None:
+        if not self.urls or not self.column:
+            raise UserError("urls and column may not be empty.")
+        if not self.members or not set(self.members) <= set(KINDS):
+            raise UserError(f"members={self.members} must be some of {', '.join(map(repr, KINDS))}.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UserError(f"max_samples={self.max_samples} must be at least 1.")
+        columns = self.columns()
+        if columns and self.members == ("txt",):
+            raise UserError(f"transforms read the columns {', '.join(columns)}, but txt members have only text.")
+        for url in self.urls:
+            braces(url)
+
+    def columns(self) -> tuple[str, ...]:
+        """What the transforms read besides the text."""
+        wanted = (name for transform in self.transforms for name in transform.columns if name != "text")
+        return tuple(dict.fromkeys(wanted))
+
+    def resolve(self, identity: Json | None = None) -> "WebDatasetSource":
+        """List the shards (identity None), or check that those of a checkpoint are still the same.
+
+        Raises UserError for shards that are not there, that have changed, or whose documents have no text.
+        """
+        about = {
+            "kind": "webdataset",
+            "urls": [faults.redact(url) for url in self.urls],
+            "column": self.column,
+            "members": list(self.members),
+        }
+        if identity is not None:
+            return self._resume(identity, about)
+        shards = {name: address for url in self.urls for name, address in self._expand(url).items()}
+        files = [locate(address) for address in shards.values()]
+        found = {**about, "files": list(shards), "stamps": stamps(list(shards), files)}
+        source = WebDatasetSource(self, found, files)
+        # A stage that needs it may be days away. Whether damage is there to stay, its readers find out.
+        with contextlib.suppress(CorruptError):
+            next(source.open(0, 0), None)
+        return source
+
+    def _expand(self, url: str) -> dict[str, str]:
+        """Lasting name → address. Only wildcards are looked up here: a missing shard is found by its stamp."""
+        addresses = braces(url)
+        if url.startswith("hf://") or (not url.startswith("http") and re.search(r"[*?\[]", url)):
+            return expand(addresses)
+        return {faults.redact(address): address for address in addresses}
+
+    def _resume(self, identity: Json, about: Json) -> "WebDatasetSource":
+        for key, now in about.items():
+            if identity.get(key) != now:
+                raise UserError(f"source {key}: the checkpoint has {identity.get(key)!r}, the config has {now!r}.")
+        # Credentials and signatures are in the config alone.
+        secret = {faults.redact(address): address for url in self.urls for address in braces(url)}
+        names: list[str] = identity["files"]
+        files = [locate(secret.get(name, name)) for name in names]
+        check_unchanged(identity["stamps"], names, files)
+        return WebDatasetSource(self, identity, files)
+
+
+class WebDatasetSource:
+    """A resolved `WebDataset`. Implements interfaces.CacheableSource. Safe for several threads."""
+
+    random_access = False
+    needs_cache = True
+
+    def __init__(self, config: WebDataset, identity: Json, files: Sequence[Bytes]):
+        self.identity = identity
+        self.files: list[str] = identity["files"]
+        self._config = config
+        self._columns = config.columns()
+        self._files = files
+
+    @property
+    def file_bytes(self) -> list[int] | None:
+        known = self.identity["stamps"]
+        return [known[name]["size"] for name in self.files] if set(known) >= set(self.files) else None
+
+    def through(self, cached: Callable[[Bytes, str], Bytes]) -> "WebDatasetSource":
+        known = self.identity["stamps"]
+        keys = [json.dumps([name, known.get(name)], sort_keys=True) for name in self.files]
+        return WebDatasetSource(self._config, self.identity, list(map(cached, self._files, keys)))
+
+    def row_groups(self, file: int) -> list[int]:
+        raise AssertionError("tar archives have no index")
+
+    def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
+        """Blocks of up to 512 rows: "text", and the keys that the transforms ask for.
+
+        Raises TransientError and UserError as they come; CorruptError at the first row that cannot be had.
+        """
+        source = self._files[file]
+        rows: list[Json] = []
+        characters = 0
+        try:
+            for document in self._documents(source, row):
+                rows.append(document)
+                characters += len(document["text"])
+                if len(rows) == _BLOCK_ROWS or characters > _BLOCK_CHARACTERS:
+                    yield self._block(rows)
+                    row += len(rows)
+                    rows, characters = [], 0
+        except tarfile.TarError as error:
+            if rows:
+                yield self._block(rows)
+            source.refresh()
+            raise CorruptError(f"{source.what}: {error}", source.what, row + len(rows)) from None
+        if rows:
+            yield self._block(rows)
+
+    def _block(self, rows: Sequence[Json]) -> Block:
+        return {name: [document[name] for document in rows] for name in ("text", *self._columns)}
+
+    def _documents(self, source: Bytes, skip: int) -> Iterator[Json]:
+        """The documents of a shard after the first `skip`, which are not parsed."""
+        seen: collections.Counter[str] = collections.Counter()
+        for name, content in members(source):
+            base = name.rsplit("/", 1)[-1]
+            kind = base.rsplit(".", 1)[-1].lower() if "." in base else ""
+            if base.startswith("."):
+                continue
+            seen[kind] += 1
+            if kind not in self._config.members:
+                continue
+            if kind == "jsonl":
+                lines = (line for line in content if line.strip())
+                for line in lines:
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield self._from_json(line, name, source.what)
+            elif skip:
+                skip -= 1
+            else:
+                yield self._from_json(content.read(), name, source.what) if kind == "json" else self._from_text(content)
+        if seen and not any(kind in seen for kind in self._config.members):
+            has = ", ".join(f"{count:,} x {f'.{kind}' if kind else 'no suffix'}" for kind, count in seen.most_common(8))
+            wanted = " or ".join(f".{kind}" for kind in self._config.members)
+            raise UserError(f"{source.what} has no {wanted} members. It has {has}.")
+
+    def _from_text(self, content: IO[bytes]) -> Json:
+        try:
+            text = content.read().decode()
+        except UnicodeDecodeError:
+            text = ""
+        return {**dict.fromkeys(self._columns), "text": text}
+
+    def _from_json(self, data: bytes, name: str, what: str) -> Json:
+        try:
+            document = json.loads(data)
+        except UnicodeDecodeError:
+            return {**dict.fromkeys(self._columns), "text": ""}
+        except (ValueError, RecursionError) as error:
+            raise BrokenError(f"member {name!r} is not JSON ({error})") from None
+        column = self._config.column
+        if not isinstance(document, dict) or column not in document:
+            has = f"the keys {', '.join(map(repr, document))}" if isinstance(document, dict) else _kind(document)
+            raise UserError(
+                f"{what}: member {name!r} has no key {column!r}. It has {has}. Set column to the one with the text, or "
+                "members to those that are documents."
+            )
+        text = document[column]
+        if not isinstance(text, str | None):
+            raise UserError(f"{what}: {column!r} of member {name!r} holds {_kind(text)}, not text.")
+        return {**{key: _clean(document.get(key)) for key in self._columns}, "text": _clean(text or "")}
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", bool: "a truth value"}.get(type(value), type(value).__name__)
+
+
+def _clean(value: Any) -> Any:
+    """JSON can hold half of a pair of surrogates ("\\ud83d"), which is no character and which no tokenizer takes."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def braces(pattern: str) -> list[str]:
+    """All that a pattern with `{000..123}` and `{a,b}` stands for, in order; numbers keep their leading zeros.
+
+    Raises UserError for other braces, and for a million or more.
+    """
+    pieces: list[list[str]] = []
+    count = 1
+    for literal, inside in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
+        pieces.append([literal])
+        if inside:
+            pieces.append(_alternatives(inside, pattern))
+            count *= len(pieces[-1])
+    if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
+        raise UserError(f"{faults.redact(pattern)!r}: its braces do not pair, or one is within another.")
+    if count >= _MOST_SHARDS:
+        raise UserError(f"{faults.redact(pattern)!r} stands for {count:,} shards; check its range.")
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if bounds is None:
+        if "," not in inside:
+            raise UserError(f"{faults.redact(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
+        return inside.split(",")
+    first, last = int(bounds[1]), int(bounds[2])
+    if last - first >= _MOST_SHARDS:
+        raise UserError(f"{faults.redact(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
+    if last < first:
+        raise UserError(f"{faults.redact(pattern)!r}: {{{inside}}} ends before it begins.")
+    padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
+    width = max(map(len, bounds.groups())) if padded else 0
+    return [str(number).zfill(width) for number in range(first, last + 1)]

@@ -1,0 +1,71 @@
+"""Transforms and filters of one document: pure functions, named in a source's config and hashed into its identity.
+
+A dropped document keeps its row, so cursors and holdout do not move when a filter is changed in a new run.
+"""
+
+import dataclasses
+import string
+from typing import Any
+
+from jaxtrain.interfaces import UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class AtLeast:
+    """Keep documents whose number in a column is `value` or more, such as FineWeb-Edu's int_score. Missing: dropped."""
+
+    column: str
+    value: float
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check(self) -> None:
+        if not self.column:
+            raise UserError("column='': name the column with the number, for example 'int_score'")
+
+    def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        number = document[self.column]
+        return document if number is not None and number >= self.value else None
+
+
+@dataclasses.dataclass(kw_only=True)
+class MinLength:
+    """Keep documents of `characters` or more."""
+
+    characters: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    def check(self) -> None:
+        if self.characters < 1:
+            raise UserError(f"characters={self.characters}: give 1 or more")
+
+    def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        return document if len(document["text"]) >= self.characters else None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Template:
+    """Makes the text from columns: `template="Question: {question}\\nAnswer: {answer}"`. Missing values become ""."""
+
+    template: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
+
+    def check(self) -> None:
+        try:
+            names = self.columns
+        except ValueError as error:
+            raise UserError(f"template={self.template!r} is not a format string: {error}") from error
+        if not names or not all(name.isidentifier() for name in names):
+            raise UserError(f"template={self.template!r}: name columns in braces, for example '{{question}}'")
+
+    def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        values = {name: "" if document[name] is None else document[name] for name in self.columns}
+        return {**document, "text": self.template.format(**values)}

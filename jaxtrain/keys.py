@@ -1,0 +1,44 @@
+"""Seeded permutations and document hashes: the only sources of randomness in the data path.
+
+Everything is a pure function of a key, a tuple of strings and integers. NumPy promises that `Philox.random_raw` never
+changes (unlike `Generator` methods), and a stable argsort of distinct-or-tied words is defined by them alone, so the
+values are the same on every machine and version; golden values are tested.
+"""
+
+import hashlib
+
+import numpy as np
+
+Part = str | int
+
+
+def philox(*key: Part) -> np.random.Philox:
+    """A counter-based bit generator for `key`; parts are length-prefixed, so ("a", "bc") and ("ab", "c") differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in key:
+        encoded = f"{type(part).__name__[0]}{part}".encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return np.random.Philox(key=int.from_bytes(digest.digest(), "little"))
+
+
+def permutation(n: int, *key: Part) -> np.ndarray:
+    """A permutation of range(n), int64 [n], that depends on `key` alone."""
+    return np.argsort(philox(*key).random_raw(n), kind="stable")
+
+
+def document_hash(source: str, file: str, rows: np.ndarray) -> np.ndarray:
+    """A uint64 for each document identity (source, file, row). rows: int [n] → uint64 [n].
+
+    The file's key is mixed with the row by the finalizer of splitmix64 (Steele et al. 2014, "Fast splittable
+    pseudorandom number generators", figure 19), so that any fraction of the range is a fair sample.
+    """
+    base = np.uint64(philox("document", source, file).random_raw())
+    z = base + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def is_held_out(source: str, file: str, rows: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are held out of training: bool [n]. Independent of seed, order, lanes and mode."""
+    return document_hash(source, file, rows) < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
