@@ -1,0 +1,6 @@
+"""Hugging Face checkpoints of the Llama family in and out: safetensors, config.json, tokenizer."""
+
+from jaxtrain.hf.reading import commit, config, load
+from jaxtrain.hf.writing import export
+
+__all__ = ["commit", "config", "export", "load"]

@@ -1,0 +1,172 @@
+"""Causal attention within the documents of packed rows: one function, chosen by platform and shape.
+
+Shapes: see interfaces.py.
+"""
+
+import dataclasses
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.interfaces import UserError
+from jaxtrain.model.attention_xla import attend_xla
+from jaxtrain.sharding import spec
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
+# Shorter rows are one [T, T] block, for which XLA's batched matmuls are no worse than a flash kernel's 128-wide tiles.
+SHORTEST_FOR_KERNELS = 128
+# Of the largest element, between a kernel and XLA in bfloat16: rounding is at most 2^-7 of it, mistakes are near 1.
+TOLERANCE = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the choice depends on, on one device.
+
+    platform: "cpu", "gpu" or "tpu". compute_capability: of an NVIDIA GPU, (9, 0) for Hopper. rows: of the batch.
+    """
+
+    platform: str
+    compute_capability: tuple[int, ...] | None
+    rows: int
+    seq_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    sliding_window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An implementation by name ("xla", "splash" or "cudnn"), and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+def choose(implementation: str, shape: Shape) -> Choice:
+    """implementation: one of IMPLEMENTATIONS. UserError if one is asked for that cannot run there."""
+    if implementation == "xla":
+        return Choice("xla", "the config asks for it")
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(shape.platform)
+    if implementation != "auto" and implementation != kernel:
+        raise UserError(
+            f"attention='{implementation}' needs a {PLATFORM[implementation].upper()}, and this is a "
+            f"{shape.platform.upper()}: use 'auto' or 'xla'."
+        )
+    if kernel is None:
+        return Choice("xla", f"no flash kernel for {shape.platform}")
+    obstacle = _cudnn_obstacle(shape) if kernel == "cudnn" else None
+    if implementation != "auto":
+        if obstacle:
+            raise UserError(f"attention='{kernel}' cannot be used: {obstacle}. Use 'auto' or 'xla'.")
+        return Choice(kernel, "the config asks for it")
+    if shape.seq_len < SHORTEST_FOR_KERNELS:
+        obstacle = f"rows of {shape.seq_len} tokens are shorter than a kernel's tile of {SHORTEST_FOR_KERNELS}"
+    if obstacle:
+        return Choice("xla", obstacle)
+    return Choice(kernel, f"the flash kernel for {shape.platform}")
+
+
+def _cudnn_obstacle(shape: Shape) -> str | None:
+    if shape.compute_capability is None or shape.compute_capability < (9, 0):
+        found = "not an NVIDIA GPU" if shape.compute_capability is None else f"this is {shape.compute_capability}"
+        return f"cuDNN's packed attention needs compute capability 9.0 (Hopper), and {found}"
+    if shape.dtype != "bfloat16":
+        return f"cuDNN's attention computes in bfloat16, not in {shape.dtype}"
+    if shape.head_dim > 256 or shape.head_dim % 8:
+        return f"cuDNN's attention needs heads of a multiple of 8 up to 256, not {shape.head_dim}"
+    return None
+
+
+def attend(
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    mesh: Mesh | None,
+    implementation: str,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """softmax(q kᵀ / sqrt(h)) v, where a token sees itself and the earlier tokens of its own segment: x_BTHh.
+
+    sliding_window: tokens in sight, the token itself included; None for all. implementation: a name from `choose`;
+    "splash" is interpreted where the mesh has no TPU.
+    """
+    kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
+    if mesh is None or mesh.size == 1:
+        return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+    # Each device has its own rows and heads, so nothing is exchanged. The kernels want whole rows: over `context` the
+    # sequence is gathered here.
+    heads, rows = spec(("batch", None, "activation_heads", None)), spec(("batch", None))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+        q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
+    )
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _kernel(implementation: str, mesh: Mesh | None) -> Any:
+    # Imported where they are chosen: Pallas takes 0.5 s, and the private module may not be there.
+    if implementation == "splash":
+        from jaxtrain.model.attention_splash import attend_splash
+
+        return functools.partial(attend_splash, interpret=platform_of(mesh) != "tpu")
+    if implementation == "cudnn":
+        from jaxtrain.model.attention_cudnn import attend_cudnn
+
+        return attend_cudnn
+    return _xla
+
+
+def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window):
+    return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
+
+
+def self_check(implementation: str, shape: Shape) -> str | None:
+    """Runs the kernel forward and backward on this process's first device, against XLA, on at most two packed rows.
+
+    Returns what is wrong with it, or None. It may be called while something else is traced.
+    """
+    try:
+        # A thread of its own has no trace in progress, which the kernel would become a part of.
+        with ThreadPoolExecutor(1) as thread:
+            got, want = thread.map(lambda name: jax.device_get(_run(name, shape)), (implementation, "xla"))
+    # Private or young code on a machine never seen before: anything it raises is a reason not to use it.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        error = np.abs(a.astype(np.float32) - b.astype(np.float32)).max() / np.abs(b.astype(np.float32)).max()
+        # Not `>`: NaN is an error too.
+        if not error <= TOLERANCE:
+            return f"its {name} differs from XLA's by {error:.1%} of the largest element"
+    return None
+
+
+def _run(implementation: str, shape: Shape) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    rows = min(shape.rows, 2)
+
+    def normal(heads: int) -> np.ndarray:
+        return rng.standard_normal((rows, shape.seq_len, heads, shape.head_dim), np.float32).astype(shape.dtype)
+
+    q, k, v = normal(shape.num_heads), normal(shape.num_kv_heads), normal(shape.num_kv_heads)
+    dx = normal(shape.num_heads)
+    segment_ids = np.sort(rng.integers(1, 6, (rows, shape.seq_len)), axis=1).astype(np.int32)
+
+    @jax.jit
+    def run(q, k, v, dx, segment_ids):
+        options: Any = {"mesh": None, "implementation": implementation, "sliding_window": shape.sliding_window}
+        x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids, **options), q, k, v)
+        return x, *pull(dx)
+
+    return run(q, k, v, dx, segment_ids)

@@ -1,0 +1,68 @@
+"""Causal attention within segments by cuDNN's flash attention for packed sequences, on NVIDIA GPUs from Hopper on.
+
+JAX's public function takes no segments, so this calls a private one. `attention.self_check` compares it with the XLA
+form on the run's own shapes before it is trusted.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from jaxtrain.model.attention_xla import attend_xla
+
+# Documents of a row that the kernel is compiled for. It keeps softmax statistics of MAX_DOCUMENTS * H * T fp32 numbers
+# for each row (17 MB at H=32, T=2,048), so that it cannot be T. A batch with more documents in a row goes through XLA.
+MAX_DOCUMENTS = 64
+# Grouped queries are wrong, silently, in jax before 0.11.2 (jax PR 39521).
+GROUPS_ARE_RIGHT = jax.__version_info__ >= (0, 11, 2)
+
+
+def attend_cudnn(
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, *, sliding_window: int | None
+) -> jax.Array:
+    """softmax(q kᵀ / sqrt(h)) v over keys of the same segment, at most `sliding_window` - 1 tokens back: x_BTHh.
+
+    In bfloat16.
+    """
+    starts_BM, lengths_BM, count_B = documents(segment_ids_BT, min(MAX_DOCUMENTS, segment_ids_BT.shape[1]))
+
+    def packed(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+        if not GROUPS_ARE_RIGHT:
+            group = q_BTHh.shape[2] // k_BTKh.shape[2]
+            k_BTKh, v_BTKh = jnp.repeat(k_BTKh, group, axis=2), jnp.repeat(v_BTKh, group, axis=2)
+        x_BTHh: Any = cudnn.dot_product_attention(
+            q_BTHh,
+            k_BTKh,
+            v_BTKh,
+            q_seqlen=lengths_BM,
+            kv_seqlen=lengths_BM,
+            q_offsets=starts_BM,
+            kv_offsets=starts_BM,
+            scale=1 / math.sqrt(q_BTHh.shape[-1]),
+            mask_type=cudnn.MaskType.PADDING_CAUSAL,
+            sliding_window_length=sliding_window,
+        )
+        return x_BTHh
+
+    def general(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+        return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
+
+    return jax.lax.cond(jnp.all(count_B <= starts_BM.shape[1] - 1), packed, general, q_BTHh, k_BTKh, v_BTKh)
+
+
+def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(starts [B, most + 1], lengths [B, most], count [B]) of the runs of equal ids in each row, filled up with -1.
+
+    That is the layout cuDNN's wrapper asks for. Padding (0) is a run like any other. int32.
+    """
+    seq_len = segment_ids_BT.shape[1]
+    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    first_BT = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    count_B = first_BT.sum(axis=1, dtype=jnp.int32)
+    starts = jax.vmap(lambda first_T: jnp.nonzero(first_T, size=most + 1, fill_value=seq_len)[0])(first_BT)
+    slots = jnp.arange(most + 1)[None]
+    lengths = jnp.where(slots[:, :-1] < count_B[:, None], jnp.diff(starts, axis=1), -1)
+    return jnp.where(slots < count_B[:, None], starts, -1).astype(jnp.int32), lengths.astype(jnp.int32), count_B

@@ -1,0 +1,174 @@
+"""Causal attention within segments in plain XLA, for any platform: block rows of queries against the keys they may see.
+
+Each block row sees a static slice of the keys, so the blocks above the diagonal and those left of the window are never
+computed, and nothing larger than [B * K, G * BLOCK, T] in fp32 exists. The backward pass is our own: it keeps the
+log-sum-exp of each query and computes the probabilities again (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+
+Why this shape: with batch and heads in front, XLA's CPU matmuls read each block contiguously. Forward and backward on 2
+cores in fp32, h=64: 68 ms at B=8, T=512, H=K=6, where one [T, T] einsum takes 114; 335 ms at B=2, T=3000, H=6, K=2,
+where it takes 1,245.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Rows of queries handled at once. At T=512 on 2 cores 64, 128 and 256 are within 15% of each other.
+BLOCK = 128
+# More block rows than this are grouped: compile time stays flat, at the price of at most 1 / MAX_GROUPS more scores.
+MAX_GROUPS = 8
+MASKED = -1e30  # finite: a fully masked row cannot occur (each query sees itself), and -inf makes NaN of padding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_xla(
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
+) -> jax.Array:
+    """softmax(q kᵀ / sqrt(h)) v over keys of the same segment, at most `sliding_window` - 1 tokens back: x_BTHh."""
+    return _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)[0]
+
+
+def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window):
+    q_BKGTh, k_BKTh, v_BKTh = _grouped(q_BTHh, k_BTKh.shape[2]), _by_head(k_BTKh), _by_head(v_BTKh)
+    see = _Mask(segment_ids_BT, sliding_window)
+    outs, lses = [], []
+    for start, stop, first in _groups(see.length, sliding_window):
+        k_BKSh, v_BKSh = k_BKTh[:, :, first:stop], v_BKTh[:, :, first:stop]
+
+        def block_row(row, carry, k_BKSh=k_BKSh, v_BKSh=v_BKSh, first=first):
+            scores_BKRS = see(_scores(_rows(q_BKGTh, row), k_BKSh), row, first)
+            top = scores_BKRS.max(-1, keepdims=True)
+            weights = jnp.exp(scores_BKRS - top)
+            total = weights.sum(-1, keepdims=True)
+            out_BKRh = _matmul(weights.astype(v_BKSh.dtype), v_BKSh) / total
+            return (out_BKRh.astype(v_BKSh.dtype), (top + jnp.log(total))[..., 0]), carry
+
+        (out, lse), _ = _over_rows(block_row, start, stop, ())
+        outs.append(_ungrouped_rows(out, q_BKGTh.shape[2]))
+        lses.append(_ungrouped_rows(lse, q_BKGTh.shape[2]))
+    x_BTHh = _ungrouped(jnp.concatenate(outs, 3), q_BTHh.shape[1])
+    return x_BTHh, (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, jnp.concatenate(lses, 3))
+
+
+def _backward(sliding_window, residuals, dx_BTHh):
+    q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, lse_BKGT = residuals
+    kv_heads, wide = k_BTKh.shape[2], lse_BKGT.dtype
+    q_BKGTh, k_BKTh, v_BKTh = _grouped(q_BTHh, kv_heads), _by_head(k_BTKh), _by_head(v_BTKh)
+    dx_BKGTh = _grouped(dx_BTHh, kv_heads)
+    # The softmax's Jacobian needs sum(dx * x) of each query (Dao et al. 2022, section B.2).
+    delta_BKGT = jnp.sum(dx_BKGTh.astype(wide) * _grouped(x_BTHh, kv_heads).astype(wide), -1)
+    see = _Mask(segment_ids_BT, sliding_window)
+    scale = 1 / math.sqrt(q_BTHh.shape[-1])
+    dqs, dk_BKTh, dv_BKTh = [], jnp.zeros(k_BKTh.shape, wide), jnp.zeros(v_BKTh.shape, wide)
+    for start, stop, first in _groups(see.length, sliding_window):
+        k_BKSh, v_BKSh = k_BKTh[:, :, first:stop], v_BKTh[:, :, first:stop]
+
+        def block_row(row, carry, k_BKSh=k_BKSh, v_BKSh=v_BKSh, first=first):
+            q_BKRh, dx_BKRh = _rows(q_BKGTh, row), _rows(dx_BKGTh, row)
+            weights = jnp.exp(see(_scores(q_BKRh, k_BKSh), row, first) - _rows(lse_BKGT, row)[..., None])
+            dweights = _matmul(dx_BKRh, v_BKSh, transpose_b=True)
+            dscores = (weights * (dweights - _rows(delta_BKGT, row)[..., None]) * scale).astype(q_BKRh.dtype)
+            dk, dv = carry
+            dk = dk + _matmul(dscores, q_BKRh, transpose_a=True)
+            dv = dv + _matmul(weights.astype(q_BKRh.dtype), dx_BKRh, transpose_a=True)
+            return _matmul(dscores, k_BKSh).astype(q_BKRh.dtype), (dk, dv)
+
+        zeros = (jnp.zeros(k_BKSh.shape, wide), jnp.zeros(v_BKSh.shape, wide))
+        dq, (dk, dv) = _over_rows(block_row, start, stop, zeros)
+        dqs.append(_ungrouped_rows(dq, q_BKGTh.shape[2]))
+        dk_BKTh, dv_BKTh = dk_BKTh.at[:, :, first:stop].add(dk), dv_BKTh.at[:, :, first:stop].add(dv)
+    seq_len, dtype = q_BTHh.shape[1], q_BTHh.dtype
+    dk_BTKh, dv_BTKh = (_ungrouped(d[:, :, None].astype(dtype), seq_len) for d in (dk_BKTh, dv_BKTh))
+    return _ungrouped(jnp.concatenate(dqs, 3), seq_len), dk_BTKh, dv_BTKh, None
+
+
+attend_xla.defvjp(_forward, _backward)
+
+
+def _padded_length(seq_len: int) -> int:
+    return seq_len if seq_len <= BLOCK else -(-seq_len // BLOCK) * BLOCK
+
+
+def _groups(length: int, sliding_window: int | None) -> Iterator[tuple[int, int, int]]:
+    """(first query, last query + 1, first key that they may see) of each group of block rows."""
+    size = -(-length // (BLOCK * MAX_GROUPS)) * BLOCK
+    for start in range(0, length, size):
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1) // BLOCK * BLOCK
+        yield start, min(start + size, length), first
+
+
+def _over_rows(block_row: Callable, start: int, stop: int, carry: Any) -> tuple[Any, Any]:
+    """`block_row` over the blocks of a group; results [B, K, R, ...] are stacked to [n, B, K, R, ...]."""
+    if stop - start <= BLOCK:
+        out, carry = block_row(start, carry)
+        return jax.tree.map(lambda x: x[None], out), carry
+    carry, out = jax.lax.scan(lambda c, row: block_row(row, c)[::-1], carry, jnp.arange(start, stop, BLOCK))
+    return out, carry
+
+
+class _Mask:
+    """Scores of keys that a query may not see become MASKED."""
+
+    def __init__(self, segment_ids_BT: jax.Array, sliding_window: int | None):
+        self.length = _padded_length(segment_ids_BT.shape[1])
+        padding = self.length - segment_ids_BT.shape[1]
+        # Padding comes after every real token, so that causality alone hides it from them.
+        self.segments = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
+        self.window = sliding_window
+
+    def __call__(self, scores_BKRS: jax.Array, row: Any, first_key: int) -> jax.Array:
+        batch, kv_heads, rows, keys = scores_BKRS.shape
+        block = min(BLOCK, self.length)
+        query, key = row + jnp.arange(block)[:, None], first_key + jnp.arange(keys)[None]
+        visible = query >= key if self.window is None else (query >= key) & (query - key < self.window)
+        own = jax.lax.dynamic_slice_in_dim(self.segments, row, block, 1)[:, :, None]
+        visible = visible[None] & (own == self.segments[:, None, first_key : first_key + keys])
+        scores = scores_BKRS.reshape(batch, kv_heads, rows // block, block, keys)
+        return jnp.where(visible[:, None, None], scores, MASKED).reshape(scores_BKRS.shape)
+
+
+def _scores(q_BKRh: jax.Array, k_BKSh: jax.Array) -> jax.Array:
+    return _matmul(q_BKRh, k_BKSh, transpose_b=True) / math.sqrt(q_BKRh.shape[-1])
+
+
+def _matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """Batched over the two leading dimensions, accumulated and returned in fp32 or wider."""
+    contract = ((2 if transpose_a else 3,), (3 if transpose_b else 2,))
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=wide)
+
+
+def _grouped(x_BTHh: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, H, h] → [B, K, G, padded T, h]: the query heads of one key head side by side."""
+    batch, seq_len, heads, head_dim = x_BTHh.shape
+    x = jnp.pad(x_BTHh, ((0, 0), (0, _padded_length(seq_len) - seq_len), (0, 0), (0, 0)))
+    return x.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _by_head(x_BTKh: jax.Array) -> jax.Array:
+    return _grouped(x_BTKh, x_BTKh.shape[2])[:, :, 0]
+
+
+def _rows(x_BKGT: jax.Array, row: Any) -> jax.Array:
+    """A block of rows, [B, K, G, T, ...] → [B, K, R = G * block, ...]."""
+    block = min(BLOCK, x_BKGT.shape[3])
+    x = jax.lax.dynamic_slice_in_dim(x_BKGT, row, block, 3)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _ungrouped_rows(x_nBKR: jax.Array, groups: int) -> jax.Array:
+    """[n, B, K, R, ...] → [B, K, G, n * block, ...]."""
+    n, batch, kv_heads, rows = x_nBKR.shape[:4]
+    x = x_nBKR.reshape(n, batch, kv_heads, groups, rows // groups, *x_nBKR.shape[4:])
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(batch, kv_heads, groups, n * (rows // groups), *x_nBKR.shape[4:])
+
+
+def _ungrouped(x_BKGTh: jax.Array, seq_len: int) -> jax.Array:
+    """[B, K, G, padded T, h] → [B, T, H, h]."""
+    x = x_BKGTh[:, :, :, :seq_len].transpose(0, 3, 1, 2, 4)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])

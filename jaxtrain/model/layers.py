@@ -1,0 +1,132 @@
+"""The modules of a decoder layer in Flax NNX: structure, initialisers, logical axes, and the maths.
+
+Modules are built once, abstractly; training works on the plain dict of their parameters (see llama.py). Shapes: see
+interfaces.py. Activations are [B * T, D] or [B, T, D] ("..D"): every module here works on both.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtrain.model.rope import rotate
+from jaxtrain.sharding import Axes, constrain
+
+if TYPE_CHECKING:
+    from jaxtrain.model.llama import LlamaConfig
+
+# (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, whatever the caller wants back, such as the layer's key/value cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in fp32 or wider."""
+
+    def __init__(self, size: int, axis: str, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (normed * scale).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), the kernel cast to x's dtype."""
+
+    def __init__(self, sizes: tuple[int, int], axes: tuple[str, str], std: float, bias: bool, mesh: Mesh | None, rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(sizes[1:], jnp.float32), axes=axes[1:]) if bias else None
+        self.axes = axes
+        self.mesh = mesh
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Cast on the shard, so that what FSDP gathers is half as large.
+        kernel = constrain(self.kernel[...].astype(x.dtype), self.mesh, self.axes)
+        y = x @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions and optional QK-norm."""
+
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
+        width, head = config.hidden_size, config.resolved_head_dim
+        queries, keys = config.num_heads * head, config.num_kv_heads * head
+        linear = functools.partial(Linear, mesh=mesh, rngs=rngs)
+        std, bias = config.initializer_std, config.attention_bias
+        self.q = linear((width, queries), ("embed", "heads"), std, bias)
+        self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
+        self.v = linear((width, keys), ("embed", "kv_heads"), std, bias)
+        self.o = linear((queries, width), ("heads", "embed"), config.output_std, config.attention_output_bias)
+        self.q_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
+        self.head_dim = head
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        shape_BT = rope[0].shape[:2]
+        q_BTHh, k_BTKh, v_BTKh = (p(x).reshape(*shape_BT, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
+        y_BTHh, extra = attend(rotate(q_BTHh, *rope), rotate(k_BTKh, *rope), v_BTKh)
+        return self.o(y_BTHh.reshape(*x.shape[:-1], -1)), extra
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std)
+        self.up = linear((width, inner), ("embed", "mlp"), config.initializer_std)
+        self.down = linear((inner, width), ("mlp", "embed"), config.output_std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        self.attention = Attention(config, mesh, rngs)
+        self.mlp_norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        self.mlp = MLP(config, mesh, rngs)
+        self.mesh = mesh
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        y, extra = self.attention(self.attention_norm(x), rope, attend)
+        x = constrain(x + y, self.mesh, activation_axes(x))
+        return constrain(x + self.mlp(self.mlp_norm(x)), self.mesh, activation_axes(x)), extra
+
+
+class Frame(nnx.Module):
+    """What stands around the layers: embedding, last norm, and the output head unless it is the embedding's transpose.
+
+    Rows of the embedding from `vocab_size` on are padding and zero.
+    """
+
+    def __init__(self, config: "LlamaConfig", vocab_size: int, padded_vocab_size: int, rngs: nnx.Rngs):
+        real = jnp.arange(padded_vocab_size)[:, None] < vocab_size
+
+        def rows() -> jax.Array:
+            normal = jax.random.normal(rngs.params(), (padded_vocab_size, config.hidden_size), jnp.float32)
+            return jnp.where(real, config.initializer_std * normal, 0)
+
+        self.embedding = nnx.Param(rows(), axes=("vocab", "embed"))
+        self.norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Param(rows().T, axes=("embed", "vocab"))
+
+
+def activation_axes(x: jax.Array) -> Axes:
+    """[B * T, D] or [B, T, D]."""
+    return ("batch", "activation_embed") if x.ndim == 2 else ("batch", "sequence", "activation_embed")
