@@ -1,0 +1,168 @@
+"""The root of the config tree, and the rules that span its parts. Nobody below the loop sees the whole."""
+
+import dataclasses
+import difflib
+import pathlib
+
+from jaxtrain.checkpoint import CheckpointConfig
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.evaluate import EvalConfig
+from jaxtrain.interfaces import TokenizerConfig, UserError
+from jaxtrain.losses.cross_entropy import CrossEntropy
+from jaxtrain.losses.distillation import Distillation
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.monitor import MonitorConfig
+from jaxtrain.optim.adamw import AdamW
+from jaxtrain.optim.base import OptimizerConfig
+from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, build_plan
+from jaxtrain.sharding import MeshConfig
+from jaxtrain.teacher import Teacher
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """A run.
+
+    Attributes:
+        model, tokenizer, data, optimizer, loss, mesh, checkpoint, eval, monitor: see their classes.
+        teacher: a frozen model to distil from, on the fly; None: none. distillation: how; only with a teacher.
+        stages: spans of training tokens with one sequence length, batch size and mix each; often just one.
+        total_tokens: where the run ends, exactly; None: where the stages, `steps` or `epochs` end it.
+        steps: the most steps; the schedule stays that of total_tokens, where that is given.
+        epochs: how often each source is read, at most; None: as often as the run needs.
+        seed: of parameters, shuffle and mix.
+        clip_norm: the most that the gradient's global norm may be (Pascanu et al. 2013); None: no clipping.
+        micro_batch_tokens: the most tokens of a batch that a device takes at once; gradients of the parts accumulate
+            to what the whole would give. None: the whole batch.
+        memory_gb: the most memory (10^9 bytes) that a step may take on a device: each stage gets the fewest
+            micro-batches, of at most micro_batch_tokens, with which it fits. None: what the devices say they have, less
+            a reserve; no limit where they do not say (CPU).
+        max_skipped_steps: stop (exit code 1) after so many updates in a row with non-finite gradients.
+        log_every: steps between two logged ones.
+        init_from: a work directory or checkpoint of jaxtrain's, or a Hugging Face model (folder or id), whose
+            parameters a new run starts with; "": random ones.
+        deterministic: on GPUs, use deterministic operations only, so that equal runs give equal parameters.
+        sample_prompts: texts to continue at the end of the run.
+    """
+
+    model: LlamaConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
+    loss: CrossEntropy = dataclasses.field(default_factory=CrossEntropy)
+    teacher: Teacher | None = None
+    distillation: Distillation = dataclasses.field(default_factory=Distillation)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    total_tokens: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    clip_norm: float | None = 1.0
+    micro_batch_tokens: int | None = None
+    memory_gb: float | None = None
+    max_skipped_steps: int = 10
+    log_every: int = 10
+    init_from: str = ""
+    deterministic: bool = False
+    sample_prompts: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        for name in ("epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: give 1 or more")
+        for name, most in (("total_tokens", 2**62), ("steps", 2**62), ("seed", 2**32 - 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise UserError(f"{name}={value}: give 0 to {most:,}")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise UserError(f"memory_gb={self.memory_gb}: give a size above 0, or none for what the devices have")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(f"clip_norm={self.clip_norm}: give a value above 0, or none for no clipping")
+        watchdog = self.monitor.watchdog_minutes
+        if watchdog is not None and watchdog <= self.data.retry_minutes:
+            raise UserError(
+                f"monitor.watchdog_minutes={watchdog:g} would end the run before data.retry_minutes="
+                f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
+            )
+        self._check_bound()
+        _check_place("init_from", self.init_from)
+        if self.teacher is not None:
+            _check_place("teacher.model", self.teacher.model)
+        plan = self.plan()
+        for stage in plan.stages:
+            if stage.seq_len > self.model.max_seq_len:
+                raise UserError(
+                    f"stage {stage.index} ({stage.name}): seq_len={stage.seq_len} is longer than "
+                    f"model.max_seq_len={self.model.max_seq_len}; shorten the rows or raise it"
+                )
+            if self.micro_batch_tokens is not None and self.micro_batch_tokens < stage.seq_len:
+                raise UserError(
+                    f"micro_batch_tokens={self.micro_batch_tokens}: a device takes whole rows, and those of stage "
+                    f"{stage.index} ({stage.name}) have {stage.seq_len} tokens; give that or more"
+                )
+        if self.eval.is_on:
+            self._check_eval(plan)
+
+    def _check_bound(self) -> None:
+        """A run over sources without an end needs one. (A plan knows no sources' sizes: it would say less.)"""
+        unbounded = [name for name, source in self.data.sources.items() if source.max_samples is None]
+        bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
+        if unbounded and self.stages and bounds == {None}:
+            raise UserError(
+                "max_samples MUST be specified for streaming datasets! Nothing says where the run ends, and "
+                f"{' and '.join(unbounded)} would be read for ever. Set one of\n"
+                f"  data.sources.{unbounded[0]}.max_samples (documents) and epochs=1: 1,000 to 10,000 for a quick "
+                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium one, "
+                "10M to 100M for a large one, at about 1,000 tokens each;\n"
+                "  total_tokens (for example 1000000000), steps, tokens of the last stage, or epochs.\n"
+                'See "How to choose max_samples" in docs/data.md.'
+            )
+
+    def _check_eval(self, plan: Plan) -> None:
+        if self.data.holdout == 0:
+            field = "every_steps" if self.eval.every_tokens is None else "every_tokens"
+            raise UserError(
+                f"eval.{field}={getattr(self.eval, field)} needs held-out documents: set data.holdout, for example to "
+                f"0.01, or eval.{field}=none"
+            )
+        for name in self.eval.weights or {}:
+            if name not in self.data.sources:
+                near = difflib.get_close_matches(name, self.data.sources) or list(self.data.sources)
+                raise UserError(f"eval.weights: there is no source {name!r}; did you mean {' or '.join(near)}?")
+        self.eval.plan(plan, self.data.num_lanes)
+
+    def plan(self) -> Plan:
+        """The run as a pure function of the step. Raises UserError."""
+        return build_plan(
+            self.stages,
+            source_names=tuple(self.data.sources),
+            num_lanes=self.data.num_lanes,
+            seed=self.seed,
+            total_tokens=self.total_tokens,
+            steps=self.steps,
+            epochs=self.epochs,
+            learning_rate=self.optimizer.learning_rate,
+            schedule=self.optimizer.schedule.build(),
+            loss_weights=CROSS_ENTROPY_ALONE if self.teacher is None else self.distillation.weights(),
+        )
+
+
+def _check_place(field: str, given: str) -> None:
+    """A mistyped folder looks like a model of the Hub, and would be asked for there until the network gives up."""
+    where = pathlib.Path(given).expanduser()
+    if not given or "://" in given or where.exists():
+        return
+    is_path = given.startswith((".", "/", "~")) or given.count("/") > 1
+    if is_path or (where.parent != pathlib.Path() and where.parent.is_dir()):
+        beside = sorted(path.name for path in where.parent.iterdir()) if where.parent.is_dir() else []
+        near = difflib.get_close_matches(where.name, beside)
+        hint = f" Did you mean {' or '.join(str(where.parent / name) for name in near)}?" if near else ""
+        raise UserError(
+            f"{field}={given}: there is no such folder.{hint} Give a work directory, a checkpoint, a Hugging Face "
+            "model's folder, or its id on the Hub."
+        )

@@ -1,0 +1,11 @@
+"""The whole run as a pure function: step → stage, shapes, learning rate, source of every row, token counts.
+
+A plan follows from the config alone, never from the hardware; it is built once and has no state. Steps count from 1.
+Tokens are batch size × sequence length, as Python integers. Never imports JAX.
+"""
+
+from jaxtrain.plan.build import CROSS_ENTROPY_ALONE, build_plan
+from jaxtrain.plan.plan import Plan, StagePlan, StepPlan
+from jaxtrain.plan.stages import Stage
+
+__all__ = ["CROSS_ENTROPY_ALONE", "Plan", "Stage", "StagePlan", "StepPlan", "build_plan"]

@@ -1,0 +1,280 @@
+"""Every step of a run, as a pure function of its number. Shapes: S sources, B rows of a batch."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from jaxtrain import mixing
+from jaxtrain.interfaces import Json, Schedule, UserError
+
+_COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "weights", "last_step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What a stage came to. It has no steps (last_step = first_step - 1) where the run's `steps` end before it."""
+
+    index: int  # from 1
+    name: str
+    seq_len: int
+    batch_size: int
+    overlap_tokens: int
+    weights: Mapping[str, Fraction]  # positive ones only, by name in alphabetical order
+    first_step: int
+    last_step: int | None  # None: nothing in the plan ends it
+    first_token: int  # tokens trained before it
+    last_token: int | None  # tokens trained at its end
+    first_row: int  # rows of all steps before it
+    mix: mixing.Mix
+
+    @property
+    def stride(self) -> int:
+        """Tokens from the start of a row to the start of the next one of the same lane and source."""
+        return self.seq_len - self.overlap_tokens
+
+    @property
+    def has_steps(self) -> bool:
+        return self.last_step is None or self.last_step >= self.first_step
+
+    def batches_before(self, step: int) -> int:
+        """How many of the stage's batches come before `step`."""
+        end = step if self.last_step is None else min(step, self.last_step + 1)
+        return max(end - self.first_step, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """Everything about one step but its rows' sources."""
+
+    step: int  # from 1
+    stage: int  # from 1
+    stage_name: str
+    seq_len: int
+    batch_size: int
+    overlap_tokens: int
+    stride: int
+    tokens_before: int
+    tokens_after: int
+    rows_before: int  # rows of all earlier steps
+    learning_rate: float
+    ce_weight: float  # of the cross-entropy in the loss, and of the divergence from a teacher
+    kd_weight: float
+    masked_from: int  # tokens of the batch, row by row, that count: all of them but in the run's last step
+
+
+class Plan:
+    """See `build_plan`. `last_step` and `total_tokens` (where the run ends) are None for a run that only data ends.
+
+    `horizon` is the token count that schedules look at: the run's token target, even if `steps` ends it before, so
+    that going on with more steps continues the same schedule; without a target, total_tokens.
+    """
+
+    def __init__(
+        self,
+        stages: tuple[StagePlan, ...],
+        *,
+        source_names: tuple[str, ...],
+        seed: int,
+        horizon: int | None,
+        learning_rate: float,
+        schedule: Schedule,
+        loss_weights: tuple[Schedule, Schedule],
+    ):
+        self.stages = stages
+        self.source_names = source_names
+        self.last_step = stages[-1].last_step
+        self.total_tokens = stages[-1].last_token
+        self.horizon = horizon
+        self._seed = seed
+        self._peak = learning_rate
+        self._schedule = schedule
+        self._loss_weights = loss_weights
+        # Of the last step's batch.
+        self._masked_from = 0 if self.last_step is None else self.at(self.last_step).masked_from
+
+    def at(self, step: int) -> StepPlan:
+        """The plan of a step, from 1 to last_step; takes time O(stages). Raises UserError past the end."""
+        stage = self._stage(step)
+        batch_tokens = stage.batch_size * stage.seq_len
+        batches = step - stage.first_step
+        before = stage.first_token + batches * batch_tokens
+        after = before + batch_tokens if self.total_tokens is None else min(before + batch_tokens, self.total_tokens)
+        # The middle, rounded up: see optim/schedules.py.
+        middle = (before + after + 1) // 2
+        ce_weight, kd_weight = (weight(middle, self.horizon) for weight in self._loss_weights)
+        return StepPlan(
+            step=step,
+            stage=stage.index,
+            stage_name=stage.name,
+            seq_len=stage.seq_len,
+            batch_size=stage.batch_size,
+            overlap_tokens=stage.overlap_tokens,
+            stride=stage.stride,
+            tokens_before=before,
+            tokens_after=after,
+            rows_before=stage.first_row + batches * stage.batch_size,
+            learning_rate=self._peak * self._schedule(middle, self.horizon),
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            masked_from=after - before,
+        )
+
+    def sources_of(self, step: int) -> np.ndarray:
+        """Index into source_names for every row of a step: int16 [B], read-only. See mixing.py for the rule.
+
+        In a last batch that is masked down, rows are divided, and permuted, before and after the place where it is cut.
+        """
+        stage = self._stage(step)
+        batches = step - stage.first_step
+        if step == self.last_step and self._masked_from < stage.batch_size * stage.seq_len:
+            parts = [part for part in stage.mix.cut(batches, self._masked_from // stage.seq_len) if part.any()]
+        else:
+            parts = [stage.mix.counts_after(batches + 1) - stage.mix.counts_after(batches)]
+        rows = [mixing.arrange(self._indices(stage), part.tolist(), self._seed, step) for part in parts]
+        sources = np.concatenate(rows)
+        sources.flags.writeable = False
+        return sources
+
+    def source_rows_before(self, step: int) -> np.ndarray:
+        """Rows of each source in all earlier steps, int64 [S]; step may be last_step + 1."""
+        return self._totals(step, [1] * len(self.stages))
+
+    def source_tokens_before(self, step: int) -> np.ndarray:
+        """Trained tokens of each source in all earlier steps, int64 [S]; step may be last_step + 1.
+
+        They sum to the run's tokens before the step: rows × seq_len, less what the last batch masks at the end.
+        """
+        tokens = self._totals(step, [stage.seq_len for stage in self.stages])
+        if self.last_step is not None and step > self.last_step:
+            last = self.at(self.last_step)
+            row_ends = np.arange(1, last.batch_size + 1, dtype=np.int64) * last.seq_len
+            masked_B = np.clip(row_ends - last.masked_from, 0, last.seq_len)
+            np.subtract.at(tokens, self.sources_of(self.last_step), masked_B)
+        return tokens
+
+    def record(self) -> Json:
+        """What `differences` needs to know of this plan, for a checkpoint."""
+        return {
+            "seed": self._seed,
+            "total_tokens": self.total_tokens,
+            "stages": [
+                {
+                    "index": stage.index,
+                    "name": stage.name,
+                    **{field: getattr(stage, field) for field in _COMPARED},
+                    "weights": {name: str(weight) for name, weight in stage.weights.items()},
+                }
+                for stage in self.stages
+                if stage.has_steps
+            ],
+        }
+
+    def differences(self, recorded: Json, step: int) -> list[str]:
+        """How this plan's steps 1 to `step` differ from those of an earlier plan's `record()`, one line each.
+
+        Empty if both train on the same shapes, sources and tokens up to there; what comes later may differ, and so may
+        learning rates, names, and the order of sources. Lists the first stage that differs and stops.
+        """
+        if self.last_step is not None and self.last_step < step:
+            return [f"step {step:,} is trained, but the plan now ends at step {self.last_step:,}"]
+        old_stages, new_stages = (
+            [stage for stage in record["stages"] if stage["first_step"] <= step] for record in (recorded, self.record())
+        )
+        for old, new in zip(old_stages, new_stages, strict=False):  # both reach `step`, or differ before
+            lines = [
+                f"stage {old['index']} ({old['name']}): {field} was {_shown(old[field])}, is now {_shown(new[field])}"
+                for field in _COMPARED
+                if _until(old[field], field, step) != _until(new[field], field, step)
+            ]
+            if lines:
+                return lines
+        if self._seed != recorded["seed"] and any(len(stage["weights"]) > 1 for stage in old_stages):
+            return [f"seed was {recorded['seed']}, is now {self._seed}: it decides the source of every row"]
+        now = self.at(step)
+        full = now.tokens_before + now.batch_size * now.seq_len
+        # Only a plan's last batch can be masked: the earlier plan's, if this was its last step.
+        was = full if recorded["total_tokens"] is None else min(recorded["total_tokens"], full)
+        if was != now.tokens_after:
+            return [
+                f"step {step:,} ended at {was:,} trained tokens, and now ends at {now.tokens_after:,}: a run's last "
+                "batch is masked down to its target. Start from these parameters with init_from instead"
+            ]
+        return []
+
+    def table(self) -> str:
+        """The plan as text, a line for each stage: what --dry_run prints."""
+        header = ("stage", "steps", "seq_len", "batch", "tokens", "learning rate", "overlap", "weights")
+        lines = [header, *(self._table_line(stage) for stage in self.stages)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        if self.last_step is None or self.total_tokens is None:
+            return "\n".join([*text, "The run ends with its data: no total_tokens, no steps."])
+        last = self.at(self.last_step)
+        end = f"{self.last_step:,} steps, {self.total_tokens:,} tokens"
+        full = last.batch_size * last.seq_len
+        if last.masked_from < full:
+            end += f"; {last.masked_from:,} of the last batch's {full:,} tokens count"
+        if self.horizon != self.total_tokens:
+            end += f"; the learning rate's schedule is that of {self.horizon:,} tokens"
+        return "\n".join([*text, end + "."])
+
+    def _table_line(self, stage: StagePlan) -> tuple[str, ...]:
+        tokens = f"{stage.first_token:,} to {'the end' if stage.last_token is None else f'{stage.last_token:,}'}"
+        rate = f"{self.at(stage.first_step).learning_rate:.3g}" if stage.has_steps else "-"
+        if stage.last_step is None:
+            steps = f"{stage.first_step:,} on"
+        elif not stage.has_steps:
+            steps = "none"
+        else:
+            steps = f"{stage.first_step:,} to {stage.last_step:,}"
+            rate += f" to {self.at(stage.last_step).learning_rate:.3g}"
+        return (
+            f"{stage.index}/{len(self.stages)} {stage.name}",
+            steps,
+            f"{stage.seq_len:,}",
+            f"{stage.batch_size:,}",
+            tokens,
+            rate,
+            f"{stage.overlap_tokens:,}",
+            ", ".join(f"{name} {float(weight):.4g}" for name, weight in stage.weights.items()),
+        )
+
+    def _stage(self, step: int) -> StagePlan:
+        assert step >= 1, f"steps count from 1, this is {step}"
+        for stage in self.stages:
+            if stage.last_step is None or step <= stage.last_step:
+                return stage
+        raise UserError(f"step {step:,} is past the end of the run, step {self.last_step:,}")
+
+    def _indices(self, stage: StagePlan) -> list[int]:
+        return [self.source_names.index(name) for name in stage.weights]
+
+    def _totals(self, step: int, row_values: Sequence[int]) -> np.ndarray:
+        """Rows of each source before the step, times a value for each stage: int64 [S]."""
+        assert 1 <= step <= (step if self.last_step is None else self.last_step + 1), f"no totals before step {step}"
+        if self.last_step is not None and step > self.last_step:  # whose batch may be divided in another way
+            value = row_values[self._stage(self.last_step).index - 1]
+            last = np.bincount(self.sources_of(self.last_step), minlength=len(self.source_names))
+            return self._totals(self.last_step, row_values) + last * value
+        totals = np.zeros(len(self.source_names), np.int64)
+        for stage, value in zip(self.stages, row_values, strict=True):
+            totals[self._indices(stage)] += stage.mix.counts_after(stage.batches_before(step)) * value
+        return totals
+
+
+def _until(value: Any, field: str, step: int) -> Any:
+    """A field of a recorded stage as far as `step` shows it: where the stage ends is open until it is reached."""
+    if field == "last_step":
+        return step if value is None else min(value, step)
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {float(Fraction(weight)):.6g}" for name, weight in value.items())
+    return "none" if value is None else f"{value:,}"

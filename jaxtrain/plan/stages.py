@@ -1,0 +1,98 @@
+"""The config of a stage, and what it means for given lanes and sources."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from jaxtrain import mixing
+from jaxtrain.interfaces import UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stage:
+    """A span of training tokens with one sequence length, batch size and mix.
+
+    name: shown in logs; means nothing else.
+    seq_len: tokens of a row.
+    tokens: length of the stage in trained tokens; none only in the last stage: the rest of the run.
+    weights: share of the tokens for each source by name, summing to 1; sources left out get none. Not needed with one.
+    batch_size: rows of a batch over all devices, a multiple of data.num_lanes; this or tokens_per_batch.
+    tokens_per_batch: batch_size is this // seq_len, rounded down to a multiple of both data.num_lanes and 8.
+    overlap: part of a row, 0 to below 1, that the next row of the same lane and source repeats.
+    """
+
+    name: str = "main"
+    seq_len: int
+    tokens: int | None = None
+    weights: dict[str, float] | None = None
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    overlap: float = 0.0
+
+    def check_alone(self) -> None:
+        """Raises UserError for a value out of range, whatever the rest of the config.
+
+        Called by `build_plan`, which names the stage by its number from 1: so it is not the `check` of a config's part.
+        """
+        for field in ("seq_len", "tokens", "batch_size", "tokens_per_batch"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"{field}={value}: give 1 or more")
+        if (self.batch_size is None) == (self.tokens_per_batch is None):
+            raise UserError(
+                f"batch_size={self.batch_size} and tokens_per_batch={self.tokens_per_batch}: give one of them "
+                "and set the other to none"
+            )
+        if not 0 <= self.overlap < 1:
+            raise UserError(f"overlap={self.overlap} is a part of a row: give 0 or more, below 1")
+        if self.weights == {}:
+            raise UserError("weights={} names no source: give each one's share, summing to 1")
+
+    def rows(self, num_lanes: int) -> int:
+        """Rows of a batch. Raises UserError, with sizes that work, if the lanes cannot share them equally."""
+        if self.batch_size is not None:
+            if self.batch_size % num_lanes:
+                lower = self.batch_size // num_lanes * num_lanes
+                sizes = " or ".join(str(size) for size in (lower, lower + num_lanes) if size)
+                raise UserError(
+                    f"batch_size={self.batch_size} is not a multiple of data.num_lanes={num_lanes}, and every lane "
+                    f"supplies the same number of rows; give {sizes}"
+                )
+            return self.batch_size
+        assert self.tokens_per_batch is not None
+        multiple = math.lcm(num_lanes, 8)
+        rows = self.tokens_per_batch // self.seq_len // multiple * multiple
+        if not rows:
+            raise UserError(
+                f"tokens_per_batch={self.tokens_per_batch} is less than {multiple} rows of {self.seq_len} tokens, the "
+                f"least that suits data.num_lanes={num_lanes}; give {multiple * self.seq_len} or more, or a batch_size "
+                f"that is a multiple of {num_lanes}"
+            )
+        return rows
+
+    def overlap_tokens(self) -> int:
+        """Tokens of a row that the next one repeats; the decimal as written, since 0.29 * 100 is 28.999 in floats."""
+        return math.floor(Fraction(str(self.overlap)) * self.seq_len)
+
+    def shares(self, source_names: Sequence[str]) -> dict[str, Fraction]:
+        """Positive weights by name, in alphabetical order: neither the config's order nor unused sources change a mix.
+
+        Raises UserError for a source that is not there, for missing weights, and if they do not sum to 1.
+        """
+        if self.weights is None:
+            if len(source_names) != 1:
+                example = ", ".join(f"{name!r}: {1 / len(source_names):.3g}" for name in source_names)
+                raise UserError(
+                    f"weights=none with {len(source_names)} sources: give each one's share, for example {{{example}}}"
+                )
+            return {source_names[0]: Fraction(1)}
+        for name in self.weights:
+            if name not in source_names:
+                near = difflib.get_close_matches(name, source_names) or source_names
+                raise UserError(
+                    f"weights: there is no source {name!r} in data.sources; did you mean {' or '.join(near)}?"
+                )
+        exact = mixing.exact_weights(self.weights)
+        return {name: exact[name] for name in sorted(exact) if exact[name]}
