@@ -1,0 +1,75 @@
+"""`python -m jaxtrain.main`: flags, environment, exit codes."""
+
+import os
+import signal
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    """For signals before the first step is taken (agreement.StopRequest then takes over).
+
+    Not by an exception, which gets lost where the interpreter is in a callback (of the garbage collector's).
+    """
+    os.write(2, b"\nStopped: no step is under way, so there is nothing to save.\n")
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    # Before the other imports, which take 0.3 s: only a signal to an interpreter that is just starting (some 20 ms)
+    # ends it as signals do, with 130 or 143.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _stop_at_once)
+
+from jaxtrain import places, recipe  # noqa: E402
+from jaxtrain.interfaces import UserError  # noqa: E402
+from jaxtrain.redaction import redact_logs  # noqa: E402
+
+COMMAND = recipe.Command(
+    name="python -m jaxtrain.main",
+    description="Train a language model from a config. Give the same command again to go on where it stopped.",
+    examples=(
+        "python -m jaxtrain.main --config=configs/quickstart.py",
+        "python -m jaxtrain.main --config=configs/1b.py --workdir=runs/1b --config.optimizer.learning_rate=2e-4",
+        "python -m jaxtrain.main --config=configs/pretrain.py:small --dry_run",
+    ),
+    flags=(
+        recipe.Flag(
+            name="workdir",
+            type=str | None,
+            default=None,
+            help="where checkpoints, metrics and caches go; runs/<config file>[-<arg>] by default; gs:// and s3:// too",
+        ),
+        recipe.Flag(
+            name="dry_run",
+            type=bool,
+            default=False,
+            help="resolve the data, compile every stage, read one batch, print the plan; train nothing",
+        ),
+    ),
+    resumes=True,
+)
+
+
+# To the end of the process, which must not wait for readers: see train.run.
+_kept: list[object] = []
+
+
+def main(flags: recipe.Flags) -> int:
+    if flags.workdir == "":
+        raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
+    workdir = flags.workdir or places.default_workdir(flags.config or "")
+    places.keep_caches_in(workdir)
+    config = flags.load_config()
+    # Importing JAX takes seconds: not before the config is known to be right.
+    from jaxtrain import train
+
+    return train.run(config, workdir, flags.dry_run, _kept)
+
+
+def exit_code(argv: list[str] | None = None) -> int:
+    """Runs the command; every way out has its code: 0, 2 (the user's), 75 (stopped and saved), 1 (anything else)."""
+    return recipe.exit_code(main, COMMAND, argv)
+
+
+if __name__ == "__main__":
+    redact_logs()
+    recipe.leave(exit_code())

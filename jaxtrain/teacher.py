@@ -1,0 +1,230 @@
+"""A frozen model to distil from: found, checked against the run's tokenizer, and read onto the run's mesh.
+
+Its parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
+checkpoint records which teacher it was: a hash of the parameters as they are used, whatever files they came from.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import checkpoint, fingerprint, hf, recipe, sharding
+from jaxtrain.data import faults
+from jaxtrain.data.pipeline import PATIENCE_AT_START
+from jaxtrain.interfaces import Json, Tokenizer, UserError
+from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.plan import Plan
+from jaxtrain.tokenizers import files
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+from jaxtrain.tokenizers.identity import PROBE
+
+T = TypeVar("T")
+
+DTYPES = ("bfloat16", "float32")
+# Of the identity: what makes it the same teacher. The rest tells where it was found.
+_ENFORCED = ("parameters", "model", "dtype")
+# These say how a model is computed, not what it is.
+_HOW = ("dtype", "remat", "scan_layers", "attention", "max_seq_len", "initializer_std")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Teacher:
+    """Its shape follows from its own config; its vocabulary must be the run's (rows that only pad it do not matter).
+
+    model: a Hugging Face model (a folder, or an id on the Hub), or a work directory or checkpoint of jaxtrain's.
+    revision: a branch, tag or commit of the Hub; None for the newest.
+    dtype: of its parameters and its forward pass, "bfloat16" or "float32".
+    tokenizer: where its tokenizer's files are (a folder, a file or an id), if not with the model.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    tokenizer: str | None = None
+
+    def check(self) -> None:
+        if not self.model:
+            raise UserError("model='': give the teacher's folder, its id on the Hub, or a work directory.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
+
+    def build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
+        """The teacher for a run with this tokenizer; its parameters are not read yet.
+
+        Raises UserError for one that is not there, not supported, of another tokenizer, or not divided by the mesh;
+        TransientError where the network stays away.
+        """
+        if not self.is_checkpoint:
+            # Tokenizer, config and weights are of one commit, which the checkpoint can name.
+            commit = self._attempt(lambda: hf.commit(self.model, self.revision))
+            return dataclasses.replace(self, revision=commit)._build(tokenizer, mesh)
+        return self._build(tokenizer, mesh)
+
+    def _build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
+        where = f"teacher.model={self.model}"
+        config, vocab_size = self._attempt(self._shape)
+        if vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{where} has a vocabulary of {vocab_size:,}, the run's tokenizer has {tokenizer.vocab_size:,} ids: "
+                "a teacher can only teach its own. Set `tokenizer` to the teacher's."
+            )
+        problem = self._attempt(lambda: self._other_tokenizer(tokenizer))
+        if problem is not None:
+            raise UserError(
+                f"{where} has another tokenizer than the run, so its probabilities are those of other tokens:\n"
+                f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
+                "or choose a teacher with the run's."
+            )
+        how = {"dtype": self.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
+        config = dataclasses.replace(config, head_dim=config.resolved_head_dim, **how)
+        try:
+            return Frozen(self, config.build(tokenizer.vocab_size, mesh), mesh)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _attempt(self, function: Callable[[], T]) -> T:
+        return faults.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return checkpoint.is_checkpoint(self.model)
+
+    def _shape(self) -> tuple[LlamaConfig, int]:
+        if not self.is_checkpoint:
+            return hf.config(self.model, self.revision)
+        saved = checkpoint.load_data(self.model)
+        return recipe.from_json(saved["config"]["model"]), saved["tokenizer"]["vocab_size"]
+
+    def _other_tokenizer(self, ours: Tokenizer) -> str | None:
+        """None if the teacher's ids mean what the run's do, else how they differ, a line each."""
+        if self.is_checkpoint and self.tokenizer is None:
+            theirs = checkpoint.load_data(self.model)["tokenizer"]
+            return None if theirs["hash"] == ours.identity["hash"] else _differences(ours.identity, theirs)
+        name = self.tokenizer or self.model
+        revision = self.revision if self.tokenizer is None else None
+        found = files.find(name, revision)
+        kinds = [kind for kind in (files.TOKENIZER_JSON, files.SENTENCEPIECE_MODEL) if kind in found.content]
+        if not kinds:
+            raise UserError(
+                f"teacher.model={self.model}: {found.where} has neither {files.TOKENIZER_JSON} nor "
+                f"{files.SENTENCEPIECE_MODEL}, so nobody can tell what its ids mean. Put its tokenizer there, or set "
+                "teacher.tokenizer to where it is."
+            )
+        if hashlib.sha256(found.content[kinds[0]]).hexdigest() == ours.identity["hash"]:
+            return None
+        theirs = HuggingFaceTokenizer(name=name, revision=revision).build("")
+        # The same tokens in another file: such as one that lists them in another order, or with another chat template.
+        if ours.identity["probe"] == theirs.identity["probe"] and _texts(ours) == _texts(theirs):
+            return None
+        return _differences(ours.identity, theirs.identity)
+
+
+def _texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+
+
+def _differences(ours: Json, theirs: Json) -> str:
+    lines = [
+        f"  {name}: the run's {ours[name]}, the teacher's {theirs[name]}"
+        for name in ("kind", "hash", "vocab_size")
+        if ours[name] != theirs[name]
+    ]
+    if ours["probe"] != theirs["probe"]:
+        lines.append(f"  ids of {PROBE[:24]!r}...: the run's {ours['probe'][:8]}, the teacher's {theirs['probe'][:8]}")
+    return "\n".join(lines)
+
+
+class Frozen:
+    """A teacher that fits the run. model: built for the run's mesh. abstract: shapes, types, shardings of its
+    parameters.
+    """
+
+    def __init__(self, config: Teacher, model: Llama, mesh: Mesh):
+        self.config = config
+        self.model = model
+        self.abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place),
+            model.shapes,
+            sharding.tree_shardings(mesh, model.axes),
+        )
+
+    def check_stages(self, plan: Plan) -> None:
+        """Raises UserError for a stage with rows longer than the teacher's context."""
+        for stage in plan.stages:
+            if stage.seq_len > self.model.config.max_seq_len:
+                raise UserError(
+                    f"stage {stage.index} ({stage.name}): seq_len={stage.seq_len} is longer than the context of the "
+                    f"teacher {self.config.model}, {self.model.config.max_seq_len} tokens; shorten the rows, or choose "
+                    "a teacher with a longer context"
+                )
+
+    def check_memory(self, state: object, limit: int | None) -> None:
+        """Raises UserError if the teacher and the state alone do not fit into a device. limit: its bytes, if known.
+
+        state: the train state's abstract arrays. What a step needs besides, the compiled step knows.
+        """
+        teacher, held = bytes_per_device(self.abstract), bytes_per_device(state)
+        if limit is not None and teacher + held > limit:
+            raise UserError(
+                f"teacher.model={self.config.model} does not fit: {teacher / 1e9:.2f} GB of a device for its "
+                f"parameters in {self.config.dtype} and {held / 1e9:.2f} GB for the train state, of {limit / 1e9:.2f} "
+                "GB. Use more devices (mesh.fsdp shards both), a smaller teacher, or bfloat16."
+            )
+
+    def load(self) -> Params:
+        """The parameters, born sharded; all processes call it. Raises UserError, or TransientError, as `build`."""
+        config = self.config
+        if config.is_checkpoint:
+            return checkpoint.restore_params(config.model, self.abstract)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        # Weights are gigabytes: their download has its own retries, and may take longer than PATIENCE_AT_START.
+        return hf.load(config.model, self.model, places, revision=config.revision, dtype=config.dtype)
+
+    def identity(self, params: Params) -> Json:
+        """What a checkpoint says of the teacher."""
+        words = jax.device_get(jax.jit(functools.partial(fingerprint.of_arrays, xp=jnp))(params))
+        shape = recipe.to_json(self.model.config)
+        return {
+            "parameters": fingerprint.text(np.asarray(words)),
+            "model": {name: value for name, value in shape.items() if name not in _HOW},
+            "dtype": self.config.dtype,
+            "found": recipe.public("found", os.fspath(self.config.model)),
+            "revision": self.config.revision,
+        }
+
+
+def bytes_per_device(abstract: object) -> int:
+    """Of arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+
+
+def mismatch(saved: Json | None, now: Json | None) -> str | None:
+    """None if both are of one teacher (or of none), else the text that shows both sides."""
+    if saved is None or now is None:
+        return None if saved is now else f"the teacher was {_where(saved)}, is {_where(now)}"
+    changed = [name for name in _ENFORCED if saved[name] != now[name]]
+    if not changed:
+        return None
+    lines = [f"the teacher has changed; it was {_where(saved)}, is {_where(now)}:"]
+    lines += [f"  {name}: was {saved[name]}, is {now[name]}" for name in changed if name != "model"]
+    if "model" in changed:
+        lines.append(recipe.format_differences(recipe.differences(saved["model"], now["model"], "model")))
+    return "\n".join(lines)
+
+
+def _where(identity: Json | None) -> str:
+    if identity is None:
+        return "none"
+    return identity["found"] + (f" ({identity['revision']})" if identity["revision"] else "")
