@@ -1,0 +1,38 @@
+"""A student of SmolLM2-360M's shape that learns from SmolLM2-1.7B on the fly, on FineWeb-Edu streamed from the Hub.
+
+The teacher's bfloat16 parameters (3.4 GB) lie on the devices beside the student's, sharded the same way; nothing of
+its outputs is stored. `--config.teacher.model=` takes another model of the same vocabulary, or a folder.
+"""
+
+import dataclasses
+
+from configs._base import pretrain
+from jaxtrain.config import Config
+from jaxtrain.losses.distillation import Distillation
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.teacher import Teacher
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+
+TEACHER = "HuggingFaceTB/SmolLM2-1.7B"
+
+
+def get_config(arg: str = "") -> Config:
+    model = LlamaConfig(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        max_seq_len=2048,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    )
+    config = pretrain(
+        model, total_tokens=10_000_000_000, batch_tokens=524_288, learning_rate=5e-4, micro_batch_tokens=16_384
+    )
+    return dataclasses.replace(
+        config,
+        tokenizer=HuggingFaceTokenizer(name=TEACHER),
+        teacher=Teacher(model=TEACHER),
+        distillation=Distillation(ce_weight=0.3, kd_weight=0.7),
+    )

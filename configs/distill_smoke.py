@@ -1,0 +1,60 @@
+"""Distillation in minutes on a processor, without any network. First the teacher, a small Llama on Python's standard
+library; then a smaller student that learns from it, and, to compare, the same student alone:
+
+    python -m jaxtrain.main --config=configs/distill_smoke.py:teacher
+    python -m jaxtrain.main --config=configs/distill_smoke.py
+    python -m jaxtrain.main --config=configs/distill_smoke.py:alone
+
+Each command given again goes on where it stopped. The last two read the teacher's tokenizer, and the second its
+parameters, from runs/distill_smoke-teacher: start them in the same folder as the first.
+"""
+
+from jaxtrain.checkpoint import CheckpointConfig
+from jaxtrain.config import Config
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.sources.text_files import TextFiles
+from jaxtrain.evaluate import EvalConfig
+from jaxtrain.interfaces import UserError
+from jaxtrain.losses.distillation import Distillation
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.optim.muon import Muon
+from jaxtrain.optim.schedules import Cosine
+from jaxtrain.plan import Stage
+from jaxtrain.teacher import Teacher
+from jaxtrain.tokenizers.sentencepiece import SentencePiece
+from jaxtrain.tokenizers.training import TrainTokenizer
+
+TEACHER = "runs/distill_smoke-teacher"
+# Hidden, MLP, layers, heads, steps.
+SIZES = {"teacher": (128, 352, 3, 4, 240), "": (48, 128, 2, 2, 120), "alone": (48, 128, 2, 2, 120)}
+
+
+def get_config(arg: str = "") -> Config:
+    if arg not in SIZES:
+        raise UserError(f"configs/distill_smoke.py:{arg}: give teacher, alone, or nothing for the distilled student")
+    hidden, mlp, layers, heads, steps = SIZES[arg]
+    trained = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
+    return Config(
+        model=LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=heads,
+            max_seq_len=128,
+            tie_embeddings=True,
+            dtype="float32",
+            remat="none",
+        ),
+        tokenizer=trained if arg == "teacher" else SentencePiece(path=f"{TEACHER}/tokenizer/tokenizer.model"),
+        # Processors have no bfloat16 units.
+        teacher=Teacher(model=TEACHER, dtype="float32") if arg == "" else None,
+        distillation=Distillation(ce_weight=0.2, kd_weight=0.8),
+        data=DataConfig(sources={"python": TextFiles()}, num_lanes=8, holdout=0.03),
+        stages=(Stage(seq_len=128, batch_size=16),),
+        steps=steps,
+        optimizer=Muon(learning_rate=5e-3, schedule=Cosine(warmup_fraction=0.05)),
+        checkpoint=CheckpointConfig(every_steps=50),
+        eval=EvalConfig(every_steps=120, tokens=16_384),
+        log_every=10,
+    )
