@@ -1,0 +1,109 @@
+"""`python -m tools.evaluate`: the loss of a checkpoint on held-out documents."""
+
+import dataclasses
+import json
+import tempfile
+from typing import Any
+
+from jaxtrain import recipe
+from jaxtrain.interfaces import Json, UserError
+
+COMMAND = recipe.Command(
+    name="python -m tools.evaluate",
+    description=(
+        "Loss, perplexity and bits per byte on the documents that data.holdout kept out of training: those that the run"
+        " evaluates on, or others, by --config.eval. The config is the checkpoint's own; give --config=FILE where that "
+        "has credentials, which are not recorded. Trains nothing, and may look at a run under way."
+    ),
+    examples=(
+        "python -m tools.evaluate --workdir=runs/1b",
+        "python -m tools.evaluate --workdir=runs/1b --config.eval.tokens=10000000 --config.eval.seq_len=4096",
+        "python -m tools.evaluate --workdir=runs/270m_curriculum --by_source --json=held-out.json",
+    ),
+    flags=(
+        recipe.Flag(name="workdir", help="the run's work directory"),
+        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        recipe.Flag(name="by_source", type=bool, default=False, help="each source by itself, too"),
+        recipe.Flag(name="json", type=str | None, default=None, help="also write the numbers here, as JSON"),
+    ),
+    config="optional",
+)
+
+
+def main(flags: recipe.Flags) -> None:
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain import checkpoint
+    from tools import restored
+
+    saved = checkpoint.load_data(flags.workdir, flags.step)
+    if flags.config is None:
+        recorded = recipe.override(recipe.from_json(saved["config"]), flags.overrides)
+        recipe.check(recorded)
+    else:
+        recorded = flags.load_config()
+    held_out = saved["config"]["data"]["holdout"]
+    if recorded.data.holdout != held_out or not held_out:
+        raise UserError(
+            f"data.holdout={recorded.data.holdout}, and the run kept {held_out} of its documents out of training: only "
+            "those say anything about other text. " + ("Set it back." if held_out else "Train with data.holdout=0.01.")
+        )
+    found = restored.restore(flags.workdir, flags.step)
+    mixes = {"all": recorded.eval}
+    if flags.by_source:
+        mixes |= {
+            name: dataclasses.replace(recorded.eval, weights={name: 1.0}) for name in sorted(recorded.data.sources)
+        }
+    numbers = {"step": found.step, "loss": _measure(recorded, saved, found, mixes, flags.workdir)}
+    if flags.json is not None:
+        try:
+            with open(flags.json, "w", encoding="utf-8") as out:
+                json.dump(numbers, out, indent=2)
+        except OSError as error:
+            raise UserError(f"--json={flags.json}: {error}") from None
+
+
+def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdir: str) -> Json:
+    """The numbers of each mix, by its name; they are printed as they come."""
+    from jaxtrain import inputs
+    from jaxtrain.data import pipeline
+    from jaxtrain.evaluate import Evaluator
+    from jaxtrain.monitor import perplexity
+    from jaxtrain.step import Parts
+
+    plan, mesh = config.plan(), found.model.mesh
+    parts = Parts(
+        found.model,
+        config.loss.build(found.tokenizer.vocab_size, mesh),
+        config.optimizer.build(found.model.axes, mesh),
+        mesh,
+        config.clip_norm,
+    )
+    resolved = inputs.resolve(config, saved)
+    threads, numbers = pipeline.pools(config.data), {}
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-evaluate-") as scratch:
+        for name, mix in mixes.items():
+            evaluator = Evaluator(
+                mix,
+                config.data,
+                plan,
+                resolved,
+                found.tokenizer,
+                parts,
+                threads,
+                config.seed,
+                inputs.skipped(workdir, saved),
+                scratch,
+            )
+            values = evaluator.run(found.params)
+            numbers[name] = {**values, "eval_perplexity": perplexity(values["eval_loss"])}
+            print(
+                f"Step {found.step:,}, {name}: loss {values['eval_loss']:.4f}, perplexity "
+                f"{numbers[name]['eval_perplexity']:.2f}, {values['eval_bits_per_byte']:.4f} bits per byte "
+                f"({values['eval_tokens']:,.0f} held-out tokens)",
+                flush=True,
+            )
+    return numbers
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))

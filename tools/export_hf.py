@@ -1,0 +1,40 @@
+"""`python -m tools.export_hf`: a checkpoint of a run as a model that transformers loads."""
+
+from typing import Literal
+
+from jaxtrain import recipe
+
+COMMAND = recipe.Command(
+    name="python -m tools.export_hf",
+    description=(
+        "Writes safetensors, config.json, generation_config.json and the tokenizer's files, for AutoModelForCausalLM "
+        "and AutoTokenizer. A folder with config.json is whole; after an interruption, give the same command again."
+    ),
+    examples=(
+        "python -m tools.export_hf --workdir=runs/quickstart --output=exported",
+        "python -m tools.export_hf --workdir=runs/1b --step=20000 --dtype=float32 --output=exported",
+    ),
+    flags=(
+        recipe.Flag(name="workdir", help="the run's work directory"),
+        recipe.Flag(name="output", help="the folder to write"),
+        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        recipe.Flag(
+            name="dtype", type=Literal["bfloat16", "float32"], default="bfloat16", help="of the written parameters"
+        ),
+    ),
+    config="none",
+)
+
+
+def main(flags: recipe.Flags) -> None:
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain import hf
+    from tools.restored import restore
+
+    found = restore(flags.workdir, flags.step)
+    hf.export(found.params, found.model, flags.output, flags.dtype, found.tokenizer, progress=True)
+    print(f"Wrote step {found.step} ({found.model.num_params:,} parameters, {flags.dtype}) to {flags.output}")
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))

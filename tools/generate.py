@@ -1,0 +1,149 @@
+"""`python -m tools.generate`: text from a checkpoint of a run."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from jaxtrain import recipe
+from jaxtrain.interfaces import UserError
+
+COMMAND = recipe.Command(
+    name="python -m tools.generate",
+    description=(
+        "Continues one prompt, printing the text as it is made, or many at once. The same seed gives the same text. "
+        "An empty prompt begins a document."
+    ),
+    examples=(
+        "python -m tools.generate --workdir=runs/quickstart --prompt='def main('",
+        "python -m tools.generate --workdir=runs/1b --step=20000 --prompt='Once upon' --samples=4 --temperature=0.7",
+        "python -m tools.generate --workdir=runs/1b --prompts=prompts.txt --temperature=0 --json=texts.jsonl",
+    ),
+    flags=(
+        recipe.Flag(name="workdir", help="the run's work directory"),
+        recipe.Flag(name="prompt", type=str | None, default=None, help="what to continue"),
+        recipe.Flag(
+            name="prompts", type=str | None, default=None, help="a file with a prompt in each line; - for the input"
+        ),
+        recipe.Flag(name="samples", type=int, default=1, help="continuations of each prompt"),
+        recipe.Flag(name="max_new_tokens", type=int, default=128, help="the most tokens of a continuation"),
+        recipe.Flag(name="temperature", type=float, default=0.8, help="0 takes the likeliest token each time"),
+        recipe.Flag(name="top_k", type=int | None, default=50, help="only among so many likeliest tokens; none: all"),
+        recipe.Flag(name="top_p", type=float, default=1.0, help="only among the likeliest that reach it together"),
+        recipe.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
+        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        recipe.Flag(name="json", type=str | None, default=None, help="also write the texts here, a JSON object a line"),
+    ),
+    config="none",
+)
+
+
+def main(flags: recipe.Flags) -> None:
+    prompts = [prompt for prompt in _prompts(flags) for _ in range(_positive(flags.samples))]
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain.generate import continuation, generate
+    from tools.restored import restore
+
+    found = restore(flags.workdir, flags.step)
+    prompts_ids = [_ids(prompt, found) for prompt in prompts]
+    shown = _Shown(found.tokenizer, prompts, prompts_ids, flags.max_new_tokens)
+    texts = generate(
+        found.model,
+        found.params,
+        prompts_ids,
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        seed=flags.seed,
+        eos_id=found.tokenizer.eos_id,
+        on_token=shown.on_token,
+    )
+    continued = [continuation(found.tokenizer, *each) for each in zip(prompts_ids, texts, strict=True)]
+    shown.end(continued)
+    if flags.json is not None:
+        rows = [
+            {"step": found.step, "prompt": prompt, "text": text, "tokens": len(ids), "ended": ended}
+            for prompt, text, ids, ended in zip(
+                prompts, continued, texts, [len(ids) < flags.max_new_tokens for ids in texts], strict=True
+            )
+        ]
+        _write(flags.json, rows)
+
+
+def _positive(samples: int) -> int:
+    if samples < 1:
+        raise UserError(f"--samples={samples}: give 1 or more")
+    return samples
+
+
+def _prompts(flags: recipe.Flags) -> list[str]:
+    """Raises UserError."""
+    if (flags.prompt is None) == (flags.prompts is None):
+        raise UserError("give --prompt=TEXT, or --prompts=FILE with a prompt in each line, and not both")
+    if flags.prompt is not None:
+        return [flags.prompt]
+    try:
+        text = sys.stdin.read() if flags.prompts == "-" else pathlib.Path(flags.prompts).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={flags.prompts}: {error}") from None
+    if not text:
+        raise UserError(f"--prompts={flags.prompts} is empty: write a prompt in each line")
+    return text.removesuffix("\n").split("\n")
+
+
+def _ids(prompt: str, found: Any) -> list[int]:
+    tokenizer = found.tokenizer
+    ids = tokenizer.encode_batch([prompt])[0].tolist()
+    if found.add_bos:
+        return [tokenizer.bos_id, *ids]
+    return ids or [tokenizer.eos_id]
+
+
+class _Shown:
+    """One text as it is made; of several, how far they are, and then all."""
+
+    def __init__(self, tokenizer: Any, prompts: list[str], prompts_ids: list[list[int]], max_new_tokens: int):
+        from tqdm import tqdm
+
+        self._tokenizer, self._prompts, self._prompts_ids = tokenizer, prompts, prompts_ids
+        self._ids: list[int] = []
+        self._printed = ""
+        self._bar = None
+        if len(prompts) == 1:
+            print(prompts[0], end="", flush=True)
+        else:
+            # None: hidden unless the output is a terminal.
+            self._bar = tqdm(total=len(prompts) * max_new_tokens, unit=" tokens", disable=None)
+
+    def on_token(self, row: int, token: int) -> None:
+        from jaxtrain.generate import continuation
+
+        if self._bar is not None:
+            self._bar.update()
+            return
+        self._ids.append(token)
+        text = continuation(self._tokenizer, self._prompts_ids[0], self._ids)
+        if not text.endswith("\ufffd") and text.startswith(self._printed):  # else a character is not complete
+            print(text[len(self._printed) :], end="", flush=True)
+            self._printed = text
+
+    def end(self, texts: list[str]) -> None:
+        if self._bar is None:
+            print(texts[0].removeprefix(self._printed))
+            return
+        self._bar.close()
+        for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True), 1):
+            print(f"--- {number}\n{prompt}{text}")
+
+
+def _write(path: str, rows: list[dict[str, Any]]) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--json={path}: {error}") from None
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))

@@ -1,0 +1,62 @@
+"""`python -m tools.import_hf`: a Hugging Face model as a checkpoint that runs can start from."""
+
+import os
+
+from jaxtrain import recipe
+
+COMMAND = recipe.Command(
+    name="python -m tools.import_hf",
+    description=(
+        "Writes the parameters as a checkpoint and the tokenizer's files next to it, and prints what a config needs to "
+        "go on from them. (config.init_from takes a Hugging Face model as it is, too; this makes a copy that needs no "
+        "network.)"
+    ),
+    examples=(
+        "python -m tools.import_hf HuggingFaceTB/SmolLM2-135M --output=models/smollm2",
+        "python -m tools.import_hf ./my-llama --output=models/mine",
+    ),
+    flags=(
+        recipe.Flag(name="model", positional=True, help="a folder, or the id of a model on the Hub"),
+        recipe.Flag(name="output", help="the folder to write"),
+        recipe.Flag(
+            name="revision",
+            type=str | None,
+            default=None,
+            help="a branch, tag or commit of the Hub; the newest by default",
+        ),
+    ),
+    config="none",
+)
+
+
+def main(flags: recipe.Flags) -> None:
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain import checkpoint, hf, sharding
+    from jaxtrain.interfaces import UserError
+    from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+
+    if checkpoint.is_checkpoint(flags.output):
+        raise UserError(f"{flags.output} holds a checkpoint already: remove it, or give another --output.")
+    config, _ = hf.config(flags.model, flags.revision)
+    tokenizer = HuggingFaceTokenizer(name=flags.model, revision=flags.revision).build(flags.output)
+    folder = os.path.join(flags.output, "tokenizer")
+    tokenizer.save(folder)
+    kept = HuggingFaceTokenizer(name=folder)
+    mesh = sharding.MeshConfig().build()
+    model = config.build(tokenizer.vocab_size, mesh)
+    params = hf.load(
+        flags.model, model, sharding.tree_shardings(mesh, model.axes), revision=flags.revision, progress=True
+    )
+    checkpointer = checkpoint.CheckpointConfig().build(os.path.join(flags.output, "checkpoints"))
+    try:
+        about = {"model": recipe.to_json(config), "tokenizer": recipe.to_json(kept)}
+        checkpointer.save(0, {"params": params}, {"config": about, "tokenizer": tokenizer.identity})
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+    print(f"Wrote {model.num_params:,} parameters to {flags.output}. For a config that goes on from them:")
+    print(f"    model={config},\n    tokenizer={kept},\n    init_from={flags.output!r},")
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))

@@ -1,0 +1,82 @@
+"""What `tools.pretokenize` does, once its command line is understood."""
+
+import contextlib
+import os
+
+from tqdm import tqdm
+
+from jaxtrain import checkpoint, inputs
+from jaxtrain.config import Config
+from jaxtrain.data import pipeline, store_writer
+from jaxtrain.data.sources import token_store
+from jaxtrain.data.store_writer import Job
+from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.tokenizers.training import TrainTokenizer
+
+
+def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
+    """This worker's part of the stores of all sources. Raises UserError, TransientError, CorruptError."""
+    sources = pipeline.resolve(config.data, _identities(config, workdir, output))
+    tokenizer = _tokenizer(config, workdir, sources)
+    for name, source in sources.items():
+        folder = os.path.join(output, name)
+        bound = config.data.sources[name].max_samples
+        if worker and bound is not None and not source.random_access:
+            print(
+                f"Source {name}: worker 0 does it alone, as only reading tells which files hold the first {bound:,} "
+                "documents.",
+                flush=True,
+            )
+        job = Job(name, folder, config.data.sources[name], source, 60 * config.data.retry_minutes)
+        with tqdm(desc=f"Pretokenizing {name}", unit=" documents", unit_scale=True, disable=None) as bar:
+            total = 0
+
+            def progress(documents: int, tokens: int, bar: tqdm = bar) -> None:
+                nonlocal total
+                total += tokens
+                bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
+                bar.update(documents)
+
+            complete = store_writer.write(job, tokenizer, worker, workers, progress)
+        if complete:
+            print(f"Source {name}: {_described(folder)} Read it by data.mode=pretokenized or auto.", flush=True)
+        else:
+            print(f"Source {name}: this worker's files are done, others' are not yet.", flush=True)
+
+
+def verify(config: Config, output: str) -> None:
+    """Raises UserError for a store that is not whole."""
+    for name in config.data.sources:
+        token_store.verify(os.path.join(output, name))
+        print(
+            f"Source {name}: {_described(os.path.join(output, name))} All bytes are as they were written.", flush=True
+        )
+
+
+def _described(folder: str) -> str:
+    files = token_store.load(folder).files
+    rows, tokens, size = (sum(getattr(file, field) for file in files) for field in ("rows", "tokens", "size"))
+    return f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}."
+
+
+def _identities(config: Config, workdir: str, output: str) -> dict[str, Json]:
+    """What the sources are known to be: in the run's checkpoint, or else where a worker has begun."""
+    found: dict[str, Json] = {}
+    for name in config.data.sources:
+        begun = store_writer.planned(os.path.join(output, name))
+        if begun is not None:
+            found[name] = {"source": begun.source}
+    if checkpoint.is_checkpoint(workdir):
+        found |= inputs.known_sources(config, checkpoint.load_data(workdir)) or {}
+    return found
+
+
+def _tokenizer(config: Config, workdir: str, sources: dict[str, Source]) -> Tokenizer:
+    plan = config.plan()
+    with contextlib.ExitStack() as reading:
+        dealers = []
+        if isinstance(config.tokenizer, TrainTokenizer) and config.tokenizer.needs_training(workdir):
+            dealers = config.data.build(sources, seed=config.seed)
+            for dealer in dealers:
+                reading.callback(dealer.close)
+        return inputs.tokenizer_for_tool(config, workdir, dealers, plan)

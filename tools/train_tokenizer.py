@@ -1,0 +1,101 @@
+"""`python -m tools.train_tokenizer`: a tokenizer from the very stream that a config trains on."""
+
+import contextlib
+import dataclasses
+import os
+from typing import Literal
+
+from jaxtrain import places, recipe
+
+COMMAND = recipe.Command(
+    name="python -m tools.train_tokenizer",
+    description=(
+        "Trains a tokenizer on the documents that the config trains on, in its mix, without those held out. Writes a "
+        "folder with tokenizer.model and tokenizer.vocab (sentencepiece), or tokenizer.json, vocab.json and merges.txt "
+        "(bpe). What a flag does not give is the config's, if its tokenizer is a TrainTokenizer, or that class's "
+        "default. A folder that exists is not written over; what an interrupted run left is."
+    ),
+    examples=(
+        "python -m tools.train_tokenizer --config=configs/quickstart.py --vocab_size=8000 --output=tokenizers/python",
+        "python -m tools.train_tokenizer --config=configs/1b.py --kind=bpe --max_samples=1000000 --output=web-bpe",
+        "python -m tools.train_tokenizer --config=configs/1b.py --special_tokens='<|user|>,<|assistant|>'",
+    ),
+    flags=(
+        recipe.Flag(
+            name="output",
+            type=str | None,
+            default=None,
+            help="the folder to write; tokenizer in the work directory by default",
+        ),
+        recipe.Flag(
+            name="workdir",
+            type=str | None,
+            default=None,
+            help="the run's work directory; runs/<config file>[-<arg>] by default",
+        ),
+        recipe.Flag(
+            name="kind",
+            type=Literal["sentencepiece", "bpe"] | None,
+            default=None,
+            help="bpe is byte-level; sentencepiece by default",
+        ),
+        recipe.Flag(name="vocab_size", type=int | None, default=None, help="tokens; 32000 by default"),
+        recipe.Flag(
+            name="max_samples", type=int | None, default=None, help="documents to train on; 1000000 by default"
+        ),
+        recipe.Flag(
+            name="model_type",
+            type=Literal["unigram", "bpe"] | None,
+            default=None,
+            help="of sentencepiece; unigram by default",
+        ),
+        recipe.Flag(
+            name="byte_fallback",
+            type=bool | None,
+            default=None,
+            help="of sentencepiece: spell unknown characters in bytes; true by default",
+        ),
+        recipe.Flag(
+            name="special_tokens",
+            type=tuple[str, ...] | None,
+            default=None,
+            help="reserved tokens with fixed ids, 3, 4, ... (sentencepiece) or 1, 2, ... (bpe); none by default",
+        ),
+    ),
+)
+_FIELDS = ("kind", "vocab_size", "max_samples", "model_type", "byte_fallback", "special_tokens")
+
+
+def main(flags: recipe.Flags) -> None:
+    workdir = flags.workdir or places.default_workdir(flags.config or "")
+    output = flags.output or os.path.join(workdir, "tokenizer")
+    places.keep_caches_in(workdir)
+    config = flags.load_config()
+    # A run may have the machine's accelerator; nothing here needs one.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # After the config is known to be right: these import JAX, which takes seconds.
+    from jaxtrain.data import pipeline
+    from jaxtrain.monitor import console_logging
+    from jaxtrain.tokenizers import training
+    from jaxtrain.workdir import Workdir
+
+    chosen = config.tokenizer if isinstance(config.tokenizer, training.TrainTokenizer) else training.TrainTokenizer()
+    given = {name: getattr(flags, name) for name in _FIELDS}
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    recipe.check(chosen)
+    training.check_free(output)
+    with console_logging(), contextlib.ExitStack() as held:
+        if flags.output is None:
+            # A run that starts there now would train its own.
+            held.enter_context(Workdir(workdir))
+        dealers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
+        try:
+            texts = pipeline.texts(config.data, dealers, config.plan(), chosen.max_samples)
+            training.train(chosen, texts, output)
+        finally:
+            for dealer in dealers:
+                dealer.close()
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))
