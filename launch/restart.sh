@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# usage: launch/restart.sh COMMAND...
+#
+# Runs a command again until it is done. By its exit code:
+#   0, 2, 126, 127  the end: finished, something for you to change, no such command
+#   75              stopped after saving: again, after the shortest pause
+#   anything else   again, after pauses that double from RESTART_PAUSE to 300 seconds, until RESTART_LIMIT failures in a
+#                   row. A run of RESTART_PROGRESS seconds or more starts the count anew.
+# SIGTERM and SIGINT are passed on to the command, which is then not run again; the exit code is the command's.
+#
+# Fill in, in the environment, only to change it: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10), RESTART_PROGRESS (600
+# seconds), RESTART_FINAL ("0 2 126 127": the codes that end it), RESTART_RESULT (a file that gets the last code).
+#
+# example: launch/restart.sh python -m jaxtrain.main --config=configs/1b.py
+
+# -m: the command gets a process group of its own, so that a terminal's Ctrl-C reaches it once, through this script.
+set -u -m
+
+longest=300
+pause=${RESTART_PAUSE:-10}
+child='' signal='' again=''
+
+finish() {
+    if [ -n "${RESTART_RESULT:-}" ]; then
+        echo "$1" > "$RESTART_RESULT"
+    fi
+    exit "$1"
+}
+
+pass_on() {
+    signal=$1 again=1
+    if [ -n "$child" ]; then
+        kill -s "$signal" "$child" 2> /dev/null
+    fi
+}
+
+# Sets `code`. In the background, since a signal is trapped at once only in `wait`, which it ends: hence until none did.
+run() {
+    "$@" &
+    child=$!
+    if [ -n "$signal" ]; then # it came before the process had a number
+        kill -s "$signal" "$child" 2> /dev/null
+    fi
+    while :; do
+        again=''
+        wait "$child"
+        code=$?
+        if [ -z "$again" ]; then
+            break
+        fi
+    done
+    child=''
+}
+
+if [ $# -eq 0 ]; then
+    sed -n '2,/^# example/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+
+failures=0 wanted=$pause
+while :; do
+    SECONDS=0
+    run "$@"
+    if [ -n "$signal" ]; then
+        finish "$code"
+    fi
+    for final in ${RESTART_FINAL:-0 2 126 127}; do
+        if [ "$code" -eq "$final" ]; then
+            finish "$code"
+        fi
+    done
+    if [ "$code" -eq 75 ]; then
+        wanted=$pause
+    else
+        if [ "$SECONDS" -ge "${RESTART_PROGRESS:-600}" ]; then
+            failures=0
+        fi
+        if [ "$failures" -eq 0 ]; then
+            wanted=$pause
+        else
+            wanted=$((wanted * 2 < longest ? wanted * 2 : longest))
+        fi
+        failures=$((failures + 1))
+        if [ "$failures" -ge "${RESTART_LIMIT:-10}" ]; then
+            echo "launch/restart.sh: $failures failures in a row, the last with code $code: given up" >&2
+            finish "$code"
+        fi
+    fi
+    echo "launch/restart.sh: exit code $code, again in $wanted s" >&2
+    run sleep "$wanted"
+    if [ -n "$signal" ]; then
+        finish 75
+    fi
+done
