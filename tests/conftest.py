@@ -1,0 +1,21 @@
+"""The strict runtime of all tests: 8 simulated CPU devices, no silent rank promotion, warnings are errors."""
+
+import os
+
+# Before anything imports JAX.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jax  # after the flags
+import pytest
+
+pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, so before the clients of the Hub
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Later lines win. Each exception says whose warning it is.
+_WARNINGS = ("error",)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _WARNINGS:
+        config.addinivalue_line("filterwarnings", line)

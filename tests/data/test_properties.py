@@ -1,0 +1,236 @@
+"""Properties of the whole data path over random configs, stop points and hosts.
+
+Few examples, always the same, by default; many, others each time, where slow tests run.
+"""
+
+import collections
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from jaxtrain import keys
+from jaxtrain.data import ledger
+from jaxtrain.data.lanes import STATE_FIELDS
+from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.interfaces import BATCH_FIELDS, Batch
+from jaxtrain.plan import Plan, Stage, build_plan
+from tests.data import reference
+from tests.data.memory_source import MemorySource
+from tests.data.runs import Case, batches_of, has_documents, plan_of, random_case, random_data
+
+common = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=(Phase.explicit, Phase.generate),
+    database=None,
+)
+Property = Callable[[random.Random], None]
+
+
+def examples(property_: Property, count: int, derandomize: bool) -> None:
+    """Checks a property on `count` examples, each from a seed that a failure names."""
+
+    def check(seed: int) -> None:
+        property_(random.Random(seed))
+
+    settings(common, max_examples=count, derandomize=derandomize)(given(st.integers(0, 2**40))(check))()
+
+
+def split(rng: random.Random, lanes: int) -> list[list[int]]:
+    """Lanes dealt to hosts, in any way; each host has one at least."""
+    hosts = rng.randint(1, lanes)
+    numbers = rng.sample(range(lanes), lanes)
+    cuts = [0, *sorted(rng.sample(range(1, lanes), hosts - 1)), lanes]
+    return [sorted(numbers[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def joined(hosts: Sequence[Sequence[int]], parts: Sequence[HostBatch]) -> tuple[Batch, dict[int, np.ndarray]]:
+    """The global batch and the state of all lanes from those of the hosts."""
+    blocks: dict[int, dict[str, np.ndarray]] = {}
+    states: dict[int, np.ndarray] = {}
+    for lanes, part in zip(hosts, parts, strict=True):
+        assert set(part.states) == set(lanes)
+        states |= part.states
+        pieces = {name: np.split(part.batch[name], len(lanes)) for name in BATCH_FIELDS}
+        blocks |= {lane: {name: pieces[name][index] for name in BATCH_FIELDS} for index, lane in enumerate(lanes)}
+    ordered = [blocks[lane] for lane in range(len(blocks))]
+    return {name: np.concatenate([block[name] for block in ordered]) for name in BATCH_FIELDS}, states
+
+
+def through_json(states: dict[int, np.ndarray], names: Sequence[str]) -> dict[int, np.ndarray]:
+    """As a checkpoint keeps them."""
+    stacked = np.stack([states[lane] for lane in range(len(states))])
+    saved = json.loads(json.dumps(ledger.to_json(stacked, names)))
+    return ledger.from_json(saved, names, len(states))
+
+
+def stopped_and_resumed_is_uninterrupted(rng: random.Random) -> None:
+    """Stopped up to three times, each time on other hosts: batches and states are those of the slow version."""
+    case = random_case(rng.randrange(10**9))
+    names, last = case.plan.source_names, case.last_step
+    steps = [case.plan.at(step) for step in range(1, last + 1)]
+    least = sum(at.batch_size * at.seq_len for at in steps) + 2
+    lanes = reference.streams(case.data, case.seed, case.epochs, least)
+    wanted = reference.batches(case.data, case.plan, lanes, last)
+    stops = sorted(rng.sample(range(1, last), min(rng.randint(0, 3), last - 1)))
+    whole = case.run()
+    states: dict[int, np.ndarray] = {}
+    for begin, end in itertools.pairwise([0, *stops, last]):
+        hosts = split(rng, case.data.num_lanes)
+        case.data.workers = rng.choice([1, 2])
+        prefetch = rng.choice([1, 3])
+        # Hosts read further than the step at which they stop.
+        runs = [case.run(after=begin, states=states, lanes=host, prefetch=prefetch) for host in hosts]
+        for step in range(begin, end):
+            batch, states = joined(hosts, [run[step - begin] for run in runs])
+            for name in BATCH_FIELDS:
+                np.testing.assert_array_equal(batch[name], wanted[step][name], err_msg=f"{name}, step {step + 1}")
+            for lane, state in states.items():
+                np.testing.assert_array_equal(state, whole[step].states[lane])
+        states = through_json(states, names)
+    for (lane, name), stream in lanes.items():
+        state = dict(zip(STATE_FIELDS, states[lane][names.index(name)].tolist(), strict=True))
+        counted = (state["tokens"], state["unique"], state["documents"])
+        assert counted == (stream.trained, stream.high, stream.documents_begun), (lane, name)
+
+
+def numbered(data: DataConfig) -> None:
+    """Makes every document's first word its own."""
+    number = itertools.count()
+    for source in data.sources.values():
+        assert isinstance(source, MemorySource)
+        source.rows = [[f"{next(number)} {text}" if text.strip() else text for text in rows] for rows in source.rows]
+
+
+def expected(data: DataConfig, name: str, held_out: bool) -> collections.Counter[str]:
+    """A source's documents by first word, straight from its rows: nothing of lanes, units and orders."""
+    source = data.sources[name]
+    assert isinstance(source, MemorySource)
+    listed = [(file, row) for file, rows in enumerate(source.rows) for row in range(len(rows))]
+    found: collections.Counter[str] = collections.Counter()
+    for file, row in listed[: source.max_samples]:
+        text = source.rows[file][row]
+        kept = all(transform({"text": text, "number": row}) is not None for transform in source.transforms)
+        held = bool(keys.is_held_out(name, source.files[file], np.array([row]), data.holdout)[0])
+        if text.strip() and kept and held == held_out:
+            found[text.split()[0]] += 1
+    return found
+
+
+def whole_epoch_case(rng: random.Random) -> Case:
+    """One epoch of random sources in one stage without overlap, to its end, in rows of any length."""
+    while True:
+        data, key = random_data(rng), rng.randrange(4)
+        numbered(data)
+        weights = {name: float(rng.choice([1, 2, 5])) for name in data.sources}
+        total = sum(weights.values())
+        stage = Stage(
+            seq_len=rng.choice([2, 7, 33, 200]),
+            batch_size=data.num_lanes * rng.randint(1, 4),
+            weights={name: weight / total for name, weight in weights.items()},
+        )
+        case = Case(data, plan_of(data, [stage], key, steps=100_000), key, 1)
+        if has_documents(case):
+            return case
+
+
+def begun(case: Case, held_out: bool = False) -> dict[str, collections.Counter[str]]:
+    """First words of the documents that begin in the rows of a run to the end of its data, by source."""
+    found: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in case.data.sources}
+    # Per lane and source: whether the next token begins a document.
+    fresh = dict.fromkeys(itertools.product(range(case.data.num_lanes), found), True)
+    with batches_of(case, states={}, held_out=held_out) as batches:
+        for batch in batches:
+            per_lane = case.plan.at(batch.step).batch_size // case.data.num_lanes
+            for row, source in enumerate(case.plan.sources_of(batch.step).tolist()):
+                name, lane = case.plan.source_names[source], row // per_lane
+                used = batch.batch["tokens"][row][batch.batch["segment_ids"][row] > 0]
+                for token in used.tolist():
+                    if token == 0 and fresh[lane, name]:  # the beginning-of-document token
+                        continue
+                    if fresh[lane, name]:
+                        found[name][str(token - 2)] += 1
+                    fresh[lane, name] = token == 1
+            if batch.ended:
+                break
+    return found
+
+
+def an_epoch_has_every_document_once(rng: random.Random) -> None:
+    """Training sees all that are not held out, evaluation the others."""
+    case = whole_epoch_case(rng)
+    for held_out in [False, True] if case.data.holdout else [False]:
+        found = begun(case, held_out)
+        for name in case.data.sources:
+            assert found[name] == expected(case.data, name, held_out), (name, held_out)
+
+
+def sources_keep_their_share(rng: random.Random) -> None:
+    """Within one row at every step of every stage, for weights of any size."""
+    names = tuple("abcdefg"[: rng.randint(1, 7)])
+    lanes = rng.choice([1, 3, 4, 64])
+    stages = []
+    for index in range(rng.randint(1, 3)):
+        used = rng.sample(names, rng.randint(1, len(names)))
+        weights = [rng.choice([1.0, 3.0, rng.random() + 1e-3, 1e-3]) for _ in used]
+        rows, seq_len = lanes * rng.randint(1, 3), rng.choice([8, 64])
+        stages.append(
+            Stage(
+                name=str(index),
+                seq_len=seq_len,
+                batch_size=rows,
+                tokens=rows * seq_len * rng.randint(5, 60),
+                weights={name: weight / sum(weights) for name, weight in zip(used, weights, strict=True)},
+            )
+        )
+    plan = share_plan(stages, names, lanes, rng.randrange(100))
+    assert plan.last_step is not None
+    given_rows = np.zeros(len(names), np.int64)
+    stage = 0
+    for step in range(1, plan.last_step + 1):
+        at = plan.at(step)
+        if at.stage != stage:
+            stage, given_rows = at.stage, np.zeros(len(names), np.int64)
+        given_rows += np.bincount(plan.sources_of(step), minlength=len(names))
+        weights_S = [float(plan.stages[stage - 1].weights.get(name, 0)) for name in names]
+        share_S = np.array(weights_S) / sum(weights_S) * given_rows.sum()
+        assert (np.abs(given_rows - share_S) < 1 + 1e-6).all(), (step, given_rows, share_S)
+
+
+def share_plan(stages: Sequence[Stage], names: tuple[str, ...], lanes: int, seed: int) -> Plan:
+    total = sum(stage.tokens or 0 for stage in stages)
+    return build_plan(
+        stages,
+        source_names=names,
+        num_lanes=lanes,
+        seed=seed,
+        total_tokens=total,
+        steps=None,
+        epochs=None,
+        learning_rate=1.0,
+        schedule=lambda tokens, total: 1.0,
+    )
+
+
+COUNTS: dict[Property, tuple[int, int]] = {
+    stopped_and_resumed_is_uninterrupted: (12, 120),
+    an_epoch_has_every_document_once: (12, 120),
+    sources_keep_their_share: (12, 150),
+}
+
+
+@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
+def test_few(property_: Property) -> None:
+    examples(property_, COUNTS[property_][0], derandomize=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
+def test_many(property_: Property) -> None:
+    examples(property_, COUNTS[property_][1], derandomize=False)

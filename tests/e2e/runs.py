@@ -1,0 +1,200 @@
+"""Whole runs as a user starts them: processes of `python -m jaxtrain.main`, and what they leave behind."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOCAL = ROOT / "launch" / "local.sh"
+TINY = "tests/e2e/configs/tiny.py"
+STOPPED = 75
+PATIENCE = 540.0  # seconds that a run may take on a machine with much else to do
+
+# What two equal runs may differ in.
+_TIMES = ("tokens_per_sec", "mfu", "data_wait", "time", "goodput", "seconds", "memory_gb", "disk_cache_gb")
+
+
+def environment(hub: dict[str, str], devices: int = 1, **more: str) -> dict[str, str]:
+    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings."""
+    # Without compiled modules every process would spend 5 s on compiling those that it imports.
+    dropped = ("JAX_", "XLA_", "HF_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped)}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**kept, **hub, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
+
+
+class Run:
+    """A work directory, and one process (or one launcher of several) at a time that trains in it."""
+
+    def __init__(self, workdir: pathlib.Path, spec: str, env: dict[str, str], processes: int = 1):
+        self.workdir = workdir
+        self.spec = spec
+        self.env = env
+        self.processes = processes
+        self.process: subprocess.Popen[str] | None = None
+        self.output = ""  # of the process that ended last: stdout and stderr
+        self._file = workdir.with_name(workdir.name + ".out")
+
+    def start(self, *flags: str) -> "Run":
+        command = [sys.executable, "-m", "jaxtrain.main", f"--config={self.spec}", f"--workdir={self.workdir}", *flags]
+        if self.processes > 1:
+            command = [str(LOCAL), str(self.processes), *command]
+        with open(self._file, "w") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """The exit code; nothing of the run is left when it returns."""
+        assert self.process is not None
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def __call__(self, *flags: str, code: int | None = 0) -> "Run":
+        """Runs to the end and checks the exit code (None: any)."""
+        found = self.start(*flags).wait()
+        assert code in (None, found), f"exit code {found}, not {code}:\n{self.output}"
+        return self
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def takes_sigterm(self) -> bool:
+        """Whether the process has a handler of its own for SIGTERM yet."""
+        assert self.process is not None
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    def kill(self) -> None:
+        """SIGKILL to all processes of the run, at once."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            for pid in [*_children(self.process.pid), self.process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.output = self._file.read_text()
+
+    def kill_one(self) -> None:
+        """SIGKILL to the last process of several."""
+        assert self.process is not None
+        os.kill(_children(self.process.pid)[-1], signal.SIGKILL)
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
+        """Waits for it, or for the end of the process: whether the process still runs."""
+        assert self.process is not None
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if condition():
+                return True
+            assert time.monotonic() < deadline, self._file.read_text()
+            time.sleep(0.01)
+        return False
+
+    def wait_for_step(self, step: int) -> bool:
+        return self.wait_until(lambda: self.last_step() >= step)
+
+    def stands_still(self, seconds: float) -> bool:
+        """Whether metrics.jsonl has not grown for so long, by the file's own time."""
+        return time.time() - (self.workdir / "metrics.jsonl").stat().st_mtime > seconds
+
+    def last_step(self) -> int:
+        """Of metrics.jsonl as it is now; 0 without one."""
+        lines = self._lines()
+        return lines[-1]["step"] if lines else 0
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.workdir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps, with all their keys."""
+        return [line for line in self._lines() if "loss" in line]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self._lines() if "eval_loss" in line]
+
+    def checkpoints(self) -> list[int]:
+        folder = self.workdir / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
+
+    def state(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """Every array of a checkpoint (by default of the newest) by its path."""
+        folder = self.workdir / "checkpoints" / str(self.checkpoints()[-1] if step is None else step)
+        arrays: dict[str, np.ndarray] = {}
+        for item in ("params", "opt", "meta"):
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                leaves, _ = jax.tree_util.tree_flatten_with_path(reader.restore(folder / item))
+            arrays |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        return arrays
+
+    def data_state(self, step: int | None = None) -> dict[str, Any]:
+        folder = self.workdir / "checkpoints" / str(self.checkpoints()[-1] if step is None else step)
+        return json.loads((folder / "data" / "metadata").read_text())
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def comparable(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
+
+
+def assert_equal(run: Run, reference: Run) -> None:
+    """Same steps, each once, with the same numbers; the same final state; the same places in the data. All bit for bit.
+
+    Numbers of JSON are exact: Python writes the shortest decimal that gives the same float again.
+    """
+    assert comparable(run.steps()) == comparable(reference.steps())
+    assert comparable(run.evaluations()) == comparable(reference.evaluations())
+    assert run.checkpoints()[-1] == reference.checkpoints()[-1]
+    mine, theirs = run.state(), reference.state()
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()]
+    assert not different
+    assert run.data_state()["lanes"] == reference.data_state()["lanes"]
+
+
+def share_compiled(source: Run, target: Run) -> Run:
+    """Gives a new run the compiled programs of another, so that it need not compile them again."""
+    cache = target.workdir / "cache" / "jax"
+    if not cache.exists() and (source.workdir / "cache" / "jax").exists():
+        shutil.copytree(source.workdir / "cache" / "jax", cache)
+    return target
+
+
+def documents(seed: int, count: int, words: int = 30) -> list[str]:
+    """Random texts of about so many words, some of them empty, one very long."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(200)]
+    lengths = [0 if rng.random() < 0.03 else rng.randint(1, 2 * words) for _ in range(count)]
+    lengths[count // 2] = 20 * words
+    return [" ".join(rng.choices(vocabulary, k=length)) for length in lengths]

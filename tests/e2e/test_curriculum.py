@@ -1,0 +1,119 @@
+"""Ten stages, killed at random and exactly at their boundaries: what comes out is the uninterrupted run."""
+
+import pathlib
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.runs import Run, assert_equal, environment, share_compiled
+from tests.hub import LoopbackHub
+
+CURRICULUM = "tests/e2e/configs/curriculum.py"
+# Saving after each step, so that there is a checkpoint to resume at exactly where the test wants it.
+EVERY_STEP = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=3")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """From beginning to end, without any interruption."""
+    workdir = tmp_path_factory.mktemp("curriculum") / "whole"
+    return Run(workdir, f"{CURRICULUM}:{tokenizer}", environment(datasets.env()))()
+
+
+@pytest.fixture
+def run(whole: Run, tmp_path: pathlib.Path) -> Iterator[Run]:
+    run = share_compiled(whole, Run(tmp_path / "run", whole.spec, whole.env))
+    yield run
+    if run.process is not None:
+        run.kill()
+
+
+def boundaries(run: Run) -> list[int]:
+    """The last step of each stage but the last."""
+    stages = [line["stage"] for line in run.steps()]
+    return [step for step, stage in enumerate(stages[:-1], 1) if stages[step] != stage]
+
+
+def test_the_whole_run_has_what_it_is_to_show(whole: Run) -> None:
+    lines = whole.steps()
+    assert [line["step"] for line in lines] == list(range(1, lines[-1]["step"] + 1))
+    assert [line["stage"] for line in lines] == sorted(line["stage"] for line in lines)
+    assert {line["stage"] for line in lines} == set(range(1, 11))
+    assert lines[-1]["tokens"] == sum(source["tokens"] for source in lines[-1]["sources"].values()) == 12_000
+    # Some in the middle of an interval of 3 steps, some at its end.
+    assert {step % 3 for step in boundaries(whole)} == {0, 1, 2}
+    # After the steps that reach a multiple of 3,000 tokens, of which the last is the run's end.
+    reached = [line["step"] for before, line in zip([{"tokens": 0}, *lines], lines, strict=False)
+               if line["tokens"] // 3000 > before["tokens"] // 3000]  # fmt: skip
+    assert [line["step"] for line in whole.evaluations()] == reached
+    assert f"Step {lines[-1]['step']}: Loss=" in whole.output
+    assert "| Stage 10/10 (12,000/12,000 tokens, 100.0%)" in whole.output
+    assert "| Stage 1/10 (64/12,000 tokens, 0.5%)" in whole.output
+    last = lines[-1]
+    assert all(source["unique_tokens"] < source["tokens"] for source in last["sources"].values())  # overlap
+
+
+@pytest.mark.timeout(3600)
+def test_killed_at_random(run: Run, whole: Run) -> None:
+    rng = random.Random(11)
+    last = whole.last_step()
+    for part in range(4):
+        run.start()
+        if run.wait_for_step(max(round(last * (part + rng.random()) / 4.5), 1)):
+            time.sleep(rng.uniform(0, 0.1))
+        run.kill()
+    run()
+    assert_equal(run, whole)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("offset", "every"), [(0, 1), (-1, 3), (1, 3)])
+def test_killed_at_boundaries(run: Run, whole: Run, offset: int, every: int) -> None:
+    """Killed so that the newest checkpoint is of a stage's last step, of the step before or of the next stage's first.
+
+    offset: steps from the boundary. every: so many boundaries further each time.
+    """
+    wanted = [step + offset for step in boundaries(whole)[::every]]
+    for step in wanted:
+        run.start(*EVERY_STEP)
+        assert run.wait_until(lambda: step in run.checkpoints()), run.output  # noqa: B023 - waits here
+        run.kill()
+        for later in run.checkpoints():
+            if later > step:  # as if the kill had come sooner
+                shutil.rmtree(run.workdir / "checkpoints" / str(later))
+        assert run.checkpoints()[-1] == step
+    run(*EVERY_STEP)
+    assert f"Resumed from step {wanted[-1]} " in run.output
+    assert_equal(run, whole)
+
+
+def test_a_later_stage_is_edited_and_an_earlier_one_is_not(run: Run, whole: Run) -> None:
+    """In the config between two runs: shown in the log where it may be, refused with the number and both values."""
+    at = boundaries(whole)[4]  # stage 5 ends here
+    run("--config.steps=" + str(at))
+    earlier = ("--config.total_tokens=none", "--config.stages[3].tokens=960")
+    run(*earlier, code=2)
+    assert "stage 4 (Extended Context): last_step was " in run.output
+    assert re.search(r"stages\[3\]\.tokens \(stage 4, Extended Context\) +480 +-> +960", run.output)
+    run("--config.stages[4].weights.web=0.7", "--config.stages[4].weights.math=0.22", code=2)
+    assert (
+        "stage 5 (Reasoning Development): weights was code 0.08, math 0.12, web 0.8, is now code 0.08, math 0.22, web "
+        "0.7" in run.output
+    )
+    run(
+        "--config.total_tokens=none",
+        "--config.stages[5].tokens=2000",
+        "--config.stages[5].overlap=0",
+        "--config.steps=none",
+    )
+    assert re.search(r"Changed since the checkpoint: .*stages\[5\]\.tokens \(stage 6, Complex Patterns\)", run.output)
+    lines, before = run.steps(), whole.steps()
+    assert lines[-1]["tokens"] == 12_800
+    assert [line["fingerprint"] for line in lines[:at]] == [line["fingerprint"] for line in before[:at]]
+    assert lines[at]["fingerprint"] != before[at]["fingerprint"]

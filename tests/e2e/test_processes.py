@@ -1,0 +1,110 @@
+"""Several processes (gloo on the loopback interface, launched as users do) train on the same batches as one."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.e2e.conftest import MakeRun
+from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, documents, environment
+from tests.hub import LoopbackHub, parquet_bytes
+
+
+def assert_same_data(run: Run, reference: Run) -> None:
+    """Equal fingerprints at all steps, and losses that agree within rounding: sums over devices are other sums."""
+    mine, theirs = run.steps(), reference.steps()
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for key in ("fingerprint", "tokens", "sources", "stage"):
+        assert [line[key] for line in mine] == [line[key] for line in theirs]
+    np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in theirs], rtol=2e-3)
+    assert run.data_state()["lanes"] == reference.data_state()["lanes"]
+
+
+def stop_after(run: Run, step: int, number: signal.Signals) -> int:
+    """Stops all processes of a run by one signal to the launcher; the step that they have saved."""
+    run.start()
+    assert run.wait_for_step(step), run.output
+    run.signal(number)
+    assert run.wait() == STOPPED, run.output
+    assert run.checkpoints()[-1] == run.last_step()
+    return run.last_step()
+
+
+def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
+    run = make_run(processes=2, devices=2)
+    stopped = stop_after(run, 18, signal.SIGTERM)
+    assert run.output.count(f"Step {stopped}: Loss") == 1  # one process prints
+    alone = make_run()
+    assert alone.workdir == run.workdir
+    alone()
+    assert_same_data(alone, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
+    run = make_run(processes=4, devices=2)
+    stop_after(run, 10, number)
+    fewer = make_run(processes=count, devices=3 - count)
+    fewer()
+    assert_same_data(fewer, reference)
+
+
+@pytest.mark.slow
+def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
+    run = make_run(processes=4, devices=2)
+    run()
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+def test_one_killed_of_two(make_run: MakeRun, reference: Run) -> None:
+    """The survivor cannot go on: the launcher ends it and gives a code that asks for a restart, which goes on."""
+    run = make_run(processes=2)
+    run.start()
+    assert run.wait_for_step(12), run.output
+    run.kill_one()
+    assert run.wait() not in (0, 2, STOPPED)
+    run()
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_for_all(make_run: MakeRun) -> None:
+    run = make_run(processes=2)
+    run("--config.data.sources.web.name=e2e/wep", code=2)
+    assert run.output.count("e2e/wep does not exist") == 1, run.output
+    assert "Traceback" not in run.output
+    shutil.rmtree(run.workdir)
+
+
+CUT = """
+from jax.experimental import multihost_utils
+from jaxtrain import inputs, recipe, setup
+setup.processes(deterministic=False)
+config = recipe.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
+dealers = inputs.build(config, inputs.resolve(config, None), {})
+print("units:", *(len(dealer.layout.units) for dealer in dealers), flush=True)
+multihost_utils.sync_global_devices("end")  # the first to leave would take the others with it
+"""
+
+
+@pytest.mark.slow
+def test_one_process_asks_how_many_rows_there_are(datasets: LoopbackHub) -> None:
+    """No file is asked for more often, however many processes cut the sources."""
+    many = {f"data/train-{n:02}.parquet": parquet_bytes(documents(n, 24), row_group_size=12) for n in range(12)}
+    datasets.commit("e2e/many", many)
+    asked = []
+    for processes in (1, 2, 4):
+        before = datasets.count("/resolve/")
+        command = [*([str(LOCAL), str(processes)] if processes > 1 else []), sys.executable, "-c", CUT]
+        env = environment(datasets.env())
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("units: 24 1 1") == processes
+        asked.append(datasets.count("/resolve/") - before)
+    assert asked[0] > 12
+    assert asked == asked[:1] * 3

@@ -1,0 +1,76 @@
+"""What each stage took of each source: the same wherever the run was killed and resumed, and on how many processes."""
+
+import json
+import shutil
+
+import pytest
+from etils import epath
+
+from jaxtrain import file_list
+from tests.e2e.conftest import MakeRun
+from tests.e2e.runs import Run, assert_equal
+
+KEEP_ALL = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=100")
+FLAGS = (*KEEP_ALL, "--config.log_every=7")
+ENDS = (16, 36, 48)  # of the stages of configs/tiny.py
+COUNTS = ("tokens", "unique_tokens", "documents")
+
+
+def cut_back(run: Run, step: int) -> Run:
+    """Leaves the checkpoints up to a step: as if the run had been killed just after that one."""
+    for later in run.checkpoints():
+        if later > step:
+            shutil.rmtree(run.workdir / "checkpoints" / str(later))
+    return run
+
+
+def forget_stage_ends(run: Run) -> None:
+    """Makes the newest checkpoint one of a version that did not have them."""
+    folder = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
+    path = folder / "data" / "metadata"
+    data = json.loads(path.read_text())
+    del data["stage_ends"]
+    path.write_text(json.dumps(data))
+    (folder / "files.json").unlink()
+    file_list.write(epath.Path(folder), skip="_CHECKPOINT_METADATA")
+
+
+@pytest.mark.slow
+def test_the_same_after_a_resume_at_around_and_between_boundaries(make_run: MakeRun) -> None:
+    whole = make_run("whole")(*FLAGS)
+    lines = {line["step"]: line for line in whole.steps()}
+    assert list(lines) == sorted({1, *range(7, 49, 7), *ENDS})
+    ends = [lines[step]["stage_sources"] for step in ENDS]
+    assert [sum(source["tokens"] for source in end.values()) for end in ends] == [16 * 256, 20 * 256, 11 * 512 + 100]
+    assert ends[0]["code"] == {"tokens": 0, "unique_tokens": 0, "documents": 0, "epochs": 0, "share": 0.0}
+    for name, total in lines[48]["sources"].items():
+        assert [sum(end[name][key] for end in ends) for key in COUNTS] == [total[key] for key in COUNTS]
+    saved = whole.data_state()["stage_ends"]
+    assert [(end["stage"], end["name"], end["step"]) for end in saved] == [
+        *((1, "short", 16), (2, "mixed", 36), (3, "long", 48))
+    ]
+    for end in saved:
+        logged = lines[end["step"]]["sources"]
+        assert {name: {**given, "share": logged[name]["share"]} for name, given in end["sources"].items()} == logged
+    for step, processes in ((15, 1), (16, 1), (17, 2), (35, 1), (36, 2), (37, 1)):
+        run = cut_back(make_run(f"from-{step}", copy=whole, processes=processes), step)
+        run(*FLAGS)
+        for key in ("step", "fingerprint", "sources", "stage_sources"):
+            assert [line[key] for line in run.steps()] == [line[key] for line in whole.steps()]
+        assert run.data_state()["stage_ends"] == saved
+        if processes == 1:  # on several the order of sums is another
+            assert_equal(run, whole)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_an_earlier_version(make_run: MakeRun) -> None:
+    """Goes on; the stage that it is in is not known, the next one is."""
+    whole = make_run("whole")(*KEEP_ALL)
+    for step in (20, 36):
+        run = cut_back(make_run(f"old-{step}", copy=whole), step)
+        forget_stage_ends(run)
+        run(*KEEP_ALL)
+        for mine, theirs in zip(run.steps()[step:], whole.steps()[step:], strict=True):
+            assert mine["sources"] == theirs["sources"]
+            assert mine["stage_sources"] == (theirs["stage_sources"] if theirs["stage"] == 3 else None)
+        assert [end["step"] for end in run.data_state()["stage_ends"]] == [36, 48]

@@ -1,0 +1,102 @@
+"""Processes that stream from a Hub with many reads under way and end in different ways, for tests/test_exits.py.
+
+python -m tests.exiting_run IDENTITIES WAY...: a fork of this process for each way, so that imports are paid once; each
+then runs to the end of this module and through the interpreter's own exit, which commands avoid (recipe.leave). Prints
+a line of JSON for each:
+{"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in the environment; IDENTITIES is a
+file with those of the sources, so that looking them up is quick.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from jaxtrain import recipe
+from jaxtrain.data.pipeline import DataConfig, HostBatch, host_batches, pools, resolve
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.interfaces import UserError
+from jaxtrain.plan import Stage
+from tests.data.memory_source import WordTokenizer
+from tests.data.runs import plan_of
+
+_PATIENCE = 60.0  # seconds after which a process hangs
+
+
+def config() -> DataConfig:
+    """Three sources of other formats, 8 lanes each."""
+    names = {"web": "org/web", "code": "org/code", "table": "org/table"}
+    sources = {name: HuggingFace(name=at, fetch_rows=20) for name, at in names.items()}
+    return DataConfig(sources=dict(sources), num_lanes=8, shuffle_window=16)
+
+
+def batches() -> Iterator[HostBatch]:
+    data = config()
+    weights = dict.fromkeys(data.sources, 1 / 3)
+    plan = plan_of(data, [Stage(seq_len=32, batch_size=16, weights=weights)], 0, steps=10**6)
+    dealers = data.build(resolve(data, json.loads(pathlib.Path(sys.argv[1]).read_text())), seed=0)
+    rows = data.rows(WordTokenizer(), None)
+    return host_batches(dealers, plan, rows, range(8), pools(data), after=0, states={}, prefetch=2)
+
+
+def read(way: str) -> int:
+    """Reads for a while, and ends as `way` says; the exit code, unless it is an exception that ends it."""
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # An exception from here would get lost in a callback of the garbage collector's.
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    seconds = random.uniform(0.0, 0.4)
+    if way in ("SIGTERM", "SIGINT"):
+        threading.Timer(seconds, os.kill, (os.getpid(), getattr(signal, way))).start()
+        seconds = _PATIENCE
+    begun, found = time.monotonic(), batches()
+    for _ in found:
+        if stopped:
+            raise SystemExit(75)
+        if time.monotonic() - begun > seconds:
+            break
+    if way == "close":
+        found.close()  # pyright: ignore[reportAttributeAccessIssue] (Grain's iterators have it)
+    elif way == "exception":
+        raise RuntimeError("as told")
+    elif way == "mistake":
+        raise UserError("as told")
+    elif way == "_exit":
+        os._exit(0)
+    return 0
+
+
+def run(way: str) -> None:
+    recipe.run(
+        lambda flags: read(way), recipe.Command(name="run", description="", examples=(), flags=(), config="none"), []
+    )
+
+
+def main() -> str | None:
+    """The way to end, in a process that has one; None where all have ended."""
+    for way in sys.argv[2:]:
+        begun, pid = time.monotonic(), os.fork()
+        if pid == 0:
+            random.seed()
+            return way
+        status = None
+        while time.monotonic() - begun < _PATIENCE:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        print(json.dumps({"way": way, "status": status, "seconds": time.monotonic() - begun}), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    if (chosen := main()) is not None:
+        run(chosen)

@@ -1,0 +1,274 @@
+"""Attention against float64 NumPy, forward and backward: packed documents, GQA, windows, odd lengths."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.interfaces import UserError
+from jaxtrain.model import attention, attention_cudnn, attention_xla
+from jaxtrain.model.attention import Shape, attend, choose
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.sharding import MeshConfig
+from tests.model import reference
+
+SHAPES = [  # B, T, H, K, h, window
+    (3, 1, 4, 2, 8, None),
+    (3, 7, 4, 4, 8, None),
+    (5, 8, 4, 1, 16, 3),
+    (2, 100, 6, 2, 16, None),
+    (2, 300, 4, 2, 8, 40),
+    (2, 768, 2, 1, 16, None),
+    (1, 1100, 2, 1, 8, None),
+    (1, 1100, 2, 1, 8, 200),
+]
+
+
+def problem(batch, seq_len, heads, kv_heads, width):
+    rng = np.random.default_rng(0)
+    q, dx = (rng.standard_normal((batch, seq_len, heads, width)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((batch, seq_len, kv_heads, width)).astype(np.float32) for _ in range(2))
+    return (q, k, v), reference.packed_segments(rng, batch, seq_len), dx
+
+
+def forward_and_backward(arrays, segments, dx, **options):
+    @jax.jit
+    def run(arrays, segments, dx):
+        x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, **options), *arrays)
+        return x, pull(dx)
+
+    return jax.device_get(run(arrays, segments, dx))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_xla_is_the_float64_reference(shape):
+    batch, seq_len, heads, kv_heads, width, window = shape
+    arrays, segments, dx = problem(batch, seq_len, heads, kv_heads, width)
+    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="xla", sliding_window=window)
+    want = reference.attention(arrays, segments, window, dx)
+    # fp32 rounding of sums over up to T terms of size about 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], (1, 300, 4, 2, 8, 40), (1, 256, 2, 1, 16, None)], ids=str)
+def test_interpreted_splash_is_the_float64_reference(shape):
+    batch, seq_len, heads, kv_heads, width, window = shape
+    arrays, segments, dx = problem(batch, seq_len, heads, kv_heads, width)
+    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="splash", sliding_window=window)
+    want = reference.attention(arrays, segments, window, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
+def test_splash_on_a_mesh_gives_what_one_device_gives():
+    arrays, segments, dx = problem(2, 128, 4, 2, 8)
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2).build(jax.devices()[:4])
+    got = forward_and_backward(arrays, segments, dx, mesh=mesh, implementation="splash")
+    want = reference.attention(arrays, segments, None, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
+def as_documented(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, **options):
+    """What cuDNN's wrapper says of its arguments: document m of row b is q_seqlen[b, m] tokens from q_offsets[b, m]."""
+    assert mask_type == attention_cudnn.cudnn.MaskType.PADDING_CAUSAL
+    assert q_seqlen is kv_seqlen
+    assert q_offsets is kv_offsets
+    assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
+    ago = np.arange(query.shape[1])[:, None] - np.arange(query.shape[1])[None]
+    index = np.arange(query.shape[1])[None, None]
+    inside = (index >= q_offsets[:, :-1, None]) & (index < (q_offsets[:, :-1] + q_seqlen)[..., None])
+    same = jnp.any(inside[:, :, :, None] & inside[:, :, None], axis=1)
+    window = query.shape[1] if options["sliding_window_length"] is None else options["sliding_window_length"]
+    visible = same & ((ago >= 0) & (ago < window))[None]
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    scores = jnp.where(visible[:, None], jnp.einsum("bthd,bshd->bhts", query, key) * scale, -1e30)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("most", [2, 64], ids=["too_many_documents", "within"])
+def test_cudnn_is_told_where_the_documents_are(most, window, monkeypatch):
+    """The kernel itself needs a GPU: here stands what its documentation says, so that our part is tested."""
+    calls = []
+    monkeypatch.setattr(attention_cudnn, "MAX_DOCUMENTS", most)
+    monkeypatch.setattr(
+        attention_cudnn.cudnn, "dot_product_attention", lambda *a, **k: (calls.append(k), as_documented(*a, **k))[1]
+    )
+    arrays, segments, dx = problem(3, 40, 4, 2, 8)
+    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="cudnn", sliding_window=window)
+    want = reference.attention(arrays, segments, window, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+    assert calls
+
+
+def test_documents_of_rows():
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 4, 5, 5], [7, 7, 7, 7, 7, 7]], np.int32)
+    starts, lengths, count = attention_cudnn.documents(jnp.asarray(segments), 3)
+    np.testing.assert_array_equal(starts[0], [0, 3, 5, -1])
+    np.testing.assert_array_equal(lengths[0], [3, 2, 1])
+    np.testing.assert_array_equal(starts[2], [0, -1, -1, -1])
+    np.testing.assert_array_equal(lengths[2], [6, -1, -1])
+    np.testing.assert_array_equal(count, [3, 5, 1])
+
+
+def test_cudnn_lowers_for_gpus(monkeypatch):
+    """Forward and backward become cuDNN's packed custom calls: the private function is still there and still fits."""
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
+    arrays, segments, _ = problem(2, 256, 4, 2, 64)
+    halves = tuple(jnp.asarray(a, jnp.bfloat16) for a in arrays)
+
+    def loss(q, k, v):
+        options = {"mesh": None, "implementation": "cudnn", "sliding_window": None}
+        return attend(q, k, v, jnp.asarray(segments), **options).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*halves).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == 1
+    assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1
+    assert '"max_seg_per_batch": 64' in text.replace("\\22", '"')
+
+
+GPU = Shape(
+    platform="gpu",
+    compute_capability=(9, 0),
+    rows=8,
+    seq_len=2048,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+    sliding_window=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "name", "reason"),
+    [
+        ("auto", {}, "cudnn", "flash kernel for gpu"),
+        ("auto", {"compute_capability": (8, 0)}, "xla", r"\(8, 0\)"),
+        ("auto", {"compute_capability": None}, "xla", "not an NVIDIA GPU"),
+        ("auto", {"dtype": "float32"}, "xla", "not in float32"),
+        ("auto", {"head_dim": 36}, "xla", "not 36"),
+        ("auto", {"seq_len": 8}, "xla", "rows of 8 tokens"),
+        ("auto", {"platform": "tpu"}, "splash", "flash kernel for tpu"),
+        ("auto", {"platform": "tpu", "seq_len": 64}, "xla", "rows of 64 tokens"),
+        ("auto", {"platform": "cpu"}, "xla", "no flash kernel for cpu"),
+        ("xla", {}, "xla", "config"),
+        ("cudnn", {"seq_len": 8}, "cudnn", "config"),
+    ],
+)
+def test_the_choice_and_its_reason(asked, changes, name, reason):
+    choice = choose(asked, dataclasses.replace(GPU, **changes))
+    assert choice.name == name
+    assert re.search(reason, choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "message"),
+    [
+        ("splash", {}, "attention='splash' needs a TPU, and this is a GPU"),
+        ("cudnn", {"platform": "cpu"}, "attention='cudnn' needs a GPU, and this is a CPU"),
+        ("cudnn", {"dtype": "float32"}, "not in float32. Use 'auto' or 'xla'"),
+    ],
+)
+def test_an_implementation_that_cannot_run_is_refused(asked, changes, message):
+    with pytest.raises(UserError, match=message):
+        choose(asked, dataclasses.replace(GPU, **changes))
+
+
+SMALL = Shape(
+    platform="cpu",
+    compute_capability=None,
+    rows=2,
+    seq_len=128,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    dtype="bfloat16",
+    sliding_window=None,
+)
+
+
+def test_the_self_check_passes_a_right_kernel_and_names_what_is_wrong_with_another(monkeypatch):
+    assert attention.self_check("splash", SMALL) is None
+
+    def wrong_groups(q, k, v, segments, *, sliding_window):
+        return attention_xla.attend_xla(q, jnp.roll(k, 1, axis=1), v, segments, sliding_window)
+
+    monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else wrong_groups)
+    assert re.match(r"its output differs from XLA's by \d+", attention.self_check("cudnn", SMALL) or "")
+
+    def broken(*arrays, sliding_window):
+        raise RuntimeError("no such kernel\nin this library")
+
+    monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else broken)
+    assert attention.self_check("cudnn", SMALL) == "RuntimeError: no such kernel"
+
+
+def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
+    model = config.build(50, None)
+    inputs = [np.ones((1, 8), np.int32)] * 3
+    x = jax.jit(model.hidden)(jax.jit(model.init)(jax.random.key(0)), *inputs)
+    assert x.shape == (1, 8, 16)
+    assert "cudnn is not used for rows of 8" in caplog.text
+    assert model.attention_choice(1, 8).name == "xla"
+
+
+def test_xla_in_bfloat16_errs_by_bfloat16_rounding_only():
+    arrays, segments, dx = problem(2, 200, 4, 2, 16)
+    halves = tuple(jnp.asarray(a, jnp.bfloat16) for a in arrays)
+    x, grads = forward_and_backward(
+        halves, segments, jnp.asarray(dx, jnp.bfloat16), mesh=None, implementation="xla", sliding_window=None
+    )
+    assert x.dtype == jnp.bfloat16
+    assert all(g.dtype == jnp.bfloat16 for g in grads)
+    rounded = tuple(np.asarray(a, np.float64) for a in halves)
+    want = reference.attention(rounded, segments, None, np.asarray(jnp.asarray(dx, jnp.bfloat16), np.float64))
+    for a, b in zip(jax.tree.leaves((x, grads)), jax.tree.leaves(want), strict=True):
+        assert np.abs(np.asarray(a, np.float64) - b).max() < 2**-7 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=str
+)
+def test_each_mesh_gives_what_one_device_gives(mesh):
+    arrays, segments, dx = problem(8, 24, 4, 2, 8)
+    options = {"implementation": "xla", "sliding_window": None}
+    got = forward_and_backward(arrays, segments, dx, mesh=MeshConfig(**({"fsdp": 1} | mesh)).build(), **options)
+    want = forward_and_backward(arrays, segments, dx, mesh=None, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), got, want)
+
+
+def test_no_array_is_larger_than_a_block_row_of_scores():
+    """At T = 2,048 one head's [T, T] scores would be 4 times what is allowed here."""
+    batch, seq_len, heads, kv_heads, width = 1, 2048, 4, 2, 16
+    arrays, segments, dx = problem(batch, seq_len, heads, kv_heads, width)
+
+    def run(arrays, segments, dx):
+        options = {"mesh": None, "implementation": "xla", "sliding_window": None}
+        return jax.vjp(lambda q, k, v: attend(q, k, v, segments, **options), *arrays)[1](dx)
+
+    largest = max(_sizes(jax.make_jaxpr(run)(arrays, segments, dx).jaxpr))
+    assert largest == batch * heads * attention_xla.BLOCK * seq_len
+    assert largest < heads * seq_len * seq_len / 4
+
+
+def test_a_window_computes_only_the_blocks_in_sight():
+    groups = list(attention_xla._groups(1024, 200))
+    assert [(stop - first) for _, stop, first in groups] == [128, 256, 384, 384, 384, 384, 384, 384]
+    assert list(attention_xla._groups(4096, None))[-1] == (3584, 4096, 0)
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            yield int(np.prod(value.aval.shape))
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                inner = inner.jaxpr
+            if hasattr(inner, "eqns"):
+                yield from _sizes(inner)

@@ -1,0 +1,82 @@
+"""tools.generate on an imported model: what it prints and writes is what the library's generate gives."""
+
+import json
+
+import pytest
+
+from jaxtrain.generate import continuation, generate
+from tests.tools.test_hf_tools import folder, run
+from tools import generate as tool
+from tools import import_hf
+from tools.restored import restore
+
+assert folder  # a fixture
+
+
+@pytest.fixture
+def workdir(folder, tmp_path):
+    assert run(import_hf, str(folder), f"--output={tmp_path / 'imported'}") == 0
+    return str(tmp_path / "imported")
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_generate(workdir, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w1 w2 w3\n\nw7\n")
+    written = tmp_path / "texts.jsonl"
+    settings = {"max_new_tokens": 5, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    assert run(tool, f"--workdir={workdir}", f"--prompts={prompts}", "--samples=2", f"--json={written}", *flags) == 0
+    found = restore(workdir)
+    eos = found.tokenizer.eos_id
+    ids = [ids for ids in ([1, 2, 3], [eos], [7]) for _ in range(2)]
+    wanted = generate(found.model, found.params, ids, eos_id=eos, **settings)
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["w1 w2 w3", "w1 w2 w3", "", "", "w7", "w7"]
+    texts = [continuation(found.tokenizer, *each) for each in zip(ids, wanted, strict=True)]
+    assert [row["text"] for row in rows] == texts
+    assert [row["tokens"] for row in rows] == list(map(len, wanted))
+    assert [row["ended"] for row in rows] == [len(text) < 5 for text in wanted]
+    out = capsys.readouterr().out
+    for number, row in enumerate(rows, 1):
+        assert f"--- {number}\n{row['prompt']}{row['text']}\n" in out
+    assert len(set(texts)) > 1
+
+    capsys.readouterr()
+    assert run(tool, f"--workdir={workdir}", "--prompt=w1 w2 w3", "--temperature=0", "--max_new_tokens=4") == 0
+    (greedy,) = generate(found.model, found.params, [[1, 2, 3]], max_new_tokens=4, temperature=0, eos_id=eos)
+    assert capsys.readouterr().out == f"w1 w2 w3{continuation(found.tokenizer, [1, 2, 3], greedy)}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "give --prompt=TEXT, or --prompts=FILE"),
+        (["--prompt=a", "--prompts=b"], "and not both"),
+        (["--prompts=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--prompt=w1", "--samples=0"], "--samples=0"),
+        (["--prompt=w1", "--temperature=-1"], "temperature=-1"),
+    ],
+)
+def test_refusals(flags, said, workdir, capsys):
+    assert run(tool, f"--workdir={workdir}", *flags) == 2
+    assert said in capsys.readouterr().err
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_half_a_character_is_not_printed(capsys):
+    shown = tool._Shown(Bytes(), ["é"], [list("é".encode())], 9)
+    printed = []
+    for token in "aé😀".encode():
+        shown.on_token(0, token)
+        printed.append(capsys.readouterr().out)
+    assert "".join(printed) == "éaé😀"
+    assert "\ufffd" not in "".join(printed)
+    shown.end(["aé😀!"])
+    assert capsys.readouterr().out == "!\n"

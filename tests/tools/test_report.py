@@ -1,0 +1,400 @@
+"""tools.report: the page read back with parsers, its points and numbers against the lines that were logged."""
+
+import html.parser
+import itertools
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from jaxtrain import recipe
+from tools import report
+from tools.reporting.series import Series, Thinned
+
+WEIGHTS = ({"web": 0.75, "code": 0.25}, {"web": 0.25, "code": 0.75})
+STAGES = (("short", 8, 16, 40), ("long & <wide>", 32, 8, 30))  # name, seq_len, batch_size, steps
+
+
+def config(**more):
+    stages = [
+        {"name": name, "tokens": seq_len * batch * steps, "weights": weights}
+        for (name, seq_len, batch, steps), weights in zip(STAGES, WEIGHTS, strict=True)
+    ]
+    model = {"_class": "m.LlamaConfig", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "dtype": "float32"}
+    optimizer = {"_class": "o.AdamW", "learning_rate": 3e-3, "schedule": {"_class": "o.Cosine"}}
+    return {"model": model, "optimizer": optimizer, "stages": stages, "total_tokens": None, "steps": None, **more}
+
+
+def lines(log_every=10):
+    """A run of two stages whose loss is 5 - step / 20, and whose shares are the targets."""
+    found, tokens, step, given = [], 0, 0, {"web": 0, "code": 0}
+    for stage, ((_, seq_len, batch, steps), weights) in enumerate(zip(STAGES, WEIGHTS, strict=True), 1):
+        own = {"web": 0, "code": 0}
+        for _ in range(steps):
+            step, tokens = step + 1, tokens + seq_len * batch
+            for name, weight in weights.items():
+                own[name] += int(weight * seq_len * batch)
+                given[name] += int(weight * seq_len * batch)
+            if step != 1 and step % log_every and step != 40:
+                continue
+            numbers = {"loss": 5 - step / 20, "perplexity": math.exp(5 - step / 20), "learning_rate": step * 1e-5}
+            numbers |= {"grad_norm": 1.0, "tokens_per_sec": 1000.0 * stage + step, "data_wait": 0.1 * stage}
+            line = {"step": step, "tokens": tokens, "stage": stage, "seq_len": seq_len, "batch_size": batch, **numbers}
+            line |= {"mfu": None, "memory_gb": 1.5, "disk_cache_gb": None, "fingerprint": f"{step:016x}", "skipped": 0}
+            line["sources"] = {name: counts(number, tokens, "epoch") for name, number in given.items()}
+            line["stage_sources"] = {name: counts(number, sum(own.values()), "epochs") for name, number in own.items()}
+            line |= {"time": 35 + step / 2, "goodput": step / (70 + step), "seconds": {"start": 17.5, "compile": 17.5}}
+            found.append(line)
+            if step % 20 == 0:
+                found.append({"step": step, "eval_loss": 4 - step / 20, "eval_bits_per_byte": 2.0, "time": float(step)})
+    return found
+
+
+def counts(tokens, of, epochs):
+    share = tokens / max(of, 1)
+    return {"tokens": tokens, "unique_tokens": tokens - 1, "documents": tokens // 7, epochs: 2, "share": share}
+
+
+def write(folder, logged, settings=None):
+    folder.mkdir()
+    text = logged if isinstance(logged, str) else "".join(json.dumps(line) + "\n" for line in logged)
+    (folder / "metrics.jsonl").write_text(text)
+    (folder / "config.json").write_text(json.dumps(config() if settings is None else settings))
+    (folder / "log.txt").write_text("\nModel: 43,168 parameters (18,592 without embeddings); mesh data=1\nStep 1\n")
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """charts: by title, as XML. tables: lists of rows of cells. text: all of it. tags: all elements and attributes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.tables, self.words = [], [], []
+        source = Path(path).read_text()
+        self.feed(source)
+        drawn = [ET.fromstring(found) for found in re.findall(r"<svg.*?</svg>", source, re.DOTALL)]
+        self.charts = {found.attrib["aria-label"]: found for found in drawn if "aria-label" in found.attrib}
+        self.text = " ".join(self.words)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+        if self.tags and self.tags[-1][0] in ("td", "th", "code"):
+            self.tables[-1][-1][-1] += data.strip()
+
+
+def make(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run(report.main, report.COMMAND, [str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def made(folder):
+    assert make(folder) == 0
+    return folder / "report.html"
+
+
+@pytest.fixture
+def one(tmp_path):
+    return Page(made(write(tmp_path / "one", lines())))
+
+
+def number(text):
+    """Of an axis: 2.5K, 3e-4, 50%."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}
+    return float(text.rstrip("KMB%")) * units.get(text[-1], 1)
+
+
+def mapping(chart, axis, log=False):
+    """Value → pixel by the chart's own ticks, two of them; all the others agree."""
+    ticks = [found for found in chart.iter("text") if found.attrib.get("class") == f"tick {axis}"]
+    scale = math.log if log else float
+    known = [(scale(number(tick.text)), float(tick.attrib[axis])) for tick in ticks]
+    (a, first), (b, last) = known[0], known[-1]
+    assert len(known) >= 3
+    assert a != b
+
+    def at(value):
+        return first + (scale(value) - a) / (b - a) * (last - first)
+
+    for value, pixel in known:
+        assert first + (value - a) / (b - a) * (last - first) == pytest.approx(pixel, abs=0.4)
+    return at
+
+
+def points(element):
+    return [tuple(map(float, pair.split(","))) for pair in element.attrib["points"].split()]
+
+
+def of_class(chart, tag, kind):
+    return [found for found in chart.iter(tag) if kind in found.attrib.get("class", "").split()]
+
+
+def check(chart, element, wanted, log=False):
+    x, y = mapping(chart, "x"), mapping(chart, "y", log)
+    assert len(points(element)) == len(wanted)
+    for (left, height), (tokens, value) in zip(points(element), wanted, strict=True):
+        assert left == pytest.approx(x(tokens), abs=1)
+        assert height == pytest.approx(y(value), abs=1)
+
+
+def test_points_are_where_their_numbers_are(one):
+    steps = [line for line in lines() if "loss" in line]
+    for title, log in (("Loss (nats a token)", False), ("Loss (nats a token), logarithmic", True)):
+        training, held_out = one.charts[title].iter("polyline")
+        check(one.charts[title], training, [(line["tokens"], line["loss"]) for line in steps], log)
+        wanted = [(line["tokens"], 4 - line["step"] / 20) for line in steps if line["step"] % 20 == 0]
+        check(one.charts[title], held_out, wanted, log)
+        marks = of_class(one.charts[title], "circle", "mark")
+        assert [(float(m.attrib["cx"]), float(m.attrib["cy"])) for m in marks] == points(held_out)
+        assert marks[1].findtext("title") == "held out, step 40 (5,120 tokens): 2.0000"
+    for title, key in (("Learning rate", "learning_rate"), ("Throughput (tokens a second)", "tokens_per_sec")):
+        (curve,) = one.charts[title].iter("polyline")
+        check(one.charts[title], curve, [(line["tokens"], line[key]) for line in steps])
+    assert not {"Disk cache (GB)", "Model FLOPs utilization"} & one.charts.keys()  # there are no values
+    column = of_class(one.charts["Loss (nats a token)"], "rect", "hover")[-1]
+    assert column.findtext("title").endswith("\none: step 70, stage 2 (long & <wide>), loss 1.5000")
+
+
+def test_stages_are_shaded_where_they_are(one):
+    for chart in (one.charts["Loss (nats a token)"], one.charts["Gradient norm"]):
+        at = mapping(chart, "x")
+        first, second = of_class(chart, "rect", "stage")
+        assert [found.attrib["class"] for found in (first, second)] == ["stage odd", "stage"]
+        for rect, begin, end in ((first, 0, 5120), (second, 5120, 5120 + 7680)):
+            left, width = float(rect.attrib["x"]), float(rect.attrib["width"])
+            assert (left, left + width) == pytest.approx((at(begin), at(end)), abs=1)
+        assert first.findtext("title") == "Stage 1 (short): 0 to 5,120 tokens"
+        assert [name.text for name in of_class(chart, "text", "name")] == ["short", "long & <wide>"]
+        (boundary,) = of_class(chart, "line", "boundary")
+        assert float(boundary.attrib["x1"]) == pytest.approx(at(5120), abs=1)
+
+
+def test_the_mix_is_stacked_and_its_targets_are_shown(one):
+    chart = one.charts["Mix: share of the tokens by source"]
+    x, y = mapping(chart, "x"), mapping(chart, "y")
+    web, code = of_class(chart, "polygon", "layer")
+    half = len(points(web)) // 2
+    for left, height in points(web)[:half]:
+        share = 0.75 if left < x(5120) - 1 else 0.25
+        assert height == pytest.approx(y(share), abs=1) or left == pytest.approx(x(5120), abs=1)
+    assert [height for _, height in points(web)[half:]] == pytest.approx([y(0)] * half, abs=1)
+    assert [height for _, height in points(code)[:half]] == pytest.approx([y(1)] * half, abs=1)
+    assert points(code)[half:] == points(web)[:half][::-1]
+    lines_of = of_class(chart, "line", "target")
+    targets = [tuple(float(line.attrib[name]) for name in ("x1", "x2", "y1")) for line in lines_of]
+    wanted = [(x(0), x(5120), y(0.75)), (x(5120), x(12800), y(0.25))]
+    assert [pytest.approx(target, abs=1) for target in targets] == wanted
+    note = of_class(chart, "rect", "hover")[-1].findtext("title")
+    assert "web: 25.00% (target 25.00%)\ncode: 75.00% (target 75.00%)" in note
+
+
+def test_tables(one):
+    summary, stages, ledger = one.tables
+    found = {row[0]: row[1] for row in summary}
+    assert found["Parameters"] == "43,168 (18,592 without embeddings)"
+    assert found["Model"] == "Llama, 2 layers, 32 wide, 4 heads, float32"
+    assert found["Optimizer"] == "AdamW, learning rate 3e-3, Cosine"
+    assert found["Final loss"] == "1.5000 (perplexity 4.48)"
+    assert found["Held out"] == "1.0000, 2.0000 bits a byte (step 60)"
+    assert found["Fingerprint"] == f"{70:016x}"
+    assert found["Throughput"] == "1,020 to 2,060, by stage (tokens/s, median)"
+    assert (found["Time"], found["Peak memory"]) == ("1.2 min", "1.50 GB")
+    for told in ("steps 50.0%", "start 25.0%", "compiling 25.0%"):
+        assert told in one.text
+    assert "step 70, 12,800 of 12,800 tokens (100.0%)" in one.text
+    assert stages[1:] == [
+        ["1 short", "8", "16", "1 to 40", "5,120", "1,020", "10%", "3.0000"],
+        ["2 long & <wide>", "32", "8", "41 to 70", "7,680", "2,060", "20%", "1.5000"],
+    ]
+    assert ledger[1:] == [
+        ["1 short", "web", "75.00%", "75.00%", "3,840", "3,839", "548", "2"],
+        ["", "code", "25.00%", "25.00%", "1,280", "1,279", "182", "2"],
+        ["2 long & <wide>", "web", "25.00%", "25.00%", "1,920", "1,919", "274", "2"],
+        ["", "code", "75.00%", "75.00%", "5,760", "5,759", "822", "2"],
+        ["all", "web", "–", "45.00%", "5,760", "5,759", "822", "2"],
+        ["", "code", "–", "55.00%", "7,040", "7,039", "1,005", "2"],
+    ]
+
+
+def test_one_page_that_needs_nothing_else(one, tmp_path):
+    source = (tmp_path / "one" / "report.html").read_text()
+    assert not {"script", "link", "img", "iframe", "object", "use", "image"} & {tag for tag, _ in one.tags}
+    attributes = [name for _, attributes in one.tags for name in attributes]
+    assert not {"src", "href", "xlink:href", "style"} & set(attributes)
+    assert not [name for name in attributes if name.startswith("on")]
+    assert not re.search(r"url\(|@import|://", source)
+    assert "prefers-color-scheme:dark" in source
+
+
+def test_several_runs_on_the_same_axes(tmp_path, capsys):
+    first = write(tmp_path / "one", lines())
+    (tmp_path / "other").mkdir()
+    longer = [{**line, "tokens": 2 * line["tokens"]} if "tokens" in line else line for line in lines()]
+    second = write(tmp_path / "other" / "one", longer, config(seed=7))
+    output = tmp_path / "compared.html"
+    assert make(first, second, f"--output={output}") == 0
+    assert capsys.readouterr().out.endswith(f"Wrote {output}\n")
+    assert not (first / "report.html").exists()
+    page = Page(output)
+    chart = page.charts["Learning rate"]
+    one, other = chart.iter("polyline")
+    assert [found.findtext("title") for found in (one, other)] == [f"{tmp_path.name}/one", "other/one"]
+    assert [found.attrib["class"] for found in (one, other)] == ["line s0", "line s1"]
+    at = mapping(chart, "x")
+    assert (points(one)[-1][0], points(other)[-1][0]) == pytest.approx((at(12800), at(25600)), abs=1)
+    assert "Shaded: the stages of" in page.text
+    assert page.tables[-1] == [["Field", f"{tmp_path.name}/one", "other/one"], ["seed", "absent", "7"]]
+
+
+def test_a_run_under_way_and_numbers_that_are_none(tmp_path):
+    logged = lines()
+    logged[2]["loss"] = None
+    logged[4]["grad_norm"] = math.nan  # json writes NaN
+    text = "".join(json.dumps(line) + "\n" for line in logged[:-2])
+    text += 'null\n[1]\n{"step": 65, "tokens": 1}\n{"no": "step"}\n' + json.dumps(logged[-2])[:70]
+    settings = config()
+    settings["stages"][-1]["tokens"] = None
+    folder = write(tmp_path / "one", text, settings)
+    (folder / "config.json").write_text(json.dumps(settings))
+    page = Page(made(folder))
+    steps = [line for line in logged[:-2] if "loss" in line]
+    (training, _) = page.charts["Loss (nats a token)"].iter("polyline")
+    wanted = [(line["tokens"], line["loss"]) for line in steps if line["loss"] is not None]
+    check(page.charts["Loss (nats a token)"], training, wanted)
+    assert "1 logged losses not finite, the first at step 20" in page.text
+    assert "5 lines of metrics.jsonl not readable" in page.text
+    assert f"step {steps[-1]['step']}, {steps[-1]['tokens']:,} tokens" in page.text
+
+
+def test_what_an_earlier_version_did_not_log(tmp_path):
+    logged = [{key: value for key, value in line.items() if key != "stage_sources"} for line in lines()]
+    folder = write(tmp_path / "one", logged)
+    (folder / "config.json").unlink()
+    (folder / "log.txt").unlink()
+    page = Page(made(folder))
+    assert [row[:2] for row in page.tables[2][1:]] == [
+        *(["stage 1", "not known"], ["stage 2", "not known"], ["all", "web"], ["", "code"])
+    ]
+
+
+def test_evaluations_between_logged_steps(tmp_path):
+    """Their tokens follow from the lines around them."""
+    logged = [*lines(), {"step": 72, "eval_loss": 0.5, "eval_bits_per_byte": 2.0}]
+    at = next(index for index, line in enumerate(logged) if line["step"] == 50)
+    logged.insert(at, {"step": 43, "eval_loss": 1.9, "eval_bits_per_byte": 2.0})
+    folder = write(tmp_path / "one", logged)
+    chart = Page(made(folder)).charts["Loss (nats a token)"]
+    notes = [mark.findtext("title") for mark in of_class(chart, "circle", "mark")]
+    assert notes[2] == "held out, step 43 (5,888 tokens): 1.9000"
+    assert notes[-1] == "held out, step 72 (13,312 tokens): 0.5000"
+
+
+def test_time_of_several_processes_and_what_was_lost(tmp_path):
+    """The second process begins 10 s after the first one's last line: those were trained again."""
+    logged = [line for line in lines() if "loss" in line]
+    for line in logged:
+        second = line["step"] > 40
+        line["seconds"] = {"start": 6.0, "compile": 0.0} if second else {"start": 5.0, "compile": 5.0}
+        line["time"] = 30.0 + (line["step"] - 40) if second else line["step"] / 2
+        line["goodput"] = 1 - 6 / (line["step"] - 40) if second else 1 - 10 / max(line["step"] / 2, 11)
+    folder = write(tmp_path / "one", logged)
+    page = Page(made(folder))
+    # 60 s: processes of 20 and 30 s, with 10 and 24 of them in steps.
+    for told in ("steps 56.7%", "start 18.3%", "compiling 8.3%", "lost at restarts 16.7%"):
+        assert told in page.text
+    assert "1.0 min, 1 restart" in page.text
+
+
+def test_hostile_names_are_text(tmp_path):
+    bad = '"><script>alert(1)</script>\x00'
+    logged = [json.loads(json.dumps(line).replace('"web"', json.dumps(bad))) for line in lines()]
+    for line in logged:
+        line["fingerprint"] = bad
+    settings = json.loads(json.dumps(config(note=bad)).replace('"web"', json.dumps(bad)).replace("short", "</svg>"))
+    folder = write(tmp_path / "<img src=x onerror=alert(1)>", logged, settings)
+    output = tmp_path / "page.html"
+    assert make(folder, f"--output={output}") == 0
+    page = Page(output)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "<script>" in page.text
+    assert "\x00" not in output.read_text()
+    assert of_class(page.charts["Gradient norm"], "text", "name")[0].text == "</svg>"
+
+
+def test_mistakes(tmp_path, capsys):
+    (write(tmp_path / "baseline", lines()) / "empty").mkdir()
+    write(tmp_path / "started", '{"step": 1, "tok')
+    cases = {
+        (): r"WORKDIR is missing",
+        (tmp_path / "baselin",): rf"there is no such directory. Did you mean {tmp_path}/baseline\?",
+        (tmp_path / "baseline" / "empty",): "holds no metrics.jsonl: either no run has logged a step",
+        (tmp_path / "started",): "no step is logged in metrics.jsonl yet",
+        (tmp_path / "baseline" / "config.json",): "is a file: give the work directory",
+        (tmp_path / "baseline", f"--output={tmp_path}"): "is a directory: give a file",
+        (tmp_path / "baseline", f"--output={tmp_path}/no/page.html"): "cannot be written",
+        (tmp_path / "baseline", "--output="): "--output= is empty",
+    }
+    for arguments, message in cases.items():
+        assert make(*arguments) == 2
+        assert re.search(message, capsys.readouterr().err), arguments
+    assert make("--help") == 0
+    assert "python -m tools.report runs/quickstart" in capsys.readouterr().out
+
+
+def test_long_runs_take_bounded_memory_and_keep_their_extremes():
+    series, thinned = Series(), Thinned(100)
+    for index in range(1, 50_001):
+        series.add(index, {17_001: 50.0, 33_457: -50.0}.get(index, math.sin(index / 9000)))
+        series.add(index, None)
+        thinned.add(index)
+        if index in (31, 24_999):
+            thinned.pin()
+    points = series.points()
+    assert len(points) <= 2002
+    assert points == sorted(points)
+    assert {(1, math.sin(1 / 9000)), (17_001, 50.0), (33_457, -50.0), (50_000, math.sin(50_000 / 9000))} <= {*points}
+    gaps = [b[0] - a[0] for a, b in itertools.pairwise(points)]
+    assert max(gaps) <= 4 * 50_000 / 1000
+    kept = thinned.items()
+    assert len(kept) <= 203
+    assert {31, 24_999, 50_000} <= {*kept}
+    regular = [item for item in kept if item not in (31, 24_999, 50_000)]
+    assert len({b - a for a, b in itertools.pairwise(regular)}) == 1
+
+
+class Remote(MemoryFileSystem):
+    store, pseudo_dirs = {}, [""]  # not shared with other file systems in memory
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + os.fspath(path).rpartition("://")[2].strip("/")
+
+
+def test_a_remote_work_directory(tmp_path, monkeypatch):
+    """Through the layer that training uses for buckets; behind it is a file system in memory."""
+    bucket = Remote()
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: bucket)
+    local = write(tmp_path / "one", lines())
+    for name in ("metrics.jsonl", "config.json", "log.txt"):
+        bucket.pipe_file(f"/bucket/one/{name}", (local / name).read_bytes())
+    assert make("gs://bucket/one") == 0
+    (tmp_path / "page.html").write_bytes(bucket.cat_file("/bucket/one/report.html"))
+    page = Page(tmp_path / "page.html")
+    assert page.tables[0][1] == ["Work directory", "gs://bucket/one"]
+    assert page.tables[1:] == Page(made(local)).tables[1:]
+    assert make("gs://bucket/two") == 2
