@@ -28,7 +28,9 @@ def greedy_by_whole_forward_passes(model, params, prompt):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(TINY, marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"]
+)
 def test_greedy_is_the_argmax_of_whole_forward_passes(config):
     model = config.build(VOCAB, None)
     params = random_params(model)

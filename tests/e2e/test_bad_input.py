@@ -274,7 +274,7 @@ def test_faults_on_the_way_change_nothing(make_run: MakeRun, datasets: LoopbackH
         datasets.faults.clear()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_in_an_outage(make_run: MakeRun, datasets: LoopbackHub, reference: Run, number: signal.Signals) -> None:
     """No batch comes for as long as the Hub is away; what was trained is saved, and the process ends."""
     run = make_run()

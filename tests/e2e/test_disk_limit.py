@@ -34,6 +34,7 @@ def running(run: Run) -> Iterator[Run]:
             run.kill()
 
 
+@pytest.mark.slow
 def test_a_run_within_a_disk_limit(shards: tuple[str, int], tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> None:
     pattern, largest = shards
     limit = 2.5 * largest / 1e9

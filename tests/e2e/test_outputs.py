@@ -6,6 +6,7 @@ import re
 import struct
 
 import numpy as np
+import pytest
 import tensorboardX.proto.event_pb2 as event_pb2
 
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
@@ -89,6 +90,7 @@ def test_a_complete_run_says_so(make_run: MakeRun, reference: Run) -> None:
     assert run.checkpoints() == reference.checkpoints()
 
 
+@pytest.mark.slow
 def test_the_data_ends_the_run(make_run: MakeRun, tokenizer: pathlib.Path) -> None:
     run = make_run(config="tests/e2e/configs/epoch.py")()
     _, lengths = SentencePiece(path=str(tokenizer)).build("").encode_batch([text for text in WIKI if text])

@@ -126,6 +126,7 @@ def test_a_prepared_tokenizer_is_a_function_of_the_text():
     assert len(tokenizer.encode_batch([])[0]) == 0
 
 
+@pytest.mark.slow
 def test_step_without_baselines(numbers):
     cores = available_cores()
     found = numbers(f"{TINY_STEP} --one_core --baselines=()")
