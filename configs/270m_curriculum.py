@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> Config:
             max_seq_len=2048,
             tie_embeddings=True,
         ),
-        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M"),
+        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M", vocab_size=49_152),
         data=DataConfig(
             sources={
                 "web": fineweb_edu(tokens),

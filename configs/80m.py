@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> Config:
             num_kv_heads=8,
             max_seq_len=2048,
         ),
-        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M"),
+        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M", vocab_size=49_152),
         data=DataConfig(
             sources={"shards": WebDataset(urls=(arg,))} if arg else {"fineweb": fineweb},
             num_lanes=32,

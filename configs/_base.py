@@ -30,7 +30,7 @@ def pretrain(
     """Pretraining of a Llama on FineWeb-Edu with a published tokenizer: cosine to a tenth, 1% held out."""
     return Config(
         model=model,
-        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M"),
+        tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M", vocab_size=49_152),
         data=DataConfig(sources={"fineweb_edu": fineweb_edu(total_tokens)}, num_lanes=64, holdout=0.01),
         stages=(Stage(name="main", seq_len=model.max_seq_len, tokens_per_batch=batch_tokens),),
         total_tokens=total_tokens,

@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> Config:
     )
     return dataclasses.replace(
         config,
-        tokenizer=HuggingFaceTokenizer(name=TEACHER),
+        tokenizer=HuggingFaceTokenizer(name=TEACHER, vocab_size=49_152),
         teacher=Teacher(model=TEACHER),
         distillation=Distillation(ce_weight=0.3, kd_weight=0.7),
     )

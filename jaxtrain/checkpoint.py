@@ -65,6 +65,13 @@ class CheckpointConfig:
         if self.keep_best < 0:
             raise UserError(f"keep_best={self.keep_best}: must be 0 or more.")
 
+    def most_at_once(self, last_step: int | None) -> int:
+        """Checkpoints that are there at the same time, one that is being written included; last_step: of the run."""
+        kept = self.keep + self.keep_best + 1
+        if self.keep_every is not None and last_step is not None:
+            kept += last_step // self.keep_every
+        return kept
+
     def build(self, directory: epath.PathLike) -> "Checkpointer":
         """directory: the work directory's `checkpoints`; made if it is missing."""
         return Checkpointer(self, directory)

@@ -23,6 +23,10 @@ _Key = tuple[int, int]  # batch size, sequence length
 logger = logging.getLogger("jaxtrain")
 
 
+class DoesNotFitError(UserError):
+    """A stage needs more memory than a device has, however small its micro-batches."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """An executable (state, batch, learning_rate, rows_before) → (state, metrics), and its micro-batches."""
@@ -155,12 +159,15 @@ class Stages:
         if self.limit is None:
             return self._compile(key, counts[0])
         tried: dict[int, Program] = {}
+        said = ""
 
         def measure(count: int) -> int | None:
+            nonlocal said
             try:
                 tried[count] = self._compile(key, count)
             except jax.errors.JaxRuntimeError as error:
                 if memory.is_exhausted(error):
+                    said = memory.used(error)
                     return None
                 raise
             # A compiler that does not say how much it needs has no limit either.
@@ -168,7 +175,7 @@ class Stages:
 
         count = memory.fewest(counts, measure, self.limit, lambda: self._at_least(tried))
         if count is None:
-            raise UserError(self._misfit(key, tried.get(counts[-1])))
+            raise DoesNotFitError(self._misfit(key, tried.get(counts[-1]), said))
         return tried[count]
 
     def _at_least(self, tried: dict[int, Program]) -> int:
@@ -183,10 +190,11 @@ class Stages:
         named = [f"{stage.index} ({stage.name})" for stage in self._stages if (stage.batch_size, stage.seq_len) == key]
         return f"Stage{'s' * (len(named) > 1)} {', '.join(named)}"
 
-    def _misfit(self, key: _Key, smallest: Program | None) -> str:
+    def _misfit(self, key: _Key, smallest: Program | None, said: str) -> str:
+        """said: what the compiler wrote of the memory, where it gave up."""
         assert self.limit is not None
         mesh, remat = self._parts.mesh, self._parts.model.config.remat
-        needs = "more than the compiler could place"
+        needs = f"more than the compiler could place{said}"
         if smallest is not None:
             needs = f"{(memory.needed(smallest.executable) or 0) / 1e9:.3g} GB"
         fixes = ["a smaller model", "shorter rows (seq_len)"]

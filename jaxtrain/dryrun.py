@@ -75,9 +75,7 @@ def _describe_data(session: Session) -> None:
 def _describe_disk(session: Session, workdir: Workdir) -> None:
     config, parts = session.config.checkpoint, session.parts
     size = _bytes(state.abstract(parts.model, parts.optimizer, parts.mesh))
-    kept = config.keep + config.keep_best + 1  # one more while it is written
-    if config.keep_every is not None and session.plan.last_step is not None:
-        kept += session.plan.last_step // config.keep_every
+    kept = config.most_at_once(session.plan.last_step)
     needed = size * kept
     logger.info(f"\nDisk: a checkpoint has {size / 1e9:.2f} GB, at most {kept} at once: {needed / 1e9:.2f} GB")
     growth = 0

@@ -5,6 +5,7 @@ by rounding only.
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,12 @@ def limit(mesh: Mesh, memory_gb: float | None) -> int | None:
     # In MiB, since processes exchange int32.
     known = [stat["bytes_limit"] >> 20 for stat in stats if "bytes_limit" in stat]
     least = -agreement.largest(-min(known, default=0))
-    return round((least << 20) * (1 - _RESERVE)) if least else None
+    return usable(least << 20) if least else None
+
+
+def usable(limit: int) -> int:
+    """Bytes that a step may take of a device that has `limit` for XLA."""
+    return round(limit * (1 - _RESERVE))
 
 
 def held(executable: Any) -> int | None:
@@ -54,6 +60,12 @@ def needed(executable: Any) -> int | None:
 def is_exhausted(error: Exception) -> bool:
     """Whether it says that memory did not suffice. A TPU's compiler does, a GPU's first step."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def used(error: Exception) -> str:
+    """What a TPU's compiler says, as " (used 24.9G of 15.7G)", or ""."""
+    found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+    return f" (it used {found[1]} of {found[2]})" if found else ""
 
 
 def explained(error: Exception) -> UserError | None:

@@ -16,28 +16,11 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxtrain import hardware
 from jaxtrain.interfaces import Json, UserError
 from jaxtrain.watchdog import Watchdog
 from jaxtrain.workdir import Workdir
 from jaxtrain.writers import Console, JsonLines, Mirror, TensorBoard, Tracker, Writer, finite, log_file
-
-# Dense bf16 TFLOP/s of one JAX device with fp32 accumulation, as published by the makers; the first name that the
-# device kind contains counts. A TPU v4 or v5p chip is one device.
-_PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 80GB HBM3": 989.0,  # SXM; the NVL is another
-    "H200": 989.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
-}
 
 SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "stage change")
 
@@ -353,12 +336,8 @@ def perplexity(loss: float) -> float:
 
 def peak_flops() -> float | None:
     """Published bf16 FLOP/s of all devices of the run together; None where they are not in the table."""
-    kind = jax.devices()[0].device_kind
-    # NVIDIA's kinds are "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"; TPUs' "TPU v5 lite".
-    for name, tflops in _PEAK_TFLOPS.items():
-        if name in kind:
-            return tflops * 1e12 * jax.device_count()
-    return None
+    chip = hardware.of_kind(jax.devices()[0].device_kind)
+    return None if chip is None else chip.flops * jax.device_count()
 
 
 def peak_memory_gb() -> float:

@@ -56,6 +56,12 @@ def _in_cluster() -> bool:
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOBSET_NAME" in os.environ
 
 
+def compiler_effort(platform: str) -> None:
+    """XLA's default of O3-like effort costs minutes on scanned models on GPUs (docs/benchmarks.md)."""
+    if platform == "gpu":
+        jax.config.update("jax_optimization_level", "O1")
+
+
 def runtime(config: Config, workdir: Workdir) -> None:
     """Settings of JAX that outlive a compile: the persistent cache is kept in the work directory."""
     jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.cache / "jax"))
@@ -64,9 +70,7 @@ def runtime(config: Config, workdir: Workdir) -> None:
     if jax.default_backend() != "gpu":
         # The folder of GPUs' autotuning results is part of every key: a work directory that moves would miss them all.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    else:
-        # XLA's default of O3-like effort costs minutes on scanned models (docs/benchmarks.md).
-        jax.config.update("jax_optimization_level", "O1")
+    compiler_effort(jax.default_backend())
     logger.info(
         "%d process(es), %d %s device(s)", jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
     )
@@ -202,7 +206,7 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
         logger.info("Source %s", dealer.summary)
     frozen = None if config.teacher is None else config.teacher.build(tokenizer, mesh)
     limit = memory.limit(mesh, config.memory_gb)
-    parts = _parts(config, tokenizer, plan, mesh, frozen, limit)
+    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit)
     identities = resume.identities(config, dealers, tokenizer, plan)
     lane_states: dict[int, np.ndarray] = {}
     stage_ends = ledger.StageEnds(plan)
@@ -240,18 +244,18 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
     )
 
 
-def _parts(
+def make_parts(
     config: Config,
-    tokenizer: Tokenizer,
+    vocab_size: int,
     plan: Plan,
     mesh: jax.sharding.Mesh,
     frozen: teacher.Frozen | None,
     limit: int | None,
 ) -> Parts:
-    """limit: bytes of a device that a step may take."""
-    model = config.model.build(tokenizer.vocab_size, mesh)
+    """What the config's steps are made of, on this mesh. limit: bytes of a device that a step may take."""
+    model = config.model.build(vocab_size, mesh)
     optimizer = config.optimizer.build(model.axes, mesh)
-    loss = config.loss.build(tokenizer.vocab_size, mesh)
+    loss = config.loss.build(vocab_size, mesh)
     distilled = None
     if frozen is not None:
         frozen.check_stages(plan)

@@ -84,12 +84,19 @@ class Teacher:
                 f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
                 "or choose a teacher with the run's."
             )
+        return self._frozen(config, tokenizer.vocab_size, mesh)
+
+    def outline(self, vocab_size: int, mesh: Mesh) -> "Frozen":
+        """The teacher by its config alone, to compile for: the tokenizers are not compared. Raises as `build`."""
+        return self._frozen(self._shape()[0], vocab_size, mesh)
+
+    def _frozen(self, config: LlamaConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
         how = {"dtype": self.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
         config = dataclasses.replace(config, head_dim=config.resolved_head_dim, **how)
         try:
-            return Frozen(self, config.build(tokenizer.vocab_size, mesh), mesh)
+            return Frozen(self, config.build(vocab_size, mesh), mesh)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"teacher.model={self.model}: {error}") from None
 
     def _attempt(self, function: Callable[[], T]) -> T:
         return faults.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import those of lower ranks. A package counts as one module, and imports freely within itself.
 RANKS = {
     "__init__": 0,
+    "hardware": 0,
     "interfaces": 0,
     "keys": 0,
     "mixing": 0,
@@ -83,6 +84,7 @@ FENCES = {
 }
 # What tells a user's mistake before any slow import, and what follows from the config alone.
 WITHOUT_JAX = (
+    "jaxtrain/hardware.py",
     "jaxtrain/interfaces.py",
     "jaxtrain/keys.py",
     "jaxtrain/mixing.py",

@@ -94,6 +94,12 @@ def test_what_an_error_of_the_devices_means() -> None:
     assert memory.explained(ValueError("RESOURCE_EXHAUSTED")) is None
 
 
+def test_what_a_tpus_compiler_says_that_it_used() -> None:
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.91G of 15.75G hbm. Exceeded hbm capacity"
+    assert memory.used(jax.errors.JaxRuntimeError(text)) == " (it used 24.91G of 15.75G)"
+    assert memory.used(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) == ""
+
+
 def test_jax_says_resource_exhausted() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         jax.block_until_ready(jnp.zeros((1 << 22, 1 << 30), jnp.float32))

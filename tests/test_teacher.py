@@ -59,6 +59,15 @@ def workdir(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+def test_an_outline_needs_the_config_alone(exported: pathlib.Path, tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    mesh = make_mesh(fsdp=2)
+    outline = Teacher(model=str(tmp_path)).outline(tokenizer.vocab_size, mesh)
+    built = Teacher(model=str(exported)).build(tokenizer, mesh)
+    assert outline.abstract == built.abstract
+    assert outline.model.config == built.model.config
+
+
 @pytest.mark.slow
 def test_the_same_from_anywhere_onto_any_mesh(
     tokenizer: Any, exported: pathlib.Path, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -152,8 +152,12 @@ class DataConfig:
 
     def cache(self, directory: str) -> DiskCache | None:
         """The disk cache in `directory`, for the sources that want one; None if there is to be none."""
-        limit = _DISK_GB if self.max_disk_gb is None else self.max_disk_gb
-        return DiskCache(directory, limit) if limit else None
+        return DiskCache(directory, self.disk_gb) if self.disk_gb else None
+
+    @property
+    def disk_gb(self) -> float:
+        """The most that the disk cache may hold, in 1e9 bytes."""
+        return _DISK_GB if self.max_disk_gb is None else self.max_disk_gb
 
 
 def pools(config: DataConfig, stored: bool = False) -> Pools:

@@ -66,3 +66,16 @@ def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Arra
     slots = jnp.arange(most + 1)[None]
     lengths = jnp.where(slots[:, :-1] < count_B[:, None], jnp.diff(starts, axis=1), -1)
     return jnp.where(slots < count_B[:, None], starts, -1).astype(jnp.int32), lengths.astype(jnp.int32), count_B
+
+
+def compile_for(capability: tuple[int, int]) -> None:
+    """For this process: JAX's wrapper asks the machine's own GPU what it is, and there is none when compiling ahead.
+
+    capability: the compute capability of the GPUs that are compiled for.
+    """
+
+    def parsed(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    cudnn.check_compute_capability = lambda text: capability >= parsed(text)
+    cudnn.is_cuda_compute_capability_equal = lambda text: capability == parsed(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.identity import identity, well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
 
+logger = logging.getLogger("jaxtrain")
+
 
 @dataclasses.dataclass(kw_only=True)
 class HuggingFaceTokenizer:
@@ -25,6 +28,8 @@ class HuggingFaceTokenizer:
     bos_token: the token that begins a document, likewise.
     threads: threads that encode a batch; None for all cores of the process. No result depends on it. With
         tokenizer.json it sets the pool of the whole process, once, unless RAYON_NUM_THREADS is set.
+    vocab_size: how many ids it has, for tools that plan without the network (tools.compile_check, tools.estimate); a
+        run takes what the files say, and warns where that is another number.
     """
 
     name: str
@@ -32,10 +37,13 @@ class HuggingFaceTokenizer:
     eos_token: str | None = None
     bos_token: str | None = None
     threads: int | None = None
+    vocab_size: int | None = None
 
     def check(self) -> None:
         if not self.name:
             raise ValueError("name='': give a folder, a file or the id of a model on the Hub")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: give the number of ids, or none")
         check_threads(self.threads)
 
     def build(self, workdir: str) -> "HFTokenizer | SentencePieceTokenizer":
@@ -50,7 +58,15 @@ class HuggingFaceTokenizer:
                 f"{found.where}: neither {files.TOKENIZER_JSON} nor {files.SENTENCEPIECE_MODEL} there; save the "
                 "tokenizer with transformers' save_pretrained, or give another name"
             )
-        return kind(found, eos_token=self.eos_token, bos_token=self.bos_token, threads=self.threads)
+        built = kind(found, eos_token=self.eos_token, bos_token=self.bos_token, threads=self.threads)
+        if self.vocab_size not in (None, built.vocab_size):
+            logger.warning(
+                "tokenizer.vocab_size=%d, but %s has %d ids: correct it, compile checks and estimates count with it.",
+                self.vocab_size,
+                found.where,
+                built.vocab_size,
+            )
+        return built
 
 
 class HFTokenizer:

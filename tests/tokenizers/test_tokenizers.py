@@ -268,3 +268,12 @@ def test_tokenizer_json_is_preferred(workdirs, json_folder, tmp_path):
     for source in (workdirs["unigram"] / "tokenizer" / "tokenizer.model", *json_folder.iterdir()):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     assert isinstance(HuggingFaceTokenizer(name=str(tmp_path)).build(""), HFTokenizer)
+
+
+def test_a_declared_vocabulary_that_the_files_do_not_have_is_told(workdirs, caplog):
+    folder = str(workdirs["bpe"] / "tokenizer")
+    size = HuggingFaceTokenizer(name=folder).build("").vocab_size
+    HuggingFaceTokenizer(name=folder, vocab_size=size).build("")
+    assert not caplog.records
+    HuggingFaceTokenizer(name=folder, vocab_size=size + 1).build("")
+    assert f"tokenizer.vocab_size={size + 1}, but {folder} has {size} ids" in caplog.text

@@ -1,0 +1,93 @@
+"""What accelerators have: memory, arithmetic, bandwidths. For utilisation, estimates and compile checks.
+
+Numbers are the makers' published ones, for one JAX device (a TPU v4 or v5p chip is one): cloud.google.com/tpu/docs for
+TPUs, NVIDIA's data sheets for GPUs, whose memory is what CUDA reports (the data sheet's less what the driver keeps).
+"""
+
+import dataclasses
+
+GiB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One kind of accelerator.
+
+    name: what flags call it. kinds: JAX's device kind contains one of them. platform: JAX's.
+    memory: bytes of a device. flops: dense bf16 FLOP/s with fp32 accumulation. bandwidth: of its memory, bytes/s.
+    links: bytes/s that a chip sends to the others of its slice (TPU) or host (GPU), all links together, one direction.
+    network: bytes/s that a chip's share of the network sends to other slices or hosts, one direction. For GPUs that
+        is not the chip's but the cluster's; it is what is usual: 400 Gb/s for a Hopper, 200 for an A100, and a host's
+        100 Gb/s shared by 8 for the others.
+    compute_capability: of an NVIDIA GPU.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    platform: str
+    memory: int
+    flops: float
+    bandwidth: float
+    links: float
+    network: float
+    compute_capability: tuple[int, int] | None = None
+
+
+def _tpu(name: str, kinds: tuple[str, ...], gib: int, tflops: float, gbps: float, ici: float, dcn: float) -> Chip:
+    """ici, dcn: GB/s in one direction."""
+    return Chip(
+        name=name,
+        kinds=kinds,
+        platform="tpu",
+        memory=gib * GiB,
+        flops=tflops * 1e12,
+        bandwidth=gbps * 1e9,
+        links=ici * 1e9,
+        network=dcn * 1e9,
+    )
+
+
+def _gpu(
+    name: str,
+    kind: str,
+    gib: float,
+    tflops: float,
+    gbps: float,
+    nvlink: float,
+    network: float,
+    capability: tuple[int, int],
+) -> Chip:
+    """nvlink (or PCIe), network: GB/s in one direction."""
+    return Chip(
+        name=name,
+        kinds=(kind,),
+        platform="gpu",
+        memory=round(gib * GiB),
+        flops=tflops * 1e12,
+        bandwidth=gbps * 1e9,
+        links=nvlink * 1e9,
+        network=network * 1e9,
+        compute_capability=capability,
+    )
+
+
+# In this order the first one counts whose kind a device's contains: "TPU v5" is a v5p, "TPU v5 lite" a v5e.
+CHIPS = (
+    _tpu("v4", ("TPU v4",), 32, 275.0, 1228, 300, 6.25),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 819, 200, 3.125),
+    _tpu("v5p", ("TPU v5p", "TPU v5"), 95, 459.0, 2765, 600, 6.25),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 1640, 400, 12.5),
+    _gpu("a100-40gb", "A100-SXM4-40GB", 39.4, 312.0, 1555, 300, 25, (8, 0)),
+    _gpu("a100", "A100", 79.1, 312.0, 2039, 300, 25, (8, 0)),
+    _gpu("h100-pcie", "H100 PCIe", 79.1, 756.0, 2039, 64, 12.5, (9, 0)),
+    _gpu("h100", "H100 80GB HBM3", 79.1, 989.0, 3350, 450, 50, (9, 0)),  # SXM; the NVL is another
+    _gpu("h200", "H200", 139.8, 989.0, 4800, 450, 50, (9, 0)),
+    _gpu("l40s", "L40S", 44.4, 362.0, 864, 32, 1.5625, (8, 9)),
+    _gpu("rtx4090", "RTX 4090", 23.6, 165.2, 1008, 32, 1.5625, (8, 9)),
+)
+BY_NAME = {chip.name: chip for chip in CHIPS}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
+    return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
