@@ -1,12 +1,11 @@
 """`python -m tools.inspect_stream`: what a config trains on, before it trains, and where a step's rows came from."""
 
-import json
 import os
-import pathlib
 from typing import Any
 
 from jaxtrain import places, recipe
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.interfaces import UserError
+from tools import files
 
 COMMAND = recipe.Command(
     name="python -m tools.inspect_stream",
@@ -62,7 +61,7 @@ def main(flags: recipe.Flags) -> None:
                 inspection.transitions(found) if flags.transitions else inspection.stages(found, stages, flags.samples)
             )
     if flags.json is not None:
-        _write(flags.json, answer)
+        files.write_json(flags.json, answer)
     print("\nStreaming completed successfully!")
 
 
@@ -93,13 +92,6 @@ def _stages(flags: recipe.Flags, config: Any) -> list[int]:
             )
         return [flags.stage]
     return numbers if flags.all_stages else sorted({numbers[0], numbers[-1]})
-
-
-def _write(path: str, answer: Json) -> None:
-    try:
-        pathlib.Path(path).write_text(json.dumps(answer, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

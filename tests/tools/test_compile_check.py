@@ -1,0 +1,138 @@
+"""The tool from its command line: on stand-in devices here (CPU ones), and for a real TPU slice where libtpu is."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+
+from jaxtrain import recipe
+from jaxtrain.interfaces import UserError
+from tools import clusters, compile_check
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = """
+from jaxtrain.config import Config
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.sources.text_files import TextFiles
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.plan import Stage
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+
+
+def get_config(arg=""):
+    model = LlamaConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, remat="dots")
+    return Config(
+        model=model,
+        tokenizer=HuggingFaceTokenizer(name="no/where", vocab_size=512),
+        data=DataConfig(sources={"a": TextFiles()}),
+        stages=(Stage(name="only", seq_len=32, batch_size=16),),
+        steps=3,
+    )
+"""
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command on 8 simulated CPU devices in place of the slice's."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    monkeypatch.setattr(clusters, "prepare_environment", lambda: None)
+    monkeypatch.setattr(clusters, "devices", lambda cluster: jax.devices())
+
+    def command(*flags: str) -> tuple[int, dict[str, Any]]:
+        answer = tmp_path / "answer.json"
+        argv = [f"--config={path}", "--topology=v5e:2x4", f"--json={answer}", *flags]
+        code = recipe.exit_code(compile_check.main, compile_check.COMMAND, argv)
+        return code, json.loads(answer.read_text()) if answer.exists() else {}
+
+    return command
+
+
+def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = run("--config.mesh.tensor=2")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert answer["fits"]
+    (stage,) = answer["stages"]
+    assert stage["needed_bytes"] > stage["held_bytes"] > answer["state_bytes"] > 12 * answer["parameters"] / 8
+    assert {one["axes"] for one in stage["collectives"]} >= {"fsdp", "tensor"}
+    # Each chip gathers, at least, the layers that it computes with: half of them, less its own quarter, in bf16.
+    layers = answer["parameters"] - 2 * 512 * 64
+    assert stage["sent_links_bytes"] > 2 * layers / 2 * 3 / 4
+    assert stage["sent_network_bytes"] == 0
+    assert "layers/mlp/down/kernel 2x128x64 layers mlp embed - tensor fsdp 2x64x16 0.0000" in " ".join(printed.split())
+    for said in ("Attention: xla", "no [T, T] tensor"):
+        assert said in printed
+    for said in ("fits on v5e:2x4", "Roofline", "TFLOP a chip", "a vocabulary of 512 (config.tokenizer.vocab_size)"):
+        assert said in printed
+
+
+def test_a_config_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = run("--config.memory_gb=0.0002")
+    printed = capsys.readouterr().out
+    assert code == 1
+    assert not answer["fits"]
+    for said in ("DOES NOT FIT", "nothing was compiled", "--config.model.remat=full (now dots)", "shorter rows"):
+        assert said in printed
+    for said in ("--config.mesh.fsdp=4 --config.mesh.context=2", "smaller batch", "more chips"):
+        assert said in printed
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """State and gradients would, but not what the compiler needs besides."""
+    code, answer = run("--config.memory_gb=0.0003")
+    assert code == 1
+    assert "with one row of 32 tokens at a time a device needs" in answer["stages"][0]["error"]
+    assert "What may help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--config.mesh.tensor=3",), "the number of devices, 8"),
+        (("--config.mesh.tensor=4",), "num_kv_heads=2 is not divisible"),
+        (("--config.tokenizer.vocab_size=none", "--config.tokenizer.name=./nowhere.json"), "give --vocab_size=N"),
+        (("--vocab_size=0",), "--vocab_size=0"),
+    ],
+)
+def test_mistakes(run: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str) -> None:
+    assert run(*flags)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_compilers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for topology, extra in (("v5e:2x4", "tpu-check"), ("h100:8", "gpu")):
+        with pytest.raises(UserError, match=rf"pip install -e '.\[{extra}\]'"):
+            clusters.devices(clusters.parse(topology, "topology"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu-check]'")
+def test_1b_on_a_tpu_slice(tmp_path: pathlib.Path) -> None:
+    """As users call it: the real step, with the flash kernel, within 16 GB a chip."""
+    flags = ["--config=configs/1b.py", "--topology=v5e:2x4", f"--json={tmp_path / 'answer.json'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.compile_check", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    (stage,) = answer["stages"]
+    assert (stage["attention"], stage["kernels"]) == ("splash", ["tpu_custom_call"])
+    assert (
+        12 * answer["parameters"] / 8 < stage["held_bytes"] < stage["needed_bytes"] < answer["limit_bytes"] < 16 << 30
+    )
+    # Layers are gathered for the forward pass, for the recomputation and for the gradients by the input, in bf16.
+    layers = answer["parameters"] - 2 * answer["vocab_size"] * 2048
+    assert 2 * 2 * layers < stage["sent_links_bytes"] / stage["micro_batches"] < 2 * 8 * answer["parameters"]
+    assert all(one["axes"] == "fsdp" for one in stage["collectives"])

@@ -1,0 +1,118 @@
+"""Estimates against the arrays that a run really has, and against sums written out here."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from jaxtrain import recipe, setup, state
+from jaxtrain.recipe import files
+from jaxtrain.sharding import MeshConfig
+from jaxtrain.teacher import bytes_per_device
+from tools import advice, clusters, estimate, estimating, scale_tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "prepare_environment", lambda: None)
+
+
+def numbers(tmp_path: pathlib.Path, *flags: str) -> dict:
+    path = tmp_path / "numbers.json"
+    assert recipe.exit_code(estimate.main, estimate.COMMAND, [*flags, f"--json={path}"]) == 0
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}])
+def test_state_is_what_the_mesh_gives_a_device(mesh: dict[str, int]) -> None:
+    config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
+    made = MeshConfig(**{"data": 1, "fsdp": 1, **mesh}).build()
+    parts = setup.make_parts(config, 1000, config.plan(), made, None, None)
+    arrays = bytes_per_device(state.abstract(parts.model, parts.optimizer, made))
+    counters = 4 + 8 + 4 + 4  # step, fingerprint, two counts of skipped steps
+    assert advice.state_bytes(parts, made.shape) == arrays - counters
+
+
+def test_1b(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = numbers(tmp_path, f"--config={ROOT}/configs/1b.py", "--hardware=v5e:2x4", "--mfu=0.5", "--price=2")
+    weights = 20 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 5632 + 2 * 2048) + 2048
+    head = 49_152 * 2048
+    assert found["parameters"] == weights + 2 * head
+    flops = 6 * (weights + head) + 12 * 20 * 16 * 128 * 1024  # causal: half of 2,048 keys
+    seconds = 20_000_000_000 * flops / (0.5 * 8 * 197e12)
+    assert found["hours"] == pytest.approx(seconds / 3600)
+    assert found["dollars"] == pytest.approx(2 * 8 * seconds / 3600)
+    assert found["checkpoints_gb"] == pytest.approx(3 * 12 * (weights + 2 * head) / 1e9, rel=1e-6)
+    assert found["token_store_gb"] == pytest.approx(40.0)
+    # The compiler for TPUs says 6.9 GB (libtpu 0.0.52) or 9.8 (0.0.42).
+    assert found["fits"]
+    assert 6 < found["memory_gb"] < 9
+    printed = capsys.readouterr().out
+    assert "1/1 main" in printed
+    assert "2.00 dollars a chip-hour" in printed
+
+
+def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
+    found = numbers(tmp_path, f"--config={ROOT}/configs/270m_curriculum.py", "--hardware=rtx4090:1")
+    assert len(found["stages"]) == 10
+    assert sum(stage["tokens"] for stage in found["stages"]) == 1_000_000_000
+    assert sum(stage["hours"] for stage in found["stages"]) == pytest.approx(found["hours"])
+    assert found["token_store_gb"] == pytest.approx(1.0)  # half of each row is the row's before it
+    assert found["dollars"] == pytest.approx(found["hours"] * estimating.PRICES["rtx4090"])
+    found = numbers(tmp_path, f"--config={ROOT}/configs/8b.py", "--hardware=h100:1")
+    assert not found["fits"]
+    assert found["state_gb"] > 96
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--hardware=h100:3",), "cannot be shared by mesh.data * mesh.fsdp = 3"),
+        (("--mfu=0",), "--mfu=0"),
+        (("--mfu=1.5",), "--mfu=1.5"),
+        (("--price=-1",), "--price=-1"),
+        (("--hardware=h1000:8",), "did you mean"),
+        (("--json=/no/such/folder/x",), "cannot be written"),
+    ],
+)
+def test_mistakes(flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [f"--config={ROOT}/configs/pretrain.py:tiny", *flags]
+    assert recipe.exit_code(estimate.main, estimate.COMMAND, argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_prices_of_all() -> None:
+    assert estimating.PRICES.keys() == clusters.hardware.BY_NAME.keys()
+    assert jax.default_backend() == "cpu"
+
+
+def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
+    """A row that was compiled shows what the compiler said, one that was not says so; what is written above stays."""
+    stage = {"fits": True, "micro_batches": 8, "needed_bytes": 9.81e9, "sent_links_bytes": 62e9}
+    stage |= {
+        "sent_network_bytes": 0.0,
+        "roofline_tokens_per_sec": 178_574.0,
+        "roofline_mfu": 0.767,
+        "bound_by": "links",
+    }
+    answer = {"mesh": {"data": 1, "fsdp": 8}, "limit_bytes": 15.8e9, "chips": 8, "stages": [stage]}
+    (tmp_path / "results.json").write_text(json.dumps({"1b v5e:2x4": answer}))
+    page = tmp_path / "page.md"
+    page.write_text(f"# Mine\n\n{scale_tables.MARK}\nold\n")
+    flags = [f"--results={tmp_path}/results.json", f"--output={page}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(scale_tables, "SHAPES", {"v5e": (("2x4", 1), ("16x16", 2))})
+        assert recipe.exit_code(scale_tables.main, scale_tables.COMMAND, flags) == 0
+        assert recipe.exit_code(scale_tables.main, scale_tables.COMMAND, [*flags, "--compile=v7"]) == 2
+    text = page.read_text()
+    assert text.startswith("# Mine\n\n<!--")
+    assert "old" not in text
+    compiled = "| 1B | v5e:2x4 | fsdp=8 | 8 | 9.8 of 15.8 | yes | 62.0 + 0.0 | 178,574 (22,322) | 77% | links |"
+    assert compiled in text
+    assert "| 1B | 2 x v5e:16x16 | data=2 fsdp=256 | ~1 | ~" in text
+    assert "| 8B (Llama 3's shape) | v5e:2x4 | fsdp=8 | ~64 | ~" in text
+    assert text.count("~no") == 1

@@ -1,0 +1,14 @@
+"""Files that tools write their answers to."""
+
+import json
+import pathlib
+
+from jaxtrain.interfaces import Json, UserError
+
+
+def write_json(path: str, answer: Json) -> None:
+    """What `--json=FILE` asks for. Raises UserError where it cannot be written."""
+    try:
+        pathlib.Path(path).write_text(json.dumps(answer, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error}") from error

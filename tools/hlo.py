@@ -1,0 +1,244 @@
+"""Collectives of a compiled program, read from its HLO text: what kind, how many bytes, among which devices, how often.
+
+XLA's own cost analysis counts a loop's body once. Here a body counts as often as its loop turns: by the compiler's
+`known_trip_count`, or else by the loop's condition (`i < constant`), start and step, as JAX's scans compile for TPUs.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_HOST_TRANSFER = "is_host_transfer=true"
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8}
+_BYTES |= {"f64": 8, "c64": 8, "c128": 16, "token": 0}
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line. shape, operands: as written. attributes: what follows the operands."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    text: str
+    is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """size: bytes of the whole array that a group handles: gathered, or before it is scattered, or reduced, or what
+    one device hands on. groups: device numbers, in the order of the mesh; pairs (from, to) for a collective-permute.
+    Kind "send" is a TPU's share of a collective between slices, which goes through the hosts: no groups are known.
+    times: in one run of the program. exact: False where a loop around it turns an unknown number of times, counted 1.
+    """
+
+    kind: str
+    size: int
+    groups: tuple[tuple[int, ...], ...]
+    times: int
+    exact: bool
+
+    @property
+    def ways(self) -> int:
+        """Devices of a group; 2 for a collective-permute and a send."""
+        return len(self.groups[0]) if self.groups else 2
+
+
+def collectives(text: str, num_devices: int) -> list[Collective]:
+    """Of a program as `executable.as_text()` gives it; those among one device alone are left out."""
+    program = _Program(text)
+    found = [_collective(instruction, times, exact, num_devices) for instruction, times, exact in program.walk()]
+    return [one for one in found if one.ways > 1]
+
+
+def custom_calls(text: str) -> set[str]:
+    """Targets of custom calls: "tpu_custom_call" is a Pallas kernel, "__cudnn$fmha..." cuDNN's attention."""
+    return set(re.findall(r'custom_call_target="([^"]+)"', text))
+
+
+class _Program:
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations.setdefault(header[1], {})
+                if line.startswith("ENTRY"):
+                    self.entry = header[1]
+            elif line.startswith("  ") and " = " in line and (instruction := _instruction(line)):
+                current[instruction.name] = instruction
+
+    def walk(self) -> Iterator[tuple[Instruction, int, bool]]:
+        """Collectives with how often they run."""
+        yield from self._walk(self.entry, 1, True)
+
+    def _walk(self, name: str, times: int, exact: bool) -> Iterator[tuple[Instruction, int, bool]]:
+        seen: set[tuple[str, str]] = set()
+        for instruction in self.computations[name].values():
+            if _communicates(instruction):
+                yield instruction, times, exact
+            elif instruction.opcode == "while":
+                turns = self._turns(name, instruction)
+                body = _attribute(instruction, "body")
+                yield from self._walk(body, times * (1 if turns is None else turns), exact and turns is not None)
+            elif instruction.opcode == "conditional":
+                yield from self._largest_branch(instruction, times, exact)
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                for called in _CALLS.findall(instruction.attributes):
+                    for one, often, known in self._walk(called, times, exact):
+                        # A TPU spreads a collective over several fusions, to compute meanwhile: each holds a copy.
+                        channel = re.search(r"channel_id=(\d+)", one.attributes)
+                        key = (one.opcode, channel[1] if channel else one.name)
+                        if instruction.opcode != "fusion" or key not in seen:
+                            seen.add(key)
+                            yield one, often, known
+
+    def _largest_branch(self, instruction: Instruction, times: int, exact: bool) -> list[tuple[Instruction, int, bool]]:
+        named = _BRANCHES.search(instruction.attributes)
+        names = re.findall(r"[\w.\-]+", named[1]) if named else _CALLS.findall(instruction.attributes)
+        branches = [list(self._walk(branch, times, exact)) for branch in names]
+        return max(branches, key=lambda found: sum(_bytes(one.shape) * often for one, often, _ in found))
+
+    def _turns(self, parent: str, loop: Instruction) -> int | None:
+        """How often a while loop turns; None if its text does not tell."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = self.computations[_attribute(loop, "condition")]
+        root = next(instruction for instruction in condition.values() if instruction.is_root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, bound = condition.get(root.operands[0]), self._constant(condition, root.operands[1])
+        if counter is None or counter.opcode != "get-tuple-element" or bound is None:
+            return None
+        index = int(_attribute(counter, "index"))
+        body = self.computations[_attribute(loop, "body")]
+        last = next(instruction for instruction in body.values() if instruction.is_root)
+        added = body.get(last.operands[index]) if last.opcode == "tuple" else None
+        step = None
+        if added is not None and added.opcode == "add":
+            step = next((c for c in (self._constant(body, o) for o in added.operands) if c is not None), None)
+        start = None
+        initial = self.computations[parent].get(loop.operands[0])
+        if initial is not None and initial.opcode == "tuple":
+            start = self._constant(self.computations[parent], initial.operands[index])
+        # JAX's loops begin at 0 and go up by 1, where fusions hide both.
+        return max(0, math.ceil((bound - (start or 0)) / (step or 1)))
+
+    def _constant(self, computation: dict[str, Instruction], name: str) -> int | None:
+        instruction = computation.get(name)
+        while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
+            instruction = computation.get(instruction.operands[0])
+        if instruction is None or instruction.opcode != "constant":
+            return None
+        value = re.search(r" constant\((-?\d+)\)", instruction.text)
+        return int(value[1]) if value else None
+
+
+def _communicates(instruction: Instruction) -> bool:
+    if instruction.opcode == "send":
+        return _HOST_TRANSFER in instruction.attributes
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _instruction(line: str) -> Instruction | None:
+    left, _, right = line.strip().partition(" = ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")
+    shape, rest = right[:end], right[end:].lstrip()
+    opcode, opened, _ = rest.partition("(")
+    if not opened or " " in opcode:
+        return None
+    close = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    name = left.removeprefix("ROOT ").lstrip("%")
+    return Instruction(name, shape, opcode, operands, rest[close + 1 :], line, left.startswith("ROOT "))
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise AssertionError(text)
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    assert found is not None, (name, instruction.text)
+    return found[1]
+
+
+def _bytes(shape: str) -> int:
+    return sum(
+        math.prod(int(side) for side in sides.split(",") if side)
+        * (1 if dtype.startswith("f8") else _BYTES.get(dtype, 4))
+        for dtype, sides in _ARRAY.findall(shape)
+    )
+
+
+def _elements(shape: str) -> list[str]:
+    """The parts of a tuple's shape."""
+    parts, depth, begin = [], 0, 1
+    for index, sign in enumerate(shape):
+        depth += (sign in "([{") - (sign in ")]}")
+        if (depth == 1 and sign == ",") or depth == 0:
+            parts.append(shape[begin:index])
+            begin = index + 1
+    return parts
+
+
+def _collective(instruction: Instruction, times: int, exact: bool, num_devices: int) -> Collective:
+    kind = instruction.opcode.removesuffix("-start")
+    shape = instruction.shape
+    if kind == "send":
+        return Collective(kind, _bytes(_elements(shape)[0]), (), times, exact)
+    if instruction.opcode != kind and kind != "all-reduce" and shape.startswith("("):
+        shape = _elements(shape)[1]  # (operands, results, ...)
+    groups = _pairs(instruction) if kind == "collective-permute" else _groups(instruction, num_devices)
+    size = _bytes(shape) * (len(groups[0]) if kind == "reduce-scatter" else 1)
+    return Collective(kind, size, groups, times, exact)
+
+
+def _pairs(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
+    return _nested(re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes))
+
+
+def _nested(found: re.Match[str] | None) -> tuple[tuple[int, ...], ...]:
+    assert found is not None
+    return tuple(tuple(map(int, re.findall(r"\d+", group))) for group in re.findall(r"\{([\d, ]+)", found[1]))
+
+
+def _groups(instruction: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """XLA's forms: {{0,1},{2,3}}; [2,2]<=[4] and [2,2]<=[2,2]T(1,0) (iota); mesh['a'=2,'b'=2] {'b'}; {} for all."""
+    text = instruction.attributes
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, sides = (tuple(map(int, part.split(","))) for part in iota.groups()[:2])
+        numbers = np.arange(math.prod(sides)).reshape(sides)
+        if iota[3]:
+            numbers = numbers.transpose(tuple(map(int, iota[3].split(","))))
+        return _rows(numbers.reshape(shape))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?: device_ids=\S+)? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        split = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", mesh[2])]
+        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        kept = [axis for axis in range(numbers.ndim) if axis not in split]
+        return _rows(numbers.transpose((*kept, *split)).reshape(-1, math.prod(numbers.shape[axis] for axis in split)))
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+        return _nested(listed)
+    return (tuple(range(num_devices)),)
+
+
+def _rows(numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in numbers.tolist())
