@@ -2,13 +2,20 @@
 
 The teacher's bfloat16 parameters (3.4 GB) lie on the devices beside the student's, sharded the same way; nothing of
 its outputs is stored. `--config.teacher.model=` takes another model of the same vocabulary, or a folder.
+
+`:cached` learns from what the teacher said once of the first million documents (260 GB), several times over:
+
+    launch/local.sh 8 python -m tools.cache_teacher --config=configs/distill.py:cached --output=/data/teacher
+    python -m jaxtrain.main --config=configs/distill.py:cached --config.teacher.cache=/data/teacher
 """
 
 import dataclasses
 
 from configs._base import pretrain
 from jaxtrain.config import Config
+from jaxtrain.interfaces import UserError
 from jaxtrain.losses.distillation import Distillation
+from jaxtrain.losses.divergences import ForwardKL, TopK
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.teacher import Teacher
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
@@ -27,12 +34,19 @@ def get_config(arg: str = "") -> Config:
         rope_theta=100_000.0,
         tie_embeddings=True,
     )
+    if arg not in ("", "cached"):
+        raise UserError(f"configs/distill.py:{arg}: give cached, or nothing")
     config = pretrain(
         model, total_tokens=10_000_000_000, batch_tokens=524_288, learning_rate=5e-4, micro_batch_tokens=16_384
     )
+    if arg == "cached":
+        for source in config.data.sources.values():
+            source.max_samples = 1_000_000
     return dataclasses.replace(
         config,
         tokenizer=HuggingFaceTokenizer(name=TEACHER, vocab_size=49_152),
-        teacher=Teacher(model=TEACHER),
-        distillation=Distillation(ce_weight=0.3, kd_weight=0.7),
+        teacher=Teacher(model=TEACHER, cache="runs/distill-cached/teacher" if arg == "cached" else None),
+        distillation=Distillation(
+            divergence=TopK(k=64) if arg == "cached" else ForwardKL(), ce_weight=0.3, kd_weight=0.7
+        ),
     )

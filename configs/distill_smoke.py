@@ -5,8 +5,13 @@ library; then a smaller student that learns from it, and, to compare, the same s
     python -m jaxtrain.main --config=configs/distill_smoke.py
     python -m jaxtrain.main --config=configs/distill_smoke.py:alone
 
-Each command given again goes on where it stopped. The last two read the teacher's tokenizer, and the second its
-parameters, from runs/distill_smoke-teacher: start them in the same folder as the first.
+The same from a cache of what the teacher says of 200 documents, about 300 MB in the work directory:
+
+    python -m tools.cache_teacher --config=configs/distill_smoke.py:cached
+    python -m jaxtrain.main --config=configs/distill_smoke.py:cached
+
+Each command given again goes on where it stopped. All read the teacher's tokenizer, and some its parameters, from
+runs/distill_smoke-teacher: start them in the same folder as the first.
 """
 
 from jaxtrain.checkpoint import CheckpointConfig
@@ -16,6 +21,7 @@ from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.evaluate import EvalConfig
 from jaxtrain.interfaces import UserError
 from jaxtrain.losses.distillation import Distillation
+from jaxtrain.losses.divergences import ForwardKL, TopK
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.muon import Muon
 from jaxtrain.optim.schedules import Cosine
@@ -25,14 +31,19 @@ from jaxtrain.tokenizers.sentencepiece import SentencePiece
 from jaxtrain.tokenizers.training import TrainTokenizer
 
 TEACHER = "runs/distill_smoke-teacher"
+CACHE = "runs/distill_smoke-cached/teacher"
+STUDENT = (48, 128, 2, 2, 120)
 # Hidden, MLP, layers, heads, steps.
-SIZES = {"teacher": (128, 352, 3, 4, 240), "": (48, 128, 2, 2, 120), "alone": (48, 128, 2, 2, 120)}
+SIZES = {"teacher": (128, 352, 3, 4, 240), "": STUDENT, "alone": STUDENT, "cached": STUDENT}
 
 
 def get_config(arg: str = "") -> Config:
     if arg not in SIZES:
-        raise UserError(f"configs/distill_smoke.py:{arg}: give teacher, alone, or nothing for the distilled student")
+        raise UserError(f"configs/distill_smoke.py:{arg}: give teacher, alone, cached, or nothing")
     hidden, mlp, layers, heads, steps = SIZES[arg]
+    cached = arg == "cached"
+    # Processors have no bfloat16 units.
+    teacher = Teacher(model=TEACHER, dtype="float32", cache=CACHE if cached else None)
     trained = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
     return Config(
         model=LlamaConfig(
@@ -47,10 +58,9 @@ def get_config(arg: str = "") -> Config:
             remat="none",
         ),
         tokenizer=trained if arg == "teacher" else SentencePiece(path=f"{TEACHER}/tokenizer/tokenizer.model"),
-        # Processors have no bfloat16 units.
-        teacher=Teacher(model=TEACHER, dtype="float32") if arg == "" else None,
-        distillation=Distillation(ce_weight=0.2, kd_weight=0.8),
-        data=DataConfig(sources={"python": TextFiles()}, num_lanes=8, holdout=0.03),
+        teacher=None if arg in ("teacher", "alone") else teacher,
+        distillation=Distillation(divergence=TopK() if cached else ForwardKL(), ce_weight=0.2, kd_weight=0.8),
+        data=DataConfig(sources={"python": TextFiles(max_samples=200 if cached else None)}, num_lanes=8, holdout=0.03),
         stages=(Stage(seq_len=128, batch_size=16),),
         steps=steps,
         optimizer=Muon(learning_rate=5e-3, schedule=Cosine(warmup_fraction=0.05)),

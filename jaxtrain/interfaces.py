@@ -20,6 +20,8 @@ import numpy as np
 #   loss_mask    where the target counts
 Batch = Mapping[str, np.ndarray]
 BATCH_FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+# With a cached teacher, also its records, uint8 [B, T, W]: what it said of the token after each (losses/cached.py).
+RECORDS = "records"
 
 # A run of consecutive rows of a source's file, by column: {"text": [row, row, ...], "int_score": [...]}. From a token
 # store the only column "text" holds ids, a data.ragged.Ragged, which slices and adds as a list does.

@@ -21,6 +21,7 @@ from jaxtrain.data.windows import Dealer
 from jaxtrain.evaluate import Evaluator
 from jaxtrain.generate import continuation, generate
 from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.losses.cached import Layout
 from jaxtrain.monitor import Monitor
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.step import Distilled, Parts, Teaching
@@ -103,6 +104,7 @@ class Session:
     stage_ends: ledger.StageEnds
     skips: skips.Skips
     frozen: teacher.Frozen | None
+    cached: teacher.Cached | None
     saved_teacher: Json | None
 
     def __post_init__(self) -> None:
@@ -115,10 +117,13 @@ class Session:
         if self._feed is None:
             data, mesh = self.config.data, self.parts.mesh
             lanes = local_lanes(mesh, data.num_lanes)
+            rows = data.rows(self.tokenizer, self.config.epochs)
+            if self.cached is not None:
+                rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
             batches = pipeline.host_batches(
                 self.dealers,
                 self.plan,
-                data.rows(self.tokenizer, self.config.epochs),
+                rows,
                 lanes,
                 self.threads,
                 after=self.start_step,
@@ -172,12 +177,16 @@ class Session:
             self._teacher = self.frozen.load()
             self.identities["teacher"] = self.frozen.identity(self._teacher)
             monitor.message(f"Distilling from {self.frozen.config.model}.")
+        elif self.cached is not None:
+            self._teacher = ()
+            self.identities["teacher"] = self.cached.identity
+            monitor.message(f"Distilling from {self.cached.summary}.")
         if self.start_step:
             resume.check_teacher(self.saved_teacher, self.identities["teacher"], self.start_step)
 
     def teaching(self, at: StepPlan) -> tuple[Teaching, ...]:
         """What a step takes besides its usual arguments: nothing without a teacher."""
-        if self.frozen is None:
+        if self.parts.distilled is None:
             return ()
         return ((self._teacher, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
@@ -204,9 +213,10 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
     dealers = inputs.build(config, resolved, given_up, scratch)
     for dealer in dealers:
         logger.info("Source %s", dealer.summary)
-    frozen = None if config.teacher is None else config.teacher.build(tokenizer, mesh)
+    frozen, cached = _teacher(config, resolved, tokenizer, mesh)
     limit = memory.limit(mesh, config.memory_gb)
-    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit)
+    layout = None if cached is None else cached.layout
+    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit, layout)
     identities = resume.identities(config, dealers, tokenizer, plan)
     lane_states: dict[int, np.ndarray] = {}
     stage_ends = ledger.StageEnds(plan)
@@ -240,8 +250,19 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
         stage_ends=stage_ends,
         skips=given_up,
         frozen=frozen,
+        cached=cached,
         saved_teacher=None if saved is None else saved.get("teacher"),  # older checkpoints do not say
     )
+
+
+def _teacher(
+    config: Config, resolved: dict[str, Source], tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> tuple[teacher.Frozen | None, teacher.Cached | None]:
+    if config.teacher is None:
+        return None, None
+    if config.teacher.cache is None:
+        return config.teacher.build(tokenizer, mesh), None
+    return None, config.teacher.open_cache(config.data, resolved, tokenizer)
 
 
 def make_parts(
@@ -251,8 +272,12 @@ def make_parts(
     mesh: jax.sharding.Mesh,
     frozen: teacher.Frozen | None,
     limit: int | None,
+    layout: Layout | None = None,
 ) -> Parts:
-    """What the config's steps are made of, on this mesh. limit: bytes of a device that a step may take."""
+    """What the config's steps are made of, on this mesh. limit: bytes of a device that a step may take.
+
+    layout: of the records that come with each batch, where the teacher is cached.
+    """
     model = config.model.build(vocab_size, mesh)
     optimizer = config.optimizer.build(model.axes, mesh)
     loss = config.loss.build(vocab_size, mesh)
@@ -262,6 +287,9 @@ def make_parts(
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
         divergence = config.distillation.build(model.vocab_size, mesh, config.loss)
         distilled = Distilled(frozen.model, frozen.abstract, divergence)
+    elif layout is not None:
+        divergence = config.distillation.build_cached(layout, mesh, config.loss)
+        distilled = Distilled(None, (), divergence, layout.width)
     return Parts(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
@@ -274,7 +302,7 @@ def _report(parts: Parts, plan: Plan) -> None:
         f"{model.num_params_non_embedding:,}",
         shape,
     )
-    if parts.distilled is not None:
+    if parts.distilled is not None and parts.distilled.teacher is not None:
         logger.info("Teacher: %s parameters", f"{parts.distilled.teacher.num_params:,}")
     for stage in plan.stages:
         choice = model.attention_choice(stage.batch_size, stage.seq_len)

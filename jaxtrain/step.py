@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import fingerprint, sharding
-from jaxtrain.interfaces import BATCH_FIELDS, LossFn, UserError
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, LossFn, UserError
 from jaxtrain.losses.distillation import DistillationFn
 from jaxtrain.model.llama import Llama
 from jaxtrain.optim.base import Optimizer
@@ -21,17 +21,22 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-# A frozen teacher's parameters, and the weights of cross-entropy and divergence, fp32.
+# A frozen teacher's parameters (() where its records come with the batch), and the weights of cross-entropy and
+# divergence, fp32.
 Teaching = tuple[Any, Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """What a teacher adds to a step. abstract: shapes, types and shardings of its parameters."""
+    """What a teacher adds to a step. abstract: shapes, types and shardings of its parameters.
 
-    teacher: Llama
+    teacher: None where its records come with the batch, `width` bytes for each token.
+    """
+
+    teacher: Llama | None
     abstract: Any
     loss: DistillationFn
+    width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,14 @@ class Parts:
     def flops_per_token(self, seq_len: int) -> float:
         """Of the model's training, and of the teacher's forward pass: a third of what its training would take."""
         flops = self.model.flops_per_token(seq_len)
-        return flops if self.distilled is None else flops + self.distilled.teacher.flops_per_token(seq_len) / 3
+        if self.distilled is None or self.distilled.teacher is None:
+            return flops
+        return flops + self.distilled.teacher.flops_per_token(seq_len) / 3
+
+    @property
+    def record_width(self) -> int:
+        """Bytes of a teacher's record that come with each token of a batch; 0 for none."""
+        return 0 if self.distilled is None else self.distilled.width
 
 
 def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: int | None) -> int:
@@ -97,18 +109,13 @@ def _distilled_sums(parts: Parts, params: Any, batch: Batch, teaching: Teaching)
     # Both closed over and cut off: nothing of the teacher's forward pass is kept for a backward pass.
     frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
     inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
-    teacher_BTE = distilled.teacher.hidden(frozen, *inputs)
+    if distilled.teacher is None:
+        says = (batch[RECORDS],)
+    else:
+        says = (distilled.teacher.hidden(frozen, *inputs), distilled.teacher.head(frozen))
     x_BTD = parts.model.hidden(params, *inputs)
-    sums = distilled.loss(
-        x_BTD,
-        parts.model.head(params),
-        teacher_BTE,
-        distilled.teacher.head(frozen),
-        batch["targets"],
-        batch["loss_mask"],
-        ce_weight,
-        kd_weight,
-    )
+    rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
+    sums = distilled.loss(x_BTD, parts.model.head(params), *says, *rest)
     return sums["loss"], sums
 
 
@@ -185,10 +192,14 @@ def eval_step(parts: Parts) -> Callable[..., Metrics]:
     return step
 
 
-def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """width: bytes of a teacher's record for each token; 0 for a batch without."""
     layout = sharding.batch_sharding(mesh)
     types = {name: np.dtype(bool) if name == "loss_mask" else np.dtype(np.int32) for name in BATCH_FIELDS}
-    return {name: jax.ShapeDtypeStruct((batch_size, seq_len), types[name], sharding=layout) for name in BATCH_FIELDS}
+    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), types[name], sharding=layout) for name in BATCH_FIELDS}
+    if width:
+        batch[RECORDS] = jax.ShapeDtypeStruct((batch_size, seq_len, width), np.uint8, sharding=layout)
+    return batch
 
 
 def lower_train_step(parts: Parts, batch_size: int, seq_len: int, micro_batches: int) -> Any:
@@ -199,7 +210,7 @@ def lower_train_step(parts: Parts, batch_size: int, seq_len: int, micro_batches:
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     word = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
     function = jax.jit(train_step(parts, micro_batches), donate_argnums=0, out_shardings=(layout, whole))
-    inputs = (state, abstract_batch(parts.mesh, batch_size, seq_len), scalar, (word, word))
+    inputs = (state, abstract_batch(parts.mesh, batch_size, seq_len, parts.record_width), scalar, (word, word))
     if parts.distilled is None:
         return function.lower(*inputs)
     return function.lower(*inputs, (parts.distilled.abstract, scalar, scalar))

@@ -1,4 +1,5 @@
-"""A frozen model to distil from: found, checked against the run's tokenizer, and read onto the run's mesh.
+"""A frozen model to distil from: found, checked against the run's tokenizer, and read onto the run's mesh; or what it
+said once of every document, from a cache.
 
 Its parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
 checkpoint records which teacher it was: a hash of the parameters as they are used, whatever files they came from.
@@ -9,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -18,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, fingerprint, hf, recipe, sharding
-from jaxtrain.data import faults
-from jaxtrain.data.pipeline import PATIENCE_AT_START
-from jaxtrain.interfaces import Json, Tokenizer, UserError
+from jaxtrain.data import faults, teacher_cache
+from jaxtrain.data.pipeline import PATIENCE_AT_START, DataConfig
+from jaxtrain.data.teacher_cache import CachedRecords, Manifest
+from jaxtrain.interfaces import Json, Source, Tokenizer, UserError
 from jaxtrain.model.llama import Llama, LlamaConfig, Params
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers import files
@@ -44,15 +46,20 @@ class Teacher:
     revision: a branch, tag or commit of the Hub; None for the newest.
     dtype: of its parameters and its forward pass, "bfloat16" or "float32".
     tokenizer: where its tokenizer's files are (a folder, a file or an id), if not with the model.
+    cache: a folder that tools.cache_teacher has written: what the model said is read from there, and the model is not
+        needed. None: the model runs as the student trains.
     """
 
     model: str = ""
     revision: str | None = None
     dtype: str = "bfloat16"
     tokenizer: str | None = None
+    cache: str | None = None
 
     def check(self) -> None:
-        if not self.model:
+        if self.cache == "" or (self.cache or "").startswith(("s3://", "gs://")):
+            raise UserError(f"cache={self.cache!r}: give the local folder of a teacher's cache, or none.")
+        if not self.model and self.cache is None:
             raise UserError("model='': give the teacher's folder, its id on the Hub, or a work directory.")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
@@ -100,6 +107,26 @@ class Teacher:
 
     def _attempt(self, function: Callable[[], T]) -> T:
         return faults.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
+
+    def open_cache(self, data: DataConfig, resolved: Mapping[str, Source], tokenizer: Tokenizer) -> "Cached":
+        """What the cache says of the run's sources. Raises UserError for one that is not whole, or of another run."""
+        assert self.cache is not None
+        if not data.document_mask:
+            raise UserError(
+                "teacher.cache needs data.document_mask=true: the teacher has seen each document by itself, and knows "
+                "nothing of those before it in a row."
+            )
+        manifests: dict[str, Manifest] = {}
+        for name, config in data.sources.items():
+            folder = os.path.join(self.cache, name)
+            manifests[name] = teacher_cache.load(folder)
+            teacher_cache.check(manifests[name], folder, config, resolved[name], tokenizer)
+            if manifests[name].add_bos != data.add_bos:
+                raise UserError(
+                    f"the teacher's cache {folder} was written with data.add_bos={manifests[name].add_bos}, and the "
+                    f"run has {data.add_bos}: set it back, or write another cache with tools.cache_teacher."
+                )
+        return Cached(self, manifests)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -209,6 +236,51 @@ class Frozen:
         }
 
 
+class Cached:
+    """A teacher's cache that fits the run. layout: of its records, the same for all sources."""
+
+    def __init__(self, config: Teacher, manifests: Mapping[str, Manifest]):
+        self.config = config
+        self._manifests = manifests
+        (first, one), *others = manifests.items()
+        for name, manifest in others:
+            for field in ("teacher", "layout", "context", "stride"):
+                here, there = getattr(one, field), getattr(manifest, field)
+                if here != there:
+                    raise UserError(
+                        f"teacher.cache={config.cache}: the sources were not cached alike: {field} of {first} is "
+                        f"{here}, of {name} {there}. Write them again with one command of tools.cache_teacher."
+                    )
+        self.layout = one.layout
+        self._teacher = one.teacher
+        found, wanted = one.teacher["found"], recipe.public("found", os.fspath(config.model))
+        if config.model and found != wanted:
+            raise UserError(
+                f"teacher.model={wanted}, and teacher.cache={config.cache} was written from {found}: give that one, or "
+                "leave teacher.model out (it is not needed)."
+            )
+
+    @property
+    def identity(self) -> Json:
+        """What a checkpoint says of the teacher."""
+        return {**self._teacher, "cache": {name: manifest.identity for name, manifest in self._manifests.items()}}
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        some = next(iter(self._manifests.values()))
+        tokens = sum(manifest.tokens for manifest in self._manifests.values())
+        return (
+            f"the {self.layout.k} most likely tokens by {self._teacher['found']}, of {tokens:,} tokens, with contexts "
+            f"of {some.context:,}, in {self.config.cache}"
+        )
+
+    def records(self) -> dict[str, CachedRecords]:
+        """By source."""
+        assert self.config.cache is not None
+        return {n: CachedRecords(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
+
+
 def bytes_per_device(abstract: object) -> int:
     """Of arrays with shardings."""
     return sum(
@@ -221,9 +293,15 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
     """None if both are of one teacher (or of none), else the text that shows both sides."""
     if saved is None or now is None:
         return None if saved is now else f"the teacher was {_where(saved)}, is {_where(now)}"
+    cached, was_cached = now.get("cache"), saved.get("cache")  # older checkpoints do not say
+    if (cached is None) != (was_cached is None):
+        was, is_now = ("the model itself" if each is None else "a cache" for each in (was_cached, cached))
+        return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree but for rounding and context"
     changed = [name for name in _ENFORCED if saved[name] != now[name]]
     if not changed:
-        return None
+        before, after = was_cached or {}, cached or {}
+        others = [name for name in before.keys() & after.keys() if before[name] != after[name]]
+        return f"the teacher's cache has been written anew for {', '.join(sorted(others))}" if others else None
     lines = [f"the teacher has changed; it was {_where(saved)}, is {_where(now)}:"]
     lines += [f"  {name}: was {saved[name]}, is {now[name]}" for name in changed if name != "model"]
     if "model" in changed:

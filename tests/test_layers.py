@@ -51,6 +51,7 @@ RANKS = {
 PARTS = {
     "checkpoint_s3": "checkpoint",
     "compiled": "step",
+    "scoring": "generate",
     "dryrun": "train",
     "file_list": "checkpoint",
     "inputs": "config",

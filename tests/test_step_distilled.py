@@ -74,6 +74,7 @@ def test_loss_and_state(alone: Any) -> None:
     np.testing.assert_allclose(measured["loss"], 0.4 * ce + 0.6 * kd, rtol=1e-5)
     plain = state.abstract(parts.model, parts.optimizer, parts.mesh)
     assert jax.tree.structure(alone[0]) == jax.tree.structure(plain)
+    assert parts.distilled.teacher is not None
     both = (parts.model, parts.distilled.teacher)
     mine, theirs = (model.flops_per_token(64) for model in both)
     assert parts.flops_per_token(64) == mine + theirs / 3

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from jaxtrain import checkpoint, inputs, resume
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
-from jaxtrain.data.lanes import Pools, Rows
+from jaxtrain.data.lanes import Pools
 from jaxtrain.data.provenance import Measured, Origin, Watched
 from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.tokenizing import Rows
 from jaxtrain.data.windows import Dealer
 from jaxtrain.interfaces import Json, Tokenizer, UserError
 from jaxtrain.plan import Plan, StagePlan, StepPlan

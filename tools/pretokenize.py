@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtrain import places, recipe
 from jaxtrain.interfaces import UserError
+from tools import workers
 
 COMMAND = recipe.Command(
     name="python -m tools.pretokenize",
@@ -29,7 +30,13 @@ COMMAND = recipe.Command(
             default=None,
             help="where the stores go; data.token_store, or tokens in the work directory, by default",
         ),
-        recipe.Flag(name="worker", default="0/1", help="I/N: this is worker I, from 0, of N that share the files out"),
+        recipe.Flag(
+            name="worker",
+            type=str | None,
+            default=None,
+            help="I/N: this is worker I, from 0, of N that share the files out; launch/local.sh sets it, and 0/1 is "
+            "the default elsewhere",
+        ),
         recipe.Flag(
             name="workdir",
             type=str | None,
@@ -46,7 +53,7 @@ COMMAND = recipe.Command(
 
 def main(flags: recipe.Flags) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    worker, workers = _worker(flags.worker)
+    worker = workers.parse(flags.worker)
     if "" in (flags.workdir, flags.output):
         raise UserError("--workdir= and --output= may not be empty: give a directory, or leave them out")
     workdir = flags.workdir or places.default_workdir(flags.config or "")
@@ -67,15 +74,7 @@ def main(flags: recipe.Flags) -> None:
         if flags.verify:
             pretokenizing.verify(config, output)
         else:
-            pretokenizing.write(config, workdir, output, worker, workers)
-
-
-def _worker(text: str) -> tuple[int, int]:
-    """I/N"""
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise UserError(f"--worker={text}: give I/N with I from 0 to N - 1, for example --worker=0/4")
-    return int(first), int(second)
+            pretokenizing.write(config, workdir, output, *worker)
 
 
 def _check_bound(config: Any) -> None:

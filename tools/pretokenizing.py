@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -16,8 +17,10 @@ from jaxtrain.tokenizers.training import TrainTokenizer
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
     """This worker's part of the stores of all sources. Raises UserError, TransientError, CorruptError."""
-    sources = pipeline.resolve(config.data, _identities(config, workdir, output))
-    tokenizer = _tokenizer(config, workdir, sources)
+    begun = {name: store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
+    sources = pipeline.resolve(config.data, identities(config, workdir, known))
+    tokenizer = tokenizer_of(config, workdir, sources)
     for name, source in sources.items():
         folder = os.path.join(output, name)
         bound = config.data.sources[name].max_samples
@@ -59,19 +62,16 @@ def _described(folder: str) -> str:
     return f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}."
 
 
-def _identities(config: Config, workdir: str, output: str) -> dict[str, Json]:
+def identities(config: Config, workdir: str, begun: Mapping[str, Json]) -> dict[str, Json]:
     """What the sources are known to be: in the run's checkpoint, or else where a worker has begun."""
-    found: dict[str, Json] = {}
-    for name in config.data.sources:
-        begun = store_writer.planned(os.path.join(output, name))
-        if begun is not None:
-            found[name] = {"source": begun.source}
+    found: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
     if checkpoint.is_checkpoint(workdir):
         found |= inputs.known_sources(config, checkpoint.load_data(workdir)) or {}
     return found
 
 
-def _tokenizer(config: Config, workdir: str, sources: dict[str, Source]) -> Tokenizer:
+def tokenizer_of(config: Config, workdir: str, sources: dict[str, Source]) -> Tokenizer:
+    """The config's tokenizer, trained on these sources if it is the config's own and not yet made."""
     plan = config.plan()
     with contextlib.ExitStack() as reading:
         dealers = []

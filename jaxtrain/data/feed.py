@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxtrain import sharding
 from jaxtrain.data.pipeline import HostBatch
-from jaxtrain.interfaces import BATCH_FIELDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +74,13 @@ class Feed:
         return batch
 
     def _hold(self, batch: HostBatch) -> None:
-        arrays = {name: self._array(batch.batch[name]) for name in BATCH_FIELDS}
+        arrays = {name: self._array(rows) for name, rows in batch.batch.items()}
         self._held.append(DeviceBatch(batch.step, arrays, batch.states, batch.ended))
 
     def _array(self, rows: np.ndarray) -> jax.Array:
-        """rows: [rows of this host's lanes, T] → the global [B, T]."""
+        """rows: [rows of this host's lanes, T, ...] → the global [B, T, ...]."""
         per_lane = len(rows) // len(self._place)
-        shape = (per_lane * self._num_lanes, rows.shape[1])
+        shape = (per_lane * self._num_lanes, *rows.shape[1:])
 
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None

@@ -15,11 +15,10 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from jaxtrain.data.packing import WHERE, Counts, Documents, Packer, Pieces, empty_block
-from jaxtrain.data.ragged import Ragged
-from jaxtrain.data.sources.gate import gate
-from jaxtrain.data.windows import Dealer, Position, Window
-from jaxtrain.interfaces import Batch, Tokenizer
+from jaxtrain.data.packing import Counts, Packer, Pieces, empty_block
+from jaxtrain.data.tokenizing import Rows, documents_of
+from jaxtrain.data.windows import Dealer, Position
+from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
 # Fields of a lane's state in one source, int64: the cursor, then what the packer and the ledger count.
@@ -28,7 +27,6 @@ _ENDED = STATE_FIELDS.index("ended")
 # A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
 # the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
 _OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
-CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, little enough to be there soon
 
 T = TypeVar("T")
 
@@ -39,16 +37,6 @@ class Pools:
 
     readers: Executor
     workers: Executor
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """How documents become rows, for all lanes. `epochs`: how often a source is read; None for ever."""
-
-    tokenizer: Tokenizer
-    add_bos: bool
-    document_mask: bool
-    epochs: int | None
 
 
 class Ahead(Iterator[T]):
@@ -100,65 +88,6 @@ class Ahead(Iterator[T]):
         return item
 
 
-def documents_of(
-    windows: Iterator[Window], start: Position, rows: Rows, nothing: Callable[[], object] = lambda: None
-) -> Iterator[Documents]:
-    """The tokenized documents of a lane's windows from `start` on.
-
-    nothing: called where the first epoch has no document with a token; then this is the end, unless it raises.
-    """
-    empty = start == Position(0, 0, 0)
-    for window in windows:
-        at = window.start
-        if empty and at.epoch:
-            break
-        first = start.row if (at.epoch, at.unit) == (start.epoch, start.unit) else 0
-        for documents in _tokenized(window, first, rows):
-            empty = empty and not len(documents.lengths)
-            yield documents
-    if empty:
-        nothing()
-
-
-def _tokenized(window: Window, first: int, rows: Rows) -> Iterator[Documents]:
-    """The window's documents from row `first` on, in pieces of about `CHUNK_CHARACTERS`; or all, if it has tokens."""
-    kept = np.flatnonzero(window.positions >= first)
-    if window.tokens is not None:
-        if len(kept):
-            yield _closed(window, kept, window.tokens, window.file_rows[kept] - window.first, rows)
-        return
-    indices = kept.tolist()
-    chunk: list[int] = []
-    size = 0
-    for index in indices:
-        chunk.append(index)
-        size += len(window.texts[index])
-        if size >= CHUNK_CHARACTERS:
-            yield _encode(window, chunk, rows)
-            chunk, size = [], 0
-    if chunk:
-        yield _encode(window, chunk, rows)
-
-
-def _encode(window: Window, chunk: Sequence[int], rows: Rows) -> Documents:
-    with gate:
-        ids, lengths = rows.tokenizer.encode_batch([window.texts[index] for index in chunk])
-    kept = np.flatnonzero(lengths)
-    return _closed(window, np.asarray(chunk)[kept], Ragged(ids, lengths), kept, rows)
-
-
-def _closed(window: Window, of_window: np.ndarray, tokens: Ragged, which: np.ndarray, rows: Rows) -> Documents:
-    """The window's documents `of_window`, whose ids are those numbered `which` of `tokens`; none is empty."""
-    bos_id = rows.tokenizer.bos_id if rows.add_bos else None
-    flat, lengths = tokens.closed(which, rows.tokenizer.eos_id, bos_id)
-    at = window.start
-    where = np.empty((len(of_window), len(WHERE)), np.int64)
-    where[:] = (at.epoch, at.unit, 0, at.base, window.file, 0)
-    where[:, WHERE.index("row")] = window.positions[of_window]
-    where[:, WHERE.index("file_row")] = window.file_rows[of_window]
-    return Documents(flat, lengths, where)
-
-
 def position_of(state: np.ndarray) -> Position:
     """Where a lane's state in a source says that it stands. state: int64 [STATE_FIELDS]"""
     epoch, unit, row, _, base, *_ = state.tolist()
@@ -175,10 +104,11 @@ class SourceLane:
         half = -(-dealer.rules.shuffle_window // 2)
         windows = Ahead(dealer.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
         nothing = functools.partial(dealer.refuse, lane)
-        self._documents = Ahead(documents_of(windows, start, rows, nothing), pools.workers)
+        records = rows.records.get(dealer.name)
+        self._documents = Ahead(documents_of(windows, start, rows, nothing, records), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
         self.packer = Packer(
-            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(dealer.skips)
+            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(dealer.skips), rows.width
         )
         windows.start()
 
@@ -303,7 +233,7 @@ class LaneIterator(grain.DatasetIterator):
         return share.rows, share.at.seq_len
 
     def __next__(self) -> dict[str, Any]:
-        block = empty_block(*self.shape())
+        block = empty_block(*self.shape(), self._dataset.rows.width)
         return {**block, "ended": self.write(block)}
 
     def write(self, block: Batch) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxtrain.data.windows import Position
-from jaxtrain.interfaces import BATCH_FIELDS, Batch
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Documents:
     """Tokenized documents in reading order, each closed by an end-of-document token.
 
     tokens: int32 [sum of lengths]. lengths: int64 [N], none is 0. where: int64 [N, WHERE].
+    records: uint8 [sum of lengths, W], what else is known of each token; None for nothing.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     where: np.ndarray
+    records: np.ndarray | None = None
 
 
 # The documents of a row: (file, row in the file, first token, end token) of each, tokens counted from its first.
@@ -42,9 +44,10 @@ class Counts:
     unique: int = 0
 
 
-def empty_block(rows: int, seq_len: int) -> Batch:
-    """Arrays for BATCH_FIELDS, [R, T], with anything in them."""
-    return {name: np.empty((rows, seq_len), bool if name == "loss_mask" else np.int32) for name in BATCH_FIELDS}
+def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
+    """Arrays for BATCH_FIELDS, [R, T], and for RECORDS if they have a width, with anything in them."""
+    block = {name: np.empty((rows, seq_len), bool if name == "loss_mask" else np.int32) for name in BATCH_FIELDS}
+    return {**block, RECORDS: np.empty((rows, seq_len, width), np.uint8)} if width else block
 
 
 class Packer:
@@ -63,14 +66,19 @@ class Packer:
         counts: Counts,
         end: Position | None = None,
         skips: bool = False,
+        width: int = 0,
     ):
-        """skips: the document that the cursor stands in may be given up since (skips.py); the next one follows then."""
+        """skips: the document that the cursor stands in may be given up since (skips.py); the next one follows then.
+
+        width: of the documents' records; 0 for none.
+        """
         self._documents = documents
         self._skip = token  # of the first document to come
         self._tokens = np.empty(0, np.int32)
         # Offset of each document's first token in the buffer; of the first document it may be below 0.
         self._starts = np.empty(0, np.int64)
         self._where = np.empty((0, len(WHERE)), np.int64)
+        self._records = np.empty((0, width), np.uint8) if width else None
         self._position, self._token = position, token
         self._end = end
         self._skips = skips
@@ -87,7 +95,7 @@ class Packer:
         have = len(self._tokens)
         if have >= needed:
             return
-        tokens, starts, where = [self._tokens], [self._starts], [self._where]
+        tokens, starts, where, records = [self._tokens], [self._starts], [self._where], [self._records]
         while have < needed:
             documents = next(self._documents, None)
             if documents is None:
@@ -103,6 +111,7 @@ class Packer:
                 assert found == self._position, f"the document at {self._position} is gone; next is {found}"
                 assert self._skip < documents.lengths[0], f"the document at {found} is shorter than it was"
             tokens.append(documents.tokens[self._skip :])
+            records.append(None if documents.records is None else documents.records[self._skip :])
             starts.append(ends - documents.lengths)
             where.append(documents.where)
             self._skip = 0
@@ -110,6 +119,8 @@ class Packer:
         if len(tokens) > 1:
             self._tokens, self._starts = np.concatenate(tokens), np.concatenate(starts)
             self._where = np.concatenate(where)
+            if self._records is not None:
+                self._records = np.concatenate([some for some in records if some is not None])
 
     def take(
         self,
@@ -129,7 +140,8 @@ class Packer:
         block: what to write to and return, each field contiguous; None for a new one. A lane writes to its place in the
         host's batch, so that no token is copied twice.
         """
-        block = empty_block(rows, seq_len) if block is None else block
+        width = 0 if self._records is None else self._records.shape[1]
+        block = empty_block(rows, seq_len, width) if block is None else block
         span = (rows - 1) * stride + seq_len
         self._fill(span + 1)
         have = len(self._tokens)
@@ -138,6 +150,8 @@ class Packer:
             tokens = np.concatenate([tokens, np.zeros(span + 1 - have, np.int32)])
         block["tokens"][...] = _cut(tokens[:-1], rows, seq_len, stride)
         block["targets"][...] = _cut(tokens[1:], rows, seq_len, stride)
+        if self._records is not None:
+            _write_records(self._records, stride, block[RECORDS])
         block["loss_mask"][...] = True
         last = _write_segments(self._starts if document_mask else self._starts[:0], stride, block)
         block["targets"].reshape(-1)[last] = 0
@@ -182,6 +196,7 @@ class Packer:
         self.seen = max(self.seen - count, 0)
         if count >= len(self._tokens):
             self._tokens, self._starts, self._where = self._tokens[:0], self._starts[:0], self._where[:0]
+            self._records = None if self._records is None else self._records[:0]
             self.ended = True
             if self._end is not None:
                 self._position, self._token = self._end, 0
@@ -192,6 +207,7 @@ class Packer:
             self._starts[first:] - count,
             self._where[first:],
         )
+        self._records = None if self._records is None else self._records[count:]
         self._position, self._token = Position(*self._where[0, :_POSITION].tolist()), -int(self._starts[0])
 
 
@@ -199,6 +215,14 @@ def _cut(tokens: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray
     """[(rows - 1) · stride + seq_len] → [rows, seq_len], a view."""
     # np.lib.stride_tricks costs 14 microseconds a call, 10 times this.
     return np.ndarray((rows, seq_len), tokens.dtype, tokens, strides=(stride * tokens.itemsize, tokens.itemsize))
+
+
+def _write_records(records: np.ndarray, stride: int, block: np.ndarray) -> None:
+    """records: [tokens left, W]; block: [R, T, W]. Past the end of the stream they are 0."""
+    for row, into in enumerate(block):
+        found = records[row * stride : row * stride + len(into)]
+        into[: len(found)] = found
+        into[len(found) :] = 0
 
 
 def _write_segments(starts: np.ndarray, stride: int, block: Batch) -> np.ndarray:

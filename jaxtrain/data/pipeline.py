@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxtrain.data import faults
 from jaxtrain.data.cache import DiskCache
-from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Rows, Shares, position_of
+from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Shares, position_of
 from jaxtrain.data.packing import Pieces, empty_block
 from jaxtrain.data.pools import DaemonPool
 from jaxtrain.data.skips import Skips
 from jaxtrain.data.sources.cached import CachedBytes
+from jaxtrain.data.tokenizing import Rows
 from jaxtrain.data.windows import Dealer, Position, Rules, Window
 from jaxtrain.interfaces import (
     Batch,
@@ -201,6 +202,7 @@ class HostIterator(grain.DatasetIterator):
         self._lanes = [lane.__iter__() for lane in dataset.lanes]
         self._numbers = [lane.lane for lane in dataset.lanes]
         self._dealers = dataset.lanes[0].dealers
+        self._width = dataset.lanes[0].rows.width
         empty = np.zeros((len(self._dealers), len(STATE_FIELDS)), np.int64)
         states = [dataset.states.get(number, empty) for number in self._numbers]
         self.set_state({"step": dataset.after, "lanes": np.array(states, np.int64)})
@@ -250,7 +252,7 @@ class HostIterator(grain.DatasetIterator):
         if not self._started:
             self._start()
         rows, seq_len = self._lanes[0].shape()
-        batch, ended = empty_block(rows * len(self._lanes), seq_len), True
+        batch, ended = empty_block(rows * len(self._lanes), seq_len, self._width), True
         for number, lane in enumerate(self._lanes):
             place = slice(number * rows, (number + 1) * rows)
             ended &= lane.write({name: field[place] for name, field in batch.items()})

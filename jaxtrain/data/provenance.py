@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxtrain.data import ledger
-from jaxtrain.data.lanes import Pools, Rows
+from jaxtrain.data.lanes import Pools
 from jaxtrain.data.pipeline import HostBatch, HostIterator, host_dataset
+from jaxtrain.data.tokenizing import Rows
 from jaxtrain.data.windows import Dealer
 from jaxtrain.interfaces import Json, UserError
 from jaxtrain.plan import Plan, StepPlan

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jaxtrain.data import faults
-from jaxtrain.data.lanes import CHUNK_CHARACTERS, Ahead
+from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.pools import DaemonPool
 from jaxtrain.data.sources import token_store
 from jaxtrain.data.sources.gate import gate
 from jaxtrain.data.sources.token_store import MANIFEST, Manifest, StoredFile
+from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.data.windows import describe, text_of
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer, Transform, UserError
 

@@ -162,7 +162,7 @@ class Dealer:
                 anything |= len(window.positions) > 0
                 yield window
             if first and not anything:
-                # Texts without a token count here, since a tokenizer comes later: see lanes.documents_of.
+                # Texts without a token count here, since a tokenizer comes later: see tokenizing.documents_of.
                 self.refuse(lane)
                 return
             start = Position(start.epoch + 1, 0, 0)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtrain.interfaces import Schedule, ScheduleConfig, UserError
+from jaxtrain.losses.cached import Layout
 from jaxtrain.losses.chunks import NEVER, Sums, Vocabulary, chunked_loss
 from jaxtrain.losses.cross_entropy import CrossEntropy, cross_entropy
-from jaxtrain.losses.divergences import Divergence, ForwardKL, TopK, log_sum
+from jaxtrain.losses.divergences import Divergence, ForwardKL, TopK, kept_and_tail, log_sum
 
 # Larger vocabularies get smaller chunks, so that what a chunk takes does not grow with them.
 _FULL_CHUNK_VOCABULARY = 32_768
@@ -95,9 +96,7 @@ class Distillation:
             # T² for the scale, 1 / T for the step from tempered logits to logits.
             return sums, dlogits_CV + jnp.where(mask_C[:, None], kd_weight * heat * gradient_CV, 0.0)
 
-        columns = vocab_size if mesh is None else -(-vocab_size // mesh.shape["tensor"])
-        chunk_tokens = max(1, plain.chunk_tokens * _FULL_CHUNK_VOCABULARY // max(columns, _FULL_CHUNK_VOCABULARY))
-        loss = chunked_loss(chunk, mesh, chunk_tokens)
+        loss = chunked_loss(chunk, mesh, _chunk_tokens(plain, vocab_size, mesh))
 
         def distillation(
             x_BTD: jax.Array,
@@ -114,6 +113,66 @@ class Distillation:
             return loss(x_BTD, w_DV, *rows, heads=heads, scalars=(ce_weight, kd_weight))
 
         return distillation
+
+    def build_cached(self, layout: Layout, mesh: Mesh | None, plain: CrossEntropy) -> DistillationFn:
+        """As `build`, from a teacher's stored records: the loss (x_BTD, w_DV, records uint8 [B, T, W], targets_BT,
+        mask_BT, ce_weight, kd_weight) → sums.
+
+        The divergence is forward KL over the stored tokens and one outcome for all others, as TopK's.
+        Raises UserError for another divergence, k or temperature than the records serve.
+        """
+        if not (isinstance(self.divergence, TopK) and self.divergence.k == layout.k):
+            raise UserError(
+                f"distillation.divergence={self.divergence}: the teacher's cache holds its {layout.k} most likely "
+                f"tokens and the mass of the others, which serves TopK(k={layout.k}) and nothing else. Set that "
+                "(--config.distillation.divergence.k= changes k alone), or leave out teacher.cache."
+            )
+        heat, slot = self.temperature, layout.slot(self.temperature)
+
+        def chunk(
+            logits_CV: jax.Array,
+            vocabulary: Vocabulary,
+            targets_C: jax.Array,
+            mask_C: jax.Array,
+            records_CW: jax.Array,
+            ce_weight: jax.Array,
+            kd_weight: jax.Array,
+        ) -> tuple[Sums, jax.Array]:
+            sums, dlogits_CV, log_q_CV = cross_entropy(
+                logits_CV, vocabulary, targets_C, mask_C, layout.vocab_size, plain.z_loss, ce_weight
+            )
+            if heat != 1:
+                log_q_CV = _log_softmax(logits_CV, vocabulary, layout.vocab_size, heat)
+            ids_CK, log_p_CK, tail_C = layout.unpack(records_CW, slot)
+            # Ids of other devices' slices fall outside; below 0 they would count from the end.
+            local_CK = ids_CK - vocabulary.columns[0, 0]
+            local_CK = jnp.where(local_CK < 0, logits_CV.shape[1], local_CK)
+            rows = jnp.arange(len(logits_CV))[:, None]
+            log_p_CV = jnp.full(logits_CV.shape, NEVER).at[rows, local_CK].set(log_p_CK, mode="drop")
+            value_C, gradient_CV = kept_and_tail(log_q_CV, log_p_CV, log_p_CV > NEVER, tail_C, vocabulary)
+            sums["kd_loss"] = heat**2 * jnp.where(mask_C, value_C, 0.0).sum()
+            sums["loss"] += kd_weight * sums["kd_loss"]
+            return sums, dlogits_CV + jnp.where(mask_C[:, None], kd_weight * heat * gradient_CV, 0.0)
+
+        loss = chunked_loss(chunk, mesh, _chunk_tokens(plain, layout.vocab_size, mesh))
+
+        def distillation(
+            x_BTD: jax.Array,
+            w_DV: jax.Array,
+            records_BTW: jax.Array,
+            targets_BT: jax.Array,
+            mask_BT: jax.Array,
+            ce_weight: jax.Array,
+            kd_weight: jax.Array,
+        ) -> Sums:
+            return loss(x_BTD, w_DV, targets_BT, mask_BT, records_BTW, scalars=(ce_weight, kd_weight))
+
+        return distillation
+
+
+def _chunk_tokens(plain: CrossEntropy, vocab_size: int, mesh: Mesh | None) -> int:
+    columns = vocab_size if mesh is None else -(-vocab_size // mesh.shape["tensor"])
+    return max(1, plain.chunk_tokens * _FULL_CHUNK_VOCABULARY // max(columns, _FULL_CHUNK_VOCABULARY))
 
 
 def _scaled(weight: float, config: ScheduleConfig | None) -> Schedule:

@@ -94,13 +94,23 @@ class TopK:
     def __call__(self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
         kept_CV = log_p_CV >= vocabulary.kth_largest(log_p_CV, self.k)[:, None]
         tail_p_C = log_sum(jnp.where(kept_CV, NEVER, log_p_CV), vocabulary)
-        tail_q_C = log_sum(jnp.where(kept_CV, NEVER, log_q_CV), vocabulary)
-        p_CV = jnp.where(kept_CV, jnp.exp(log_p_CV), 0.0)
-        value_C = vocabulary.sum((p_CV * (log_p_CV - log_q_CV)).sum(axis=1))
-        value_C += jnp.exp(tail_p_C) * (tail_p_C - tail_q_C)
-        # In the tail the student's own proportions are as good as any: q of a token, less its share of the tail's p.
-        share_CV = jnp.exp(jnp.minimum(log_q_CV - tail_q_C[:, None], 0.0) + tail_p_C[:, None])
-        return value_C, jnp.exp(log_q_CV) - jnp.where(kept_CV, p_CV, share_CV)
+        return kept_and_tail(log_q_CV, log_p_CV, kept_CV, tail_p_C, vocabulary)
+
+
+def kept_and_tail(
+    log_q_CV: jax.Array, log_p_CV: jax.Array, kept_CV: jax.Array, tail_p_C: jax.Array, vocabulary: Vocabulary
+) -> tuple[jax.Array, jax.Array]:
+    """Forward KL over the kept tokens and one outcome for all others: (values [C], gradients by u [C, V]).
+
+    log_p_CV: anything finite where a token is not kept. tail_p_C: the logarithm of the others' mass.
+    """
+    tail_q_C = log_sum(jnp.where(kept_CV, NEVER, log_q_CV), vocabulary)
+    p_CV = jnp.where(kept_CV, jnp.exp(log_p_CV), 0.0)
+    value_C = vocabulary.sum((p_CV * (log_p_CV - log_q_CV)).sum(axis=1))
+    value_C += jnp.exp(tail_p_C) * (tail_p_C - tail_q_C)
+    # In the tail the student's own proportions are as good as any: q of a token, less its share of the tail's p.
+    share_CV = jnp.exp(jnp.minimum(log_q_CV - tail_q_C[:, None], 0.0) + tail_p_C[:, None])
+    return value_C, jnp.exp(log_q_CV) - jnp.where(kept_CV, p_CV, share_CV)
 
 
 def log_sum(x_CV: jax.Array, vocabulary: Vocabulary) -> jax.Array:

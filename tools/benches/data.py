@@ -24,8 +24,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxtrain.data.lanes import CHUNK_CHARACTERS, STATE_FIELDS
+from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.interfaces import Block, Json, Tokenizer
 from jaxtrain.recipe import Command, Flag, Flags
 from jaxtrain.tokenizers.training import TrainTokenizer

@@ -1,0 +1,153 @@
+"""`python -m tools.cache_teacher`: what a teacher says of every token of a config's documents, to distil from later."""
+
+import os
+import signal
+from typing import Any
+
+from jaxtrain import places, recipe
+from jaxtrain.interfaces import UserError
+from tools import workers
+
+COMMAND = recipe.Command(
+    name="python -m tools.cache_teacher",
+    description=(
+        "Runs the config's teacher once over each document of its sources and keeps the log-probabilities of the most "
+        "likely tokens, and the mass of all others: 4 bytes a token and k where the vocabulary has 65,536 tokens or "
+        "less, else 5 (k=64: 260 or 324 GB for a billion tokens). They are kept by document, so training from them "
+        "(teacher.cache, distillation.divergence=TopK(k=...)) may choose any sequence length, packing, mix, lanes and "
+        "hosts. Several workers share the documents out, each with its own devices; whoever is last finishes the cache."
+        " Stopped or killed, a worker goes on with the documents that it was at."
+    ),
+    examples=(
+        "python -m tools.cache_teacher --config=configs/distill.py --max_samples=1000000",
+        "launch/local.sh 8 python -m tools.cache_teacher --config=configs/distill.py --max_samples=10000000 "
+        "--output=/data/teacher",
+        "python -m tools.cache_teacher --config=configs/distill.py --max_samples=1000000 --worker=3/16 "
+        "--output=/data/teacher --temperatures=1,2",
+        "python -m tools.cache_teacher --config=configs/distill.py --output=/data/teacher --verify",
+    ),
+    flags=(
+        recipe.Flag(
+            name="output",
+            type=str | None,
+            default=None,
+            help="where the cache goes; teacher.cache, or teacher in the work directory, by default",
+        ),
+        recipe.Flag(
+            name="max_samples",
+            type=int | None,
+            default=None,
+            help="the first so many documents of each source, instead of what its own max_samples says; the run that "
+            "trains from them needs the same or less",
+        ),
+        recipe.Flag(name="k", type=int, default=64, help="tokens that are kept of each distribution"),
+        recipe.Flag(
+            name="temperatures",
+            type=str | None,
+            default=None,
+            help="comma-separated: those that training may use; distillation.temperature by default",
+        ),
+        recipe.Flag(
+            name="context",
+            type=int | None,
+            default=None,
+            help="the most tokens that the teacher sees at once; by default the longest rows of the config, as far as "
+            "the teacher goes",
+        ),
+        recipe.Flag(
+            name="stride",
+            type=int | None,
+            default=None,
+            help="tokens between the windows of a document longer than the context; half the context by default",
+        ),
+        recipe.Flag(name="batch_tokens", type=int, default=16_384, help="tokens that a device takes at once"),
+        recipe.Flag(
+            name="worker",
+            type=str | None,
+            default=None,
+            help="I/N: this is worker I, from 0, of N; launch/local.sh sets it, and 0/1 is the default elsewhere",
+        ),
+        recipe.Flag(
+            name="workdir",
+            type=str | None,
+            default=None,
+            help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if it is the "
+            "config's own and not yet made; runs/<config file>[-<arg>] by default",
+        ),
+        recipe.Flag(name="verify", type=bool, default=False, help="only compare a finished cache with its checksums"),
+    ),
+    resumes=True,
+)
+
+
+def main(flags: recipe.Flags) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    worker = workers.parse(flags.worker)
+    for name in ("workdir", "output"):
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name}= may not be empty: give a directory, or leave it out")
+    for name in ("max_samples", "k", "context", "stride", "batch_tokens"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: give 1 or more")
+    temperatures = _temperatures(flags.temperatures)
+    workdir = flags.workdir or places.default_workdir(flags.config or "")
+    places.keep_caches_in(workdir)
+    config = flags.load_config()
+    if config.teacher is None or not config.teacher.model:
+        raise UserError(
+            f"--config={flags.config} has no teacher: give --config.teacher.model= a Hugging Face model (a folder, or "
+            "an id on the Hub) or a work directory."
+        )
+    output = flags.output or config.teacher.cache or os.path.join(workdir, "teacher")
+    if "://" in output:
+        raise UserError(f"--output={output}: a cache is written to a local path, since it is read from there")
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain.monitor import console_logging
+    from tools import teacher_caching
+
+    with console_logging():
+        if flags.verify:
+            teacher_caching.verify(config, output)
+            return
+        if flags.max_samples is not None:
+            for source in config.data.sources.values():
+                source.max_samples = flags.max_samples
+        _check_bound(config)
+        asked = teacher_caching.Asked(
+            k=flags.k,
+            temperatures=temperatures or (config.distillation.temperature,),
+            context=flags.context,
+            stride=flags.stride,
+            batch_tokens=flags.batch_tokens,
+        )
+        teacher_caching.write(config, workdir, output, asked, *worker)
+
+
+def _temperatures(text: str | None) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        found = (0.0,)
+    if any(not 0.01 <= heat <= 1000 for heat in found) or len(set(found)) < len(found):
+        raise UserError(f"--temperatures={text}: give different numbers from 0.01 to 1000, such as 1,2")
+    return found
+
+
+def _check_bound(config: Any) -> None:
+    """A dataset of the Hub may have terabytes, and its teacher's cache hundreds of times as many."""
+    from jaxtrain.data.sources.text_files import TextFiles
+
+    for name, source in config.data.sources.items():
+        if source.max_samples is None and not isinstance(source, TextFiles):
+            raise UserError(
+                f"--max_samples is needed: nothing bounds source {name!r}, and a teacher's cache takes hundreds of "
+                "times the room of its text. How to choose: a document of web text has about 1,000 tokens, so with "
+                "k=64 100,000 documents take about 26 GB (32 GB with a vocabulary above 65,536), and 10 million 2.6 "
+                "TB; training may go over them several times. Where that does not fit, leave out teacher.cache: the "
+                "teacher then runs as the student trains, and nothing is stored."
+            )
+
+
+if __name__ == "__main__":
+    recipe.leave(recipe.exit_code(main, COMMAND))

@@ -1,0 +1,157 @@
+"""What `tools.cache_teacher` does, once its command line is understood."""
+
+import dataclasses
+import os
+import shutil
+
+from tqdm import tqdm
+
+from jaxtrain.config import Config
+from jaxtrain.data import cache_writer, pipeline, teacher_cache
+from jaxtrain.data.cache_writer import Job, Writer
+from jaxtrain.interfaces import UserError
+from jaxtrain.losses.cached import Layout
+from jaxtrain.scoring import Scorer
+from tools import pretokenizing
+
+# Of a file: what is redone after a kill, and 70 MB for documents of 1,000 tokens with k = 64.
+PART_ROWS = 256
+# The estimate is that of the first documents: others may be longer.
+_MARGIN = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The command line's. context, stride: None for the defaults. batch_tokens: of a device."""
+
+    k: int
+    temperatures: tuple[float, ...]
+    context: int | None
+    stride: int | None
+    batch_tokens: int
+
+    def sizes(self, config: Config, longest: int) -> tuple[int, int]:
+        """(context, stride). longest: the most tokens that the teacher can see."""
+        context = self.context or min(max(stage.seq_len for stage in config.plan().stages), longest)
+        if context > longest:
+            raise UserError(f"--context={context}: the teacher sees {longest} tokens at most")
+        stride = self.stride or max(context // 2, 1)
+        if stride > context:
+            raise UserError(f"--stride={stride}: windows of {context} tokens would leave some out; give that or less")
+        return context, stride
+
+
+def write(config: Config, workdir: str, output: str, asked: Asked, worker: int, workers: int) -> None:
+    """This worker's part of the caches of all sources. Raises UserError, TransientError, CorruptError."""
+    assert config.teacher is not None
+    begun = {name: cache_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
+    sources = pipeline.resolve(config.data, pretokenizing.identities(config, workdir, known))
+    tokenizer = pretokenizing.tokenizer_of(config, workdir, sources)
+    config.data.rows(tokenizer, None)  # refuses add_bos where there is no such token
+    if asked.k > tokenizer.vocab_size:
+        raise UserError(f"--k={asked.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
+    mesh = config.mesh.build()
+    frozen = config.teacher.build(tokenizer, mesh)
+    context, stride = asked.sizes(config, frozen.model.config.max_seq_len)
+    layout = Layout(tokenizer.vocab_size, asked.k, asked.temperatures)
+    print(f"Reading the teacher {config.teacher.model}...", flush=True)
+    params = frozen.load()
+    identity = frozen.identity(params)
+    writers: dict[str, Writer] = {}
+    for name, source in sources.items():
+        manifest = teacher_cache.manifest_of(
+            source,
+            config.data.sources[name],
+            tokenizer,
+            add_bos=config.data.add_bos,
+            teacher=identity,
+            layout=layout,
+            context=context,
+            stride=stride,
+            part_rows=PART_ROWS,
+        )
+        folder, retry = os.path.join(output, name), 60 * config.data.retry_minutes
+        job = Job(name, folder, config.data.sources[name], source, tokenizer, manifest, retry)
+        writers[name] = Writer(job, worker, workers)
+    documents = _check_space(writers, output, layout)
+    rows = max(asked.batch_tokens // context, 1) * mesh.shape["data"] * mesh.shape["fsdp"]
+    scorer = Scorer(frozen.model, params, layout, context, stride, rows)
+    for name, writer in writers.items():
+        if not (writer.complete or _written(name, writer, scorer, documents[name], workers)):
+            print(f"Source {name}: this worker's documents are done, others' are not yet.", flush=True)
+            continue
+        print(f"Source {name}: {_described(writer.job.folder)}", flush=True)
+    print(
+        f"Train from it with --config.teacher.cache={output} --config.distillation.divergence.k={layout.k} where the "
+        "config has TopK.",
+        flush=True,
+    )
+
+
+def _written(name: str, writer: Writer, scorer: Scorer, documents: int | None, workers: int) -> bool:
+    """Whether the source is complete."""
+    mine = None if documents is None else documents // workers
+    with tqdm(total=mine, desc=f"Caching {name}", unit=" documents", unit_scale=True, disable=None) as bar:
+        total = 0
+
+        def progress(documents: int, tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
+            bar.update(documents)
+
+        return writer.write(scorer, progress)
+
+
+def _check_space(writers: dict[str, Writer], output: str, layout: Layout) -> dict[str, int | None]:
+    """How many documents there are left of each source; None where only reading tells.
+
+    Raises UserError if the disk has less than `_MARGIN` times what they are estimated to take.
+    """
+    left: dict[str, int | None] = {}
+    needed = 0.0
+    for name, writer in writers.items():
+        if writer.complete:
+            left[name] = 0
+            continue
+        sampled, tokens, documents = writer.sample()
+        done, _, written = writer.done()
+        left[name] = None if documents is None else max(documents - done, 0)
+        if documents is None or not sampled:
+            print(f"Source {name}: how many documents there are, only reading tells.", flush=True)
+            continue
+        size = teacher_cache.document_bytes(tokens, sampled, layout) / sampled * documents
+        needed += max(size - written, 0)
+        mean = tokens / sampled
+        print(
+            f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (by the first {sampled:,}), "
+            f"{layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
+            flush=True,
+        )
+    free = shutil.disk_usage(output).free
+    if free < _MARGIN * needed:
+        raise UserError(
+            f"--output={output}: the cache needs about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB are free "
+            f"there, less than {_MARGIN} times as much. Take another disk, fewer documents (--max_samples) or tokens "
+            "(--k); or leave out teacher.cache: the teacher then runs as the student trains, and nothing is stored."
+        )
+    return left
+
+
+def verify(config: Config, output: str) -> None:
+    """Raises UserError for a cache that is not whole."""
+    for name in config.data.sources:
+        folder = os.path.join(output, name)
+        teacher_cache.verify(folder)
+        print(f"Source {name}: {_described(folder)} All bytes are as they were written.", flush=True)
+
+
+def _described(folder: str) -> str:
+    made = teacher_cache.load(folder)
+    rows = sum(part.rows for parts in made.parts for part in parts)
+    temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
+    return (
+        f"{rows:,} documents, {made.tokens:,} tokens, {made.bytes / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
+        f"likely tokens by {made.teacher['found']}, for temperatures {temperatures}."
+    )
