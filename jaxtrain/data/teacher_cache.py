@@ -209,9 +209,10 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source,
         lines.append(f"  transforms: the cache has {manifest.transforms}, the config {transforms}")
     if manifest.max_samples is not None and (config.max_samples is None or config.max_samples > manifest.max_samples):
         lines.append(f"  max_samples: the cache has {manifest.max_samples}, the config {config.max_samples}")
-    different = mismatch(manifest.tokenizer, tokenizer.identity)
-    if different is not None:
-        lines.append(f"  tokenizer: {different}")
+    if manifest.tokenizer != tokenizer.identity:
+        different = mismatch(manifest.tokenizer, tokenizer.identity)
+        if different is not None:
+            lines.append(f"  tokenizer: {different}")
     if lines:
         raise UserError(
             f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "

@@ -9,7 +9,7 @@ import pytest
 from jaxtrain.data import packing
 from jaxtrain.data.packing import WHERE, Counts, Documents, Packer
 from jaxtrain.data.windows import Position
-from jaxtrain.interfaces import BATCH_FIELDS
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS
 from tests.data.reference import LaneStream
 
 END = Position(1, 0, 0)
@@ -23,17 +23,18 @@ def pieces(lengths: list[int], each: int, skip: int = 0) -> Iterator[Documents]:
         where = np.zeros((len(part), len(WHERE)), np.int64)
         where[:, WHERE.index("row")] = where[:, WHERE.index("file_row")] = range(first, first + len(part))
         where[:, WHERE.index("file")] = 7
-        yield Documents(np.array(tokens, np.int32), np.array(part, np.int64), where)
+        flat = np.array(tokens, np.int32)
+        yield Documents(flat, np.array(part, np.int64), where, flat[:, None].view(np.uint8))
 
 
 def packer(lengths: list[int], each: int = 3) -> Packer:
-    return Packer(pieces(lengths, each), Position(0, 0, 0), 0, 0, Counts(), END)
+    return Packer(pieces(lengths, each), Position(0, 0, 0), 0, 0, Counts(), END, width=4)
 
 
 def resumed(lengths: list[int], old: Packer) -> Packer:
     position, token = old.cursor
     documents = iter(()) if position == END else pieces(lengths, 2, position.row)
-    return Packer(documents, position, token, old.seen, Counts(**vars(old.counts)), END)
+    return Packer(documents, position, token, old.seen, Counts(**vars(old.counts)), END, width=4)
 
 
 def stream(lengths: list[int]) -> LaneStream:
@@ -59,6 +60,8 @@ def test_rows_counts_and_cursors(seed, mask):
         for name in BATCH_FIELDS:
             np.testing.assert_array_equal(block[name], np.array([row[name] for row in wanted]), err_msg=name)
             assert block[name].dtype == (bool if name == "loss_mask" else np.int32)
+        there = block["segment_ids"] > 0
+        np.testing.assert_array_equal(block[RECORDS].view(np.int32)[..., 0], np.where(there, block["tokens"], 0))
         assert fast.counts == Counts(slow.documents_begun, slow.trained, slow.high)
         assert fast.ended == slow.ended
         if fast.ended:
