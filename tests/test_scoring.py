@@ -53,7 +53,7 @@ def test_pieces_cover_each_token_once_and_fill_rows() -> None:
         assert all(sum(piece.end - piece.begin for piece in row) <= context for row in rows)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
     """Whole documents, and windows of the longer ones; whatever lies beside them in a row."""
     model, params = teacher(*shape)
@@ -108,7 +108,7 @@ def whole_documents(seed: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]
     return batch, [part for row, cut in zip(tokens, cuts, strict=True) for part in (row[:cut], row[cut:])]
 
 
-@pytest.mark.parametrize("k", [VOCAB, 6])
+@pytest.mark.parametrize("k", [VOCAB, pytest.param(6, marks=pytest.mark.slow)])
 def test_from_the_cache_as_on_the_fly(k: int) -> None:
     """On rows of whole documents they agree, but for the rounding of what is stored: losses and parameters."""
     model, frozen = teacher()
