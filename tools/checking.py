@@ -36,7 +36,8 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     mesh = config.mesh.build(devices)
     limit = step_limit(config, cluster)
     frozen = offline.outlined_teacher(config, vocab_size, mesh)
-    parts = setup.make_parts(config, vocab_size, plan, mesh, frozen, limit)
+    layout = offline.outlined_layout(config, vocab_size)
+    parts = setup.make_parts(config, vocab_size, plan, mesh, frozen, limit, layout)
     stages = Stages(parts, plan, config.micro_batch_tokens, limit)
     _describe(parts, cluster, limit, vocab_size, source)
     answer: Json = {

@@ -64,11 +64,12 @@ def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float
     mesh: dict[str, int] = dict(zip(sharding.MESH_AXES, config.mesh.sizes(cluster.num_chips), strict=True))
     # The parts' shapes are the same on one device; what the cluster's mesh makes of them is arithmetic.
     one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
+    frozen = offline.outlined_teacher(config, ids, one)
     return Outlook(
         config=config,
         plan=plan,
         cluster=cluster,
-        parts=setup.make_parts(config, ids, plan, one, offline.outlined_teacher(config, ids, one), None),
+        parts=setup.make_parts(config, ids, plan, one, frozen, None, offline.outlined_layout(config, ids)),
         mesh=mesh,
         mfu=mfu,
         price=PRICES[cluster.chip.name] if price is None else price,
@@ -97,8 +98,8 @@ def memory(given: Outlook) -> Part:
     limit = checking.step_limit(given.config, given.cluster)
     held = advice.state_bytes(given.parts, given.mesh)
     teacher = 0.0
-    if given.parts.distilled is not None:
-        distilled = given.parts.distilled
+    distilled = given.parts.distilled
+    if distilled is not None and distilled.teacher is not None:
         teacher = advice.tree_bytes(distilled.teacher.axes, distilled.abstract, given.mesh)
     lines = ["Memory of a chip (an estimate; tools.compile_check asks the compiler):"]
     lines.append(f"  state {held / 1e9:.2f} GB" + (f", teacher {teacher / 1e9:.2f} GB" if teacher else ""))
@@ -170,7 +171,7 @@ def disk(given: Outlook) -> Part:
     kept = config.checkpoint.most_at_once(plan.last_step)
     numbers: Json = {"checkpoint_gb": size / 1e9, "checkpoints_gb": size * kept / 1e9}
     lines = ["Disk:", f"  checkpoints: {size / 1e9:.2f} GB each, at most {kept} at once: {size * kept / 1e9:.2f} GB"]
-    for part in (data_cache, stored_tokens, teacher_download):
+    for part in (data_cache, stored_tokens, teacher_download, teacher_cache):
         found = part(given)
         lines += found.lines
         numbers |= found.numbers
@@ -196,11 +197,7 @@ def stored_tokens(given: Outlook) -> Part:
     if plan.total_tokens is None:
         return Part(["  token store: as large as the data, which alone ends the run"], {"token_store_gb": None})
     itemsize = token_store.dtype_of(given.parts.model.vocab_size).itemsize
-    # Of a row, `overlap` tokens are the row's before it.
-    unique = sum(
-        ((stage.last_token or 0) - stage.first_token) * stage.stride / stage.seq_len for stage in _stages(plan)
-    )
-    size = unique * itemsize / 1e9
+    size = _unique(plan) * itemsize / 1e9
     uses = data.mode in ("pretokenized", "auto")
     note = f"needed by data.mode={data.mode}" if uses else f"not used by data.mode={data.mode}"
     epochs = "" if given.config.epochs is None else "; less where the data has fewer"
@@ -212,10 +209,30 @@ def stored_tokens(given: Outlook) -> Part:
 def teacher_download(given: Outlook) -> Part:
     """In Hugging Face's cache on each host, for a teacher of the Hub: published weights have 2 bytes a parameter."""
     teacher, distilled = given.config.teacher, given.parts.distilled
-    if teacher is None or distilled is None or teacher.is_checkpoint:
+    if teacher is None or distilled is None or distilled.teacher is None or teacher.is_checkpoint:
         return Part([], {})
     size = 2 * distilled.teacher.num_params / 1e9
     return Part([f"  teacher's weights: about {size:.2f} GB ({teacher.model})"], {"teacher_download_gb": size})
+
+
+def teacher_cache(given: Outlook) -> Part:
+    """Of tools.cache_teacher, were every token of the run a new one."""
+    teacher, plan = given.config.teacher, given.plan
+    if teacher is None:
+        return Part([], {})
+    layout = offline.layout_of(given.config, given.parts.model.vocab_size)
+    size = None if plan.total_tokens is None else _unique(plan) * layout.width / 1e9
+    much = "as large as the data makes it" if size is None else f"at most {size:,.1f} GB (1.5 times as much free)"
+    note = "teacher.cache" if teacher.cache is not None else "not used: the teacher runs as the student trains"
+    return Part(
+        [f"  teacher's cache: {much}, {layout.width} bytes a token with k={layout.k} ({note})"],
+        {"teacher_cache_gb": size, "teacher_cache_bytes_per_token": layout.width},
+    )
+
+
+def _unique(plan: Plan) -> float:
+    """Tokens of the run, each once: of a row, `overlap` tokens are the row's before it."""
+    return sum(((stage.last_token or 0) - stage.first_token) * stage.stride / stage.seq_len for stage in _stages(plan))
 
 
 def time_and_cost(given: Outlook) -> Part:

@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 from jaxtrain import teacher
 from jaxtrain.config import Config
 from jaxtrain.interfaces import TransientError, UserError
+from jaxtrain.losses.cached import Layout
+from jaxtrain.losses.divergences import TopK
 
 
 def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
@@ -33,8 +35,11 @@ def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def outlined_teacher(config: Config, vocab_size: int, mesh: Mesh) -> teacher.Frozen | None:
-    """The config's teacher by its own config.json or checkpoint; None without one. Raises UserError."""
-    if config.teacher is None:
+    """The config's teacher by its own config.json or checkpoint; None without one, or if a cache takes its place.
+
+    Raises UserError.
+    """
+    if config.teacher is None or config.teacher.cache is not None:
         return None
     try:
         return config.teacher.outline(vocab_size, mesh)
@@ -45,3 +50,17 @@ def outlined_teacher(config: Config, vocab_size: int, mesh: Mesh) -> teacher.Fro
             f"teacher.model={config.teacher.model}: its config.json is not on this machine, and this asks no network. "
             "Put that file into a folder, and give --config.teacher.model=FOLDER"
         ) from error
+
+
+def outlined_layout(config: Config, vocab_size: int) -> Layout | None:
+    """The records of the teacher's cache that the config wants, which need not be written yet; None without one."""
+    if config.teacher is None or config.teacher.cache is None:
+        return None
+    return layout_of(config, vocab_size)
+
+
+def layout_of(config: Config, vocab_size: int) -> Layout:
+    """Of a cache for this config: what tools.cache_teacher writes by default, or TopK's own k."""
+    divergence = config.distillation.divergence
+    k = divergence.k if isinstance(divergence, TopK) else TopK().k
+    return Layout(vocab_size, min(k, vocab_size), (config.distillation.temperature,))

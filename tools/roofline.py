@@ -109,8 +109,8 @@ def memory_bytes(parts: Parts, shape: Shape, loss_chunk: int) -> float:
     accumulated = 8 * local * shape.micro_batches if shape.micro_batches > 1 else 0.0
     total = shape.micro_batches * weights + activations + accumulated + _OPTIMIZER_BYTES * local
     total += _head_bytes(model, shape, loss_chunk, itemsize)
-    if parts.distilled is not None:
-        teacher = parts.distilled.teacher
+    teacher = None if parts.distilled is None else parts.distilled.teacher
+    if teacher is not None:
         total += teacher.config.num_layers * sum(
             2 * (a * b * shape.micro_batches + (a + b) * shape.chip_tokens) / tensor
             for a, b in matrices(teacher.config)

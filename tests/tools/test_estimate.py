@@ -116,3 +116,11 @@ def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
     assert "| 1B | 2 x v5e:16x16 | data=2 fsdp=256 | ~1 | ~" in text
     assert "| 8B (Llama 3's shape) | v5e:2x4 | fsdp=8 | ~64 | ~" in text
     assert text.count("~no") == 1
+
+
+def test_a_teachers_cache(tmp_path: pathlib.Path) -> None:
+    """64 ids of 2 bytes, as many float16, and one float32 tail: 260 bytes for each of 10 billion tokens."""
+    found = numbers(tmp_path, f"--config={ROOT}/configs/distill.py:cached", "--hardware=h100:8")
+    assert found["teacher_cache_bytes_per_token"] == 260
+    assert found["teacher_cache_gb"] == pytest.approx(2600)
+    assert "teacher_download_gb" not in found
