@@ -174,6 +174,10 @@ class Checkpointer:
         self._background.check()
         self._manager.wait_until_finished()
 
+    def give_up_others(self) -> None:
+        """This process has failed, and the others end at once: `close` then does not wait for a save with them."""
+        self._failed = self._failed or jax.process_count() > 1
+
     def close(self) -> None:
         """Waits for the last save, then gives up signals and threads; raises as `save`."""
         try:

@@ -17,7 +17,7 @@ from jaxtrain.data.cache import DiskCache
 from jaxtrain.data.modes import Opened
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
 from jaxtrain.data.windows import Dealer
-from jaxtrain.interfaces import Json, Source, Tokenizer, TransientError, UserError
+from jaxtrain.interfaces import FollowedError, Json, Source, Tokenizer, TransientError, UserError
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.workdir import Workdir
@@ -154,12 +154,20 @@ def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, 
     return found
 
 
+class _ElsewhereUserError(UserError, FollowedError):
+    """Process 0 raises the UserError."""
+
+
+class _ElsewhereTransientError(TransientError, FollowedError):
+    """Process 0 raises what a restart may cure."""
+
+
 def _all_or_none(failure: Exception | None) -> None:
     """All processes raise if process 0 failed: what the user must change, or what a restart may cure."""
     kind = int(broadcast([0 if failure is None else 1 if isinstance(failure, UserError) else 2])[0])
     if kind:
         text = "process 0 could not prepare the run: see its message"
-        raise failure or (UserError(text) if kind == 1 else TransientError(text))
+        raise failure or (_ElsewhereUserError if kind == 1 else _ElsewhereTransientError)(text)
 
 
 def tokenizer(config: Config, workdir: epath.PathLike, dealers: Sequence[Dealer], plan: Plan) -> Tokenizer:

@@ -42,6 +42,10 @@ class TransientError(Exception):
         self.retry_after = retry_after
 
 
+class FollowedError(Exception):
+    """Raised since another process failed: that one says why."""
+
+
 class CorruptError(Exception):
     """Bytes that arrived whole and cannot be read; `file` and `row` (the first bad one) say where.
 

@@ -44,6 +44,14 @@ COMMAND = recipe.Command(
             default=False,
             help="resolve the data, compile every stage, read one batch, print the plan; train nothing",
         ),
+        recipe.Flag(
+            name="coordinator",
+            type=str | None,
+            default=None,
+            help="HOST:PORT of process 0, where no launcher or cluster says it; with --num_processes and --process_id",
+        ),
+        recipe.Flag(name="num_processes", type=int | None, default=None, help="how many there are of this command"),
+        recipe.Flag(name="process_id", type=int | None, default=None, help="0, 1, ...: which of them this is"),
     ),
     resumes=True,
 )
@@ -58,6 +66,14 @@ def main(flags: recipe.Flags) -> int:
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
     workdir = flags.workdir or places.default_workdir(flags.config or "")
     places.keep_caches_in(workdir)
+    # As launchers give them.
+    for name, value in (
+        ("JAX_COORDINATOR_ADDRESS", flags.coordinator),
+        ("JAX_NUM_PROCESSES", flags.num_processes),
+        ("JAX_PROCESS_ID", flags.process_id),
+    ):
+        if value is not None:
+            os.environ[name] = str(value)
     config = flags.load_config()
     # Importing JAX takes seconds: not before the config is known to be right.
     from jaxtrain import train

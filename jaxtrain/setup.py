@@ -32,31 +32,6 @@ _SAMPLE_TOKENS = 64
 logger = logging.getLogger("jaxtrain")
 
 
-def processes(deterministic: bool) -> None:
-    """Join the run's other processes: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster.
-
-    deterministic: only deterministic operations on GPUs. Results of autotuning are kept in the compilation cache.
-    """
-    if deterministic:
-        # XLA reads its flags once, when the first device is looked up.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is not None:
-        jax.distributed.initialize(
-            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]), local_device_ids=None
-        )
-    elif _in_cluster():
-        jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-    """Whether a launcher that JAX knows has started several of us."""
-    several = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(os.environ.get(name, "1")) > 1 for name in several):
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOBSET_NAME" in os.environ
-
-
 def compiler_effort(platform: str) -> None:
     """XLA's default of O3-like effort costs minutes on scanned models on GPUs (docs/benchmarks.md)."""
     if platform == "gpu":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import dryrun, fingerprint, memory, setup, state
+from jaxtrain import dryrun, fingerprint, memory, processes, setup, state
 from jaxtrain.agreement import InterruptedWaitError, any_process
 from jaxtrain.checkpoint import Checkpointer
 from jaxtrain.config import Config
@@ -35,34 +35,56 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
 
     Raises UserError for what the user must change.
     """
-    setup.processes(config.deterministic)
-    with console_logging() as console, Workdir(workdir_path) as workdir:
+    processes.join(config.deterministic)
+    with console_logging() as console, processes.failures_told(), Workdir(workdir_path) as workdir:
         setup.runtime(config, workdir)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
-            session = setup.session(config, workdir, checkpointer, fetch=not dry_run)
-            if keep is not None:
-                keep.append(session)
-            if dry_run:
-                dryrun.describe(session, workdir)
-                return FINISHED
-            return _train(session, workdir, checkpointer, console)
-        except jax.errors.JaxRuntimeError as error:
-            explained = memory.explained(error)
-            if explained is None:
-                raise
-            raise explained from error
-        except CorruptError as error:
-            if dry_run or config.data.on_corrupt == "stop" or not error.source:
-                raise
-            # The others cannot know: they wait for this process in a step, until its end breaks their connections and
-            # ends them too. The launcher starts all again, and all read the list.
-            skips.record(workdir.skips, error)
-            logger.warning("%s", error)
-            logger.warning("Recorded in %s. Give the same command again to go on without it.", workdir.skips)
-            return STOPPED
+            # Before closing, which the others would have to take part in.
+            with processes.failures_told():
+                code = _explained(config, workdir, checkpointer, console, dry_run, keep)
+        except Exception:
+            checkpointer.give_up_others()
+            raise
         finally:
             checkpointer.close()
+    processes.leave_together()
+    return code
+
+
+def _explained(
+    config: Config,
+    workdir: Workdir,
+    checkpointer: Checkpointer,
+    console: Any,
+    dry_run: bool,
+    keep: list[object] | None,
+) -> int:
+    """The run; of what ends it, the devices' memory is explained, and a corrupt file is recorded if that is wanted."""
+    try:
+        session = setup.session(config, workdir, checkpointer, fetch=not dry_run)
+        if keep is not None:
+            keep.append(session)
+        if dry_run:
+            dryrun.describe(session, workdir)
+            return FINISHED
+        return _train(session, workdir, checkpointer, console)
+    except jax.errors.JaxRuntimeError as error:
+        explained = memory.explained(error)
+        if explained is None:
+            raise
+        raise explained from error
+    except CorruptError as error:
+        if dry_run or config.data.on_corrupt == "stop" or not error.source:
+            raise
+        skips.record(workdir.skips, error)
+        recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
+        logger.warning("%s", error)
+        logger.warning("%s", recorded)
+        # The others cannot know. The launcher starts all again, and all read the list.
+        processes.tell(f"{error}\n{recorded}", STOPPED)
+        checkpointer.give_up_others()
+        return STOPPED
 
 
 def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, console: Any) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxtrain.interfaces import Json, TransientError, UserError
+from jaxtrain.interfaces import FollowedError, Json, TransientError, UserError
 from jaxtrain.redaction import redact
 
 _HEARTBEAT_SECONDS = 30.0
@@ -34,6 +34,10 @@ _WATCH_SECONDS = 75.0
 _VISIBLE_SECONDS = 10.0
 
 logger = logging.getLogger("jaxtrain")
+
+
+class _ElsewhereUserError(UserError, FollowedError):
+    """Process 0 raises the UserError."""
 
 
 class Workdir:
@@ -122,7 +126,7 @@ class Workdir:
             except Exception as error:  # clients of buckets have errors of their own
                 refusal = _unreachable(self.path, error)
         if int(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))):
-            raise refusal or UserError(f"--workdir={self.path} cannot be used: see what process 0 says.")
+            raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see what process 0 says.")
 
     def write_config(self, config: Json) -> None:
         """Writes `config.json`, on process 0."""

@@ -56,6 +56,7 @@ PARTS = {
     "file_list": "checkpoint",
     "inputs": "config",
     "memory": "step",
+    "processes": "train",
     "resume": "config",
     "save_errors": "checkpoint",
     "setup": "train",

@@ -44,12 +44,13 @@ class Run:
         self.spec = spec
         self.env = env
         self.processes = processes
+        self.module = "jaxtrain.main"
         self.process: subprocess.Popen[str] | None = None
         self.output = ""  # of the process that ended last: stdout and stderr
         self._file = workdir.with_name(workdir.name + ".out")
 
     def start(self, *flags: str) -> "Run":
-        command = [sys.executable, "-m", "jaxtrain.main", f"--config={self.spec}", f"--workdir={self.workdir}", *flags]
+        command = [sys.executable, "-m", self.module, f"--config={self.spec}", f"--workdir={self.workdir}", *flags]
         if self.processes > 1:
             command = [str(LOCAL), str(self.processes), *command]
         with open(self._file, "w") as out:

@@ -83,8 +83,8 @@ def test_a_mistake_is_said_once_for_all(make_run: MakeRun) -> None:
 
 CUT = """
 from jax.experimental import multihost_utils
-from jaxtrain import inputs, recipe, setup
-setup.processes(deterministic=False)
+from jaxtrain import inputs, processes, recipe
+processes.join(deterministic=False)
 config = recipe.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
 dealers = inputs.build(config, inputs.resolve(config, None), {})
 print("units:", *(len(dealer.layout.units) for dealer in dealers), flush=True)

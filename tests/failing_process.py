@@ -1,0 +1,50 @@
+"""`python -m tests.failing_process PROCESS:HOW`: one of several processes fails while the others wait for it.
+
+HOW: `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself), `kill`
+(SIGKILL) or `nothing`. Prints `failed TIME` just before.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxtrain import processes, recipe
+from jaxtrain.interfaces import UserError
+from jaxtrain.monitor import console_logging
+
+_SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}
+
+
+def fail(how: str) -> None:
+    print(f"failed {time.time()}", flush=True)
+    if how == "error":
+        raise ValueError("a fault of this host alone")
+    if how == "mistake":
+        raise UserError("a mistake on this host alone")
+    os.kill(os.getpid(), _SIGNALS[how])
+
+
+def main(flags: recipe.Flags) -> int:
+    index, _, how = flags.failing.partition(":")
+    processes.HEARTBEAT_SECONDS = 10
+    processes.join(deterministic=False)
+    with console_logging(), processes.failures_told():
+        for step in range(4):
+            if step == 2 and jax.process_index() == int(index) and how != "nothing":
+                fail(how)
+            total = multihost_utils.process_allgather(np.array([step])).sum()
+            assert total == step * jax.process_count()
+    processes.leave_together()
+    print(f"left together {jax.process_index()}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    failing = recipe.Flag(name="failing", type=str, positional=True, help="which process, and how")
+    command = recipe.Command(name="x", description="", examples=("x",), flags=(failing,), config="none")
+    recipe.leave(recipe.exit_code(main, command, sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""`python -m tests.failing_run FLAGS...`: jaxtrain.main, where one process fails when it asks for the batch of a step.
+
+FAIL=PROCESS:HOW:STEP in the environment. HOW: `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself) or `kill`
+(SIGKILL). The time of the failure goes to $FAILED_AT.
+"""
+
+import os
+import pathlib
+import signal
+import time
+
+from jaxtrain import main, recipe
+from jaxtrain.data.feed import DeviceBatch, Feed
+from jaxtrain.interfaces import UserError
+
+process, how, step = os.environ["FAIL"].split(":")
+ask = Feed.__next__
+
+
+def fail() -> None:
+    pathlib.Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
+    if how == "error":
+        raise ValueError("a fault of this host alone")
+    if how == "mistake":
+        raise UserError("a mistake on this host alone")
+    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[how])
+
+
+def next_batch(self: Feed) -> DeviceBatch:
+    batch = ask(self)
+    if os.environ["JAX_PROCESS_ID"] == process and batch.step == int(step):
+        fail()
+    return batch
+
+
+if __name__ == "__main__":
+    Feed.__next__ = next_batch
+    recipe.leave(main.exit_code())
