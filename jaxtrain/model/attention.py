@@ -103,12 +103,47 @@ def attend(
     kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
     if mesh is None or mesh.size == 1:
         return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
-    # Each device has its own rows and heads, so nothing is exchanged. The kernels want whole rows: over `context` the
-    # sequence is gathered here.
-    heads, rows = spec(("batch", None, "activation_heads", None)), spec(("batch", None))
+    rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
+    if share_of_context(mesh, q_BTHh.shape[2], k_BTKh.shape[2]) is not None:
+        kernel, names = _by_heads(kernel, mesh.shape["context"]), ("batch", "sequence", "activation_heads", None)
+    # Each device has its own rows and heads, so nothing else is exchanged.
+    heads = spec(names)
     return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
     )
+
+
+def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:
+    """(query heads, key heads) of one device, with its whole rows, where `context` splits the sequence.
+
+    The devices of `context` trade their parts of the sequence for parts of the heads, attend, and trade back (DeepSpeed
+    Ulysses, Jacobs et al. 2023, arXiv:2309.14509, section 3): each has an equal share of a causal mask, any kernel
+    serves, and nothing is larger than before. Key heads too few to be shared are repeated. None where the query heads
+    cannot be shared: then every device of `context` gathers the rows and computes all of its heads.
+    """
+    tensor, context = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["context"])
+    heads, kv_heads = num_heads // tensor, num_kv_heads // tensor
+    if heads % context:
+        return None
+    return heads // context, kv_heads * _repeats(heads, kv_heads, context) // context
+
+
+def _repeats(heads: int, kv_heads: int, context: int) -> int:
+    """The fewest copies of the key heads that `context` divides and that still divide the query heads."""
+    return next(n for n in range(1, heads + 1) if kv_heads * n % context == 0 and heads % (kv_heads * n) == 0)
+
+
+def _by_heads(kernel: Any, context: int) -> Any:
+    def trade(x: jax.Array, give: int, take: int) -> jax.Array:
+        return jax.lax.all_to_all(x, "context", split_axis=give, concat_axis=take, tiled=True)
+
+    def attend_share(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT):
+        copies = _repeats(q_BTHh.shape[2], k_BTKh.shape[2], context)
+        k, v = (x if copies == 1 else x.repeat(copies, axis=2) for x in (k_BTKh, v_BTKh))
+        x_BTHh = kernel(*(trade(x, 2, 1) for x in (q_BTHh, k, v)), segment_ids_BT)
+        return trade(x_BTHh, 1, 2)
+
+    return attend_share
 
 
 def platform_of(mesh: Mesh | None) -> str:

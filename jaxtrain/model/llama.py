@@ -188,6 +188,14 @@ class Llama:
                     f"whole heads. mesh.tensor that works for this model: {works}."
                 )
         sharding.check_divides(mesh, self.axes, self.shapes)
+        heads = self.config.num_heads // tensor
+        if heads % mesh.shape["context"]:
+            works = ", ".join(map(str, sharding.divisors(heads)))
+            logger.warning(
+                "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes the whole "
+                "attention. mesh.context that shares it: %s.",
+                *(self.config.num_heads, tensor, mesh.shape["context"], works),
+            )
 
     @_one_thread_at_a_time
     def init(self, key: jax.Array) -> Params:
@@ -314,13 +322,15 @@ class Llama:
         capability = getattr(device, "compute_capability", None)
         ways = dict.fromkeys(sharding.MESH_AXES, 1) if self.mesh is None else self.mesh.shape
         tensor = ways["tensor"]
+        whole = (config.num_heads // tensor, config.num_kv_heads // tensor)
+        heads, kv_heads = attention.share_of_context(self.mesh, config.num_heads, config.num_kv_heads) or whole
         return attention.Shape(
             platform=device.platform,
             compute_capability=None if capability is None else tuple(int(n) for n in str(capability).split(".")),
             rows=max(1, batch_size // (ways["data"] * ways["fsdp"])),
             seq_len=seq_len,
-            num_heads=config.num_heads // tensor,
-            num_kv_heads=config.num_kv_heads // tensor,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
             head_dim=config.resolved_head_dim,
             dtype=config.dtype,
             sliding_window=config.sliding_window,

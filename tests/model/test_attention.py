@@ -243,6 +243,44 @@ def test_each_mesh_gives_what_one_device_gives(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), got, want)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor", "context", "share"),
+    [
+        (8, 2, 1, 2, (4, 1)),
+        (8, 2, 1, 4, (2, 1)),
+        (8, 1, 1, 8, (1, 1)),
+        (12, 3, 1, 2, (6, 3)),
+        (8, 2, 2, 4, (1, 1)),
+        (6, 2, 1, 4, None),
+    ],
+)
+def test_context_shares_heads(heads, kv_heads, tensor, context, share):
+    """Key heads are repeated where there are too few; the sequence stays split outside of the attention."""
+    mesh = MeshConfig(fsdp=1, tensor=tensor, context=context).build(jax.devices()[: tensor * context])
+    assert attention.share_of_context(mesh, heads, kv_heads) == share
+    arrays, segments, dx = problem(2, 24, heads, kv_heads, 8)
+    options = {"implementation": "xla", "sliding_window": 7}
+    got = forward_and_backward(arrays, segments, dx, mesh=mesh, **options)
+    want = reference.attention(arrays, segments, 7, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+
+
+def test_no_device_of_context_computes_another_s_share():
+    """Scores of all devices together are those of one device alone."""
+    arrays, segments, dx = problem(1, 256, 8, 2, 16)
+
+    def flops(mesh):
+        def run(arrays, segments, dx):
+            options = {"mesh": mesh, "implementation": "xla", "sliding_window": None}
+            return jax.vjp(lambda q, k, v: attend(q, k, v, segments, **options), *arrays)[1](dx)
+
+        return jax.jit(run).lower(arrays, segments, dx).compile()
+
+    alone, shared = flops(None), flops(MeshConfig(fsdp=1, context=8).build())
+    assert shared.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 8 * 1.2
+    assert shared.as_text().count(" all-to-all(") >= 7  # q, k, v and x, and their gradients
+
+
 def test_no_array_is_larger_than_a_block_row_of_scores():
     """At T = 2,048 one head's [T, T] scores would be 4 times what is allowed here."""
     batch, seq_len, heads, kv_heads, width = 1, 2048, 4, 2, 16
