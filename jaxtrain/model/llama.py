@@ -192,8 +192,8 @@ class Llama:
         if heads % mesh.shape["context"]:
             works = ", ".join(map(str, sharding.divisors(heads)))
             logger.warning(
-                "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes the whole "
-                "attention. mesh.context that shares it: %s.",
+                "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes the "
+                "whole attention. mesh.context that shares it: %s.",
                 *(self.config.num_heads, tensor, mesh.shape["context"], works),
             )
 

@@ -103,8 +103,12 @@ class Run:
 
     def kill_one(self) -> None:
         """SIGKILL to the last process of several."""
+        self.signal_one(signal.SIGKILL)
+
+    def signal_one(self, number: int) -> None:
+        """To the last process of several, or to the only one."""
         assert self.process is not None
-        os.kill(_children(self.process.pid)[-1], signal.SIGKILL)
+        os.kill(_children(self.process.pid)[-1] if self.processes > 1 else self.process.pid, number)
 
     def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
         """Waits for it, or for the end of the process: whether the process still runs."""

@@ -53,6 +53,41 @@ def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int
     assert_same_data(fewer, reference)
 
 
+# Devices of all processes together: 4, so that each mesh fits any number of them.
+MESHES = {
+    "data": "--config.mesh.data=4 --config.mesh.fsdp=1",
+    "fsdp": "--config.mesh.fsdp=4",
+    "tensor": "--config.mesh.fsdp=2 --config.mesh.tensor=2",
+    "context": "--config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.context=2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
+    run = make_run(processes=processes, devices=4 // processes)
+    run(*MESHES[mesh].split())
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", [("fsdp", "tensor", "data"), ("context", "fsdp", "context")], ids="-".join)
+def test_four_then_one_then_two(make_run: MakeRun, reference: Run, meshes: tuple[str, str, str]) -> None:
+    """SIGTERM to a single process, each time, and another mesh."""
+    for processes, mesh, step in zip((4, 1, 2), meshes, (8, 25, None), strict=True):
+        run = make_run(processes=processes, devices=4 // processes)
+        run.start(*MESHES[mesh].split())
+        if step is not None:
+            assert run.wait_for_step(step), run.output
+            run.signal_one(signal.SIGTERM)
+            assert run.wait() == STOPPED, run.output
+            assert run.checkpoints()[-1] == run.last_step()
+        else:
+            assert run.wait() == 0, run.output
+    assert_same_data(run, reference)
+
+
 @pytest.mark.slow
 def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=4, devices=2)
