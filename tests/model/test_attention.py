@@ -277,8 +277,11 @@ def test_no_device_of_context_computes_another_s_share():
         return jax.jit(run).lower(arrays, segments, dx).compile()
 
     alone, shared = flops(None), flops(MeshConfig(fsdp=1, context=8).build())
-    assert shared.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 8 * 1.2
-    assert shared.as_text().count(" all-to-all(") >= 7  # q, k, v and x, and their gradients
+    counts = [compiled.cost_analysis() for compiled in (alone, shared)]
+    assert counts[0] is not None
+    assert counts[1] is not None
+    assert counts[1]["flops"] < counts[0]["flops"] / 8 * 1.2
+    assert (shared.as_text() or "").count(" all-to-all(") >= 7  # q, k, v and x, and their gradients
 
 
 def test_no_array_is_larger_than_a_block_row_of_scores():
