@@ -16,6 +16,7 @@ environment to set. The client reads HF_ENDPOINT when it is imported: set it bef
 import argparse
 import contextlib
 import dataclasses
+import math
 import pathlib
 import random
 import re
@@ -75,6 +76,31 @@ class Fault:
         return True
 
 
+@dataclasses.dataclass
+class Limit:
+    """Requests that are answered in each window of `seconds`; what comes on top of them gets 429."""
+
+    match: str
+    requests: int
+    seconds: float
+    began: float = 0.0
+    taken: int = 0
+    refused: int = 0
+
+    def refuses(self, path: str) -> float | None:
+        """Seconds to the next window, if the request is one too many."""
+        if self.match not in path:
+            return None
+        now = time.monotonic()
+        if now >= self.began + self.seconds:
+            self.began, self.taken = now, 0
+        self.taken += 1
+        if self.taken <= self.requests:
+            return None
+        self.refused += 1
+        return self.began + self.seconds - now
+
+
 class LoopbackHub(Store):
     """The server. Starts at once in a daemon thread; `close()` stops it and removes its temporary HF_HOME."""
 
@@ -82,6 +108,7 @@ class LoopbackHub(Store):
         super().__init__()
         self.home = tempfile.mkdtemp(prefix="loopback-hub-")
         self.faults: list[Fault] = []
+        self.limits: list[Limit] = []
         self.log: list[Request] = []
         hub = self
 
@@ -98,6 +125,7 @@ class LoopbackHub(Store):
         with self.lock:
             self.repos.clear()
             self.faults.clear()
+            self.limits.clear()
             self.log.clear()
             self.signature = 0
             self.redirect = False
@@ -160,6 +188,13 @@ class LoopbackHub(Store):
             self.faults.append(rule)
         return rule
 
+    def limit(self, match: str, requests: int, seconds: float) -> Limit:
+        """Answer 429, with the Hub's own headers, to more than so many requests in so many seconds."""
+        rule = Limit(match, requests, seconds)
+        with self.lock:
+            self.limits.append(rule)
+        return rule
+
     def count(self, match: str = "", method: str | None = None) -> int:
         """Requests whose path matches."""
         return len(self.requests(match, method))
@@ -210,6 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.log.append(request)
             fault = next((rule for rule in self.hub.faults if rule.fires(self.command, request.path)), None)
+            waits = [left for rule in self.hub.limits if (left := rule.refuses(request.path)) is not None]
         try:
             answer = self.hub.answer(request, parse_qs(address.query), body)
         except AnswerError as error:
@@ -220,6 +256,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault and kind == "status":
             headers = {} if fault.retry_after is None else {"Retry-After": f"{fault.retry_after:g}"}
             answer = Answer(int(value), b'{"error": "injected"}', headers)
+        if waits:
+            # The Hub's windows are 300 s and its times whole seconds: rounded up, as there.
+            left = {"ratelimit": f'"resolvers";r=0;t={math.ceil(max(waits))}'}
+            answer = Answer(429, b'{"error": "too many requests"}', left)
         if fault and kind == "reset" and fault.after_bytes is None:
             self._reset()
             return

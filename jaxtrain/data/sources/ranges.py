@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxtrain.data import faults
+from jaxtrain.data.sources import pace
 from jaxtrain.data.sources.gate import gate
 from jaxtrain.interfaces import Json, TransientError, UserError
 
@@ -208,6 +209,8 @@ class HttpBytes:
         from huggingface_hub.utils import hf_raise_for_status
 
         headers = {**headers, "Range": wanted, "Accept-Encoding": "identity"}
+        server = pace.pace_of(url)
+        server.wait()
         try:
             with _session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
                 if url != self.url and response.status_code in (400, 401, 403, 404, 410):
@@ -215,7 +218,10 @@ class HttpBytes:
                 if response.status_code == 416 and (total := _total(response)) is not None:
                     self._note(total, response)
                     return b"", start
+                if response.status_code == 429:
+                    server.refused(faults.retry_after(response.headers))
                 hf_raise_for_status(response)
+                server.answered()
                 first = self._check(response, start, most)
                 body = _body(response, most, self.what)
                 if url == self.url and str(response.url) != url:

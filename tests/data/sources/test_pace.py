@@ -1,0 +1,94 @@
+"""Many readers of one Hub that refuses what comes too fast: the data is what it is, and few requests are refused."""
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jaxtrain.data import faults
+from jaxtrain.data.sources import pace
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.sources.pace import Pace
+from tests.data.memory_source import documents
+from tests.hub import LoopbackHub, parquet_bytes
+
+READERS = 64
+ROWS, UNIT = 120, 10
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[the time], which passes by sleeping alone."""
+    now = [100.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(faults, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def test_a_server_that_never_refuses_is_not_waited_for(clock: list[float]) -> None:
+    one = Pace(seed=0)
+    for _ in range(100):
+        one.wait()
+        one.answered()
+    assert clock == [100.0]
+
+
+def test_a_refusal_holds_all_and_slows_down(clock: list[float]) -> None:
+    one = Pace(seed=0)
+    for _ in range(8):
+        one.refused(7.0)  # asked for together: one refusal
+    assert one.pause == pace.FIRST
+    one.wait()
+    assert 107.0 <= clock[0] <= 108.4
+    begun = clock[0]
+    for _ in range(20):
+        one.wait()
+    assert 0.6 < (clock[0] - begun) / (20 * pace.FIRST) < 1.4
+    clock[0] += 10.0
+    one.refused(None)
+    assert one.pause == 2 * pace.FIRST
+    for _ in range(200):
+        one.answered()
+    assert one.pause == 0.0
+
+
+def test_each_server_has_its_own() -> None:
+    assert pace.pace_of("http://a/x?y") is pace.pace_of("http://a/z")
+    assert pace.pace_of("http://a/x") is not pace.pace_of("http://b/x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, READERS])
+def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 readers, on one host or on as many, each of a file of its own; the limit is a fraction of what they would ask
+    for.
+    """
+    texts = [documents(ROWS, seed) for seed in range(READERS)]
+    hub.commit(
+        "org/web", {f"train-{n:02}.parquet": parquet_bytes(texts[n], row_group_size=UNIT) for n in range(READERS)}
+    )
+    source = HuggingFace(name="org/web", fetch_rows=UNIT).resolve()
+    paces = [Pace() for _ in range(hosts)]
+    mine = threading.local()
+    monkeypatch.setattr(pace, "pace_of", lambda url: mine.pace)
+    limit = hub.limit("/resolve/", requests=100, seconds=1.0)
+    resolved = hub.count("/api/")
+
+    def read(index: int) -> list[str]:
+        mine.pace = paces[index % hosts]
+        found: list[str] = []
+        for first in range(0, ROWS, UNIT):  # a unit is a file opened anew
+            stop = first + UNIT
+            open_at = functools.partial(source.open, index, stop=stop)
+            blocks = faults.retrying(open_at, first, what=f"file {index}", deadline=300.0)
+            found += [text for block in blocks for text in block["text"]]
+        return found
+
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(read, range(READERS)))
+    asked = hub.count("/resolve/")
+    print(f"\n{hosts} hosts: {asked} requests, {limit.refused} refused")
+    assert found == texts
+    assert 0 < limit.refused < asked / 2
+    assert hub.count("/api/") == resolved  # nothing is looked up again
