@@ -32,6 +32,8 @@ class Pace:
     def wait(self) -> None:
         """Before each request."""
         with self._lock:
+            if not self.pause:
+                return
             now = time.monotonic()
             at = max(now, self._next_at)
             self._next_at = at + self.pause * self._rng.uniform(0.5, 1.5)
