@@ -67,10 +67,8 @@ class CheckpointConfig:
 
     def most_at_once(self, last_step: int | None) -> int:
         """Checkpoints that are there at the same time, one that is being written included; last_step: of the run."""
-        kept = self.keep + self.keep_best + 1
-        if self.keep_every is not None and last_step is not None:
-            kept += last_step // self.keep_every
-        return kept
+        for_ever = 0 if self.keep_every is None or last_step is None else last_step // self.keep_every
+        return self.keep + self.keep_best + 1 + for_ever
 
     def build(self, directory: epath.PathLike) -> "Checkpointer":
         """directory: the work directory's `checkpoints`; made if it is missing."""
@@ -175,7 +173,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def give_up_others(self) -> None:
-        """This process has failed, and the others end at once: `close` then does not wait for a save with them."""
+        """This process has failed, and the others end at once: `close` then waits for no save with them."""
         self._failed = self._failed or jax.process_count() > 1
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -186,12 +187,9 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
     if cache is not None:
         _prepare(cache)
     dealers = inputs.build(config, resolved, given_up, scratch)
-    for dealer in dealers:
-        logger.info("Source %s", dealer.summary)
     frozen, cached = _teacher(config, resolved, tokenizer, mesh)
     limit = memory.limit(mesh, config.memory_gb)
-    layout = None if cached is None else cached.layout
-    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit, layout)
+    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
     identities = resume.identities(config, dealers, tokenizer, plan)
     lane_states: dict[int, np.ndarray] = {}
     stage_ends = ledger.StageEnds(plan)
@@ -202,7 +200,7 @@ def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch:
         given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
         # Checkpoints of the first versions have no ends of stages.
         stage_ends.restore(saved.get("stage_ends", []), start, given)
-    _report(parts, plan)
+    _report(parts, plan, dealers)
     return Session(
         config=config,
         plan=plan,
@@ -268,7 +266,9 @@ def make_parts(
     return Parts(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
-def _report(parts: Parts, plan: Plan) -> None:
+def _report(parts: Parts, plan: Plan, dealers: Sequence[Dealer]) -> None:
+    for dealer in dealers:
+        logger.info("Source %s", dealer.summary)
     model, mesh = parts.model, parts.mesh
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     logger.info(

@@ -54,7 +54,11 @@ def test_a_text_ends_at_the_end_of_document_token():
     assert texts == [text[: text.index(eos_id)] if eos_id in text else text for text in whole]
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2, "context": 2}],
+    ids=str,
+)
 def test_a_mesh_changes_no_token(mesh):
     one = TINY.build(VOCAB, None)
     want = generate(one, random_params(one), PROMPTS, max_new_tokens=NEW, seed=3)

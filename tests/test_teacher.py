@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 from jaxtrain import checkpoint, fingerprint, hf, recipe, sharding
 from jaxtrain.interfaces import UserError
@@ -18,6 +19,7 @@ from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.sharding import MeshConfig
 from jaxtrain.teacher import Frozen, Teacher, mismatch
 from jaxtrain.tokenizers.training import TrainTokenizer
+from tests.hub import LoopbackHub
 
 MODEL = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=4, max_seq_len=64, tie_embeddings=True
@@ -132,6 +134,38 @@ def test_rows_that_only_pad_the_vocabulary_do_not_matter(
     mesh = make_mesh()
     mine, theirs = (Teacher(model=str(f), dtype="float32").build(tokenizer, mesh) for f in (exported, tmp_path))
     assert mine.identity(mine.load())["parameters"] == theirs.identity(theirs.load())["parameters"]
+
+
+@pytest.mark.slow
+def test_a_teacher_of_the_hub_is_one_commit(
+    hub: LoopbackHub, tokenizer: Any, exported: pathlib.Path, workdir: pathlib.Path
+) -> None:
+    """Downloaded by the Hub's own client, in two shards; the same as the folder it came from. The branch moves on."""
+    sha = hub.commit("org/teacher", sharded(exported), repo_type="model")
+    frozen = Teacher(model="org/teacher").build(tokenizer, make_mesh(fsdp=8))
+    hub.commit("org/teacher", {"config.json": b"{}"}, repo_type="model")
+    found = frozen.identity(frozen.load())
+    here = Teacher(model=str(exported)).build(tokenizer, make_mesh())
+    assert found["parameters"] == here.identity(here.load())["parameters"]
+    assert (found["found"], found["revision"]) == ("org/teacher", sha)
+    pinned = Teacher(model="org/teacher", revision=sha).build(tokenizer, make_mesh())
+    assert pinned.config.revision == sha
+    hub.access("org/teacher", "gated", repo_type="model")
+    with pytest.raises(UserError, match="gated"):
+        Teacher(model="org/teacher").build(tokenizer, make_mesh())
+
+
+def sharded(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of an exported model, its tensors in two of them, as large ones are published."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "model.safetensors"}
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    names: dict[str, str] = {}
+    for number, part in enumerate((tensors[::2], tensors[1::2]), 1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        files[name] = save(dict(part))
+        names |= dict.fromkeys((tensor for tensor, _ in part), name)
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": names}).encode()
+    return files
 
 
 def refusal(model: pathlib.Path, ours: Any, tokenizer: str | None = None) -> str:

@@ -121,9 +121,10 @@ def _check_space(writers: dict[str, Writer], output: str, layout: Layout) -> dic
         if documents is None or not sampled:
             print(f"Source {name}: how many documents there are, only reading tells.", flush=True)
             continue
-        size = teacher_cache.document_bytes(tokens, sampled, layout) / sampled * documents
-        needed += max(size - written, 0)
         mean = tokens / sampled
+        parts = max(min(len(writer.job.source.files), documents), -(-documents // PART_ROWS))
+        size = teacher_cache.size_of(round(mean * documents), documents, parts, layout)
+        needed += max(size - written, 0)
         print(
             f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (by the first {sampled:,}), "
             f"{layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",

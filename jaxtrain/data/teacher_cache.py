@@ -150,9 +150,11 @@ def checksum(tokens: np.ndarray) -> int:
     return zlib.crc32(tokens.astype("<i4").tobytes())
 
 
-def document_bytes(tokens: int, documents: int, layout: Layout) -> int:
-    """What documents take, about: records, checksums, and 40 bytes of ArrayRecord for each."""
-    return tokens * layout.width + documents * (_CHECKSUM + 40)
+def size_of(tokens: int, documents: int, parts: int, layout: Layout) -> int:
+    """Bytes that so much takes. ArrayRecord adds about 100 to a record, and fills a file up to blocks of 64 kB, two at
+    least.
+    """
+    return tokens * layout.width + documents * (_CHECKSUM + 100) + parts * (2 << 16)
 
 
 def exists(folder: str) -> bool:

@@ -100,8 +100,11 @@ def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib
     assert ends == [False, False, True]  # pyright: ignore[reportPossiblyUnboundVariable]
     assert stored(folder) == wanted
     assert all(Writer(job(config, folder), worker, 3).complete for worker in range(3))
-    rows = sum(part.rows for parts in teacher_cache.verify(str(folder)).parts for part in parts)
+    made = teacher_cache.verify(str(folder))
+    parts = [part for file in made.parts for part in file]
+    rows = sum(part.rows for part in parts)
     assert rows == (164 if config.max_samples is None else 70)
+    assert made.bytes <= teacher_cache.size_of(made.tokens, rows, len(parts), LAYOUT) <= 1.2 * made.bytes
 
 
 def batches(

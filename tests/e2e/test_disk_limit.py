@@ -55,6 +55,7 @@ def test_a_run_within_a_disk_limit(shards: tuple[str, int], tokenizer: pathlib.P
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused(shards: tuple[str, int], tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> None:
     pattern, largest = shards
     small = Run(tmp_path / "small", f"{CONFIG}:{tokenizer}|{pattern}|{largest / 2e9!r}", environment({}))(code=2)

@@ -128,7 +128,11 @@ class Battery:
 
     @pytest.mark.parametrize(
         "sizes",
-        [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 4}],
+        [
+            pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            pytest.param({"data": 2, "fsdp": 1, "context": 4}, marks=pytest.mark.slow),
+        ],
         ids=str,
     )
     def test_sharded_equals_unsharded(self, optimizer, sizes):

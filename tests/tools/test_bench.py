@@ -226,6 +226,7 @@ def test_the_loss_part():
         assert max(compared["difference"].values()) < (0.02 if dtype == "bfloat16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_the_device_and_step_parts(monkeypatch):
     assert part("device")["platform"] == "cpu"
     monkeypatch.setattr(gpu_parts, "peak_flops", lambda: 8e12)  # of the tests' 8 devices together
