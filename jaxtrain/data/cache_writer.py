@@ -240,7 +240,9 @@ class Writer:
             os.replace(half, os.path.join(self.job.folder, part_name(file, part)))
             _write_text(half, json.dumps(dataclasses.asdict(about)))
             os.replace(half, self._marker(file, part))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors
+            with contextlib.suppress(OSError):
+                os.unlink(half)
             raise self._full(str(error)) from None
         self._largest = max(self._largest, about.size)
 

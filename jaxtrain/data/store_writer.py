@@ -143,7 +143,16 @@ class _Work:
         done = os.path.join(self.folder, f"{number}.json")
         if not os.path.exists(done):
             shard = os.path.join(self.folder, f"{number}.array_record")
-            rows, tokens = self._shard(number, limit, shard + self.half)
+            try:
+                rows, tokens = self._shard(number, limit, shard + self.half)
+            except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors
+                if "No space left" not in str(error):
+                    raise
+                os.unlink(shard + self.half)
+                raise UserError(
+                    f"{self.job.folder} cannot take more ({error}). Files that are done are kept: make room, and give "
+                    "the same command again to go on."
+                ) from None
             groups = self._row_groups(number)
             assert groups is None or limit is not None or rows == sum(groups), f"{self._what(number)}: {rows} rows"
             size, digest = os.path.getsize(shard + self.half), token_store.digest_of(shard + self.half)

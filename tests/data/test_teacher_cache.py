@@ -211,4 +211,19 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, mon
     assert documents > 0
     assert tokens * LAYOUT.width < size
     monkeypatch.undo()
+
+    class Full:
+        """ArrayRecord's writer, on a disk without room."""
+
+        def __init__(self, path: str, options: str):
+            pathlib.Path(path).write_bytes(b"a part")
+
+        def write(self, record: bytes) -> None:
+            raise RuntimeError("write() failed: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxtrain.data.cache_writer.array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
+        with pytest.raises(UserError, match=r"cannot take more \(write\(\) failed: No space left on device\)"):
+            write(made)
+    assert not [path for path in (tmp_path / "work").iterdir() if path.suffix == ".tmp"]
     assert write(made) == [True]

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,29 @@ def test_one_record_for_each_row_in_order(tmp_path):
             assert ids_of(store, number, first) == expected[first:]
         assert store.row_groups(number) == source.row_groups(number)
     assert store.identity == source.identity
+
+
+def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
+    class Full:
+        """ArrayRecord's writer, on a disk without room."""
+
+        def __init__(self, path: str, options: str):
+            pathlib.Path(path).write_bytes(b"a part")
+
+        def write(self, record: bytes) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("write() failed: No space left on device; Failed to close chunk_writer")
+
+    source = MemorySource(rows=[documents(9, 1)])
+    with monkeypatch.context() as patched:
+        patched.setattr(token_store, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
+        with pytest.raises(UserError, match=r"cannot take more .*No space left.*Files that are done are kept"):
+            write(tmp_path, {"a": source})
+    assert not list((tmp_path / "a").rglob("*.tmp"))
+    write(tmp_path, {"a": source})
+    token_store.verify(str(tmp_path / "a"))
 
 
 def test_tfds_opens_it(tmp_path):
