@@ -66,9 +66,13 @@ MESHES = {
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
+    """Through the first change of stage, after step 16."""
     run = make_run(processes=processes, devices=4 // processes)
-    run(*MESHES[mesh].split())
-    assert_same_data(run, reference)
+    run(*MESHES[mesh].split(), "--config.steps=18", "--config.eval.every_steps=none")
+    mine, theirs = run.steps(), reference.steps()[:18]
+    for key in ("step", "fingerprint", "tokens", "sources", "stage"):
+        assert [line[key] for line in mine] == [line[key] for line in theirs]
+    np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in theirs], rtol=2e-3)
 
 
 @pytest.mark.slow
