@@ -24,7 +24,7 @@ def seconds_since_failure(tmp_path: pathlib.Path) -> float:
     return time.time() - float((tmp_path / "failed_at").read_text())
 
 
-@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (4, 2)])
 def test_an_error_ends_all_with_its_message(
     make_run: MakeRun, reference: Run, tmp_path: pathlib.Path, processes: int, failed: int
 ) -> None:
@@ -51,12 +51,12 @@ def test_a_mistake_of_one_host_is_not_restarted(make_run: MakeRun, tmp_path: pat
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize(("how", "failed"), [("stop", 0), ("stop", 1), ("kill", 0), ("kill", 3)])
+@pytest.mark.parametrize(("how", "failed"), [("stop", 1), ("kill", 0)])
 def test_a_host_that_is_gone_ends_all(
     make_run: MakeRun, reference: Run, tmp_path: pathlib.Path, how: str, failed: int
 ) -> None:
     """A restart is asked for: any code but 0, 2 and 75."""
-    run = failing(make_run, tmp_path, 4 if failed == 3 else 2, f"{failed}:{how}:12")
+    run = failing(make_run, tmp_path, 2, f"{failed}:{how}:12")
     code = run.start().wait()
     print(f"\n{how} of process {failed}: all ended after {seconds_since_failure(tmp_path):.1f} s, code {code}")
     assert code not in (0, 2, 75), run.output
