@@ -66,14 +66,9 @@ MESHES = {
 @pytest.mark.parametrize(
     ("processes", "mesh"),
     [
-        (1, "tensor"),
-        (1, "context"),
-        (2, "data"),
-        (2, "fsdp"),
-        (2, "tensor"),
-        (2, "context"),
-        (4, "fsdp"),
-        (4, "context"),
+        *((1, mesh) for mesh in ("tensor", "context")),
+        *((2, mesh) for mesh in MESHES),
+        *((4, mesh) for mesh in ("fsdp", "context")),
     ],
 )
 def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
