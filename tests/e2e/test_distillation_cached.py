@@ -13,7 +13,9 @@ from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, assert_equal, environment
 from tests.hub import LoopbackHub
 
 DISTILL = "tests/e2e/configs/distill.py"
-SAMPLES = [f"--config.data.sources.{name}.max_samples={count}" for name, count in (("web", 200), ("code", 250))]
+SAMPLES = [
+    f"--config.data.sources.{name}.max_samples={count}" for name, count in (("web", 200), ("wiki", 250), ("code", 250))
+]
 
 
 @pytest.fixture

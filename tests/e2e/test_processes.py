@@ -68,7 +68,6 @@ MESHES = {
     [
         *((1, mesh) for mesh in ("tensor", "context")),
         *((2, mesh) for mesh in MESHES),
-        *((4, mesh) for mesh in ("fsdp", "context")),
     ],
 )
 def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
