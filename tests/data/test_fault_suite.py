@@ -17,7 +17,7 @@ import pytest
 from jaxtrain import fingerprint
 from jaxtrain.data import faults
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.data.sources import parquet, ranges, streams
+from jaxtrain.data.sources import pace, parquet, ranges, streams
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.interfaces import CorruptError, Json, Source, TransientError, UserError
 from jaxtrain.plan import Stage
@@ -34,6 +34,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the readers would have slept. Requests are small, so that there are many; time-outs are short."""
     slept: list[float] = []
     monkeypatch.setattr(faults, "sleep", slept.append)
+    monkeypatch.setattr(pace.Pace, "wait", lambda self: None)  # its pauses are test_pace's, and no clock moves here
     monkeypatch.setattr(ranges, "_TIMEOUT", 0.5)
     monkeypatch.setattr(parquet, "_SMALLEST", 1500)
     monkeypatch.setattr(parquet, "_FIRST_TAIL", 600)
