@@ -61,19 +61,8 @@ COMMAND = recipe.Command(
             help="tokens between the windows of a document longer than the context; half the context by default",
         ),
         recipe.Flag(name="batch_tokens", type=int, default=16_384, help="tokens that a device takes at once"),
-        recipe.Flag(
-            name="worker",
-            type=str | None,
-            default=None,
-            help="I/N: this is worker I, from 0, of N; launch/local.sh sets it, and 0/1 is the default elsewhere",
-        ),
-        recipe.Flag(
-            name="workdir",
-            type=str | None,
-            default=None,
-            help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if it is the "
-            "config's own and not yet made; runs/<config file>[-<arg>] by default",
-        ),
+        workers.WORKER,
+        workers.WORKDIR,
         recipe.Flag(name="verify", type=bool, default=False, help="only compare a finished cache with its checksums"),
     ),
     resumes=True,

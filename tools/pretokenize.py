@@ -30,20 +30,8 @@ COMMAND = recipe.Command(
             default=None,
             help="where the stores go; data.token_store, or tokens in the work directory, by default",
         ),
-        recipe.Flag(
-            name="worker",
-            type=str | None,
-            default=None,
-            help="I/N: this is worker I, from 0, of N that share the files out; launch/local.sh sets it, and 0/1 is "
-            "the default elsewhere",
-        ),
-        recipe.Flag(
-            name="workdir",
-            type=str | None,
-            default=None,
-            help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if it is the "
-            "config's own and not yet made; runs/<config file>[-<arg>] by default",
-        ),
+        workers.WORKER,
+        workers.WORKDIR,
         recipe.Flag(name="all", type=bool, default=False, help="whole datasets of the Hub, without max_samples"),
         recipe.Flag(name="verify", type=bool, default=False, help="only compare finished stores with their checksums"),
     ),

@@ -2,7 +2,23 @@
 
 import os
 
+from jaxtrain import recipe
 from jaxtrain.interfaces import UserError
+
+WORKER = recipe.Flag(
+    name="worker",
+    type=str | None,
+    default=None,
+    help="I/N: this is worker I, from 0, of N that share the work out; launch/local.sh sets it, and 0/1 is the default "
+    "elsewhere",
+)
+WORKDIR = recipe.Flag(
+    name="workdir",
+    type=str | None,
+    default=None,
+    help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if it is the "
+    "config's own and not yet made; runs/<config file>[-<arg>] by default",
+)
 
 
 def parse(text: str | None) -> tuple[int, int]:

@@ -16,12 +16,12 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxtrain.data import faults, teacher_cache
+from jaxtrain.data import faults, stored, teacher_cache
 from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.pools import DaemonPool
 from jaxtrain.data.ragged import Ragged
 from jaxtrain.data.sources.gate import gate
-from jaxtrain.data.sources.token_store import array_records, digest_of
+from jaxtrain.data.stored import WORK, array_records, digest_of, write_text
 from jaxtrain.data.striped import regroup
 from jaxtrain.data.teacher_cache import MANIFEST, Manifest, Part, part_name
 from jaxtrain.data.windows import text_of
@@ -29,7 +29,6 @@ from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer, UserErro
 
 # One record a group, since documents are read one by one.
 _WRITER = "group_size:1,uncompressed"
-_WORK = "work"
 _RESERVE = 1 << 28  # bytes of the disk that are left free
 _SAMPLED_FILES = 16  # for the estimate
 # Parts are scored together up to so many tokens: many files have a document or two, far less than a batch.
@@ -63,7 +62,7 @@ def begin(job: Job) -> Manifest:
     """The plan of the cache: that of the first worker. Raises UserError, both sides shown, if it is not this job's."""
     begun = planned(job.folder)
     if begun is None:
-        _begin(job.folder, job.manifest)
+        stored.begin(job.folder, job.manifest.to_json())
         begun = planned(job.folder)
     assert begun is not None
     # Of the Manifest, as JSON has it.
@@ -80,23 +79,7 @@ def begin(job: Job) -> Manifest:
 
 def planned(folder: str) -> Manifest | None:
     """What was begun or finished there; None for nothing."""
-    for path in (os.path.join(folder, MANIFEST), os.path.join(folder, _WORK, "plan.json")):
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            return teacher_cache.manifest_from_json(file.read(), path)
-    return None
-
-
-def _begin(folder: str, manifest: Manifest) -> None:
-    work = os.path.join(folder, _WORK)
-    os.makedirs(work, exist_ok=True)
-    path, mine = os.path.join(work, "plan.json"), os.path.join(work, f"plan-{os.getpid()}-{id(manifest)}.tmp")
-    _write_text(mine, manifest.to_json())
-    try:
-        os.link(mine, path)  # unlike a rename it fails if the other was first
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(mine)
+    return stored.planned(folder, MANIFEST, teacher_cache.manifest_from_json)
 
 
 class Writer:
@@ -106,16 +89,13 @@ class Writer:
         self.job, self.worker, self.workers = job, worker, workers
         self.manifest = begin(job)
         self.complete = teacher_cache.exists(job.folder)
-        self._work = os.path.join(job.folder, _WORK)
+        self._work = os.path.join(job.folder, WORK)
         self._half = f".worker-{worker}.tmp"
         self._largest = 0
         if self.complete:
             shutil.rmtree(self._work, ignore_errors=True)  # who finished it may have been killed
             return
-        os.makedirs(self._work, exist_ok=True)
-        for name in os.listdir(self._work):
-            if name.endswith(self._half):
-                os.unlink(os.path.join(self._work, name))
+        stored.remove_half_written(self._work, self._half)
 
     @functools.cached_property
     def known_rows(self) -> list[int] | None:
@@ -135,9 +115,10 @@ class Writer:
         """(documents, tokens) of a few parts, and how many documents there are at most; None where nobody knows."""
         documents = tokens = 0
         for file in range(min(len(self.job.source.files), _SAMPLED_FILES)):
-            for _, _, found in self._parts(file, 0, None, {0}):
+            left = None if self.manifest.max_samples is None else self.manifest.max_samples - documents
+            for _, _, found in self._parts(file, 0, left, {0}):
                 documents, tokens = documents + len(found), tokens + sum(map(len, found))
-            if documents >= self.manifest.part_rows:
+            if documents >= self.manifest.part_rows or documents == self.manifest.max_samples:
                 break
         known = self.manifest.max_samples if self.known_rows is None else sum(self.known_rows)
         return documents, tokens, known
@@ -211,7 +192,7 @@ class Writer:
             faults.close(blocks)
         if wanted is None:
             path = os.path.join(self._work, f"{file}.rows")
-            _write_text(path + self._half, str(rows))
+            write_text(path + self._half, str(rows))
             os.replace(path + self._half, path)
 
     def _tokens(self, block: Block) -> list[np.ndarray]:
@@ -238,7 +219,7 @@ class Writer:
             writer.close()
             about = Part(len(tokens), sum(map(len, tokens)), os.path.getsize(half), digest_of(half))
             os.replace(half, os.path.join(self.job.folder, part_name(file, part)))
-            _write_text(half, json.dumps(dataclasses.asdict(about)))
+            write_text(half, json.dumps(dataclasses.asdict(about)))
             os.replace(half, self._marker(file, part))
         except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors
             with contextlib.suppress(OSError):
@@ -277,7 +258,7 @@ class Writer:
             for file, part in named:
                 parts[file].append(self._about(os.path.basename(self._marker(file, part))))
             path = os.path.join(self._work, MANIFEST + self._half)
-            _write_text(path, dataclasses.replace(self.manifest, parts=parts).to_json())
+            write_text(path, dataclasses.replace(self.manifest, parts=parts).to_json())
             os.replace(path, os.path.join(self.job.folder, MANIFEST))
         except FileNotFoundError:
             if not teacher_cache.exists(self.job.folder):
@@ -317,10 +298,3 @@ def _together(parts: Iterator[_Tokens]) -> Iterator[list[_Tokens]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

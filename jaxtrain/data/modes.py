@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from jaxtrain.data import addresses, faults, pipeline
+from jaxtrain.data import addresses, faults, pipeline, stored
 from jaxtrain.data.cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources import token_store
@@ -261,4 +261,4 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
 
 def _marker(cache: DiskCache, source: Source) -> str:
     """A file that says that all files of this source have been downloaded. Beside the cache, which knows its own."""
-    return f"{cache.directory}-{token_store.digest_of_json(source.identity)}.json"
+    return f"{cache.directory}-{stored.digest_of_json(source.identity)}.json"

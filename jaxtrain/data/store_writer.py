@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxtrain.data import faults
+from jaxtrain.data import faults, stored
 from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.pools import DaemonPool
 from jaxtrain.data.sources import token_store
 from jaxtrain.data.sources.gate import gate
 from jaxtrain.data.sources.token_store import MANIFEST, Manifest, StoredFile
+from jaxtrain.data.stored import WORK, array_records, digest_of, write_text
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.data.windows import describe, text_of
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer, Transform, UserError
@@ -30,7 +31,6 @@ from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer, Transfor
 # Groups of 16: ranges are read at 735 M tokens/s, and single records, as TFDS reads them, at 42. Uncompressed, since
 # zstd saves little on ids and writes at 37 M tokens/s instead of 190.
 _WRITER = "group_size:16,uncompressed"
-_WORK = "work"
 _NAME = "tokens"  # the dataset's, in TFDS
 
 Progress = Callable[[int, int], None]  # (documents, tokens) that were written since the last call
@@ -61,11 +61,7 @@ class Job:
 
 def planned(folder: str) -> Manifest | None:
     """What was begun or finished there; None for nothing."""
-    for path in (os.path.join(folder, MANIFEST), os.path.join(folder, _WORK, "plan.json")):
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                return token_store.manifest_from_json(file.read(), path)
-    return None
+    return stored.planned(folder, MANIFEST, token_store.manifest_from_json)
 
 
 def write(job: Job, tokenizer: Tokenizer, worker: int, workers: int, progress: Progress) -> bool:
@@ -75,10 +71,12 @@ def write(job: Job, tokenizer: Tokenizer, worker: int, workers: int, progress: P
     """
     begun = planned(job.folder)
     if begun is None:
-        begun = _begin(job.folder, job.manifest(tokenizer))
+        stored.begin(job.folder, job.manifest(tokenizer).to_json())
+        begun = planned(job.folder)
+        assert begun is not None
     token_store.check(begun, job.folder, job.config, tokenizer, job.source.identity)
     if token_store.exists(job.folder):
-        shutil.rmtree(os.path.join(job.folder, _WORK), ignore_errors=True)  # who finished it may have been killed
+        shutil.rmtree(os.path.join(job.folder, WORK), ignore_errors=True)  # who finished it may have been killed
         return True
     work = _Work(job, begun.max_samples, tokenizer, worker, progress)
     if begun.max_samples is not None and not job.source.random_access:
@@ -90,35 +88,15 @@ def write(job: Job, tokenizer: Tokenizer, worker: int, workers: int, progress: P
     return work.finish(len(limits))
 
 
-def _begin(folder: str, manifest: Manifest) -> Manifest:
-    """The first worker's plan counts for all."""
-    work = os.path.join(folder, _WORK)
-    os.makedirs(work, exist_ok=True)
-    path, mine = os.path.join(work, "plan.json"), os.path.join(work, f"plan-{os.getpid()}-{id(manifest)}.tmp")
-    _write_text(mine, manifest.to_json())
-    try:
-        os.link(mine, path)  # unlike a rename it fails if the other was first
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(mine)
-    found = planned(folder)
-    assert found is not None
-    return found
-
-
 class _Work:
     """One worker's share of a source."""
 
     def __init__(self, job: Job, max_samples: int | None, tokenizer: Tokenizer, worker: int, progress: Progress):
         self.job, self.max_samples, self.tokenizer, self.progress = job, max_samples, tokenizer, progress
-        self.folder = os.path.join(job.folder, _WORK)
+        self.folder = os.path.join(job.folder, WORK)
         self.half = f".worker-{worker}.tmp"
         self.dtype = token_store.dtype_of(tokenizer.vocab_size)
-        os.makedirs(self.folder, exist_ok=True)
-        for name in os.listdir(self.folder):
-            if name.endswith(self.half):
-                os.unlink(os.path.join(self.folder, name))
+        stored.remove_half_written(self.folder, self.half)
 
     def limits(self) -> list[int | None]:
         """How many rows of each file are wanted, for the files up to the last one that has any; None for all."""
@@ -155,10 +133,10 @@ class _Work:
                 ) from None
             groups = self._row_groups(number)
             assert groups is None or limit is not None or rows == sum(groups), f"{self._what(number)}: {rows} rows"
-            size, digest = os.path.getsize(shard + self.half), token_store.digest_of(shard + self.half)
+            size, digest = os.path.getsize(shard + self.half), digest_of(shard + self.half)
             os.replace(shard + self.half, shard)
             about = StoredFile(rows, tokens, groups, None, size, digest)
-            _write_text(done + self.half, json.dumps(dataclasses.asdict(about)))
+            write_text(done + self.half, json.dumps(dataclasses.asdict(about)))
             os.replace(done + self.half, done)
         with open(done, encoding="utf-8") as file:
             return StoredFile(**json.load(file))
@@ -166,7 +144,7 @@ class _Work:
     def _shard(self, number: int, limit: int | None, path: str) -> tuple[int, int]:
         """Writes one record a row; returns (rows, tokens)."""
         rows = tokens = reported = 0
-        writer = token_store.array_records().ArrayRecordWriter(path, _WRITER)
+        writer = array_records().ArrayRecordWriter(path, _WRITER)
         pool = DaemonPool(1, "jaxtrain-pretokenize")
         try:
             for block in Ahead(self._blocks(number, limit), pool):
@@ -224,7 +202,7 @@ class _Work:
                 _write_metadata(mine, [files[number] for number in shards], self.dtype)
                 for name in os.listdir(mine):
                     os.replace(os.path.join(mine, name), os.path.join(folder, name))
-                _write_text(os.path.join(mine, MANIFEST), dataclasses.replace(begun, files=files).to_json())
+                write_text(os.path.join(mine, MANIFEST), dataclasses.replace(begun, files=files).to_json())
                 os.replace(os.path.join(mine, MANIFEST), os.path.join(folder, MANIFEST))
         except FileNotFoundError:
             if not token_store.exists(folder):
@@ -277,13 +255,6 @@ def _write_metadata(folder: str, files: list[StoredFile], dtype: np.dtype) -> No
     )
     for name in names:
         os.unlink(name)
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_text(path: str) -> str:

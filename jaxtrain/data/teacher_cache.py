@@ -6,31 +6,23 @@ record for each row: 4 bytes of checksum of the document's tokens, then W bytes 
 lays them out; empty for a row without text. `cache.json` is written last: its presence says that all is there.
 """
 
-import collections
-import contextlib
 import dataclasses
-import json
 import os
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxtrain.data import faults
+from jaxtrain.data import stored
 from jaxtrain.data.sources import token_store
-from jaxtrain.data.sources.token_store import array_records, digest_of_json
+from jaxtrain.data.stored import ArrayRecords
 from jaxtrain.data.windows import describe
-from jaxtrain.interfaces import CorruptError, Json, Source, SourceConfig, Tokenizer, UserError
+from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer, UserError
 from jaxtrain.losses.cached import Layout
-from jaxtrain.tokenizers.identity import mismatch
 
-FORMAT = 1
 MANIFEST = "cache.json"
 # Documents are read one by one, in a shuffled order: nothing is gained by reading ahead.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
-_IDLE = 32  # open readers that nobody uses now
 _CHECKSUM = 4  # bytes
 
 
@@ -68,8 +60,7 @@ class Manifest:
     parts: list[list[Part]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
-        content = dataclasses.asdict(self)
-        return json.dumps({"format": FORMAT, "digest": digest_of_json(_plain(content)), **content})
+        return stored.sealed(dataclasses.asdict(self))
 
     @property
     def tokens(self) -> int:
@@ -82,12 +73,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Of the records themselves, and of how they were made."""
-        return digest_of_json(_plain(dataclasses.asdict(self)))
-
-
-def _plain(content: Json) -> Json:
-    """As it is after a way through JSON: without tuples."""
-    return json.loads(json.dumps(content))
+        return stored.digest_of_json(dataclasses.asdict(self))
 
 
 def manifest_of(
@@ -121,16 +107,7 @@ def manifest_of(
 
 def manifest_from_json(text: str, where: str) -> Manifest:
     """Raises UserError for a damaged one or another format."""
-    content: Json = {}
-    try:
-        content = json.loads(text)
-        found, digest = content.pop("format"), content.pop("digest")
-    except (ValueError, KeyError):
-        found, digest = FORMAT, None
-    if found != FORMAT:
-        raise UserError(f"{where} has format {found}, this version reads {FORMAT}: use the version that wrote it.")
-    if digest is None or digest != digest_of_json(content):
-        raise UserError(f"{where} is damaged. Remove its folder and write it again with tools.cache_teacher.")
+    content = stored.unsealed(text, where, "tools.cache_teacher")
     layout = content.pop("layout")
     made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
     parts = [[Part(**part) for part in file] for file in content.pop("parts")]
@@ -187,7 +164,7 @@ def verify(folder: str) -> Manifest:
     """As `load`, and every part is read and its digest compared."""
     manifest = load(folder)
     for name, part in _named(manifest):
-        if token_store.digest_of(os.path.join(folder, name)) != part.digest:
+        if stored.digest_of(os.path.join(folder, name)) != part.digest:
             raise UserError(f"teacher's cache {folder}: {name} is not what was written. Write the cache again.")
     return manifest
 
@@ -200,21 +177,7 @@ def _named(manifest: Manifest) -> Iterator[tuple[str, Part]]:
 
 def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
-    has, wanted = manifest.source, source.identity
-    lines = [
-        f"  source {name}: the cache has {_short(has.get(name))}, the run {_short(wanted.get(name))}"
-        for name in sorted(wanted.keys() | has.keys())
-        if wanted.get(name) != has.get(name)
-    ]
-    transforms = [describe(transform) for transform in config.transforms]
-    if transforms != manifest.transforms:
-        lines.append(f"  transforms: the cache has {manifest.transforms}, the config {transforms}")
-    if manifest.max_samples is not None and (config.max_samples is None or config.max_samples > manifest.max_samples):
-        lines.append(f"  max_samples: the cache has {manifest.max_samples}, the config {config.max_samples}")
-    if manifest.tokenizer != tokenizer.identity:
-        different = mismatch(manifest.tokenizer, tokenizer.identity)
-        if different is not None:
-            lines.append(f"  tokenizer: {different}")
+    lines = stored.differences("cache", manifest, manifest.source, source.identity, config, tokenizer)
     if lines:
         raise UserError(
             f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "
@@ -222,18 +185,12 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source,
         )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
 class CachedRecords:
     """The records of one source's documents. Implements data.tokenizing.Records. Safe for several threads."""
 
     def __init__(self, folder: str, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
-        self._idle: collections.deque[tuple[str, Any]] = collections.deque()
-        self._lock = threading.Lock()
+        self._files = ArrayRecords(_READER, "remove the teacher's cache and write it again with tools.cache_teacher")
 
     def read(self, file: int, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         width, found = self.manifest.layout.width, dict.fromkeys(rows.tolist(), b"")
@@ -257,7 +214,7 @@ class CachedRecords:
             begin = end
         return out
 
-    def _part(self, file: int, part: int, rows: Sequence[int]) -> list[bytes]:
+    def _part(self, file: int, part: int, rows: Sequence[int]) -> Sequence[bytes]:
         parts = self.manifest.parts[file] if file < len(self.manifest.parts) else []
         first = part * self.manifest.part_rows
         if part >= len(parts) or max(rows) >= first + parts[part].rows:
@@ -265,32 +222,5 @@ class CachedRecords:
                 f"the teacher's cache {self.folder} has no row {max(rows)} of {self.manifest.names[file]}: the file "
                 "has grown. Write the cache again with tools.cache_teacher."
             )
-        path = os.path.join(self.folder, part_name(file, part))
-        try:
-            with self._reader(path) as reader:
-                return reader.read([row - first for row in rows])
-        except OSError as error:
-            raise faults.classify(error, path) from None
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CorruptError(
-                f"{path} is damaged ({error}); remove the teacher's cache and write it again with tools.cache_teacher",
-                path,
-                rows[0],
-            ) from None
-
-    @contextlib.contextmanager
-    def _reader(self, path: str) -> Iterator[Any]:
-        """For one thread. Who had it before leaves it open for a while."""
-        with self._lock:
-            kept = next((entry for entry in self._idle if entry[0] == path), None)
-            if kept is not None:
-                self._idle.remove(kept)
-        if kept is None:
-            os.stat(path)  # for an error that tells more
-            kept = (path, array_records().ArrayRecordReader(path, _READER))
-        yield kept[1]  # one that failed is not used again
-        with self._lock:
-            self._idle.append(kept)
-            closed = self._idle.popleft() if len(self._idle) > _IDLE else None
-        if closed is not None:
-            closed[1].close()
+        with self._files.open(os.path.join(self.folder, part_name(file, part)), parts[part].rows) as opened:
+            return opened.some([row - first for row in rows])

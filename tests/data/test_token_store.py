@@ -123,7 +123,7 @@ def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
 
     source = MemorySource(rows=[documents(9, 1)])
     with monkeypatch.context() as patched:
-        patched.setattr(token_store, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
+        patched.setattr(store_writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
         with pytest.raises(UserError, match=r"cannot take more .*No space left.*Files that are done are kept"):
             write(tmp_path, {"a": source})
     assert not list((tmp_path / "a").rglob("*.tmp"))
@@ -219,7 +219,7 @@ def test_workers_and_kills_leave_no_trace(tmp_path, random_access, cut):
 def test_a_finisher_that_is_killed_anywhere(tmp_path, monkeypatch):
     source = MemorySource(rows=[documents(8, 1), documents(8, 2)])
     write(tmp_path / "whole", {"a": source})
-    for name in ("_move", "_write_metadata", "_write_text"):
+    for name in ("_move", "_write_metadata", "write_text"):
         folder = tmp_path / name
         calls = 0
         original = getattr(store_writer, name)
@@ -375,7 +375,7 @@ def test_the_ram_cache_forgets_the_least_recently_used():
 def test_a_second_epoch_reads_the_ram_cache(folder, monkeypatch):
     source = stored(folder, data_of({"a": SOURCE}), ram_cache_gb=1.0)["a"]
     first = ids_of(source, 0)
-    monkeypatch.setattr(token_store, "array_records", None)
+    monkeypatch.setattr("jaxtrain.data.stored.array_records", None)
     assert ids_of(source, 0) == first
     assert ids_of(source, 0, 13) == first[13:]
 
