@@ -40,8 +40,10 @@ def compiler_effort(platform: str) -> None:
 
 
 def runtime(config: Config, workdir: Workdir) -> None:
-    """Settings of JAX that outlive a compile: the persistent cache is kept in the work directory."""
-    jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.cache / "jax"))
+    """Settings of JAX that outlive a compile: the persistent cache is in the work directory, if JAX's own environment
+    variable does not say where."""
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    jax.config.update("jax_compilation_cache_dir", chosen or os.fspath(workdir.cache / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if jax.default_backend() != "gpu":

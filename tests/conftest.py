@@ -11,6 +11,8 @@ import pytest
 
 pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, so before the clients of the Hub
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile far more than they compute: this halves their time. Whole runs (tests/e2e) are compiled as a user's are.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Later lines win. Each exception says whose warning it is.
 _WARNINGS = ("error",)

@@ -1,5 +1,6 @@
 """What the end-to-end tests share: a Hub with three datasets, a tokenizer, and an uninterrupted run to compare with."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jaxtrain.tokenizers.training import TrainTokenizer
-from tests.e2e.runs import STOPPED, TINY, Run, documents, environment, share_compiled
+from tests.e2e.runs import COMPILED, STOPPED, TINY, Run, documents, environment
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
 MakeRun = Callable[..., Run]
@@ -27,8 +28,17 @@ def fill(hub: LoopbackHub) -> None:
     hub.commit("e2e/code", {"train.jsonl.gz": jsonl_bytes(code, compress=True, content=code)})
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs are compiled once a session: the folder is that of all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COMPILED, str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"))
+        yield
+
+
 @pytest.fixture(scope="session")
-def datasets() -> Iterator[LoopbackHub]:
+def datasets(compiled: None) -> Iterator[LoopbackHub]:
     """A Hub of its own: that of tests/hub_fixtures.py is emptied by each test that uses it."""
     with LoopbackHub() as hub:
         fill(hub)
@@ -51,12 +61,10 @@ def reference(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: 
 
 
 @pytest.fixture(scope="session")
-def stopped(
-    datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
+def stopped(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same, stopped by SIGTERM in its second stage. To be copied by those who go on with it."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    run = share_compiled(reference, Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env())))
+    run = Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))
     run.start()
     assert run.wait_for_step(21), run.output
     run.signal(signal.SIGTERM)
@@ -65,10 +73,8 @@ def stopped(
 
 
 @pytest.fixture
-def make_run(
-    datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_path: pathlib.Path
-) -> Iterator[MakeRun]:
-    """Makes runs that have the reference's compiled programs; `copy`: in a copy of another run's work directory."""
+def make_run(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[MakeRun]:
+    """Makes runs; `copy`: in a copy of another run's work directory."""
     made: list[Run] = []
 
     def make(
@@ -79,7 +85,7 @@ def make_run(
         made.append(run)
         if copy is not None:
             shutil.copytree(copy.workdir, run.workdir)
-        return share_compiled(reference, run)
+        return run
 
     yield make
     for run in made:

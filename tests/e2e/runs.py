@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
 TINY = "tests/e2e/configs/tiny.py"
 STOPPED = 75
 PATIENCE = 540.0  # seconds that a run may take on a machine with much else to do
@@ -28,10 +28,11 @@ _TIMES = ("tokens_per_sec", "mfu", "data_wait", "time", "goodput", "seconds", "m
 
 
 def environment(hub: dict[str, str], devices: int = 1, **more: str) -> dict[str, str]:
-    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings."""
+    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings but
+    where compiled programs are kept, which all runs of a session share."""
     # Without compiled modules every process would spend 5 s on compiling those that it imports.
     dropped = ("JAX_", "XLA_", "HF_", "PYTHONDONTWRITEBYTECODE")
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped)}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped) or name == COMPILED}
     flags = f"--xla_force_host_platform_device_count={devices}"
     return {**kept, **hub, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
 
@@ -186,14 +187,6 @@ def assert_equal(run: Run, reference: Run) -> None:
     different = [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()]
     assert not different
     assert run.data_state()["lanes"] == reference.data_state()["lanes"]
-
-
-def share_compiled(source: Run, target: Run) -> Run:
-    """Gives a new run the compiled programs of another, so that it need not compile them again."""
-    cache = target.workdir / "cache" / "jax"
-    if not cache.exists() and (source.workdir / "cache" / "jax").exists():
-        shutil.copytree(source.workdir / "cache" / "jax", cache)
-    return target
 
 
 def documents(seed: int, count: int, words: int = 30) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.runs import Run, assert_equal, environment, share_compiled
+from tests.e2e.runs import Run, assert_equal, environment
 from tests.hub import LoopbackHub
 
 CURRICULUM = "tests/e2e/configs/curriculum.py"
@@ -28,7 +28,7 @@ def whole(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pyte
 
 @pytest.fixture
 def run(whole: Run, tmp_path: pathlib.Path) -> Iterator[Run]:
-    run = share_compiled(whole, Run(tmp_path / "run", whole.spec, whole.env))
+    run = Run(tmp_path / "run", whole.spec, whole.env)
     yield run
     if run.process is not None:
         run.kill()

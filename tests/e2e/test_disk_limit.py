@@ -11,7 +11,7 @@ from jaxtrain import dryrun, recipe
 from jaxtrain.interfaces import UserError
 from tests.data.sources.tars import COMPRESS, shard
 from tests.data.test_cache import watching
-from tests.e2e.runs import Run, assert_equal, documents, environment, share_compiled
+from tests.e2e.runs import Run, assert_equal, documents, environment
 
 CONFIG = "tests/e2e/configs/shards.py"
 
@@ -41,7 +41,7 @@ def test_a_run_within_a_disk_limit(shards: tuple[str, int], tokenizer: pathlib.P
     whole = Run(tmp_path / "whole", f"{CONFIG}:{tokenizer}|{pattern}|1", environment({}))()
     assert f"Disk cache: at most 1.00 GB in {whole.workdir}/cache/data" in whole.output
     assert len(os.listdir(whole.workdir / "cache" / "data")) > 5
-    run = share_compiled(whole, Run(tmp_path / "run", f"{CONFIG}:{tokenizer}|{pattern}|{limit!r}", environment({})))
+    run = Run(tmp_path / "run", f"{CONFIG}:{tokenizer}|{pattern}|{limit!r}", environment({}))
     cache = run.workdir / "cache" / "data"
     with running(run), watching(cache) as seen:
         for step in (3, 12):
