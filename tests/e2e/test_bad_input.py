@@ -233,7 +233,7 @@ def test_a_full_disk(make_run: MakeRun, reference: Run, tmp_path: pathlib.Path) 
     """The run stops at the checkpoint that does not fit, and goes on when there is room."""
     run = make_run()
     folder = run.workdir / "checkpoints"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with small_disk(folder, "1m") as grow:
         run(code=2)
         assert "disk is full" in run.output
