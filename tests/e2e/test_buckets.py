@@ -18,6 +18,16 @@ CONFIG = "tests/e2e/configs/buckets.py"
 KEYS = {name: PLANTED[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")}
 
 
+def data() -> dict[str, bytes]:
+    """What the config reads."""
+    found: dict[str, bytes] = {}
+    for n in range(4):
+        found[f"tars/shard-{n}.tar.bz2"] = COMPRESS["tar.bz2"](shard(documents(n, 60)))
+        found[f"web/train-{n}.parquet"] = parquet_bytes(documents(10 + n, 120), row_group_size=12)
+        found[f"code/train-{n}.jsonl.gz"] = jsonl_bytes(documents(20 + n, 60), compress=True)
+    return found
+
+
 class Bucket:
     """Runs with this server in their environment, and what is in its buckets."""
 
@@ -59,13 +69,11 @@ def bucket(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Pat
     )
     env = environment(datasets.env(), XDG_CACHE_HOME=str(tmp_path / "cache"))
     env |= {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": region}
-    made = Bucket(client, f"{CONFIG}:{tokenizer}", env)
+    made = Bucket(client, f"{CONFIG}:s3|{tokenizer}", env)
     for name in ("data", "runs"):
         client.create_bucket(Bucket=name)
-    for n in range(4):
-        made.put(f"tars/shard-{n}.tar.bz2", COMPRESS["tar.bz2"](shard(documents(n, 60))))
-        made.put(f"web/train-{n}.parquet", parquet_bytes(documents(10 + n, 120), row_group_size=12))
-        made.put(f"code/train-{n}.jsonl.gz", jsonl_bytes(documents(20 + n, 60), compress=True))
+    for name, content in data().items():
+        made.put(name, content)
     yield made
     server.stop()
 
