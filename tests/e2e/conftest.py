@@ -83,7 +83,9 @@ def make_run(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.P
         settings = environment(datasets.env(), devices, **env)
         run = Run(tmp_path / name, f"{config}:{tokenizer}", settings, processes=processes)
         made.append(run)
-        if copy is not None:
+        if copy is None:
+            run.workdir.mkdir(exist_ok=True)
+        else:
             shutil.copytree(copy.workdir, run.workdir)
         return run
 
