@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jaxtrain.tokenizers.training import TrainTokenizer
+from tests.e2e import runs
 from tests.e2e.runs import COMPILED, STOPPED, TINY, Run, documents, environment
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
@@ -33,7 +34,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs are compiled once a session: the folder is that of all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(COMPILED, str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"))
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setitem(runs.OF_ALL_RUNS, COMPILED, str(shared / "compiled"))
         yield
 
 

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
+OF_ALL_RUNS: dict[str, str] = {}  # conftest.py says where all runs of a session keep compiled programs
 TINY = "tests/e2e/configs/tiny.py"
 STOPPED = 75
 PATIENCE = 540.0  # seconds that a run may take on a machine with much else to do
@@ -28,13 +29,12 @@ _TIMES = ("tokens_per_sec", "mfu", "data_wait", "time", "goodput", "seconds", "m
 
 
 def environment(hub: dict[str, str], devices: int = 1, **more: str) -> dict[str, str]:
-    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings but
-    where compiled programs are kept, which all runs of a session share."""
+    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings."""
     # Without compiled modules every process would spend 5 s on compiling those that it imports.
     dropped = ("JAX_", "XLA_", "HF_", "PYTHONDONTWRITEBYTECODE")
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped) or name == COMPILED}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped)}
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**kept, **hub, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
+    return {**kept, **OF_ALL_RUNS, **hub, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
 
 
 class Run:
