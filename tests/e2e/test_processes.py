@@ -130,6 +130,7 @@ config = recipe.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.w
 dealers = inputs.build(config, inputs.resolve(config, None), {})
 print("units:", *(len(dealer.layout.units) for dealer in dealers), flush=True)
 multihost_utils.sync_global_devices("end")  # the first to leave would take the others with it
+recipe.leave(0)
 """
 
 
