@@ -4,6 +4,7 @@ TensorStore reads and writes by generation, which the emulator keeps and neither
 """
 
 import contextlib
+import importlib
 import socket
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -61,9 +62,7 @@ def serve(*names: str) -> Iterator[list[Bucket]]:
 
 def _teach(server: Any) -> None:
     """The conditions ifGenerationMatch and ifGenerationNotMatch, the header with an object's generation, and moveTo."""
-    from gcp_storage_emulator.exceptions import NotFound
-    from gcp_storage_emulator.handlers import objects
-
+    objects, missing = server.objects, importlib.import_module("gcp_storage_emulator.exceptions").NotFound
     theirs = {"download": objects.download, "insert": objects.insert}
     if theirs["download"].__module__ == __name__:
         return  # by an earlier test
@@ -71,7 +70,7 @@ def _teach(server: Any) -> None:
     def generation(request: Any, storage: Any, name: str) -> str:
         try:
             return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
-        except NotFound:
+        except missing:
             return "0"
 
     def asked(request: Any, name: str) -> str | None:
