@@ -1,6 +1,7 @@
 """The strict runtime of all tests: 8 simulated CPU devices, no silent rank promotion, warnings are errors."""
 
 import os
+import signal
 import time
 
 # Before anything imports JAX.
@@ -9,6 +10,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax  # after the flags
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in the background of a script: so would be all runs that a test starts and then interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, so before the clients of the Hub
 jax.config.update("jax_numpy_rank_promotion", "raise")
