@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 # Before anything imports JAX.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,9 +26,3 @@ _WARNINGS = ("error",)
 def pytest_configure(config: pytest.Config) -> None:
     for line in _WARNINGS:
         config.addinivalue_line("filterwarnings", line)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what would begin after TESTS_UNTIL (seconds since 1970), which `.ci/run` sets for the slow tests."""
-    if time.time() > float(os.environ.get("TESTS_UNTIL", "inf")):
-        pytest.skip("no time is left for it")

@@ -44,10 +44,11 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_then_two(make_run: MakeRun, reference: Run) -> None:
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
     run = make_run(processes=4, devices=2)
-    stop_after(run, 10, signal.SIGINT)
-    fewer = make_run(processes=2)
+    stop_after(run, 10, number)
+    fewer = make_run(processes=count, devices=3 - count)
     fewer()
     assert_same_data(fewer, reference)
 
@@ -65,7 +66,7 @@ MESHES = {
 @pytest.mark.parametrize(
     ("processes", "mesh"),
     [
-        (1, "context"),
+        *((1, mesh) for mesh in ("tensor", "context")),
         *((2, mesh) for mesh in MESHES),
         (4, "fsdp"),
     ],
@@ -91,6 +92,13 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
         assert run.wait() == STOPPED, run.output
         assert run.checkpoints()[-1] == run.last_step()
     run = make_run(processes=2, devices=2)(*MESHES["fsdp"].split())
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
+    run = make_run(processes=4, devices=2)
+    run()
     assert_same_data(run, reference)
 
 
