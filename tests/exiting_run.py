@@ -7,6 +7,7 @@ a line of JSON for each:
 file with those of the sources, so that looking them up is quick.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -79,6 +80,8 @@ def run(way: str) -> None:
 
 def main() -> str | None:
     """The way to end, in a process that has one; None where all have ended."""
+    for module in ("datasets", "huggingface_hub.hf_api", "pandas", "scipy.sparse"):
+        importlib.import_module(module)  # reading imports these; 3 s in each fork otherwise
     for way in sys.argv[2:]:
         begun, pid = time.monotonic(), os.fork()
         if pid == 0:

@@ -12,6 +12,7 @@ import time
 from jaxtrain import main, recipe
 from jaxtrain.data.feed import DeviceBatch, Feed
 from jaxtrain.interfaces import UserError
+from tests.e2e import one_compiler
 
 process, how, step = os.environ["FAIL"].split(":")
 ask = Feed.__next__
@@ -34,5 +35,6 @@ def next_batch(self: Feed) -> DeviceBatch:
 
 
 if __name__ == "__main__":
+    one_compiler.share()
     Feed.__next__ = next_batch
     recipe.leave(main.exit_code())

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 OF_ALL_RUNS: dict[str, str] = {}  # conftest.py says where all runs of a session keep compiled programs
+ONE_COMPILER = "tests.e2e.one_compiler"
 TINY = "tests/e2e/configs/tiny.py"
 STOPPED = 75
 PATIENCE = 540.0  # seconds that a run may take on a machine with much else to do
@@ -45,7 +46,7 @@ class Run:
         self.spec = spec
         self.env = env
         self.processes = processes
-        self.module = "jaxtrain.main"
+        self.module = "jaxtrain.main" if processes == 1 else ONE_COMPILER
         self.process: subprocess.Popen[str] | None = None
         self.output = ""  # of the process that ended last: stdout and stderr
         self._file = workdir.with_name(workdir.name + ".out")

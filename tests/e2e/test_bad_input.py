@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtrain import main
 from jaxtrain.tokenizers.training import TrainTokenizer
@@ -65,6 +66,7 @@ def command(
     yield call
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.e2e.conftest import MakeRun
-from tests.e2e.runs import Run
+from tests.e2e.runs import ONE_COMPILER, Run
 from tests.e2e.test_processes import assert_same_data
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def test_an_error_ends_all_with_its_message(
         assert "ValueError: a fault of this host alone" in (run.workdir / "log.txt").read_text()
     for other in {*range(1, processes)} - {failed}:
         assert f"Process {other} ends, since process {failed} on " in run.output
-    run.module = "jaxtrain.main"
+    run.module = ONE_COMPILER
     run()
     assert_same_data(run, reference)
 
@@ -60,6 +60,6 @@ def test_a_host_that_is_gone_ends_all(
     code = run.start().wait()
     print(f"\n{how} of process {failed}: all ended after {seconds_since_failure(tmp_path):.1f} s, code {code}")
     assert code not in (0, 2, 75), run.output
-    run.module = "jaxtrain.main"
+    run.module = ONE_COMPILER
     run()
     assert_same_data(run, reference)

@@ -35,6 +35,7 @@ def stop_after(run: Run, step: int, number: signal.Signals) -> int:
 
 def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=2, devices=2)
+    run.module = "jaxtrain.main"  # with nothing of the tests' own in it
     stopped = stop_after(run, 18, signal.SIGTERM)
     assert run.output.count(f"Step {stopped}: Loss") == 1  # one process prints
     alone = make_run()

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from tools import bench
@@ -36,6 +37,12 @@ def test_stages(numbers: Any) -> None:
     # What is kept in the work directory suffices for a start.
     assert found["programs_compiled_at_second_start"] == 0
     assert found["programs_read_at_second_start"] >= 2
+    # Nor does it stay open: the folder is gone, and JAX would warn of each program that it cannot write there.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        assert jax.jit(lambda x: x + 2)(1) == 3
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtrain import train
 from jaxtrain.checkpoint import CheckpointConfig
@@ -174,7 +175,7 @@ def _run(
 
 @contextlib.contextmanager
 def _quiet(listener: _Listener) -> Iterator[None]:
-    """The run's own lines are progress, not the result; and its settings of JAX end with it."""
+    """The run's own lines are progress, not the result; and its settings of JAX end with it, the cache among them."""
     names = (
         *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
         *("jax_persistent_cache_min_entry_size_bytes", "jax_persistent_cache_enable_xla_caches"),
@@ -182,6 +183,7 @@ def _quiet(listener: _Listener) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in names}
     logger = logging.getLogger("jaxtrain")
     logger.addHandler(listener)
+    compilation_cache.reset_cache()  # once open, it stays where it is
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -189,6 +191,7 @@ def _quiet(listener: _Listener) -> Iterator[None]:
         logger.removeHandler(listener)
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def _config(flags: Flags, urls: Sequence[str], trainer: TrainTokenizer, steps: int) -> Config:
