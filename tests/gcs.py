@@ -36,7 +36,7 @@ class Bucket:
     def delete(self, name: str) -> None:
         self._storage.delete_file(self.name, name)
 
-    def objects(self, prefix: str = "") -> dict[str, bytes]:
+    def __call__(self, prefix: str = "") -> dict[str, bytes]:
         names = [each["name"] for each in self._storage.get_file_list(self.name, prefix)[0]]
         return {name: self._storage.get_file(self.name, name) for name in names}
 

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -28,11 +28,29 @@ def data() -> dict[str, bytes]:
     return found
 
 
-class Bucket:
-    """Runs with this server in their environment, and what is in its buckets."""
+class Objects:
+    """Those of one bucket, as the server has them."""
 
-    def __init__(self, client: Any, spec: str, env: dict[str, str]):
-        self.client, self.spec, self.env = client, spec, env
+    def __init__(self, client: Any, name: str):
+        self.client, self.name = client, name
+
+    def __call__(self, prefix: str = "") -> dict[str, bytes]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        names = [each["Key"] for page in pages for each in page.get("Contents", [])]
+        return {name: self.client.get_object(Bucket=self.name, Key=name)["Body"].read() for name in names}
+
+    def put(self, name: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=name, Body=data)
+
+    def delete(self, name: str) -> None:
+        self.client.delete_object(Bucket=self.name, Key=name)
+
+
+class Runs:
+    """Runs with these settings in their environment; all that they said is in `output`."""
+
+    def __init__(self, spec: str, env: dict[str, str]):
+        self.spec, self.env = spec, env
         self.output = ""
 
     def __call__(self, workdir: str, *flags: str, code: int = 0) -> str:
@@ -43,17 +61,10 @@ class Bucket:
         self.output += output
         return output
 
-    def objects(self, prefix: str = "", bucket: str = "runs") -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        names = [each["Key"] for page in pages for each in page.get("Contents", [])]
-        return {name: self.client.get_object(Bucket=bucket, Key=name)["Body"].read() for name in names}
-
-    def put(self, name: str, data: bytes, bucket: str = "data") -> None:
-        self.client.put_object(Bucket=bucket, Key=name, Body=data)
-
 
 @pytest.fixture
-def bucket(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Bucket]:
+def bucket(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[tuple[Runs, Objects]]:
+    """Runs that read from one bucket of a server, and the bucket that they may write to."""
     pytest.importorskip("s3fs")
     boto3 = pytest.importorskip("boto3")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
@@ -69,12 +80,11 @@ def bucket(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Pat
     )
     env = environment(datasets.env(), XDG_CACHE_HOME=str(tmp_path / "cache"))
     env |= {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": region}
-    made = Bucket(client, f"{CONFIG}:s3|{tokenizer}", env)
     for name in ("data", "runs"):
         client.create_bucket(Bucket=name)
     for name, content in data().items():
-        made.put(name, content)
-    yield made
+        Objects(client, "data").put(name, content)
+    yield Runs(f"{CONFIG}:s3|{tokenizer}", env), Objects(client, "runs")
     server.stop()
 
 
@@ -83,44 +93,58 @@ def fingerprints(metrics: bytes) -> dict[int, str]:
     return {line["step"]: line["fingerprint"] for line in lines if "fingerprint" in line}
 
 
-@pytest.mark.slow
-def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket: Bucket, tmp_path: pathlib.Path) -> None:
-    """Resumed there, too: past a save that a kill left unfinished, and past a checkpoint that has lost a file."""
-    bucket(str(tmp_path / "local"))
-    wanted = fingerprints((tmp_path / "local" / "metrics.jsonl").read_bytes())
+class Bucket(Protocol):
+    """What is in a bucket, by the server's own means."""
+
+    def __call__(self, prefix: str = "") -> dict[str, bytes]: ...
+    def put(self, name: str, data: bytes) -> None: ...
+    def delete(self, name: str) -> None: ...
+
+
+def resumed_as_on_a_disk(runs: Runs, bucket: Bucket, url: str, local: pathlib.Path) -> dict[str, bytes]:
+    """A run in a bucket, and the same in a folder. The first is resumed past a save that a kill left unfinished, and
+    past a checkpoint that has lost a file. Returns what it leaves."""
+    runs(str(local))
+    wanted = fingerprints((local / "metrics.jsonl").read_bytes())
     assert max(wanted) == 30
-    bucket("s3://runs/a run", "--config.steps=15")
-    saved = bucket.objects("a run/checkpoints/")
+    runs(f"{url}/a run", "--config.steps=15")
+    saved = bucket("a run/checkpoints/")
     assert {name.split("/")[2] for name in saved} == {"5", "10", "15"}
-    lost = next(name for name in saved if name.startswith("a run/checkpoints/15/params/") and "/d/" in name)
-    bucket.client.delete_object(Bucket="runs", Key=lost)
-    bucket.put("a run/checkpoints/20/params/_METADATA", b"{}", bucket="runs")
-    output = bucket("s3://runs/a run")
+    bucket.delete(next(name for name in saved if name.startswith("a run/checkpoints/15/params/") and "/d/" in name))
+    bucket.put("a run/checkpoints/20/params/_METADATA", b"{}")
+    output = runs(f"{url}/a run")
     assert "Resumed from step 10" in output
     assert "checkpoints/15.corrupt" in output
-    found = bucket.objects("a run/")
+    found = bucket("a run/")
     assert fingerprints(found["a run/metrics.jsonl"]) == wanted
-    steps = {name.split("/")[2] for name in found if "/checkpoints/" in name}
-    assert steps == {"15.corrupt", "20", "25", "30"}
+    assert {name.split("/")[2] for name in found if "/checkpoints/" in name} == {"15.corrupt", "20", "25", "30"}
     assert json.loads(found["a run/config.json"])
     assert b"Finished." in found["a run/log.txt"]
     assert "a run/lock" not in found
-    assert "Nothing to do." in bucket("s3://runs/a run")
-    places = {"the output": bucket.output.encode(), **found}
+    assert "Nothing to do." in runs(f"{url}/a run")
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket: tuple[Runs, Objects], tmp_path: pathlib.Path) -> None:
+    runs, objects = bucket
+    found = resumed_as_on_a_disk(runs, objects, "s3://runs", tmp_path / "local")
+    places = {"the output": runs.output.encode(), **found}
     places |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     secrets = [word for word in SEARCHED if word != "duser"]
     assert not [(word, place) for place, data in places.items() for word in secrets if word.encode() in data]
 
 
 @pytest.mark.slow
-def test_what_cannot_be_reached_is_one_message(bucket: Bucket, tmp_path: pathlib.Path) -> None:
-    output = bucket(str(tmp_path / "run"), "--config.data.sources.web.data_files=(s3://data/gone/*.parquet,)", code=2)
+def test_what_cannot_be_reached_is_one_message(bucket: tuple[Runs, Objects], tmp_path: pathlib.Path) -> None:
+    runs, _ = bucket
+    output = runs(str(tmp_path / "run"), "--config.data.sources.web.data_files=(s3://data/gone/*.parquet,)", code=2)
     assert "error: source 'web': no file matches 's3://data/gone/*.parquet'" in output
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        del bucket.env[name]
-    bucket.env |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+        del runs.env[name]
+    runs.env |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     for workdir in (str(tmp_path / "run"), "s3://runs/refused"):
-        output = bucket(workdir, code=2)
+        output = runs(workdir, code=2)
         assert "error: " in output
         assert "Unable to locate credentials" in output
         assert "Traceback" not in output
