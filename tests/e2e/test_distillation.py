@@ -43,6 +43,11 @@ def test_killed_distillation_ends_as_if_nothing_had_happened(make_run: MakeRun, 
     run(*flags)
     assert_equal(run, whole)
 
+    both = make_run("both", processes=2, config=DISTILL)(*flags)
+    assert both.steps()[-1]["fingerprint"] == lines[-1]["fingerprint"]
+    for name in ("loss", "ce_loss", "kd_loss"):
+        assert both.steps()[-1][name] == pytest.approx(lines[-1][name], rel=1e-4)
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)

@@ -1,4 +1,4 @@
-"""Distillation from a cache that several workers wrote, one of them killed in between: exact over kills."""
+"""Distillation from a cache that several workers wrote, one of them killed in between: exact over kills and layouts."""
 
 import pathlib
 import random
@@ -52,7 +52,7 @@ def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_from_a_cache_killed_anywhere(make_run: MakeRun, reference: Run, cache: pathlib.Path) -> None:
+def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: Run, cache: pathlib.Path) -> None:
     flags = (f"--config.teacher.cache={cache}", *SAMPLES)
     whole = make_run("whole", config=DISTILL)(*flags)
     lines = whole.steps()
@@ -72,3 +72,13 @@ def test_from_a_cache_killed_anywhere(make_run: MakeRun, reference: Run, cache: 
         assert "the teacher was a cache, is the model itself" in run.output
         run(*flags)
     assert_equal(run, whole)
+    both = make_run("both", processes=2, config=DISTILL)(*flags)
+    assert both.steps()[-1]["fingerprint"] == lines[-1]["fingerprint"]
+    assert both.steps()[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-4)
+
+    refused = make_run("refused", config=DISTILL)
+    refused(*flags, "--config.distillation.divergence.k=19", code=2)
+    assert "(--config.distillation.divergence.k= changes k alone)" in refused.output
+    (cache / "wiki" / "cache.json").unlink()
+    refused(*flags, code=2)
+    assert "is not finished: run tools.cache_teacher again" in refused.output
