@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import dryrun, fingerprint, memory, processes, setup, state
+from jaxtrain import dryrun, fingerprint, garbage, memory, processes, setup, state
 from jaxtrain.agreement import InterruptedWaitError, any_process
 from jaxtrain.checkpoint import Checkpointer
 from jaxtrain.config import Config
@@ -105,7 +105,8 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         workdir.write_config(session.identities["config"])
         train_state = session.train_state(monitor)
         loop = Loop(session, checkpointer, monitor)
-        code = loop.run(train_state)
+        with garbage.only_new():
+            code = loop.run(train_state)
         step = checkpointer.latest_step()
         saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
         monitor.message(f"{saved} Give the same command again to go on." if code == STOPPED else f"Finished. {saved}")

@@ -33,6 +33,8 @@ Pieces = list[tuple[int, int, int, int]]
 # Columns of `Documents.where`: the fields of the document's Position, its file (number in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
 _POSITION = WHERE.index("file")  # columns before this one
+# Up to so many pieces of a block are written one by one, in 0.7 microseconds each; calls for any number cost 30.
+_FEW_PIECES = 32
 
 
 @dataclasses.dataclass
@@ -232,15 +234,42 @@ def _write_segments(starts: np.ndarray, stride: int, block: Batch) -> np.ndarray
     or from one document's start to the next); only the lines that make the results touch every token.
     """
     rows, seq_len = block["tokens"].shape
-    find = _pieces_side_by_side if stride == seq_len else _pieces
-    begin_P, ordinal_P, last = find(starts, rows, seq_len, stride)
+    if stride == seq_len:
+        inner = starts[starts.searchsorted(0, side="right") : starts.searchsorted(rows * seq_len, side="right")]
+        if len(inner) + rows <= _FEW_PIECES:
+            _write_pieces(inner.tolist(), block)
+        else:
+            _write_repeated(*_pieces_side_by_side(inner, rows, seq_len), block)
+        return inner - 1
+    begin_P, ordinal_P, last = _pieces(starts, rows, seq_len, stride)
+    _write_repeated(begin_P, ordinal_P, block)
+    return last
+
+
+def _write_pieces(inner: list[int], block: Batch) -> None:
+    """As `_write_repeated`, of rows that do not overlap, piece by piece. inner: documents' starts behind the first."""
+    rows, seq_len = block["tokens"].shape
+    segments, positions, up_to = block["segment_ids"].reshape(-1), block["positions"].reshape(-1), _up_to(seq_len)
+    begin, segment, row_end = 0, 1, seq_len
+    for end in [*inner, rows * seq_len]:
+        while begin < end:  # unless a document starts with a row, or behind the block
+            to = min(end, row_end)
+            segments[begin:to] = segment
+            positions[begin:to] = up_to[: to - begin]
+            begin, segment = to, segment + 1
+            if to == row_end:
+                row_end, segment = row_end + seq_len, 1
+
+
+def _write_repeated(begin_P: np.ndarray, ordinal_P: np.ndarray, block: Batch) -> None:
+    """From where pieces begin in the block, ascending from 0, and their numbers within their rows."""
+    rows, seq_len = block["tokens"].shape
     lengths_P = np.empty_like(begin_P)
     np.subtract(begin_P[1:], begin_P[:-1], out=lengths_P[:-1])
     lengths_P[-1] = rows * seq_len - begin_P[-1]
     block["segment_ids"].reshape(-1)[...] = (ordinal_P + 1).astype(np.int32).repeat(lengths_P)
     begins = begin_P.astype(np.int32).repeat(lengths_P)
     np.subtract(_up_to(rows * seq_len), begins, out=block["positions"].reshape(-1))
-    return last
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,17 +278,13 @@ def _up_to(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def _pieces_side_by_side(
-    starts: np.ndarray, rows: int, seq_len: int, stride: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces_side_by_side(inner: np.ndarray, rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """As `_pieces`, for rows that do not overlap: places in the block are those in the stream. Half the calls."""
-    end = rows * seq_len
-    inner = starts[starts.searchsorted(0, side="right") : starts.searchsorted(end, side="right")]
-    # A document that starts with a row makes no piece of its own; one that starts behind the block only has a last.
-    begin_P = np.concatenate([np.arange(0, end, seq_len), inner[inner % seq_len != 0]])
+    # A document that starts with a row makes no piece of its own; nor does one that starts behind the block.
+    begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
     begin_P.sort()
     row_P = begin_P // seq_len
-    return begin_P, np.arange(len(begin_P)) - row_P.searchsorted(row_P), inner - 1
+    return begin_P, np.arange(len(begin_P)) - row_P.searchsorted(row_P)
 
 
 def _pieces(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

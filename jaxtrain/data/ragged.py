@@ -52,11 +52,11 @@ class Ragged:
         closed = lengths + (1 if bos_id is None else 2)
         if lengths.sum() < _SHORT * len(rows):
             return self._gathered(lengths, begins, closed, eos_id, bos_id), closed
-        eos = np.array([eos_id], np.int32)
-        bos = np.array([] if bos_id is None else [bos_id], np.int32)
-        pieces: list[np.ndarray] = []
+        between = np.array([eos_id] if bos_id is None else [eos_id, bos_id], np.int32)
+        pieces = [between[1:]]
         for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True):
-            pieces += (bos, self.ids[begin:end], eos)
+            pieces += (self.ids[begin:end], between)
+        pieces[-1] = between[:1]
         return np.concatenate(pieces, dtype=np.int32, casting="unsafe"), closed
 
     def _gathered(

@@ -121,15 +121,18 @@ def test_memory_is_bounded():
         assert len(found._starts) == len(found._where) <= 12
 
 
-def test_rows_side_by_side_are_cut_as_any_others():
-    """The short way for rows that do not overlap, against the way that takes any stride."""
+def test_rows_side_by_side_are_cut_as_any_others(monkeypatch):
+    """The short ways for rows that do not overlap, few pieces and many, against the way that takes any stride."""
     rng = np.random.default_rng(0)
     for _ in range(3000):
         rows, seq_len = int(rng.integers(1, 6)), int(rng.integers(1, 12))
         starts = np.unique(rng.integers(-3, rows * seq_len + 5, rng.integers(0, 20)))
-        for a, b in zip(
-            packing._pieces_side_by_side(starts, rows, seq_len, seq_len),
-            packing._pieces(starts, rows, seq_len, seq_len),
-            strict=True,
-        ):
-            assert sorted(a) == sorted(b)
+        begin_P, ordinal_P, last = packing._pieces(starts, rows, seq_len, seq_len)
+        wanted = packing.empty_block(rows, seq_len)
+        packing._write_repeated(begin_P, ordinal_P, wanted)
+        for few in (0, 1000):
+            monkeypatch.setattr(packing, "_FEW_PIECES", few)
+            found = packing.empty_block(rows, seq_len)
+            assert sorted(packing._write_segments(starts, seq_len, found)) == sorted(last)
+            for name in ("segment_ids", "positions"):
+                np.testing.assert_array_equal(found[name], wanted[name])

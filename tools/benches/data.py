@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxtrain import garbage
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
@@ -161,6 +162,10 @@ class _Measured:
         }
 
     def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
+        with garbage.only_new():  # as a run does
+            return self._epoch_of(tokenizer)
+
+    def _epoch_of(self, tokenizer: Tokenizer) -> _Epoch:
         watch = Stopwatch()
         first, resident, states = None, 0.0, {}
         with stream.batches(self._data, self.plan, tokenizer) as batches:
