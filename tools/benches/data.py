@@ -28,7 +28,7 @@ from jaxtrain import garbage
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
-from jaxtrain.interfaces import Block, Json, Tokenizer
+from jaxtrain.interfaces import Block, Json, Tokenizer, UserError
 from jaxtrain.recipe import Command, Flag, Flags
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.benches import corpus, data_modes, plain, stream
@@ -45,6 +45,8 @@ from tools.benches.common import (
     short,
 )
 
+_KINDS = ("sentencepiece", "bpe")
+
 COMMAND = Command(
     name="python -m tools.bench data",
     description="The data path's tokens/s on one core, from local parquet files of the Python standard library, with a "
@@ -58,6 +60,7 @@ COMMAND = Command(
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
         Flag(name="num_lanes", type=int, default=8, help="lanes that are read side by side"),
+        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE takes the longest"),
         rounds_flag(3),
     ),
     config="none",
@@ -69,11 +72,13 @@ _FILES = 4
 
 def measure(flags: Flags) -> Json:
     at_least_one(rounds=flags.rounds, num_lanes=flags.num_lanes)
+    if not flags.tokenizers or set(flags.tokenizers) - set(_KINDS):
+        raise UserError(f"--tokenizers={','.join(flags.tokenizers)}: give one or both of {', '.join(_KINDS)}")
     with tempfile.TemporaryDirectory() as folder, one_core() as pinned:
         paths = corpus.write(folder, flags.megabytes, files=_FILES, groups=_GROUPS_PER_LANE * flags.num_lanes)
         data = stream.config(paths, num_lanes=flags.num_lanes, workers=1)
         found: Json = {"one_core": pinned, "settings": {flag.name: getattr(flags, flag.name) for flag in COMMAND.flags}}
-        for kind in ("sentencepiece", "bpe"):
+        for kind in flags.tokenizers:
             begun = time.perf_counter()
             tokenizer = _train(kind, flags, f"{folder}/{kind}")
             progress(f"{kind}: trained {tokenizer.vocab_size:,} tokens in {time.perf_counter() - begun:.0f} s")
