@@ -9,8 +9,8 @@ from collections.abc import Iterator
 def only_new() -> Iterator[None]:
     """Collections within the context pass over what is alive when it begins.
 
-    Start-up leaves some 500,000 objects that live as long as the process: JAX, the libraries, compiled programs. Every
-    full collection would go through all of them, in whichever thread it happens to begin (see `gc.freeze`).
+    Start-up leaves some 230,000 objects that live as long as the process: JAX, the libraries, compiled programs. Every
+    full collection would go through all of them (0.25 s), in whichever thread it happens to begin. See `gc.freeze`.
     """
     gc.collect()  # what is garbage now would stay, with arrays that hang on it
     gc.freeze()

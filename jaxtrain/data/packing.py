@@ -33,7 +33,7 @@ Pieces = list[tuple[int, int, int, int]]
 # Columns of `Documents.where`: the fields of the document's Position, its file (number in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
 _POSITION = WHERE.index("file")  # columns before this one
-# Up to so many pieces of a block are written one by one, in 0.7 microseconds each; calls for any number cost 30.
+# Up to so many pieces of a block are written one by one, in a microsecond each; calls for any number cost 30.
 _FEW_PIECES = 32
 
 
