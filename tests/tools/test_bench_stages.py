@@ -1,5 +1,6 @@
 """The benchmarks of stages at tiny sizes: what they count, and the arithmetic of what they say."""
 
+import gc
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxtrain import train
 from tools import bench
 from tools.benches import curriculum, stages
 from tools.benches.stages import _Listener, _of_stage, _Step
@@ -27,7 +29,14 @@ def numbers(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.mark.slow
-def test_stages(numbers: Any) -> None:
+def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, loop = [], train.Loop.run
+
+    def run(self: train.Loop, state: Any) -> int:
+        frozen.append(gc.get_freeze_count())
+        return loop(self, state)
+
+    monkeypatch.setattr(train.Loop, "run", run)
     found = numbers(
         "stages --steps=12 --seq_lens=16,64 --hidden_size=32 --num_layers=1 --vocab_size=700 --megabytes=2 "
         "--train_megabytes=0.3 --tokens_per_batch=512 --milliseconds=1"
@@ -37,7 +46,11 @@ def test_stages(numbers: Any) -> None:
     # What is kept in the work directory suffices for a start.
     assert found["programs_compiled_at_second_start"] == 0
     assert found["programs_read_at_second_start"] >= 2
-    # Nor does it stay open: the folder is gone, and JAX would warn of each program that it cannot write there.
+    # While they train, the garbage collector has no business with what start-up made.
+    assert len(frozen) == 2
+    assert all(frozen)
+    assert not gc.get_freeze_count()
+    # The cache does not stay open: the folder is gone, and JAX would warn of each program that it cannot write there.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         assert jax.jit(lambda x: x + 2)(1) == 3
