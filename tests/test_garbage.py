@@ -5,6 +5,8 @@ import weakref
 
 from jaxtrain import garbage
 
+_SOME = 10_000
+
 
 class _Cycle:
     def __init__(self) -> None:
@@ -12,19 +14,19 @@ class _Cycle:
 
 
 def test_only_new_garbage_is_collected() -> None:
-    assert not gc.get_freeze_count()
+    assert gc.get_freeze_count() < _SOME  # Python 3.12 begins with a few hundred
     old, before = _Cycle(), _Cycle()
     gone = weakref.ref(before)
     del before
     with garbage.only_new():
         assert gone() is None  # was garbage when it began
-        assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() > _SOME
         frozen, new = weakref.ref(old), _Cycle()
         made = weakref.ref(new)
         del old, new
         gc.collect()
         assert made() is None
         assert frozen() is not None
-    assert not gc.get_freeze_count()
+    assert gc.get_freeze_count() < _SOME
     gc.collect()
     assert frozen() is None

@@ -48,8 +48,7 @@ def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["programs_read_at_second_start"] >= 2
     # While they train, the garbage collector has no business with what start-up made.
     assert len(frozen) == 2
-    assert all(frozen)
-    assert not gc.get_freeze_count()
+    assert min(frozen) > 10_000 > gc.get_freeze_count()
     # The cache does not stay open: the folder is gone, and JAX would warn of each program that it cannot write there.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
