@@ -45,10 +45,11 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_then_two(make_run: MakeRun, reference: Run) -> None:
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
     run = make_run(processes=4, devices=2)
-    stop_after(run, 10, signal.SIGINT)
-    fewer = make_run(processes=2)
+    stop_after(run, 10, number)
+    fewer = make_run(processes=count, devices=3 - count)
     fewer()
     assert_same_data(fewer, reference)
 
@@ -68,7 +69,7 @@ MESHES = {
     [
         *((1, mesh) for mesh in ("tensor", "context")),
         *((2, mesh) for mesh in MESHES),
-        # 4 processes: test_four_processes_to_the_end, and on other meshes test_four_then_one_then_two.
+        (4, "fsdp"),
     ],
 )
 def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
