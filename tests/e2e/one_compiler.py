@@ -1,7 +1,7 @@
 """`python -m tests.e2e.one_compiler FLAGS...`: jaxtrain.main in several processes of which one compiles for all.
 
-On CPUs JAX makes the keys of its persistent cache of something that each process has of its own, so that all but process
-0 compile everything in every run. On other platforms the keys are equal.
+On CPUs JAX makes the keys of its persistent cache of something that each process has of its own, so that all but
+process 0 compile everything in every run. On other platforms the keys are equal.
 """
 
 import runpy
