@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from jaxtrain.data.packing import Counts, Packer, Pieces, empty_block
+from jaxtrain.data import packing
+from jaxtrain.data.packing import Counts, Cut, Packer, Pieces, empty_block
 from jaxtrain.data.tokenizing import Rows, documents_of
 from jaxtrain.data.windows import Dealer, Position
-from jaxtrain.interfaces import Batch
+from jaxtrain.interfaces import RECORDS, Batch
 from jaxtrain.plan import Plan, StepPlan
 
 # Fields of a lane's state in one source, int64: the cursor, then what the packer and the ledger count.
 STATE_FIELDS = ("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended")
 _ENDED = STATE_FIELDS.index("ended")
+_CUT_FIELDS = ("tokens", "targets", RECORDS)  # what Packer.cut writes
 # A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
 # the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
 _OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
@@ -119,10 +121,7 @@ class SourceLane:
     @property
     def state(self) -> np.ndarray:
         """int64 [STATE_FIELDS]"""
-        (position, token), counts = self.packer.cursor, self.packer.counts
-        cursor = (position.epoch, position.unit, position.row, token, position.base)
-        counted = (self.packer.seen, counts.documents, counts.tokens, counts.unique, self.packer.ended)
-        return np.array([*cursor, *counted], np.int64)
+        return np.array(self.packer.state, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +147,7 @@ class Shares:
         self.plan = plan
         self.num_lanes = num_lanes
         self._latest: Share | None = None
+        self._by_stages: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def at(self, step: int) -> Share:
         """Of step 1 to the plan's last one."""
@@ -158,7 +158,7 @@ class Shares:
     def _make(self, step: int) -> Share:
         plan, at = self.plan, self.plan.at(step)
         ahead = step + max(_OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS // (at.batch_size * at.seq_len))
-        last = plan.at(ahead if plan.last_step is None else min(ahead, plan.last_step)).stage
+        last = plan.stage_of(ahead if plan.last_step is None else min(ahead, plan.last_step))
         rows, now = at.batch_size // self.num_lanes, self._sources(at.stage, at.stage)
         return Share(
             at=at,
@@ -171,9 +171,11 @@ class Shares:
 
     def _sources(self, first: int, last: int) -> tuple[int, ...]:
         """Of the stages from `first` to `last`, from 1, that have steps; what comes first is opened first."""
-        stages = [stage for stage in self.plan.stages[first - 1 : last] if stage.has_steps]
-        names = dict.fromkeys(name for stage in stages for name in stage.weights)
-        return tuple(self.plan.source_names.index(name) for name in names)
+        if (first, last) not in self._by_stages:
+            stages = [stage for stage in self.plan.stages[first - 1 : last] if stage.has_steps]
+            names = dict.fromkeys(name for stage in stages for name in stage.weights)
+            self._by_stages[first, last] = tuple(self.plan.source_names.index(name) for name in names)
+        return self._by_stages[first, last]
 
 
 class LaneDataset(grain.IterDataset):
@@ -203,6 +205,11 @@ class LaneIterator(grain.DatasetIterator):
         self._step = 0
         self._states = np.zeros((len(dataset.dealers), len(STATE_FIELDS)), np.int64)
         self._sources: dict[int, SourceLane] = {}
+
+    @property
+    def states(self) -> np.ndarray:
+        """Where it stands in each source, int64 [S, STATE_FIELDS]; the next step writes to it."""
+        return self._states
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step, "sources": self._states.copy()}
@@ -234,22 +241,25 @@ class LaneIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, Any]:
         block = empty_block(*self.shape(), self._dataset.rows.width)
-        return {**block, "ended": self.write(block)}
+        cut, ended = self.write(block)
+        packing.finish(block, [cut])
+        return {**block, "ended": ended}
 
-    def write(self, block: Batch) -> bool:
-        """As `next`, into arrays of that `shape`, each contiguous. Returns `ended`."""
+    def write(self, block: Batch) -> tuple[Cut, bool]:
+        """Tokens, targets and records as of `next`, into arrays of that `shape`, each contiguous.
+
+        Returns what `packing.finish` wants to know of the rows, and `ended`.
+        """
         self.open()
         self._step += 1
         share, lane = self._dataset.shares.at(self._step), self._dataset.lane
         at = share.at
         counted_R = _counted(at, lane * share.rows, share.rows)
         if share.sources_by_lane is None:
-            self._take(share.only, share.rows, at, counted_R, block)
+            cut = self._cut(share.only, at, counted_R, block)
         else:
-            self._mixed(share.sources_by_lane[lane], at, counted_R, block)
-        if counted_R is not None:
-            block["loss_mask"][...] &= np.arange(at.seq_len) < counted_R[:, None]
-        return all(self._states[index, _ENDED] for index in share.wanted)
+            cut = self._mixed(share.sources_by_lane[lane], at, counted_R, block)
+        return cut, all(self._states[index, _ENDED] for index in share.wanted)
 
     def addresses(self) -> list[tuple[int, Pieces]]:
         """For each of this lane's rows of the next step: its source, and the documents in it. Reads as `next` would."""
@@ -264,27 +274,27 @@ class LaneIterator(grain.DatasetIterator):
         }
         return [(index, next(found[index])) for index in sources_R]
 
-    def _take(
-        self, index: int, rows: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch | None = None
-    ) -> Batch:
+    def _cut(self, index: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
         source = self._source(index)
-        counted = None if counted_R is None else int(counted_R.sum())
-        block = source.packer.take(rows, at.seq_len, at.stride, self._dataset.rows.document_mask, counted, block)
+        cut = source.packer.cut(block, at.stride, self._dataset.rows.document_mask, counted_R)
         self._states[index] = source.state
-        return block
+        return cut
 
-    def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> None:
+    def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
         """Rows of several sources, in their places."""
         counts = np.bincount(sources_R).tolist()
         if counts[-1] == len(sources_R):
-            self._take(len(counts) - 1, len(sources_R), at, counted_R, block)
-            return
+            return self._cut(len(counts) - 1, at, counted_R, block)
+        parts = []
         for index, rows in enumerate(counts):
             if rows:
                 place_R = np.flatnonzero(sources_R == index)
-                counted = None if counted_R is None else counted_R[place_R]
-                for name, part in self._take(index, rows, at, counted).items():
-                    block[name][place_R] = part
+                part = {name: np.empty_like(block[name][:rows]) for name in _CUT_FIELDS if name in block}
+                cut = self._cut(index, at, None if counted_R is None else counted_R[place_R], part)
+                for name, field in part.items():
+                    block[name][place_R] = field
+                parts.append((cut, place_R))
+        return packing.spread(parts, len(sources_R), at.seq_len)
 
     def _source(self, index: int) -> SourceLane:
         if index not in self._sources:

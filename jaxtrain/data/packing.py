@@ -1,11 +1,14 @@
 """From documents to rows: concatenate, cut, and know where every token came from.
 
+Lanes cut their rows, each its own; what segments and masks need is written for a host's whole batch at once (`finish`),
+which takes a tenth of the time that it takes lane by lane.
+
 Shapes: N documents, R rows of one block, T tokens of a row (seq_len), P pieces: parts of documents within rows.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,8 +36,21 @@ Pieces = list[tuple[int, int, int, int]]
 # Columns of `Documents.where`: the fields of the document's Position, its file (number in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
 _POSITION = WHERE.index("file")  # columns before this one
-# Up to so many pieces of a block are written one by one, in a microsecond each; calls for any number cost 30.
-_FEW_PIECES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Rows of a block whose tokens, targets and records are written: what the other fields follow from.
+
+    last: the last tokens of documents, each by its place in the R · T of the block: int64 [N], in any order.
+    left: tokens from each row's first on, [R]; None where no row reaches the end of the stream.
+    counted: how many of each row's tokens are trained on, [R]; None for all.
+    """
+
+    rows: int
+    last: np.ndarray
+    left: np.ndarray | None = None
+    counted: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -81,7 +97,7 @@ class Packer:
         self._starts = np.empty(0, np.int64)
         self._where = np.empty((0, len(WHERE)), np.int64)
         self._records = np.empty((0, width), np.uint8) if width else None
-        self._position, self._token = position, token
+        self._position, self._token = list(dataclasses.astuple(position)), token
         self._end = end
         self._skips = skips
         self.seen = seen
@@ -90,7 +106,16 @@ class Packer:
 
     @property
     def cursor(self) -> tuple[Position, int]:
-        return self._position, self._token
+        return Position(*self._position), self._token
+
+    @property
+    def state(self) -> list[int]:
+        """The cursor and what is counted, in the order of lanes.STATE_FIELDS."""
+        (epoch, unit, row, base), counts = self._position, self.counts
+        return [
+            *(epoch, unit, row, self._token, base, self.seen),
+            *(counts.documents, counts.tokens, counts.unique, int(self.ended)),
+        ]
 
     def _fill(self, needed: int) -> None:
         """Have `needed` tokens in the buffer, or all that are left."""
@@ -105,12 +130,12 @@ class Packer:
             if not len(documents.lengths):
                 continue
             found = Position(*documents.where[0, :_POSITION].tolist())
-            if self._skip and self._skips and found > self._position:
+            if self._skip and self._skips and found > self.cursor[0]:
                 # How many of the tokens that were had already belong to the next documents, nobody knows any more.
                 self._skip = self.seen = 0
             ends = have - self._skip + np.cumsum(documents.lengths)
             if self._skip:
-                assert found == self._position, f"the document at {self._position} is gone; next is {found}"
+                assert found == self.cursor[0], f"the document at {self.cursor[0]} is gone; next is {found}"
                 assert self._skip < documents.lengths[0], f"the document at {found} is shorter than it was"
             tokens.append(documents.tokens[self._skip :])
             records.append(None if documents.records is None else documents.records[self._skip :])
@@ -124,56 +149,42 @@ class Packer:
             if self._records is not None:
                 self._records = np.concatenate([some for some in records if some is not None])
 
-    def take(
-        self,
-        rows: int,
-        seq_len: int,
-        stride: int,
-        document_mask: bool,
-        counted: int | None = None,
-        block: Batch | None = None,
-    ) -> Batch:
-        """The next `rows` rows, `stride` (1 to seq_len) tokens apart; past the end of the stream is padding.
+    def cut(self, block: Batch, stride: int, document_mask: bool, counted_R: np.ndarray | None = None) -> Cut:
+        """Writes the next rows, `stride` (1 to T) tokens apart, to `block`; past the end of the stream is padding.
 
-        Fields: see interfaces.BATCH_FIELDS, [R, T]. A row's last target is looked up past its end, not consumed. With
-        document_mask a document's last token has no loss, since its target would be another document's first; without
-        it a row is one segment. counted: how many of the rows' tokens are trained on, row by row; None: all of them.
-
-        block: what to write to and return, each field contiguous; None for a new one. A lane writes to its place in the
-        host's batch, so that no token is copied twice.
+        block: see interfaces.BATCH_FIELDS, [R, T] each and contiguous; a lane writes to its place in the host's batch,
+        so that no token is copied twice. Only tokens, targets and records are written: see `finish`. A row's last
+        target is looked up past its end, not consumed. With document_mask a document's last token has no loss, since
+        its target would be another document's first; without it a row is one segment.
         """
-        width = 0 if self._records is None else self._records.shape[1]
-        block = empty_block(rows, seq_len, width) if block is None else block
+        rows, seq_len = block["tokens"].shape
         span = (rows - 1) * stride + seq_len
         self._fill(span + 1)
         have = len(self._tokens)
         tokens = self._tokens[: span + 1]
         if have <= span:
             tokens = np.concatenate([tokens, np.zeros(span + 1 - have, np.int32)])
-        block["tokens"][...] = _cut(tokens[:-1], rows, seq_len, stride)
-        block["targets"][...] = _cut(tokens[1:], rows, seq_len, stride)
+        block["tokens"][...] = _rows(tokens[:-1], rows, seq_len, stride)
+        block["targets"][...] = _rows(tokens[1:], rows, seq_len, stride)
         if self._records is not None:
             _write_records(self._records, stride, block[RECORDS])
-        block["loss_mask"][...] = True
-        last = _write_segments(self._starts if document_mask else self._starts[:0], stride, block)
-        block["targets"].reshape(-1)[last] = 0
-        block["loss_mask"].reshape(-1)[last] = False
-        count = rows * seq_len if counted is None else counted
-        if have <= span:
-            left_R = have - stride * np.arange(rows)
-            _pad(block, left_R)
-            there_R = np.clip(left_R, 0, seq_len)
-            count = int(np.minimum(there_R, np.clip(count - seq_len * np.arange(rows), 0, seq_len)).sum())
-        if counted is not None:
-            full, part = divmod(counted, seq_len)
+        last = _last_tokens(self._starts if document_mask else self._starts[:0], rows, seq_len, stride)
+        left_R = None
+        count = rows * seq_len if counted_R is None else int(counted_R.sum())
+        if counted_R is not None:
+            full, part = divmod(count, seq_len)
             # The last full row may reach further than a begun one that overlaps it.
             span = max((full - 1) * stride + seq_len if full else 0, full * stride + part if part else 0)
+        if have <= (rows - 1) * stride + seq_len:
+            left_R = have - stride * np.arange(rows)
+            there_R = np.clip(left_R, 0, seq_len)
+            count = int((there_R if counted_R is None else np.minimum(there_R, counted_R)).sum())
         self._count(span, count)
         self._advance(rows * stride)
-        return block
+        return Cut(rows, last, left_R, counted_R)
 
     def addresses(self, rows: int, seq_len: int, stride: int) -> list[Pieces]:
-        """The documents in each of the next rows. Call it before `take`."""
+        """The documents in each of the next rows. Call it before `cut`."""
         self._fill((rows - 1) * stride + seq_len + 1)
         ends = np.append(self._starts[1:], len(self._tokens))
         found: list[Pieces] = []
@@ -201,7 +212,7 @@ class Packer:
             self._records = None if self._records is None else self._records[:0]
             self.ended = True
             if self._end is not None:
-                self._position, self._token = self._end, 0
+                self._position, self._token = list(dataclasses.astuple(self._end)), 0
             return
         first = int(self._starts.searchsorted(count, side="right")) - 1
         self._tokens, self._starts, self._where = (
@@ -210,10 +221,10 @@ class Packer:
             self._where[first:],
         )
         self._records = None if self._records is None else self._records[count:]
-        self._position, self._token = Position(*self._where[0, :_POSITION].tolist()), -int(self._starts[0])
+        self._position, self._token = self._where[0, :_POSITION].tolist(), -int(self._starts[0])
 
 
-def _cut(tokens: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
+def _rows(tokens: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
     """[(rows - 1) · stride + seq_len] → [rows, seq_len], a view."""
     # np.lib.stride_tricks costs 14 microseconds a call, 10 times this.
     return np.ndarray((rows, seq_len), tokens.dtype, tokens, strides=(stride * tokens.itemsize, tokens.itemsize))
@@ -227,42 +238,67 @@ def _write_records(records: np.ndarray, stride: int, block: np.ndarray) -> None:
         into[len(found) :] = 0
 
 
-def _write_segments(starts: np.ndarray, stride: int, block: Batch) -> np.ndarray:
-    """Writes segment_ids and positions [R, T] of rows that are full; returns where in R · T a document's last token is.
+def _last_tokens(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
+    """Where in R · T a document's last token is. starts: where documents begin, ascending, int64 [N]."""
+    if stride == seq_len:
+        return starts[starts.searchsorted(0, side="right") : starts.searchsorted(rows * seq_len, side="right")] - 1
+    begins_R = np.arange(rows) * stride
+    first_R = starts.searchsorted(begins_R, side="right")
+    count_R = starts.searchsorted(begins_R + seq_len, side="right") - first_R
+    row_N = np.arange(rows).repeat(count_R)
+    index_N = np.arange(len(row_N)) + (first_R - count_R.cumsum() + count_R)[row_N]
+    return row_N * seq_len + starts[index_N] - begins_R[row_N] - 1
 
-    starts: where documents begin, ascending, int64 [N]. Work is in pieces (a row's start to its first document's start,
-    or from one document's start to the next); only the lines that make the results touch every token.
+
+def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> Cut:
+    """Cuts of some rows each as one of all. parts: with the place of each of its rows, [R]; together they are all."""
+    left_R, counted_R = np.full(rows, seq_len + 1), np.full(rows, seq_len)
+    last = []
+    for cut, place_R in parts:
+        row_N, token_N = np.divmod(cut.last, seq_len)
+        last.append(place_R[row_N] * seq_len + token_N)
+        if cut.left is not None:
+            left_R[place_R] = cut.left
+        if cut.counted is not None:
+            counted_R[place_R] = cut.counted
+    some_end = any(cut.left is not None for cut, _ in parts)
+    some_count = any(cut.counted is not None for cut, _ in parts)
+    return Cut(rows, np.concatenate(last), left_R if some_end else None, counted_R if some_count else None)
+
+
+def finish(block: Batch, cuts: Sequence[Cut]) -> None:
+    """Writes segment_ids, positions and loss_mask, [R, T], and clears the targets that there are none for.
+
+    cuts: of the block's rows, from its first on. Work is in pieces (a row's start to its first document's start, or
+    from one document's start to the next); only the lines that make the results touch every token.
     """
     rows, seq_len = block["tokens"].shape
-    if stride == seq_len:
-        inner = starts[starts.searchsorted(0, side="right") : starts.searchsorted(rows * seq_len, side="right")]
-        if len(inner) + rows <= _FEW_PIECES:
-            _write_pieces(inner.tolist(), block)
-        else:
-            _write_repeated(*_pieces_side_by_side(inner, rows, seq_len), block)
-        return inner - 1
-    begin_P, ordinal_P, last = _pieces(starts, rows, seq_len, stride)
-    _write_repeated(begin_P, ordinal_P, block)
-    return last
+    last, first = [], 0
+    for cut in cuts:
+        last.append(cut.last + first * seq_len)
+        first += cut.rows
+    assert first == rows, f"cuts of {first} rows for a block of {rows}"
+    last_N = np.concatenate(last)
+    inner = last_N + 1
+    # A document that starts with a row makes no piece of its own.
+    begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
+    begin_P.sort()
+    row_P = begin_P // seq_len
+    _write_pieces(begin_P, np.arange(len(begin_P)) - row_P.searchsorted(row_P), block)
+    block["loss_mask"][...] = True
+    block["targets"].reshape(-1)[last_N] = 0
+    block["loss_mask"].reshape(-1)[last_N] = False
+    first = 0
+    for cut in cuts:
+        if cut.left is not None:
+            _pad({name: block[name][first : first + cut.rows] for name in BATCH_FIELDS}, cut.left)
+        if cut.counted is not None:
+            block["loss_mask"][first : first + cut.rows] &= np.arange(seq_len) < cut.counted[:, None]
+        first += cut.rows
 
 
-def _write_pieces(inner: list[int], block: Batch) -> None:
-    """As `_write_repeated`, of rows that do not overlap, piece by piece. inner: documents' starts behind the first."""
-    rows, seq_len = block["tokens"].shape
-    segments, positions, up_to = block["segment_ids"].reshape(-1), block["positions"].reshape(-1), _up_to(seq_len)
-    begin, segment, row_end = 0, 1, seq_len
-    for end in [*inner, rows * seq_len]:
-        while begin < end:  # unless a document starts with a row, or behind the block
-            to = min(end, row_end)
-            segments[begin:to] = segment
-            positions[begin:to] = up_to[: to - begin]
-            begin, segment = to, segment + 1
-            if to == row_end:
-                row_end, segment = row_end + seq_len, 1
-
-
-def _write_repeated(begin_P: np.ndarray, ordinal_P: np.ndarray, block: Batch) -> None:
-    """From where pieces begin in the block, ascending from 0, and their numbers within their rows."""
+def _write_pieces(begin_P: np.ndarray, ordinal_P: np.ndarray, block: Batch) -> None:
+    """From where pieces begin in the block, ascending from 0, and their numbers within their rows, from 0."""
     rows, seq_len = block["tokens"].shape
     lengths_P = np.empty_like(begin_P)
     np.subtract(begin_P[1:], begin_P[:-1], out=lengths_P[:-1])
@@ -278,35 +314,11 @@ def _up_to(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def _pieces_side_by_side(inner: np.ndarray, rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `_pieces`, for rows that do not overlap: places in the block are those in the stream. Half the calls."""
-    # A document that starts with a row makes no piece of its own; nor does one that starts behind the block.
-    begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
-    begin_P.sort()
-    row_P = begin_P // seq_len
-    return begin_P, np.arange(len(begin_P)) - row_P.searchsorted(row_P)
-
-
-def _pieces(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where pieces begin in the block, their numbers within their rows (from 0), and where documents end."""
-    begins_R = np.arange(rows) * stride
-    first_R = starts.searchsorted(begins_R, side="right")
-    end_R = starts.searchsorted(begins_R + seq_len)
-    pieces_R = end_R - first_R + 1
-    row_P = np.arange(rows).repeat(pieces_R)
-    ordinal_P = np.arange(len(row_P)) - (pieces_R.cumsum() - pieces_R).repeat(pieces_R)
-    begin_P = row_P * seq_len
-    inner = ordinal_P.nonzero()[0]
-    begin_P[inner] += starts[first_R[row_P[inner]] + ordinal_P[inner] - 1] - begins_R[row_P[inner]]
-    ends_with_row = np.flatnonzero(starts.searchsorted(begins_R + seq_len, side="right") > end_R)
-    return begin_P, ordinal_P, np.concatenate([begin_P[inner], (ends_with_row + 1) * seq_len]) - 1
-
-
 def _pad(block: Batch, left_R: np.ndarray) -> None:
     """Clear what is past the end of the stream. left_R: tokens from each row's first on; the last has no target."""
-    past_RT = np.arange(block["tokens"].shape[1]) >= left_R[:, None]
-    for name in ("segment_ids", "positions"):
-        block[name][past_RT] = 0
-    no_target_RT = np.arange(1, block["tokens"].shape[1] + 1) >= left_R[:, None]
-    block["loss_mask"][no_target_RT] = False
-    block["targets"][no_target_RT] = 0
+    for row in np.flatnonzero(left_R <= block["tokens"].shape[1]).tolist():
+        left = max(int(left_R[row]), 0)
+        for name in ("segment_ids", "positions"):
+            block[name][row, left:] = 0
+        for name in ("loss_mask", "targets"):
+            block[name][row, max(left - 1, 0) :] = 0

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import grain
 import numpy as np
 
-from jaxtrain.data import faults
+from jaxtrain.data import faults, packing
 from jaxtrain.data.cache import DiskCache
 from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Shares, position_of
 from jaxtrain.data.packing import Pieces, empty_block
@@ -252,12 +252,16 @@ class HostIterator(grain.DatasetIterator):
         if not self._started:
             self._start()
         rows, seq_len = self._lanes[0].shape()
-        batch, ended = empty_block(rows * len(self._lanes), seq_len, self._width), True
+        batch = empty_block(rows * len(self._lanes), seq_len, self._width)
+        cuts, ended = [], True
         for number, lane in enumerate(self._lanes):
             place = slice(number * rows, (number + 1) * rows)
-            ended &= lane.write({name: field[place] for name, field in batch.items()})
+            cut, lane_ended = lane.write({name: field[place] for name, field in batch.items()})
+            cuts.append(cut)
+            ended &= lane_ended
+        packing.finish(batch, cuts)
         self._step += 1
-        self._states = np.stack([lane.get_state()["sources"] for lane in self._lanes])
+        self._states = np.array([lane.states for lane in self._lanes])
         return HostBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
 
 

@@ -122,6 +122,10 @@ class Plan:
             masked_from=after - before,
         )
 
+    def stage_of(self, step: int) -> int:
+        """The stage of a step, from 1. Raises UserError past the end."""
+        return self._stage(step).index
+
     def sources_of(self, step: int) -> np.ndarray:
         """Index into source_names for every row of a step: int16 [B], read-only. See mixing.py for the rule.
 

@@ -9,7 +9,7 @@ import pytest
 from jaxtrain.data import packing
 from jaxtrain.data.packing import WHERE, Counts, Documents, Packer
 from jaxtrain.data.windows import Position
-from jaxtrain.interfaces import BATCH_FIELDS, RECORDS
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 from tests.data.reference import LaneStream
 
 END = Position(1, 0, 0)
@@ -29,6 +29,13 @@ def pieces(lengths: list[int], each: int, skip: int = 0) -> Iterator[Documents]:
 
 def packer(lengths: list[int], each: int = 3) -> Packer:
     return Packer(pieces(lengths, each), Position(0, 0, 0), 0, 0, Counts(), END, width=4)
+
+
+def take(found: Packer, rows: int, seq_len: int, stride: int, document_mask: bool) -> Batch:
+    """The next rows, with all fields."""
+    block = packing.empty_block(rows, seq_len, 4)
+    packing.finish(block, [found.cut(block, stride, document_mask)])
+    return block
 
 
 def resumed(lengths: list[int], old: Packer) -> Packer:
@@ -55,7 +62,7 @@ def test_rows_counts_and_cursors(seed, mask):
         seq_len = rng.choice([1, 2, 5, 16, 40])
         stride = rng.randint(1, seq_len)
         rows = rng.randint(1, 4)
-        block = fast.take(rows, seq_len, stride, mask)
+        block = take(fast, rows, seq_len, stride, mask)
         wanted = [slow.row(seq_len, stride, mask) for _ in range(rows)]
         for name in BATCH_FIELDS:
             np.testing.assert_array_equal(block[name], np.array([row[name] for row in wanted]), err_msg=name)
@@ -76,19 +83,19 @@ def test_rows_counts_and_cursors(seed, mask):
 
 def test_a_stream_that_ends_with_a_row():
     found = packer([4, 4])
-    block = found.take(2, 4, 4, False)
+    block = take(found, 2, 4, 4, False)
     assert block["loss_mask"].tolist() == [[True] * 4, [True] * 3 + [False]]
     assert found.ended
     assert found.cursor == (END, 0)
-    assert not found.take(1, 4, 4, False)["segment_ids"].any()
+    assert not take(found, 1, 4, 4, False)["segment_ids"].any()
     assert found.counts == Counts(2, 8, 8)
 
 
 def test_one_token_left_is_a_row_without_a_loss():
     found = packer([4, 5])
-    found.take(2, 4, 4, False)
+    take(found, 2, 4, 4, False)
     assert not found.ended
-    block = found.take(1, 4, 4, False)
+    block = take(found, 1, 4, 4, False)
     assert block["tokens"].tolist() == [[104, 0, 0, 0]]
     assert block["segment_ids"].tolist() == [[1, 0, 0, 0]]
     assert not block["loss_mask"].any()
@@ -99,7 +106,7 @@ def test_one_token_left_is_a_row_without_a_loss():
 def test_a_document_that_has_changed_is_noticed():
     for documents, message in ((pieces([2, 4], 3), "shorter than it was"), (pieces([9, 9], 3, 1), "is gone")):
         with pytest.raises(AssertionError, match=message):
-            Packer(documents, Position(0, 0, 0), 5, 0, Counts()).take(1, 2, 2, True)
+            take(Packer(documents, Position(0, 0, 0), 5, 0, Counts()), 1, 2, 2, True)
 
 
 def test_addresses_name_every_token():
@@ -107,7 +114,7 @@ def test_addresses_name_every_token():
     found = packer(lengths)
     for _ in range(4):
         wanted = found.addresses(3, 6, 5)
-        block = found.take(3, 6, 5, True)
+        block = take(found, 3, 6, 5, True)
         for row, documents in enumerate(wanted):
             tokens = [100 * number + token for file, number, a, b in documents for token in range(a, b) if file == 7]
             assert tokens == block["tokens"][row][block["segment_ids"][row] > 0].tolist()
@@ -116,23 +123,53 @@ def test_addresses_name_every_token():
 def test_memory_is_bounded():
     found = packer([7] * 3000, each=10)
     for _ in range(1000):
-        found.take(2, 5, 5, True)
+        take(found, 2, 5, 5, True)
         assert len(found._tokens) <= 70 + 11
         assert len(found._starts) == len(found._where) <= 12
 
 
-def test_rows_side_by_side_are_cut_as_any_others(monkeypatch):
-    """The short ways for rows that do not overlap, few pieces and many, against the way that takes any stride."""
+def test_rows_side_by_side_are_cut_as_any_others():
+    """The short way to the last tokens, for rows that do not overlap, against the way that takes any stride."""
     rng = np.random.default_rng(0)
     for _ in range(3000):
         rows, seq_len = int(rng.integers(1, 6)), int(rng.integers(1, 12))
         starts = np.unique(rng.integers(-3, rows * seq_len + 5, rng.integers(0, 20)))
-        begin_P, ordinal_P, last = packing._pieces(starts, rows, seq_len, seq_len)
-        wanted = packing.empty_block(rows, seq_len)
-        packing._write_repeated(begin_P, ordinal_P, wanted)
-        for few in (0, 1000):
-            monkeypatch.setattr(packing, "_FEW_PIECES", few)
-            found = packing.empty_block(rows, seq_len)
-            assert sorted(packing._write_segments(starts, seq_len, found)) == sorted(last)
-            for name in ("segment_ids", "positions"):
-                np.testing.assert_array_equal(found[name], wanted[name])
+        # The last row alone overlaps with nothing: a stride of less is the same as none.
+        wanted = [
+            row * seq_len + packing._last_tokens(starts - row * seq_len, 1, seq_len, seq_len - 1) for row in range(rows)
+        ]
+        found = packing._last_tokens(starts, rows, seq_len, seq_len)
+        np.testing.assert_array_equal(found, np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_cuts_are_finished_as_one_by_one(seed):
+    """A batch of several packers, some at their end, some counted in part, rows of two of them mixed."""
+    rng = random.Random(seed)
+    seq_len, rows = rng.choice([1, 4, 9]), rng.randint(1, 3)
+    stride = rng.randint(1, seq_len)
+    lengths = [rng.choices([1, 2, 5, 20], k=rng.randint(0, 12)) for _ in range(4)]
+    counted_R = [None, None, np.clip(rng.randint(0, rows * seq_len) - seq_len * np.arange(rows), 0, seq_len), None]
+    for _ in range(3):
+        wanted = []
+        for each, counted in zip(lengths, counted_R, strict=True):
+            block = packing.empty_block(rows, seq_len, 4)
+            packing.finish(block, [packer(each).cut(block, stride, True, counted)])
+            wanted.append(block)
+        whole = packing.empty_block(4 * rows, seq_len, 4)
+        cuts = [
+            packer(each).cut({name: field[n * rows : (n + 1) * rows] for name, field in whole.items()}, stride, True, c)
+            for n, (each, c) in enumerate(zip(lengths, counted_R, strict=True))
+        ]
+        # The last two in each other's rows, in turns.
+        places = [np.arange(rows) * 2, np.arange(rows) * 2 + 1]
+        mixed = {name: field.copy() for name, field in whole.items()}
+        for place, n in zip(places, (2, 3), strict=True):
+            for name in ("tokens", "targets", RECORDS):
+                mixed[name][2 * rows + place] = whole[name][n * rows : (n + 1) * rows]
+        packing.finish(whole, cuts)
+        packing.finish(mixed, [*cuts[:2], packing.spread(list(zip(cuts[2:], places, strict=True)), 2 * rows, seq_len)])
+        for name in (*BATCH_FIELDS, RECORDS):
+            np.testing.assert_array_equal(whole[name], np.concatenate([block[name] for block in wanted]), name)
+            for place, n in zip(places, (2, 3), strict=True):
+                np.testing.assert_array_equal(mixed[name][2 * rows + place], wanted[n][name], name)

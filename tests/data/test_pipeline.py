@@ -136,15 +136,15 @@ def test_a_fatal_error_reaches_the_consumer_and_stays(random_access, prefetch):
 
 def test_any_error_stays(monkeypatch):
     """Some lanes have taken a step then, and others have not: going on would shift them against each other."""
-    take, calls = Packer.take, []
+    cut, calls = Packer.cut, []
 
     def failing(self, *args):
         calls.append(self)
         if len(calls) == 7:
             raise FloatingPointError("once")
-        return take(self, *args)
+        return cut(self, *args)
 
-    monkeypatch.setattr(Packer, "take", failing)
+    monkeypatch.setattr(Packer, "cut", failing)
     with batches_of(simple([documents(100, 1)]), states={}) as batches:
         next(batches)
         for _ in range(3):
