@@ -11,6 +11,7 @@ from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.pipeline import DataConfig, HostBatch, Pools, host_batches
 from jaxtrain.data.skips import Skips
 from jaxtrain.interfaces import Source, Tokenizer, UserError
+from jaxtrain.model.attention import compiler_options
 from jaxtrain.plan import Plan, Stage, StepPlan, build_plan
 from jaxtrain.step import Parts, eval_step
 
@@ -108,7 +109,9 @@ class Evaluator:
         self._batches: list[HostBatch] = []
         self._error: BaseException | None = None
         self._reading = threading.Thread(target=self._read, name="jaxtrain-held-out", daemon=True)
-        self._step = jax.jit(eval_step(parts))
+        (stage,) = self._plan.stages
+        kernel = parts.model.attention_choice(stage.batch_size, stage.seq_len).name
+        self._step = jax.jit(eval_step(parts), compiler_options=compiler_options(parts.mesh, kernel))
         self._reading.start()
 
     def _read(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain import sharding
 from jaxtrain.interfaces import Tokenizer, UserError
-from jaxtrain.model.attention import attend
+from jaxtrain.model.attention import attend, compiler_options
 from jaxtrain.model.llama import Llama, Params
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
@@ -55,7 +55,7 @@ def generate(
     prompt_length = tokens_BT.shape[1]
     length = -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(tokens_BT)))
-    logits_BV, cache = _prefill(model, length, params, tokens_BT, start_B)
+    logits_BV, cache = _prefill(model)(length, params, tokens_BT, start_B)
     texts: list[list[int]] = [[] for _ in prompts_ids]
     running = set(range(len(prompts_ids)))
     for slot in range(prompt_length, prompt_length + max_new_tokens):
@@ -114,8 +114,13 @@ def _left_padded(model: Llama, prompts_ids: Sequence[Sequence[int]]) -> tuple[np
     return tokens_BT, start_B
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(
+@functools.cache
+def _prefill(model: Llama) -> Callable[..., tuple[jax.Array, Cache]]:
+    options = compiler_options(model.mesh, "xla")
+    return jax.jit(functools.partial(_prefilled, model), static_argnums=0, compiler_options=options)
+
+
+def _prefilled(
     model: Llama, length: int, params: Params, tokens_BT: jax.Array, start_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """(logits after the prompts [B, V], their cache of `length` slots)."""

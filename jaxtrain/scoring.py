@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtrain import sharding
 from jaxtrain.losses.cached import Layout, top_records
+from jaxtrain.model.attention import compiler_options
 from jaxtrain.model.llama import Llama, Params
 
 # Of logits, on a device at once: 128 MB in fp32.
@@ -74,7 +75,8 @@ class Scorer:
         self._context, self._stride, self._rows = context, stride, rows
         where = sharding.batch_sharding(model.mesh)
         self._where = where
-        self._run = jax.jit(functools.partial(_records, model, layout), out_shardings=where)
+        options = compiler_options(model.mesh, model.attention_choice(rows, context).name)
+        self._run = jax.jit(functools.partial(_records, model, layout), out_shardings=where, compiler_options=options)
 
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         found = [np.empty((len(document), self._layout.width), np.uint8) for document in documents]

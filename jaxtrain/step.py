@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtrain import fingerprint, sharding
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, LossFn, UserError
 from jaxtrain.losses.distillation import DistillationFn
+from jaxtrain.model.attention import compiler_options
 from jaxtrain.model.llama import Llama
 from jaxtrain.optim.base import Optimizer
 from jaxtrain.optim.clip import clip_by_global_norm
@@ -209,7 +210,13 @@ def lower_train_step(parts: Parts, batch_size: int, seq_len: int, micro_batches:
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     word = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
-    function = jax.jit(train_step(parts, micro_batches), donate_argnums=0, out_shardings=(layout, whole))
+    teacher = None if parts.distilled is None else parts.distilled.teacher
+    models = (parts.model,) if teacher is None else (parts.model, teacher)
+    kernels = (model.attention_choice(batch_size // micro_batches, seq_len).name for model in models)
+    options = compiler_options(parts.mesh, *kernels)
+    function = jax.jit(
+        train_step(parts, micro_batches), donate_argnums=0, out_shardings=(layout, whole), compiler_options=options
+    )
     inputs = (state, abstract_batch(parts.mesh, batch_size, seq_len, parts.record_width), scalar, (word, word))
     if parts.distilled is None:
         return function.lower(*inputs)

@@ -111,6 +111,8 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_WORKER_ID", "0")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # No TPU is taken, so several of these may compile side by side; libtpu's lock file is for those that take one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Nothing is run, so nothing can be tried out: XLA takes its default algorithms.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 
@@ -132,6 +134,8 @@ def devices(cluster: Cluster) -> list[Any]:
     options: dict[str, Any] = {} if cluster.slices == 1 else {"num_slices": cluster.slices}
     if cluster.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on a TPU VM
+    if cluster.num_chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # by default a host has four
     name = f"{cluster.chip.name}:{'x'.join(map(str, cluster.shape))}"
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
 

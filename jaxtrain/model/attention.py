@@ -146,6 +146,19 @@ def _by_heads(kernel: Any, context: int) -> Any:
     return attend_share
 
 
+def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
+    """For `jax.jit` of whatever runs layers with the implementations `names`.
+
+    XLA's pass that gathers the next layer's parameters ahead of a loop's turn clones the loop's body and shares the
+    loops in it among the clones; a later pass then aborts the process ("Call graph must have been flattened": jaxlib
+    0.10.2, a 1B on 8 A100s). attention_xla's block rows are such loops, and without the pass it compiles. cuDNN's and
+    splash's layers have none.
+    """
+    if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or "xla" not in names:
+        return {}
+    return {"xla_disable_hlo_passes": "collective-pipeliner-backward"}
+
+
 def platform_of(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 

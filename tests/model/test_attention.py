@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +315,23 @@ def _sizes(jaxpr):
                 inner = inner.jaxpr
             if hasattr(inner, "eqns"):
                 yield from _sizes(inner)
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "names", "spared"),
+    [
+        ("gpu", 8, ["xla"], True),
+        ("gpu", 8, ["cudnn", "xla"], True),
+        ("gpu", 8, ["cudnn"], False),
+        ("gpu", 1, ["xla"], False),
+        ("tpu", 8, ["xla"], False),
+        ("cpu", 8, ["xla"], False),
+    ],
+)
+def test_the_pass_that_aborts_on_block_rows_is_spared(platform, devices, names, spared):
+    """Seen when a 1B is compiled for 8 A100s. With XLA's attention on GPUs only: elsewhere the pass is of use."""
+    chips = np.array([types.SimpleNamespace(platform=platform)] * devices)
+    mesh: Any = types.SimpleNamespace(size=devices, devices=chips)
+    passes = attention.compiler_options(mesh, *names).get("xla_disable_hlo_passes", "")
+    assert ("collective-pipeliner-backward" in passes) == spared
+    assert attention.compiler_options(None, "xla") == {}

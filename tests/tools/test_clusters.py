@@ -1,12 +1,17 @@
 """Names of clusters: what is understood, and what is refused with what there is."""
 
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
 from jaxtrain import hardware
 from jaxtrain.interfaces import UserError
 from tools import clusters, gpu_targets
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,19 @@ def test_every_gpu_of_the_table_has_a_target() -> None:
         assert kind is not None
         assert hardware.of_kind(kind[1]) is chip
         assert f"device_memory_size: {chip.memory}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e"])
+def test_every_slice_of_the_table_can_be_compiled_for(kind: str) -> None:
+    """In a process of their own: what the compiler wants to know comes before JAX. Two at a time may be under way."""
+    pytest.importorskip("libtpu")
+    script = (
+        "from tools import clusters\n"
+        "clusters.prepare_environment()\n"
+        f"for shape in clusters._SHAPES[{kind!r}]:\n"
+        f"    cluster = clusters.parse({kind!r} + ':' + shape, 'topology')\n"
+        "    assert len(clusters.devices(cluster)) == cluster.num_chips, cluster\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
