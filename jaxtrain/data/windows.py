@@ -326,8 +326,11 @@ class Dealer:
         """Texts of the rows `kept` of the permuted order, and which of those rows have one that is not empty."""
         column = block["text"]
         if not self._transforms:
-            kept = np.array([index for index in kept.tolist() if column[permuted[index]]], np.int64)
-            return [column[row] for row in permuted[kept].tolist()], kept
+            found = [column[row] for row in permuted[kept].tolist()]
+            if not all(found):
+                kept = kept[np.array([bool(text) for text in found])]
+                found = [text for text in found if text]
+            return found, kept
         texts, where = [], []
         for index in kept.tolist():
             text = text_of(block, int(permuted[index]), self._transforms)

@@ -21,16 +21,17 @@ def unpacked(found: Ragged) -> list[list[int]]:
 @pytest.mark.parametrize("bos_id", [None, 1])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32])
 def test_closed_documents(longest, bos_id, dtype):
-    """Gathered where documents are short, sliced where they are long: the same."""
+    """Gathered where documents are short, sliced where they are long, in one where they are all: the same."""
     lists = documents(longest, longest)
     packed = ragged(lists)
     packed = Ragged(packed.ids.astype(dtype), packed.lengths)
-    rows = np.random.default_rng(0).permutation(len(lists))[:31]
-    tokens, lengths = packed.closed(rows, 0, bos_id)
-    expected = [[*([] if bos_id is None else [bos_id]), *lists[row], 0] for row in rows]
-    assert tokens.tolist() == [token for document in expected for token in document]
-    assert tokens.dtype == np.int32
-    assert lengths.tolist() == list(map(len, expected))
+    shuffled = np.random.default_rng(0).permutation(len(lists))
+    for rows in (shuffled, shuffled[:31], np.sort(shuffled), np.sort(shuffled[:31])):
+        tokens, lengths = packed.closed(rows, 3, bos_id)
+        expected = [[*([] if bos_id is None else [bos_id]), *lists[row], 3] for row in rows]
+        assert tokens.tolist() == [token for document in expected for token in document]
+        assert tokens.dtype == np.int32
+        assert lengths.tolist() == list(map(len, expected))
 
 
 @pytest.mark.parametrize("bos_id", [None, 1])
