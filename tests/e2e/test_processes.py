@@ -23,9 +23,9 @@ def assert_same_data(run: Run, reference: Run) -> None:
     assert run.data_state()["lanes"] == reference.data_state()["lanes"]
 
 
-def stop_after(run: Run, step: int, number: signal.Signals) -> int:
-    """Stops all processes of a run by one signal to the launcher; the step that they have saved."""
-    run.start()
+def stop_after(run: Run, step: int, number: signal.Signals, *flags: str) -> int:
+    """Starts a run and stops all of its processes by one signal to the launcher; the step that they have saved."""
+    run.start(*flags)
     assert run.wait_for_step(step), run.output
     run.signal(number)
     assert run.wait() == STOPPED, run.output
@@ -45,13 +45,12 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
+def test_four_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=4, devices=2)
-    stop_after(run, 10, number)
-    fewer = make_run(processes=count, devices=3 - count)
-    fewer()
-    assert_same_data(fewer, reference)
+    stop_after(run, 10, signal.SIGTERM)
+    alone = make_run(devices=2)
+    alone()
+    assert_same_data(alone, reference)
 
 
 # Devices of all processes together: 4, so that each mesh fits any number of them.
@@ -94,6 +93,20 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
         assert run.checkpoints()[-1] == run.last_step()
     run = make_run(processes=2, devices=2)(*MESHES["fsdp"].split())
     assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+def test_four_of_which_one_is_killed_then_four_then_two(make_run: MakeRun, reference: Run) -> None:
+    """On another mesh each time; the second four are interrupted from the keyboard."""
+    run = make_run(processes=4)
+    run.start(*MESHES["data"].split())
+    assert run.wait_for_step(9), run.output
+    run.kill_one()
+    assert run.wait() not in (0, 2, STOPPED)
+    assert run.checkpoints()
+    assert stop_after(run, 24, signal.SIGINT, *MESHES["tensor"].split()) < reference.last_step()
+    fewer = make_run(processes=2, devices=2)(*MESHES["context"].split())
+    assert_same_data(fewer, reference)
 
 
 @pytest.mark.slow
