@@ -19,13 +19,12 @@ from jaxtrain.data import packing
 from jaxtrain.data.packing import Counts, Cut, Packer, Pieces, empty_block
 from jaxtrain.data.tokenizing import Rows, documents_of
 from jaxtrain.data.windows import Dealer, Position
-from jaxtrain.interfaces import RECORDS, Batch
+from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
 # Fields of a lane's state in one source, int64: the cursor, then what the packer and the ledger count.
 STATE_FIELDS = ("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended")
 _ENDED = STATE_FIELDS.index("ended")
-_CUT_FIELDS = ("tokens", "targets", RECORDS)  # what Packer.cut writes
 # A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
 # the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
 _OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
@@ -242,13 +241,12 @@ class LaneIterator(grain.DatasetIterator):
     def __next__(self) -> dict[str, Any]:
         block = empty_block(*self.shape(), self._dataset.rows.width)
         cut, ended = self.write(block)
-        packing.finish(block, [cut])
-        return {**block, "ended": ended}
+        return {**packing.finish(block, [cut]), "ended": ended}
 
     def write(self, block: Batch) -> tuple[Cut, bool]:
-        """Tokens, targets and records as of `next`, into arrays of that `shape`, each contiguous.
+        """The rows of `next`, into arrays of that `shape`, each contiguous, as packing.empty_block makes them.
 
-        Returns what `packing.finish` wants to know of the rows, and `ended`.
+        Returns what `packing.finish` wants to know of them, and `ended`.
         """
         self.open()
         self._step += 1
@@ -289,7 +287,7 @@ class LaneIterator(grain.DatasetIterator):
         for index, rows in enumerate(counts):
             if rows:
                 place_R = np.flatnonzero(sources_R == index)
-                part = {name: np.empty_like(block[name][:rows]) for name in _CUT_FIELDS if name in block}
+                part = {name: np.empty_like(field[:rows]) for name, field in block.items()}
                 cut = self._cut(index, at, None if counted_R is None else counted_R[place_R], part)
                 for name, field in part.items():
                     block[name][place_R] = field

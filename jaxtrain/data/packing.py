@@ -40,7 +40,7 @@ _POSITION = WHERE.index("file")  # columns before this one
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Rows of a block whose tokens, targets and records are written: what the other fields follow from.
+    """Rows of a block that `Packer.cut` has written: what the other fields follow from.
 
     last: the last tokens of documents, each by its place in the R · T of the block: int64 [N], in any order.
     left: tokens from each row's first on, [R]; None where no row reaches the end of the stream.
@@ -63,8 +63,8 @@ class Counts:
 
 
 def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
-    """Arrays for BATCH_FIELDS, [R, T], and for RECORDS if they have a width, with anything in them."""
-    block = {name: np.empty((rows, seq_len), bool if name == "loss_mask" else np.int32) for name in BATCH_FIELDS}
+    """Arrays for what `Packer.cut` writes, with anything in them: tokens and targets, [R, T]; records, if any are."""
+    block = {name: np.empty((rows, seq_len), np.int32) for name in ("tokens", "targets")}
     return {**block, RECORDS: np.empty((rows, seq_len, width), np.uint8)} if width else block
 
 
@@ -152,10 +152,10 @@ class Packer:
     def cut(self, block: Batch, stride: int, document_mask: bool, counted_R: np.ndarray | None = None) -> Cut:
         """Writes the next rows, `stride` (1 to T) tokens apart, to `block`; past the end of the stream is padding.
 
-        block: see interfaces.BATCH_FIELDS, [R, T] each and contiguous; a lane writes to its place in the host's batch,
-        so that no token is copied twice. Only tokens, targets and records are written: see `finish`. A row's last
-        target is looked up past its end, not consumed. With document_mask a document's last token has no loss, since
-        its target would be another document's first; without it a row is one segment.
+        block: as `empty_block`, each field contiguous; a lane writes to its place in the host's batch, so that no token
+        is copied twice. `finish` makes the other fields. A row's last target is looked up past its end, not consumed.
+        With document_mask a document's last token has no loss, since its target would be another document's first;
+        without it a row is one segment.
         """
         rows, seq_len = block["tokens"].shape
         span = (rows - 1) * stride + seq_len
@@ -266,8 +266,8 @@ def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> 
     return Cut(rows, np.concatenate(last), left_R if some_end else None, counted_R if some_count else None)
 
 
-def finish(block: Batch, cuts: Sequence[Cut]) -> None:
-    """Writes segment_ids, positions and loss_mask, [R, T], and clears the targets that there are none for.
+def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
+    """The block with all of BATCH_FIELDS; targets that there are none for become 0.
 
     cuts: of the block's rows, from its first on. Work is in pieces (a row's start to its first document's start, or
     from one document's start to the next); only the lines that make the results touch every token.
@@ -284,10 +284,15 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> None:
     begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
     begin_P.sort()
     row_P = begin_P // seq_len
-    _write_pieces(begin_P, np.arange(len(begin_P)) - row_P.searchsorted(row_P), block)
-    block["loss_mask"][...] = True
+    segment_P = (np.arange(1, len(begin_P) + 1) - row_P.searchsorted(row_P)).astype(np.int32)
+    length_P = np.diff(begin_P, append=rows * seq_len)
+    positions = begin_P.astype(np.int32).repeat(length_P)
+    np.subtract(_up_to(rows * seq_len), positions, out=positions)
+    loss_mask = np.ones(rows * seq_len, bool)
+    loss_mask[last_N] = False
     block["targets"].reshape(-1)[last_N] = 0
-    block["loss_mask"].reshape(-1)[last_N] = False
+    made = {"segment_ids": segment_P.repeat(length_P), "positions": positions, "loss_mask": loss_mask}
+    block = {**block, **{name: field.reshape(rows, seq_len) for name, field in made.items()}}
     first = 0
     for cut in cuts:
         if cut.left is not None:
@@ -295,17 +300,7 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> None:
         if cut.counted is not None:
             block["loss_mask"][first : first + cut.rows] &= np.arange(seq_len) < cut.counted[:, None]
         first += cut.rows
-
-
-def _write_pieces(begin_P: np.ndarray, ordinal_P: np.ndarray, block: Batch) -> None:
-    """From where pieces begin in the block, ascending from 0, and their numbers within their rows, from 0."""
-    rows, seq_len = block["tokens"].shape
-    lengths_P = np.empty_like(begin_P)
-    np.subtract(begin_P[1:], begin_P[:-1], out=lengths_P[:-1])
-    lengths_P[-1] = rows * seq_len - begin_P[-1]
-    block["segment_ids"].reshape(-1)[...] = (ordinal_P + 1).astype(np.int32).repeat(lengths_P)
-    begins = begin_P.astype(np.int32).repeat(lengths_P)
-    np.subtract(_up_to(rows * seq_len), begins, out=block["positions"].reshape(-1))
+    return block
 
 
 @functools.lru_cache(maxsize=8)

@@ -252,14 +252,14 @@ class HostIterator(grain.DatasetIterator):
         if not self._started:
             self._start()
         rows, seq_len = self._lanes[0].shape()
-        batch = empty_block(rows * len(self._lanes), seq_len, self._width)
+        block = empty_block(rows * len(self._lanes), seq_len, self._width)
         cuts, ended = [], True
         for number, lane in enumerate(self._lanes):
             place = slice(number * rows, (number + 1) * rows)
-            cut, lane_ended = lane.write({name: field[place] for name, field in batch.items()})
+            cut, lane_ended = lane.write({name: field[place] for name, field in block.items()})
             cuts.append(cut)
             ended &= lane_ended
-        packing.finish(batch, cuts)
+        batch = packing.finish(block, cuts)
         self._step += 1
         self._states = np.array([lane.states for lane in self._lanes])
         return HostBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)

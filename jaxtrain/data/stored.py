@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -207,4 +208,5 @@ def remove_half_written(folder: str, ending: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(folder):
         if name.endswith(ending):
-            os.unlink(os.path.join(folder, name))
+            # A writer of this process that failed may still be at its own end.
+            pathlib.Path(folder, name).unlink(missing_ok=True)

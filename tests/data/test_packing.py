@@ -34,8 +34,7 @@ def packer(lengths: list[int], each: int = 3) -> Packer:
 def take(found: Packer, rows: int, seq_len: int, stride: int, document_mask: bool) -> Batch:
     """The next rows, with all fields."""
     block = packing.empty_block(rows, seq_len, 4)
-    packing.finish(block, [found.cut(block, stride, document_mask)])
-    return block
+    return packing.finish(block, [found.cut(block, stride, document_mask)])
 
 
 def resumed(lengths: list[int], old: Packer) -> Packer:
@@ -154,8 +153,7 @@ def test_many_cuts_are_finished_as_one_by_one(seed):
         wanted = []
         for each, counted in zip(lengths, counted_R, strict=True):
             block = packing.empty_block(rows, seq_len, 4)
-            packing.finish(block, [packer(each).cut(block, stride, True, counted)])
-            wanted.append(block)
+            wanted.append(packing.finish(block, [packer(each).cut(block, stride, True, counted)]))
         whole = packing.empty_block(4 * rows, seq_len, 4)
         cuts = [
             packer(each).cut({name: field[n * rows : (n + 1) * rows] for name, field in whole.items()}, stride, True, c)
@@ -165,10 +163,11 @@ def test_many_cuts_are_finished_as_one_by_one(seed):
         places = [np.arange(rows) * 2, np.arange(rows) * 2 + 1]
         mixed = {name: field.copy() for name, field in whole.items()}
         for place, n in zip(places, (2, 3), strict=True):
-            for name in ("tokens", "targets", RECORDS):
+            for name in whole:
                 mixed[name][2 * rows + place] = whole[name][n * rows : (n + 1) * rows]
-        packing.finish(whole, cuts)
-        packing.finish(mixed, [*cuts[:2], packing.spread(list(zip(cuts[2:], places, strict=True)), 2 * rows, seq_len)])
+        whole = packing.finish(whole, cuts)
+        spread = packing.spread(list(zip(cuts[2:], places, strict=True)), 2 * rows, seq_len)
+        mixed = packing.finish(mixed, [*cuts[:2], spread])
         for name in (*BATCH_FIELDS, RECORDS):
             np.testing.assert_array_equal(whole[name], np.concatenate([block[name] for block in wanted]), name)
             for place, n in zip(places, (2, 3), strict=True):

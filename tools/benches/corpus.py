@@ -33,13 +33,16 @@ def documents(megabytes: float) -> Iterator[str]:
 
 
 def write(folder: str, megabytes: float, *, files: int, groups: int) -> list[str]:
-    """Writes the documents to `files` parquet files with about `groups` row groups in all; returns their paths."""
+    """Writes the documents to `files` parquet files, with `groups` / `files` row groups in each; returns their paths.
+
+    groups: a multiple of `files`. If it is one of the lanes, too, all get as many units, and none pads rows for long.
+    """
     texts = list(documents(megabytes))
-    group_rows = max(len(texts) // groups, 1)
     paths = []
     for number in range(files):
         path = pathlib.Path(folder) / f"train-{number:05d}.parquet"
-        table = pa.table({"text": pa.array(texts[number::files], pa.string())})
-        pq.write_table(table, path, row_group_size=group_rows, compression="zstd")
+        own = texts[number::files]
+        table = pa.table({"text": pa.array(own, pa.string())})
+        pq.write_table(table, path, row_group_size=max(-(-len(own) * files // groups), 1), compression="zstd")
         paths.append(str(path))
     return paths
