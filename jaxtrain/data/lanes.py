@@ -257,6 +257,8 @@ class LaneIterator(grain.DatasetIterator):
             cut = self._cut(share.only, at, counted_R, block)
         else:
             cut = self._mixed(share.sources_by_lane[lane], at, counted_R, block)
+        if counted_R is not None:
+            cut = dataclasses.replace(cut, counted=counted_R)
         return cut, all(self._states[index, _ENDED] for index in share.wanted)
 
     def addresses(self) -> list[tuple[int, Pieces]]:

@@ -155,7 +155,7 @@ class Packer:
         block: as `empty_block`, each field contiguous; a lane writes to its place in the host's batch, so that no token
         is copied twice. `finish` makes the other fields. A row's last target is looked up past its end, not consumed.
         With document_mask a document's last token has no loss, since its target would be another document's first;
-        without it a row is one segment.
+        without it a row is one segment. counted_R: as Cut.counted, for the counts; the caller hands it to `finish`.
         """
         rows, seq_len = block["tokens"].shape
         span = (rows - 1) * stride + seq_len
@@ -181,7 +181,7 @@ class Packer:
             count = int((there_R if counted_R is None else np.minimum(there_R, counted_R)).sum())
         self._count(span, count)
         self._advance(rows * stride)
-        return Cut(rows, last, left_R, counted_R)
+        return Cut(rows, last, left_R)
 
     def addresses(self, rows: int, seq_len: int, stride: int) -> list[Pieces]:
         """The documents in each of the next rows. Call it before `cut`."""
@@ -252,18 +252,13 @@ def _last_tokens(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> np
 
 def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> Cut:
     """Cuts of some rows each as one of all. parts: with the place of each of its rows, [R]; together they are all."""
-    left_R, counted_R = np.full(rows, seq_len + 1), np.full(rows, seq_len)
-    last = []
+    last, left_R = [], np.full(rows, seq_len + 1)
     for cut, place_R in parts:
         row_N, token_N = np.divmod(cut.last, seq_len)
         last.append(place_R[row_N] * seq_len + token_N)
         if cut.left is not None:
             left_R[place_R] = cut.left
-        if cut.counted is not None:
-            counted_R[place_R] = cut.counted
-    some_end = any(cut.left is not None for cut, _ in parts)
-    some_count = any(cut.counted is not None for cut, _ in parts)
-    return Cut(rows, np.concatenate(last), left_R if some_end else None, counted_R if some_count else None)
+    return Cut(rows, np.concatenate(last), left_R if (left_R <= seq_len).any() else None)
 
 
 def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:

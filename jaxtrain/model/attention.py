@@ -151,8 +151,8 @@ def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
 
     XLA's pass that gathers the next layer's parameters ahead of a loop's turn clones the loop's body and shares the
     loops in it among the clones; a later pass then aborts the process ("Call graph must have been flattened": jaxlib
-    0.10.2, a 1B on 8 A100s). attention_xla's block rows are such loops, and without the pass it compiles. cuDNN's and
-    splash's layers have none.
+    0.10.2, a 1B on 8 A100s). attention_xla's block rows are such loops, and without the pass it compiles. So do those
+    of cuDNN's layers with it, which are behind a `cond`.
     """
     if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or "xla" not in names:
         return {}

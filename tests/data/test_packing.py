@@ -1,5 +1,6 @@
 """Rows of documents against one token at a time, at every edge, and from every cursor."""
 
+import dataclasses
 import random
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import packing
-from jaxtrain.data.packing import WHERE, Counts, Documents, Packer
+from jaxtrain.data.packing import WHERE, Counts, Cut, Documents, Packer
 from jaxtrain.data.windows import Position
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 from tests.data.reference import LaneStream
@@ -35,6 +36,10 @@ def take(found: Packer, rows: int, seq_len: int, stride: int, document_mask: boo
     """The next rows, with all fields."""
     block = packing.empty_block(rows, seq_len, 4)
     return packing.finish(block, [found.cut(block, stride, document_mask)])
+
+
+def counting(cut: Cut, counted: np.ndarray | None) -> Cut:
+    return dataclasses.replace(cut, counted=counted)
 
 
 def resumed(lengths: list[int], old: Packer) -> Packer:
@@ -133,7 +138,7 @@ def test_rows_side_by_side_are_cut_as_any_others():
     for _ in range(3000):
         rows, seq_len = int(rng.integers(1, 6)), int(rng.integers(1, 12))
         starts = np.unique(rng.integers(-3, rows * seq_len + 5, rng.integers(0, 20)))
-        # The last row alone overlaps with nothing: a stride of less is the same as none.
+        # One row alone overlaps with nothing: a stride of less is the same as none.
         wanted = [
             row * seq_len + packing._last_tokens(starts - row * seq_len, 1, seq_len, seq_len - 1) for row in range(rows)
         ]
@@ -153,12 +158,12 @@ def test_many_cuts_are_finished_as_one_by_one(seed):
         wanted = []
         for each, counted in zip(lengths, counted_R, strict=True):
             block = packing.empty_block(rows, seq_len, 4)
-            wanted.append(packing.finish(block, [packer(each).cut(block, stride, True, counted)]))
+            wanted.append(packing.finish(block, [counting(packer(each).cut(block, stride, True, counted), counted)]))
         whole = packing.empty_block(4 * rows, seq_len, 4)
-        cuts = [
-            packer(each).cut({name: field[n * rows : (n + 1) * rows] for name, field in whole.items()}, stride, True, c)
-            for n, (each, c) in enumerate(zip(lengths, counted_R, strict=True))
-        ]
+        cuts = []
+        for n, (each, counted) in enumerate(zip(lengths, counted_R, strict=True)):
+            part = {name: field[n * rows : (n + 1) * rows] for name, field in whole.items()}
+            cuts.append(counting(packer(each).cut(part, stride, True, counted), counted))
         # The last two in each other's rows, in turns.
         places = [np.arange(rows) * 2, np.arange(rows) * 2 + 1]
         mixed = {name: field.copy() for name, field in whole.items()}
@@ -166,7 +171,9 @@ def test_many_cuts_are_finished_as_one_by_one(seed):
             for name in whole:
                 mixed[name][2 * rows + place] = whole[name][n * rows : (n + 1) * rows]
         whole = packing.finish(whole, cuts)
-        spread = packing.spread(list(zip(cuts[2:], places, strict=True)), 2 * rows, seq_len)
+        counted = np.full(2 * rows, seq_len)
+        counted[places[0]] = counted_R[2]
+        spread = counting(packing.spread(list(zip(cuts[2:], places, strict=True)), 2 * rows, seq_len), counted)
         mixed = packing.finish(mixed, [*cuts[:2], spread])
         for name in (*BATCH_FIELDS, RECORDS):
             np.testing.assert_array_equal(whole[name], np.concatenate([block[name] for block in wanted]), name)

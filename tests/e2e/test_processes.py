@@ -23,9 +23,9 @@ def assert_same_data(run: Run, reference: Run) -> None:
     assert run.data_state()["lanes"] == reference.data_state()["lanes"]
 
 
-def stop_after(run: Run, step: int, number: signal.Signals, *flags: str) -> int:
-    """Starts a run and stops all of its processes by one signal to the launcher; the step that they have saved."""
-    run.start(*flags)
+def stop_after(run: Run, step: int, number: signal.Signals) -> int:
+    """Stops all processes of a run by one signal to the launcher; the step that they have saved."""
+    run.start()
     assert run.wait_for_step(step), run.output
     run.signal(number)
     assert run.wait() == STOPPED, run.output
@@ -45,12 +45,13 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_then_one(make_run: MakeRun, reference: Run) -> None:
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
     run = make_run(processes=4, devices=2)
-    stop_after(run, 10, signal.SIGTERM)
-    alone = make_run(devices=2)
-    alone()
-    assert_same_data(alone, reference)
+    stop_after(run, 10, number)
+    fewer = make_run(processes=count, devices=3 - count)
+    fewer()
+    assert_same_data(fewer, reference)
 
 
 # Devices of all processes together: 4, so that each mesh fits any number of them.
@@ -63,9 +64,16 @@ MESHES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(1, "context"), (2, "data"), (2, "fsdp"), (2, "tensor"), (4, "fsdp")])
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        *((1, mesh) for mesh in ("tensor", "context")),
+        *((2, mesh) for mesh in MESHES),
+        (4, "fsdp"),
+    ],
+)
 def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
-    """Through the first change of stage, after step 16. The other combinations are parts of the runs below."""
+    """Through the first change of stage, after step 16."""
     run = make_run(processes=processes, devices=4 // processes)
     run(*MESHES[mesh].split(), "--config.steps=18", "--config.eval.every_steps=none")
     mine, theirs = run.steps(), reference.steps()[:18]
@@ -89,19 +97,33 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-def test_four_of_which_one_is_killed_then_two_then_four(make_run: MakeRun, reference: Run) -> None:
-    """The survivors cannot go on: the launcher ends them, with a code that asks for a restart, which goes on.
+def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
+    run = make_run(processes=4, devices=2)
+    run()
+    assert_same_data(run, reference)
 
-    On another mesh each time. The two are interrupted from the keyboard, the second four go on to the end.
-    """
+
+@pytest.mark.slow
+def test_one_killed_of_two(make_run: MakeRun, reference: Run) -> None:
+    """The survivor cannot go on: the launcher ends it and gives a code that asks for a restart, which goes on."""
+    run = make_run(processes=2)
+    run.start()
+    assert run.wait_for_step(12), run.output
+    run.kill_one()
+    assert run.wait() not in (0, 2, STOPPED)
+    run()
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+def test_one_killed_of_four_on_another_mesh_afterwards(make_run: MakeRun, reference: Run) -> None:
+    """To the end. With the other runs here, 1, 2 and 4 processes have each mesh."""
     run = make_run(processes=4)
     run.start(*MESHES["data"].split())
     assert run.wait_for_step(9), run.output
     run.kill_one()
     assert run.wait() not in (0, 2, STOPPED)
     assert run.checkpoints()
-    two = make_run(processes=2, devices=2)
-    assert stop_after(two, 24, signal.SIGINT, *MESHES["context"].split()) < reference.last_step()
     run(*MESHES["tensor"].split())
     assert_same_data(run, reference)
 
