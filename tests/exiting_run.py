@@ -1,10 +1,9 @@
 """Processes that stream from a Hub with many reads under way and end in different ways, for tests/test_exits.py.
 
-python -m tests.exiting_run IDENTITIES WAY...: a fork of this process for each way, so that imports are paid once; each
-then runs to the end of this module and through the interpreter's own exit, which commands avoid (recipe.leave). Prints
-a line of JSON for each:
-{"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in the environment; IDENTITIES is a
-file with those of the sources, so that looking them up is quick.
+python -m tests.exiting_run IDENTITIES WAY...: a fork of this process for each way, so that imports are paid once, a few
+at a time; each then runs to the end of this module and through the interpreter's own exit, which commands avoid
+(recipe.leave). Prints a line of JSON for each: {"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in
+the environment; IDENTITIES is a file with those of the sources, so that looking them up is quick.
 """
 
 import importlib
@@ -27,6 +26,7 @@ from tests.data.memory_source import WordTokenizer
 from tests.data.runs import plan_of
 
 _PATIENCE = 60.0  # seconds after which a process hangs
+_AT_ONCE = 3  # most of a process's time is waiting for a slow Hub
 
 
 def config() -> DataConfig:
@@ -78,25 +78,35 @@ def run(way: str) -> None:
     )
 
 
+def status_of(pid: int, deadline: float) -> int | None:
+    """A child's, as os.waitpid has it; None of one that has not ended in time, and is killed."""
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
 def main() -> str | None:
     """The way to end, in a process that has one; None where all have ended."""
     for module in ("datasets", "huggingface_hub.hf_api", "pandas", "scipy.sparse"):
         importlib.import_module(module)  # reading imports these; 3 s in each fork otherwise
-    for way in sys.argv[2:]:
-        begun, pid = time.monotonic(), os.fork()
-        if pid == 0:
-            random.seed()
-            return way
-        status = None
-        while time.monotonic() - begun < _PATIENCE:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        print(json.dumps({"way": way, "status": status, "seconds": time.monotonic() - begun}), flush=True)
+    ways = sys.argv[2:]
+    for first in range(0, len(ways), _AT_ONCE):
+        children: dict[int, str] = {}
+        begun = time.monotonic()
+        for way in ways[first : first + _AT_ONCE]:
+            pid = os.fork()
+            if pid == 0:
+                random.seed()
+                return way
+            children[pid] = way
+        for pid, way in children.items():
+            ended = {"way": way, "status": status_of(pid, begun + _PATIENCE), "seconds": time.monotonic() - begun}
+            print(json.dumps(ended), flush=True)
     return None
 
 

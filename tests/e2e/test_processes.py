@@ -44,87 +44,60 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     assert_same_data(alone, reference)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
-    run = make_run(processes=4, devices=2)
-    stop_after(run, 10, number)
-    fewer = make_run(processes=count, devices=3 - count)
-    fewer()
-    assert_same_data(fewer, reference)
-
-
-# Devices of all processes together: 4, so that each mesh fits any number of them.
+# Devices of all processes together: 4, so that each mesh fits any number of them. In the runs below 2 and 4 processes
+# train on each of them, one does on two (tests/test_step.py has them all on one), most through a change of stage: after
+# steps 16 and 36.
 MESHES = {
-    "data": "--config.mesh.data=4 --config.mesh.fsdp=1",
-    "fsdp": "--config.mesh.fsdp=4",
-    "tensor": "--config.mesh.fsdp=2 --config.mesh.tensor=2",
-    "context": "--config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.context=2",
+    "data": ("--config.mesh.data=4", "--config.mesh.fsdp=1"),
+    "fsdp": ("--config.mesh.fsdp=4",),
+    "tensor": ("--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    "context": ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.context=2"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [
-        *((1, mesh) for mesh in ("tensor", "context")),
-        *((2, mesh) for mesh in MESHES),
-        (4, "fsdp"),
-    ],
-)
-def test_every_mesh_over_any_number_of_processes(make_run: MakeRun, reference: Run, processes: int, mesh: str) -> None:
-    """Through the first change of stage, after step 16."""
-    run = make_run(processes=processes, devices=4 // processes)
-    run(*MESHES[mesh].split(), "--config.steps=18", "--config.eval.every_steps=none")
-    mine, theirs = run.steps(), reference.steps()[:18]
-    for key in ("step", "fingerprint", "tokens", "sources", "stage"):
-        assert [line[key] for line in mine] == [line[key] for line in theirs]
-    np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in theirs], rtol=2e-3)
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
+    """From eight devices to four."""
+    run = make_run(processes=4, devices=2)
+    stop_after(run, 10, number)
+    fewer = make_run(processes=count, devices=4 // count)
+    fewer(*MESHES["context"])
+    assert_same_data(fewer, reference)
 
 
 @pytest.mark.slow
 def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
     """SIGTERM to a single process, each time, and another mesh."""
-    for processes, mesh, step in ((4, "context", 8), (1, "tensor", 25)):
+    for processes, mesh, step in ((4, "context", 17), (1, "tensor", 37)):
         run = make_run(processes=processes, devices=4 // processes)
-        run.start(*MESHES[mesh].split())
+        run.start(*MESHES[mesh])
         assert run.wait_for_step(step), run.output
         run.signal_one(signal.SIGTERM)
         assert run.wait() == STOPPED, run.output
         assert run.checkpoints()[-1] == run.last_step()
-    run = make_run(processes=2, devices=2)(*MESHES["fsdp"].split())
+    run = make_run(processes=2, devices=2)(*MESHES["fsdp"])
     assert_same_data(run, reference)
 
 
 @pytest.mark.slow
 def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
-    run = make_run(processes=4, devices=2)
-    run()
-    assert_same_data(run, reference)
-
-
-@pytest.mark.slow
-def test_one_killed_of_two(make_run: MakeRun, reference: Run) -> None:
-    """The survivor cannot go on: the launcher ends it and gives a code that asks for a restart, which goes on."""
-    run = make_run(processes=2)
-    run.start()
-    assert run.wait_for_step(12), run.output
-    run.kill_one()
-    assert run.wait() not in (0, 2, STOPPED)
-    run()
-    assert_same_data(run, reference)
-
-
-@pytest.mark.slow
-def test_one_killed_of_four_on_another_mesh_afterwards(make_run: MakeRun, reference: Run) -> None:
-    """To the end. With the other runs here, 1, 2 and 4 processes have each mesh."""
     run = make_run(processes=4)
-    run.start(*MESHES["data"].split())
-    assert run.wait_for_step(9), run.output
+    run(*MESHES["fsdp"])
+    assert_same_data(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_one_is_killed_and_the_run_goes_on_on_another_mesh(make_run: MakeRun, reference: Run, processes: int) -> None:
+    """The survivors cannot go on: the launcher ends them and gives a code that asks for a restart, which goes on."""
+    run = make_run(processes=processes, devices=4 // processes)
+    run.start(*MESHES["data"])
+    assert run.wait_for_step(18), run.output
     run.kill_one()
     assert run.wait() not in (0, 2, STOPPED)
     assert run.checkpoints()
-    run(*MESHES["tensor"].split())
+    run(*MESHES["tensor"])
     assert_same_data(run, reference)
 
 
