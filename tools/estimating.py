@@ -150,7 +150,31 @@ def temporary_bytes(given: Outlook, tokens: float, micro_batches: int) -> float:
     chunk = min(config.loss.chunk_tokens, tokens) * model.padded_vocab_size / tensor
     total = local * 4 * (2 if micro_batches > 1 else 1) + local * itemsize + 2 * layer * itemsize
     total += head * (itemsize + 4) + chunk * (8 + itemsize)
-    return total + tokens * itemsize * (model.config.num_layers * _kept(model, tensor) + _of_one_layer(model, tensor))
+    kept, one = model.config.num_layers * _kept(model, tensor), _of_one_layer(model, tensor)
+    total += tokens * itemsize * (kept + one)
+    if given.cluster.num_chips == 1:
+        return total
+    activations = {"kept": tokens * itemsize * kept, "one": tokens * itemsize * one}
+    return total + _of_the_compiler(given, micro_batches, gradients=local * 4, head=head * 4, **activations)
+
+
+def _of_the_compiler(
+    given: Outlook, micro_batches: int, *, gradients: float, head: float, kept: float, one: float
+) -> float:
+    """Bytes that the compiled programs of docs/scale.json hold besides, on several chips. gradients, head, kept, one:
+    bytes of temporary_bytes, of the first two in fp32.
+
+    For TPUs another copy of a gradient of the head's size, and where micro-batches add up one more and another copy of
+    the parameters' gradients. XLA on GPUs lets the loop over micro-batches run into its next turn, so that what two of
+    them keep is there at once: with its own attention always, with cuDNN's where there are just two."""
+    chip = given.cluster.chip
+    if chip.platform == "tpu":
+        return 2 * head + gradients if micro_batches > 1 else head
+    if micro_batches == 1:
+        return 0.0
+    if given.parts.model.config.attention == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
+        return kept + 2 * one
+    return gradients + (kept + one if micro_batches == 2 else 0.0)
 
 
 def _kept(model: Llama, tensor: int) -> float:
