@@ -37,6 +37,16 @@ def test_state_is_what_the_mesh_gives_a_device(mesh: dict[str, int]) -> None:
     assert advice.state_bytes(parts, made.shape) == arrays - counters
 
 
+@pytest.mark.parametrize(("topology", "unrolls"), [("a100:1x8", True), ("a100:1x1", False), ("v5e:2x4", False)])
+def test_advice_about_loops_is_for_several_gpus(topology: str, unrolls: bool) -> None:
+    config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
+    cluster = clusters.parse(topology, "topology", 1)
+    parts = setup.make_parts(config, 1000, config.plan(), MeshConfig().build(), None, None)
+    said = "\n".join(advice.lines(parts, cluster, 10**9, [{"seq_len": 512, "batch_size": 16}]))
+    assert "more chips" in said
+    assert (advice.NO_UNROLLING in said) == unrolls
+
+
 def test_1b(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = numbers(tmp_path, f"--config={ROOT}/configs/1b.py", "--hardware=v5e:2x4", "--mfu=0.5", "--price=2")
     weights = 20 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 5632 + 2 * 2048) + 2048
