@@ -1,8 +1,7 @@
 """`python -m tests.e2e.one_compiler FLAGS...`: jaxtrain.main in several processes of which one compiles for all.
 
 On CPUs JAX makes the keys of its persistent cache of something that each process has of its own, so that all but
-process 0 compile everything in every run. On other platforms the keys are equal. It compiles with few optimisations: in
-several processes sums are other sums anyway, and most of these runs' time would be spent on compiling.
+process 0 compile everything in every run. On other platforms the keys are equal.
 """
 
 import runpy
@@ -16,7 +15,6 @@ def share() -> None:
     assert hasattr(cache_key, "_hash_accelerator_config"), "this version of JAX makes its keys in another way"
     cache_key._hash_accelerator_config = lambda hash_obj, accelerators: None
     jax.config.update("jax_share_binary_between_hosts", True)
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 # Devices of all processes together: 4, so that each mesh fits any number of them. In the runs below 2 and 4 processes
-# train on each of them, one does on two (tests/test_step.py has them all on one), most through a change of stage: after
-# steps 16 and 36.
+# train on each of them (4 on fsdp with eight devices), one process on two (tests/test_step.py has them all on one),
+# through a change of stage: after step 16 or 36.
 MESHES = {
     "data": ("--config.mesh.data=4", "--config.mesh.fsdp=1"),
     "fsdp": ("--config.mesh.fsdp=4",),
@@ -82,8 +82,9 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
 
 @pytest.mark.slow
 def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
-    run = make_run(processes=4)
-    run(*MESHES["fsdp"])
+    """On eight devices, all of them fsdp."""
+    run = make_run(processes=4, devices=2)
+    run()
     assert_same_data(run, reference)
 
 

@@ -52,7 +52,7 @@ def test_the_same_after_a_resume_at_around_and_between_boundaries(make_run: Make
     for end in saved:
         logged = lines[end["step"]]["sources"]
         assert {name: {**given, "share": logged[name]["share"]} for name, given in end["sources"].items()} == logged
-    for step, processes in ((15, 2), (16, 1), (36, 2), (37, 1)):
+    for step, processes in ((15, 1), (16, 1), (17, 2), (35, 1), (36, 2), (37, 1)):
         run = cut_back(make_run(f"from-{step}", copy=whole, processes=processes), step)
         run(*FLAGS)
         for key in ("step", "fingerprint", "sources", "stage_sources"):

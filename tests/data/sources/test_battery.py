@@ -162,14 +162,6 @@ EXCEPT = {
     ("TextFiles", "line_ends"): LINES,
 }
 CASES = [(kind, scenario) for kind in KINDS for scenario in SCENARIOS if (kind, scenario) not in EXCEPT]
-# What is slow below costs seconds a case. These kinds differ from another one in what they are compressed with, or have
-# one kind of member for three: of them the scenarios in which most of a file lies before the place to go on from.
-ALIKE = (
-    *("jsonl.gz", "jsonl.zst", "jsonl.bz2", "jsonl.xz"),
-    *("WebDataset.tar.json", "WebDataset.tar.jsonl", "WebDataset.tar.txt", "WebDataset.tar.bz2", "WebDataset.tar.zst"),
-)
-DEEP = ("one_file_many_groups", "a_giant_document", "epochs")
-COSTLY = [(kind, scenario) for kind, scenario in CASES if kind not in ALIKE or scenario in DEEP]
 # Stores are written with TFDS, which takes 2 s to import.
 FAST = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in STORES else [], id="-".join(case)) for case in CASES]
 
@@ -197,7 +189,7 @@ def test_an_epoch_has_every_document_once(battery: Battery) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "scenario"), COSTLY)
+@pytest.mark.parametrize(("kind", "scenario"), CASES)
 def test_from_every_state(battery: Battery) -> None:
     whole = battery.run()
     for batch in whole:
@@ -210,7 +202,7 @@ def test_from_every_state(battery: Battery) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "scenario"), COSTLY)
+@pytest.mark.parametrize(("kind", "scenario"), CASES)
 def test_on_2_4_and_8_hosts(tmp_path: pathlib.Path, kind: str, scenario: str) -> None:
     """Each host reads its lanes alone."""
     given = SCENARIOS[scenario]
