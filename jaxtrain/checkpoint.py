@@ -22,9 +22,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.path.atomicity import COMMIT_SUCCESS_FILE
 
-from jaxtrain import checkpoint_s3, file_list
+from jaxtrain import checkpoint_s3, file_list, recipe
 from jaxtrain.agreement import StopRequest, Timer, broadcast
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.interfaces import Json, UserError, versioned
 from jaxtrain.save_errors import BackgroundError, storage_refused
 
 _DATA = "data"
@@ -323,12 +323,19 @@ def is_checkpoint(path: epath.PathLike) -> bool:
 
 
 def load_data(path: epath.PathLike, step: int | None = None) -> Json:
-    """The JSON data of a checkpoint (see `step_folder`). Raises UserError if it cannot be read."""
+    """The JSON data of a checkpoint (see `step_folder`), of this version or an earlier one, in today's names.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     folder = step_folder(path, step)
     try:
-        return json.loads((folder / _DATA / "metadata").read_text())
+        data = recipe.upgrade(json.loads((folder / _DATA / "metadata").read_text()))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"Checkpoint {folder} is damaged: its data state cannot be read ({error}).") from error
+    for source in data.get("sources", {}).values():
+        source["source"] = versioned(source["source"])
+    return data
 
 
 def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None) -> Any:

@@ -30,6 +30,16 @@ Block = dict[str, Any]
 Json = dict[str, Any]
 
 
+def versioned(identity: Json) -> Json:
+    """A source's identity with the version of its names and of its readers, 1 where it says nothing.
+
+    Files' names key shuffle, holdout, skips, stores and caches, and readers decide what a row holds. A source that
+    changes either records another version, and reads identities that hold an earlier one as they were read then, or
+    refuses them.
+    """
+    return {"naming": 1, "reader": 1, **identity}
+
+
 class UserError(ValueError):
     """What the user must change (config, usage, missing dataset or credentials). Exit code 2, no traceback."""
 

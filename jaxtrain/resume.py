@@ -23,7 +23,7 @@ _FIXED = (
     "data.document_mask",
     "data.add_bos",
     "model",
-    "optimizer._class",
+    f"optimizer.{recipe.KIND}",
 )
 # These say how the model is computed, not what it is.
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
@@ -45,7 +45,7 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
 
     Returns the differences that are allowed, as lines for the log. Raises UserError with all others, both sides shown.
     """
-    changed = recipe.differences(saved["config"], now["config"])
+    changed = recipe.differences(recipe.complete(saved["config"]), now["config"])
     refused = [(path, old, new) for path, old, new in changed if _is_fixed(path)]
     lines = [_table(refused, now["config"])] if refused else []
     different = mismatch(saved["tokenizer"], now["tokenizer"])

@@ -229,7 +229,7 @@ class Frozen:
         shape = recipe.to_json(self.model.config)
         return {
             "parameters": fingerprint.text(np.asarray(words)),
-            "model": {name: value for name, value in shape.items() if name not in _HOW},
+            "model": _meaning(shape),
             "dtype": self.config.dtype,
             "found": recipe.public("found", os.fspath(self.config.model)),
             "revision": self.config.revision,
@@ -297,6 +297,7 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
     if (cached is None) != (was_cached is None):
         was, is_now = ("the model itself" if each is None else "a cache" for each in (was_cached, cached))
         return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree but for rounding and context"
+    saved, now = ({**each, "model": _meaning(recipe.complete(each["model"]))} for each in (saved, now))
     changed = [name for name in _ENFORCED if saved[name] != now[name]]
     if not changed:
         before, after = was_cached or {}, cached or {}
@@ -307,6 +308,11 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
     if "model" in changed:
         lines.append(recipe.format_differences(recipe.differences(saved["model"], now["model"], "model")))
     return "\n".join(lines)
+
+
+def _meaning(model: Json) -> Json:
+    """Of a recorded model config: the fields that say what the model is, not how it is computed."""
+    return {name: value for name, value in model.items() if name not in _HOW}
 
 
 def _where(identity: Json | None) -> str:

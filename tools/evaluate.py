@@ -25,6 +25,7 @@ COMMAND = recipe.Command(
         recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
         recipe.Flag(name="by_source", type=bool, default=False, help="each source by itself, too"),
         recipe.Flag(name="json", type=str | None, default=None, help="also write the numbers here, as JSON"),
+        recipe.IMPORT,
     ),
     config="optional",
 )

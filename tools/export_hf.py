@@ -21,6 +21,7 @@ COMMAND = recipe.Command(
         recipe.Flag(
             name="dtype", type=Literal["bfloat16", "float32"], default="bfloat16", help="of the written parameters"
         ),
+        recipe.IMPORT,
     ),
     config="none",
 )

@@ -33,6 +33,7 @@ COMMAND = recipe.Command(
         recipe.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
         recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
         recipe.Flag(name="json", type=str | None, default=None, help="also write the texts here, a JSON object a line"),
+        recipe.IMPORT,
     ),
     config="none",
 )

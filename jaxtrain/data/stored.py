@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+from jaxtrain import recipe
 from jaxtrain.data import faults
 from jaxtrain.data.windows import describe
 from jaxtrain.interfaces import CorruptError, Json, SourceConfig, Tokenizer, UserError
@@ -119,8 +120,12 @@ def sealed(content: Json) -> str:
     return json.dumps({"format": FORMAT, "digest": digest_of_json(content), **content})
 
 
-def unsealed(text: str, where: str, tool: str) -> Json:
-    """Its content again. Raises UserError for a damaged one or another format. tool: that writes such manifests."""
+def unsealed(text: str, where: str, tool: str) -> tuple[Json, str]:
+    """Its content again, in today's names, and its digest. tool: that writes such manifests.
+
+    Raises:
+        UserError: It is damaged, or of another format.
+    """
     content: Json = {}
     try:
         content = json.loads(text)
@@ -131,7 +136,7 @@ def unsealed(text: str, where: str, tool: str) -> Json:
         raise UserError(f"{where} has format {found}, this version reads {FORMAT}: use the version that wrote it.")
     if digest is None or digest != digest_of_json(content):
         raise UserError(f"{where} is damaged. Remove its folder and write it again with {tool}.")
-    return content
+    return recipe.upgrade(content), digest
 
 
 class Described(Protocol):

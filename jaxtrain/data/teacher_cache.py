@@ -17,7 +17,7 @@ from jaxtrain.data import stored
 from jaxtrain.data.sources import token_store
 from jaxtrain.data.stored import ArrayRecords
 from jaxtrain.data.windows import describe
-from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer, UserError
+from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer, UserError, versioned
 from jaxtrain.losses.cached import Layout
 
 MANIFEST = "cache.json"
@@ -58,9 +58,14 @@ class Manifest:
     stride: int
     part_rows: int
     parts: list[list[Part]] = dataclasses.field(default_factory=list)
+    # Of the text that it was read from, which may be an earlier version's.
+    digest: str | None = dataclasses.field(default=None, compare=False)
 
     def to_json(self) -> str:
-        return stored.sealed(dataclasses.asdict(self))
+        return stored.sealed(self._content())
+
+    def _content(self) -> Json:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "digest"}
 
     @property
     def tokens(self) -> int:
@@ -73,7 +78,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Of the records themselves, and of how they were made."""
-        return stored.digest_of_json(dataclasses.asdict(self))
+        return self.digest or stored.digest_of_json(self._content())
 
 
 def manifest_of(
@@ -107,11 +112,11 @@ def manifest_of(
 
 def manifest_from_json(text: str, where: str) -> Manifest:
     """Raises UserError for a damaged one or another format."""
-    content = stored.unsealed(text, where, "tools.cache_teacher")
+    content, digest = stored.unsealed(text, where, "tools.cache_teacher")
     layout = content.pop("layout")
     made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
     parts = [[Part(**part) for part in file] for file in content.pop("parts")]
-    return Manifest(**content, layout=made, parts=parts)
+    return Manifest(**content, layout=made, parts=parts, digest=digest)
 
 
 def part_name(file: int, part: int) -> str:
@@ -177,7 +182,9 @@ def _named(manifest: Manifest) -> Iterator[tuple[str, Part]]:
 
 def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
-    lines = stored.differences("cache", manifest, manifest.source, source.identity, config, tokenizer)
+    lines = stored.differences(
+        "cache", manifest, versioned(manifest.source), versioned(source.identity), config, tokenizer
+    )
     if lines:
         raise UserError(
             f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "

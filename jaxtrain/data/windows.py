@@ -6,8 +6,6 @@ by a key, so nothing about the shuffle needs to be saved.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import keys
+from jaxtrain import keys, recipe
 from jaxtrain.data import addresses, faults
 from jaxtrain.data.ragged import Ragged
 from jaxtrain.data.skips import FOOTER
 from jaxtrain.data.striped import StripedFiles, Want, head, regroup
-from jaxtrain.interfaces import Block, CorruptError, Json, Source, SourceConfig, Transform, UserError
+from jaxtrain.interfaces import Block, CorruptError, Json, Source, SourceConfig, Transform, UserError, versioned
 
 _FOOTER_READERS = 32
 
@@ -107,7 +105,7 @@ class Dealer:
         """What must stay for a resume to see the same documents in the same order."""
         transforms = [describe(transform) for transform in self._transforms]
         return {
-            "source": self.source.identity,
+            "source": versioned(self.source.identity),
             "units": addresses.RULE,
             "max_samples": self._max_samples,
             "transforms": transforms,
@@ -358,9 +356,6 @@ def _cached_order(num_units: int, seed: int, source: str, epoch: int, shuffle: b
 
 
 def describe(transform: Transform) -> Json:
-    """A transform's class and settings, for the identity."""
+    """A transform's kind and settings, for the identity."""
     settings = {name: repr(value) for name, value in sorted(vars(transform).items())}
-    kind = type(transform)
-    described = {"class": f"{kind.__module__}.{kind.__qualname__}", **settings}
-    described["digest"] = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-    return described
+    return recipe.sealed({recipe.KIND: recipe.kind_of(type(transform)), **settings})

@@ -17,27 +17,47 @@ entry to a dict, answers a typo with a KeyError, ignores `config.seed=5`, and ch
 stands twice in a tuple is changed twice.
 """
 
-from jaxtrain.recipe.command import REQUIRED, Command, Flag, Flags, exit_code, leave, parse_flags, run
+from jaxtrain.recipe.command import IMPORT, REQUIRED, Command, Flag, Flags, exit_code, leave, parse_flags, run
 from jaxtrain.recipe.files import load
-from jaxtrain.recipe.record import ABSENT, differences, format_differences, from_json, public, to_json
+from jaxtrain.recipe.kinds import kind_of
+from jaxtrain.recipe.record import (
+    ABSENT,
+    BEFORE,
+    KIND,
+    complete,
+    differences,
+    format_differences,
+    from_json,
+    public,
+    sealed,
+    to_json,
+    upgrade,
+)
 from jaxtrain.recipe.tree import check, override
 
 __all__ = [
     "ABSENT",
+    "BEFORE",
+    "IMPORT",
+    "KIND",
     "REQUIRED",
     "Command",
     "Flag",
     "Flags",
     "check",
+    "complete",
     "differences",
     "exit_code",
     "format_differences",
     "from_json",
+    "kind_of",
     "leave",
     "load",
     "override",
     "parse_flags",
     "public",
     "run",
+    "sealed",
     "to_json",
+    "upgrade",
 ]

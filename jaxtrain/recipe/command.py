@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import re
@@ -39,6 +40,15 @@ class Flag:
     help: str
     default: Any = REQUIRED
     positional: bool = False
+
+
+# For commands that take only a work directory. What it names is never imported by itself.
+IMPORT = Flag(
+    name="import",
+    type=tuple[str, ...],
+    default=(),
+    help="modules that define components of the run from outside jaxtrain, by comma",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +125,11 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
     values |= _positional_values(command, bare)
     if command.config == "required" and "config" not in given:
         raise UserError(f"--config=FILE is missing, for example: {command.examples[0]}")
+    for module in values.get(IMPORT.name, ()):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise UserError(f"--import={module}: {type(error).__name__}: {error}") from error
     return Flags(config=given.get("config"), overrides=tuple(overrides), **values)
 
 

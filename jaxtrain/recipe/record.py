@@ -1,13 +1,18 @@
 """Configs as JSON, without secrets, and the differences between two of them."""
 
 import dataclasses
-import importlib
+import hashlib
 import json
 import re
 from typing import Any
 
 from jaxtrain.interfaces import Json, UserError
-from jaxtrain.recipe import tree, typed
+from jaxtrain.recipe import kinds, tree, typed
+
+KIND = "_kind"
+# In a field's metadata: the value that a record stands for which was written before the field existed, if that is not
+# today's default.
+BEFORE = "before"
 
 _SECRET_FIELD = re.compile(
     r"((hf|api|auth|access|bearer|security|session)_?)?token|(.*_)?(secret|password|passwd|api_?key|credentials?)"
@@ -36,29 +41,80 @@ ABSENT = _Absent()
 def to_json(config: Any) -> Json:
     """The config, a dataclass instance, in JSON's types: dict, list, str, int, float, bool, None.
 
-    A dataclass carries "_class", its module and name; tuples become lists. Secrets are left out: user and password in
-    URLs, signatures and tokens in their query strings, and fields that hold a token, secret, password or API key; so
-    two configs that differ only in these are equal.
+    A dataclass carries "_kind", its lasting name (see kinds.py); tuples become lists. Secrets are left out: user and
+    password in URLs, signatures and tokens in their query strings, and fields that hold a token, secret, password or
+    API key; so two configs that differ only in these are equal.
     """
-    kind = type(config)
-    return {"_class": f"{kind.__module__}.{kind.__qualname__}", **_group(config)}
+    return {KIND: kinds.kind_of(type(config)), **_group(config)}
 
 
 def from_json(recorded: Any) -> Any:
-    """The config that `to_json` recorded. Raises UserError where it names a class that is no config of jaxtrain's."""
+    """The config that `to_json` recorded, in this version or an earlier one.
+
+    Raises:
+        UserError: It names a class that is no config, or one whose module the user has not imported.
+    """
     if isinstance(recorded, list):
         return tuple(map(from_json, recorded))
     if not isinstance(recorded, dict):
         return recorded
-    fields = {name: from_json(value) for name, value in recorded.items() if name != "_class"}
-    if "_class" not in recorded:
+    recorded = upgrade(recorded)
+    fields = {name: from_json(value) for name, value in recorded.items() if name != KIND}
+    if KIND not in recorded:
         return fields
-    module, _, name = recorded["_class"].rpartition(".")
-    # A work directory may come from anywhere, and must not choose what is called.
-    kind = getattr(importlib.import_module(module), name, None) if module.startswith("jaxtrain.") else None
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"the checkpoint's config names {recorded['_class']}, which is no config of jaxtrain's")
-    return kind(**fields)
+    cls = kinds.class_of(recorded[KIND])
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise UserError(f"the checkpoint's {recorded[KIND]} has {', '.join(sorted(unknown))}, unknown to this version")
+    return cls(**{name: value for name, value in _before(cls).items() if name not in fields}, **fields)
+
+
+def upgrade(recorded: Any) -> Any:
+    """A record of any version with today's names: kinds instead of the module paths of version 0.1."""
+    if isinstance(recorded, list):
+        return [upgrade(item) for item in recorded]
+    if not isinstance(recorded, dict):
+        return recorded
+    upgraded = {name: upgrade(value) for name, value in recorded.items()}
+    if "_class" in upgraded:
+        return {KIND: kinds.kind_of_path(upgraded.pop("_class")), **upgraded}
+    if "." in str(upgraded.get("class")):  # the description of a transform, or a store's of its source
+        described = {KIND: kinds.kind_of_path(upgraded.pop("class")), **upgraded}
+        return sealed(described) if described.pop("digest", None) else described
+    return upgraded
+
+
+def complete(recorded: Any) -> Any:
+    """As `upgrade`, with the fields that were added since, at the values that records without them stand for."""
+    if isinstance(recorded, list):
+        return [complete(item) for item in recorded]
+    if not isinstance(recorded, dict):
+        return recorded
+    recorded = upgrade(recorded)
+    filled = {name: complete(value) for name, value in recorded.items()}
+    if KIND in recorded:
+        added = _before(kinds.class_of(recorded[KIND])).items()
+        filled |= {name: public(name, value) for name, value in added if name not in filled}
+    return filled
+
+
+def sealed(described: Json) -> Json:
+    """The description of a component with its digest, for identities."""
+    text = json.dumps(described, sort_keys=True)
+    return {**described, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _before(cls: type) -> Json:
+    """The values of fields that a record lacks: of those with a default, as it was before the field existed."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if BEFORE in field.metadata:
+            values[field.name] = field.metadata[BEFORE]
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
 
 
 def _group(group: Any) -> Json:
@@ -97,7 +153,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     """(dotted path, old value, new value) of everything that differs between two JSON values, in the old one's order.
 
     What only one side has, an entry or an element, is one row with ABSENT on the other side. A class that changed is a
-    row `path._class`. 1 and 1.0 are equal, 1 and True are not.
+    row `path._kind`. 1 and 1.0 are equal, 1 and True are not.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *new]}

@@ -12,10 +12,10 @@ from tests.recipe.example import AdamW, Config, Evaluate, HuggingFace, Stage, ex
 def test_to_json_survives_a_file():
     stored = recipe.to_json(example_config())
     assert json.loads(json.dumps(stored, allow_nan=False)) == stored
-    assert stored["_class"] == "tests.recipe.example.Config"
-    assert stored["optimizer"]["_class"] == "tests.recipe.example.Muon"
+    assert stored["_kind"] == "tests.recipe.example:Config"
+    assert stored["optimizer"]["_kind"] == "tests.recipe.example:Muon"
     assert stored["data"]["sources"]["web"]["transforms"] == [
-        {"_class": "tests.recipe.example.MinScore", "threshold": 3}
+        {"_kind": "tests.recipe.example:MinScore", "threshold": 3}
     ]
     assert stored["stages"][1]["tokens"] == 10**9
 
@@ -82,7 +82,7 @@ def test_differences_name_what_changed_appeared_and_went():
     new.evaluate = Evaluate()
     rows = {path: (before, after) for path, before, after in _differences(old, new)}
     assert rows.pop("seed") == (0, 1)
-    assert rows.pop("optimizer._class") == ("tests.recipe.example.Muon", "tests.recipe.example.AdamW")
+    assert rows.pop("optimizer._kind") == ("tests.recipe.example:Muon", "tests.recipe.example:AdamW")
     assert rows.pop("optimizer.learning_rate") == (0.02, 3e-4)
     assert rows.pop("optimizer.momentum") == (0.95, recipe.ABSENT)
     assert rows.pop("optimizer.betas") == (recipe.ABSENT, [0.9, 0.95])

@@ -26,8 +26,8 @@ def config(**more):
         {"name": name, "tokens": seq_len * batch * steps, "weights": weights}
         for (name, seq_len, batch, steps), weights in zip(STAGES, WEIGHTS, strict=True)
     ]
-    model = {"_class": "m.LlamaConfig", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "dtype": "float32"}
-    optimizer = {"_class": "o.AdamW", "learning_rate": 3e-3, "schedule": {"_class": "o.Cosine"}}
+    model = {"_kind": "llama", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "dtype": "float32"}
+    optimizer = {"_kind": "adamw", "learning_rate": 3e-3, "schedule": {"_kind": "cosine"}}
     return {"model": model, "optimizer": optimizer, "stages": stages, "total_tokens": None, "steps": None, **more}
 
 
@@ -207,8 +207,8 @@ def test_tables(one):
     summary, stages, ledger = one.tables
     found = {row[0]: row[1] for row in summary}
     assert found["Parameters"] == "43,168 (18,592 without embeddings)"
-    assert found["Model"] == "Llama, 2 layers, 32 wide, 4 heads, float32"
-    assert found["Optimizer"] == "AdamW, learning rate 3e-3, Cosine"
+    assert found["Model"] == "llama, 2 layers, 32 wide, 4 heads, float32"
+    assert found["Optimizer"] == "adamw, learning rate 3e-3, cosine"
     assert found["Final loss"] == "1.5000 (perplexity 4.48)"
     assert found["Held out"] == "1.0000, 2.0000 bits a byte (step 60)"
     assert found["Fingerprint"] == f"{70:016x}"

@@ -91,8 +91,8 @@ def _summary(runs: Sequence[RunLog]) -> str:
     )
 
 
-def _class_of(config: Json) -> str:
-    return str(config.get("_class", "")).rpartition(".")[2]
+def _kind_of(config: Json) -> str:
+    return str(config.get(recipe.KIND, "")).rpartition(":")[2]
 
 
 def _model(config: Json | None) -> str:
@@ -102,14 +102,14 @@ def _model(config: Json | None) -> str:
     # A model of one's own may have other fields.
     shown = {"num_layers": "{} layers", "hidden_size": "{} wide", "num_heads": "{} heads", "dtype": "{}"}
     parts = [form.format(model[field]) for field, form in shown.items() if field in model]
-    return ", ".join([_class_of(model).removesuffix("Config"), *parts])
+    return ", ".join([_kind_of(model), *parts])
 
 
 def _optimizer(config: Json | None) -> str:
     if config is None:
         return _NONE
     found = config["optimizer"]
-    return f"{_class_of(found)}, learning rate {short(found['learning_rate'])}, {_class_of(found['schedule'])}"
+    return f"{_kind_of(found)}, learning rate {short(found['learning_rate'])}, {_kind_of(found['schedule'])}"
 
 
 def _tokens(run: RunLog) -> str:

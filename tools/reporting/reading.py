@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxtrain import recipe
 from jaxtrain.interfaces import Json, UserError
 from jaxtrain.monitor import SPANS
 from jaxtrain.redaction import redact
@@ -275,7 +276,7 @@ def _lines(workdir: Workdir) -> Iterator[Json | None]:
 
 def _config(workdir: Workdir) -> Json | None:
     try:
-        return json.loads(workdir.config.read_text())
+        return recipe.upgrade(json.loads(workdir.config.read_text()))
     except (FileNotFoundError, ValueError):
         return None
 

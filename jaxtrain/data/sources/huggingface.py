@@ -17,7 +17,7 @@ from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.ranges import Bytes, LocalBytes
 from jaxtrain.data.sources.samples import sample_blocks
 from jaxtrain.data.sources.streams import BUILDER_KWARGS, stream_blocks
-from jaxtrain.interfaces import Block, CorruptError, Json, Transform, TransientError, UserError
+from jaxtrain.interfaces import Block, CorruptError, Json, Transform, TransientError, UserError, versioned
 
 BUILDERS = ("parquet", "json", "csv", "text", "arrow", "xml", "webdataset")
 # What people call a dataset → its id and configuration.
@@ -260,7 +260,7 @@ class HuggingFaceSource:
 
     def __init__(self, config: HuggingFace, identity: Json, files: Sequence[Bytes]):
         self.config = config
-        self.identity = identity
+        self.identity = versioned(identity)
         self.files: list[str] = identity["files"]
         self.random_access: bool = identity["builder"] == "parquet"
         self.text = config.column

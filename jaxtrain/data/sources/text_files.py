@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxtrain.data import faults
 from jaxtrain.data.sources.locations import expand
-from jaxtrain.interfaces import Block, Json, Transform, UserError
+from jaxtrain.interfaces import Block, Json, Transform, UserError, versioned
 
 _BLOCK_ROWS = 512
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -74,7 +74,7 @@ class TextFiles:
             "files": list(paths),
             "digest": _digest(paths),
         }
-        if identity is not None and identity != now:
+        if identity is not None and versioned(identity) != versioned(now):
             raise UserError(_difference(identity, now))
         return TextFilesSource(now, list(paths.values()))
 
@@ -83,7 +83,7 @@ class TextFilesSource:
     """A resolved `TextFiles`. Implements interfaces.Source. Safe for several threads."""
 
     def __init__(self, identity: Json, paths: Sequence[str]):
-        self.identity = identity
+        self.identity = versioned(identity)
         self.files: list[str] = identity["files"]
         self.random_access: bool = identity["document"] == "file"
         self.paths = paths

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain import recipe
 from jaxtrain.data import faults, stored
 from jaxtrain.data.ragged import Ragged
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.stored import ArrayRecord, ArrayRecords
-from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, UserError
+from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, UserError, versioned
 
 MANIFEST = "store.json"
 # Ranges of records are read 6 to 9 times as fast with a readahead (735 M tokens/s instead of 95 to 214); a single
@@ -118,7 +119,7 @@ class Manifest:
 
 def manifest_from_json(text: str, where: str) -> Manifest:
     """Raises UserError for a damaged one or another format."""
-    content = stored.unsealed(text, where, "tools.pretokenize")
+    content, _ = stored.unsealed(text, where, "tools.pretokenize")
     files = [StoredFile(**file) for file in content.pop("files")]
     return Manifest(**content, files=files)
 
@@ -129,7 +130,7 @@ def settings_of(config: SourceConfig) -> Json:
     assert dataclasses.is_dataclass(full)
     names = [field.name for field in dataclasses.fields(full)]
     said = {name: faults.redact(repr(getattr(full, name))) for name in names if name not in _FREE}
-    return {"class": f"{type(config).__module__}.{type(config).__qualname__}", **said}
+    return {recipe.KIND: recipe.kind_of(type(config)), **said}
 
 
 _FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared by themselves
@@ -169,7 +170,7 @@ class TokenStore:
     def __init__(self, folder: str, manifest: Manifest, cache: RamCache | None = None):
         self.folder = folder
         self.manifest = manifest
-        self.identity = manifest.source
+        self.identity = versioned(manifest.source)
         self.files = manifest.names
         self.random_access = manifest.random_access
         self._dtype = dtype_of(manifest.vocab_size)
@@ -252,7 +253,9 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Toke
 
     identity: of the source, from a checkpoint; None if the config alone says what is wanted.
     """
-    wanted, has = (settings_of(config), manifest.settings) if identity is None else (identity, manifest.source)
+    wanted, has = settings_of(config), manifest.settings
+    if identity is not None:
+        wanted, has = versioned(identity), versioned(manifest.source)
     lines = stored.differences("store", manifest, has, wanted, config, tokenizer)
     if lines:
         raise UserError(

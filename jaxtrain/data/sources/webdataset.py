@@ -18,7 +18,7 @@ from jaxtrain.data import faults
 from jaxtrain.data.sources.locations import check_unchanged, expand, locate, stamps
 from jaxtrain.data.sources.ranges import Bytes
 from jaxtrain.data.sources.tars import BrokenError, members
-from jaxtrain.interfaces import Block, CorruptError, Json, Transform, UserError
+from jaxtrain.interfaces import Block, CorruptError, Json, Transform, UserError, versioned
 
 KINDS = ("json", "jsonl", "txt")
 _BLOCK_ROWS = 512
@@ -114,7 +114,7 @@ class WebDatasetSource:
     needs_cache = True
 
     def __init__(self, config: WebDataset, identity: Json, files: Sequence[Bytes]):
-        self.identity = identity
+        self.identity = versioned(identity)
         self.files: list[str] = identity["files"]
         self._config = config
         self._columns = config.columns()
