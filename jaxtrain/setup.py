@@ -39,7 +39,7 @@ def compiler_effort(platform: str) -> None:
         jax.config.update("jax_optimization_level", "O1")
 
 
-def runtime(config: Config, workdir: Workdir) -> None:
+def configure_runtime(config: Config, workdir: Workdir) -> None:
     """Settings of JAX that outlive a compile: the persistent cache is in the work directory, if JAX's own environment
     variable does not say where."""
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -169,7 +169,7 @@ class Session:
         return ((self._teacher, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
-def session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
+def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
     """Resolve everything, and find where to go on. Raises UserError for what cannot go together.
 
     fetch: whether sources of mode "download" are fetched now; without, they are read as streams.

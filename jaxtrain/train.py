@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import dryrun, fingerprint, garbage, memory, processes, setup, state
+from jaxtrain import dryrun, fingerprint, garbage, memory, processes, state
 from jaxtrain.agreement import InterruptedWaitError, any_process
 from jaxtrain.checkpoint import Checkpointer
 from jaxtrain.config import Config
@@ -17,7 +17,7 @@ from jaxtrain.data.feed import DeviceBatch
 from jaxtrain.interfaces import CorruptError, Json
 from jaxtrain.monitor import Monitor, Run, console_logging
 from jaxtrain.plan import StepPlan
-from jaxtrain.setup import Session
+from jaxtrain.setup import Session, configure_runtime, open_session, sample
 from jaxtrain.workdir import Workdir
 
 FINISHED, STOPPED = 0, 75
@@ -37,7 +37,7 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
     """
     processes.join(config.deterministic)
     with console_logging() as console, processes.failures_told(), Workdir(workdir_path) as workdir:
-        setup.runtime(config, workdir)
+        configure_runtime(config, workdir)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
             # Before closing, which the others would have to take part in.
@@ -62,7 +62,7 @@ def _explained(
 ) -> int:
     """The run; of what ends it, the devices' memory is explained, and a corrupt file is recorded if that is wanted."""
     try:
-        session = setup.session(config, workdir, checkpointer, fetch=not dry_run)
+        session = open_session(config, workdir, checkpointer, fetch=not dry_run)
         if keep is not None:
             keep.append(session)
         if dry_run:
@@ -111,7 +111,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
         monitor.message(f"{saved} Give the same command again to go on." if code == STOPPED else f"Finished. {saved}")
         if code == FINISHED and config.sample_prompts:
-            setup.sample(session, loop.state["params"], monitor)
+            sample(session, loop.state["params"], monitor)
         return code
 
 

@@ -196,12 +196,12 @@ class Dealer:
         """The lane's windows of epoch `start.epoch` from the one that holds `start`, to the epoch's end."""
         # The first max_samples rows of the listing are the same in every epoch only if files come in its order.
         shuffle = self.rules.shuffle and self.layout.limit is None
-        units = _cached_order(len(self.layout.units), self.rules.seed, self.name, start.epoch, shuffle)
+        order = _cached_order(len(self.layout.units), self.rules.seed, self.name, start.epoch, shuffle)
         if self._striped is None:
-            units = addresses.share(units, lane, self.rules.num_lanes)
+            order = addresses.share(order, lane, self.rules.num_lanes)
         base, size = start.base, self.rules.shuffle_window
-        for position in range(start.unit, len(units)):
-            unit = self.layout.units[units[position]]
+        for position in range(start.unit, len(order)):
+            unit = self.layout.units[order[position]]
             first = start.row // size if position == start.unit else 0
             if self._striped is None:
                 pieces = self._sequence(unit, first)

@@ -30,11 +30,11 @@ def numbers(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.slow
 def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen, loop = [], train.Loop.run
+    frozen, original = [], train.Loop.run
 
     def run(self: train.Loop, state: Any) -> int:
         frozen.append(gc.get_freeze_count())
-        return loop(self, state)
+        return original(self, state)
 
     monkeypatch.setattr(train.Loop, "run", run)
     found = numbers(
