@@ -10,11 +10,10 @@ tables, most rows of which hardly occur in a billion tokens (Press & Wolf 2017; 
 
 from configs import _curriculum
 from configs._base import fineweb_edu
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer

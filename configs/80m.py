@@ -7,16 +7,15 @@ shell has braces of its own), through a disk cache of at most 35 GB (`--config.d
 run prints the true count. 64 rows are taken 8 at a time on one device.
 """
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.muon import Muon
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 

@@ -1,14 +1,13 @@
 """What the configs of this folder share."""
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from jaxtrain.optim.schedules import WSD
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import WSD
 
 # name, seq_len, millions of tokens, percent of web, math and code
 TABLE = (

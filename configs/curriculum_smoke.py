@@ -9,11 +9,10 @@ import pathlib
 import sysconfig
 
 from configs import _curriculum
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.tokenizers.training import TrainTokenizer

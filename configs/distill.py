@@ -13,11 +13,11 @@ import dataclasses
 
 from configs._base import pretrain
 from jaxtrain.config import Config
-from jaxtrain.interfaces import UserError
+from jaxtrain.distill.teacher import Teacher
+from jaxtrain.errors import UserError
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import ForwardKL, TopK
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.teacher import Teacher
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 TEACHER = "HuggingFaceTB/SmolLM2-1.7B"

@@ -14,19 +14,18 @@ Each command given again goes on where it stopped. All read the teacher's tokeni
 runs/distill_smoke-teacher: start them in the same folder as the first.
 """
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles
-from jaxtrain.evaluate import EvalConfig
-from jaxtrain.interfaces import UserError
+from jaxtrain.distill.teacher import Teacher
+from jaxtrain.errors import UserError
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import ForwardKL, TopK
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.muon import Muon
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
-from jaxtrain.teacher import Teacher
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
 from jaxtrain.tokenizers.training import TrainTokenizer
 

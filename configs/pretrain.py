@@ -2,7 +2,7 @@
 
 from configs._base import pretrain
 from jaxtrain.config import Config
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.model.llama import LlamaConfig
 
 # hidden, mlp, layers, heads, kv heads, tokens of the run, tokens of a batch, learning rate, tokens of a micro-batch

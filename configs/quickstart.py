@@ -3,15 +3,14 @@
 Its tokenizer is trained on the same stream first, and kept in the work directory.
 """
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.muon import Muon
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.training import TrainTokenizer
 
 

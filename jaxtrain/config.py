@@ -4,19 +4,84 @@ import dataclasses
 import difflib
 import pathlib
 
-from jaxtrain.checkpoint import CheckpointConfig
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.evaluate import EvalConfig
-from jaxtrain.interfaces import TokenizerConfig, UserError
+from jaxtrain.distill.teacher import Teacher
+from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import TokenizerConfig
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import Distillation
+from jaxtrain.metrics.monitor import MonitorConfig
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.monitor import MonitorConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.base import OptimizerConfig
-from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, build_plan
-from jaxtrain.sharding import MeshConfig
-from jaxtrain.teacher import Teacher
+from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation on the documents that `data.holdout` keeps out of training.
+
+    Attributes:
+        every_steps: evaluate after each multiple of so many steps, and at the end; None: not by steps.
+        every_tokens: evaluate after each step that reaches or passes a multiple of so many trained tokens, and at the
+            end: changes of batch size do not bend it; this or every_steps. Neither: never.
+        tokens: how many held-out tokens. To find them a stream is read from its start: about tokens / data.holdout.
+        seq_len: of the rows; None: that of the last stage.
+        batch_size: rows of a batch, a multiple of data.num_lanes; None: that of the last stage.
+        weights: share of each source; None: those of the last stage.
+    """
+
+    every_steps: int | None = None
+    every_tokens: int | None = None
+    tokens: int = 262_144
+    seq_len: int | None = None
+    batch_size: int | None = None
+    weights: dict[str, float] | None = None
+
+    def check(self) -> None:
+        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: give 1 or more")
+        if self.every_steps is not None and self.every_tokens is not None:
+            raise UserError(
+                f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
+                "other to none"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        return self.every_steps is not None or self.every_tokens is not None
+
+    def due(self, at: StepPlan) -> bool:
+        """Whether an evaluation comes after this step: a function of the plan alone, so a resume changes nothing."""
+        if self.every_tokens is not None:
+            return at.tokens_after // self.every_tokens > at.tokens_before // self.every_tokens
+        return self.every_steps is not None and at.step % self.every_steps == 0
+
+    def plan(self, train: Plan, num_lanes: int) -> Plan:
+        """The rows of an evaluation, as a plan of their own. Raises UserError."""
+        last = train.stages[-1]
+        weights = self.weights or {name: float(weight) for name, weight in last.weights.items()}
+        stage = Stage(
+            name="evaluation",
+            seq_len=self.seq_len or last.seq_len,
+            batch_size=self.batch_size or last.batch_size,
+            weights=weights,
+        )
+        return build_plan(
+            (stage,),
+            source_names=train.source_names,
+            num_lanes=num_lanes,
+            seed=0,
+            total_tokens=self.tokens,
+            steps=None,
+            epochs=None,
+            learning_rate=0.0,
+            schedule=lambda tokens, total: 0.0,
+        )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -40,35 +40,6 @@ def versioned(identity: Json) -> Json:
     return {"naming": 1, "reader": 1, **identity}
 
 
-class UserError(ValueError):
-    """What the user must change (config, usage, missing dataset or credentials). Exit code 2, no traceback."""
-
-
-class TransientError(Exception):
-    """A fault that time may cure (5xx, 429, resets, time-outs, short reads); `retry_after` in seconds if known."""
-
-    def __init__(self, message: str, retry_after: float | None = None):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class FollowedError(Exception):
-    """Raised since another process failed: that one says why."""
-
-
-class CorruptError(Exception):
-    """Bytes that arrived whole and cannot be read; `file` and `row` (the first bad one) say where.
-
-    source: the source's name in `data.sources`, "" where it is not known (yet).
-    """
-
-    def __init__(self, message: str, file: str, row: int, source: str = ""):
-        super().__init__(message)
-        self.file = file
-        self.row = row
-        self.source = source
-
-
 class Tokenizer(Protocol):
     """Text to ids. Ids are below `vocab_size`. `encode_batch` adds no special token: the packer does."""
 
@@ -129,7 +100,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class CacheableSource(Source, Protocol):
-    """A source that reads its files as `Bytes` (data/sources/ranges.py), and so can read them through a disk cache."""
+    """A source that reads its files as `Bytes` (data/io/byte_ranges.py), and so can read them through a disk cache."""
 
     @property
     def needs_cache(self) -> bool:
@@ -172,7 +143,7 @@ class SourceConfig(Protocol):
 
 
 class ScheduleConfig(Protocol):
-    """See optim/schedules.py."""
+    """See plan/schedules.py."""
 
     def build(self) -> "Schedule": ...
 

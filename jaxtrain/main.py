@@ -5,7 +5,7 @@ import signal
 
 
 def _stop_at_once(number: int, frame: object) -> None:
-    """For signals before the first step is taken (agreement.StopRequest then takes over).
+    """For signals before the first step is taken (consensus.StopRequest then takes over).
 
     Not by an exception, which gets lost where the interpreter is in a callback (of the garbage collector's).
     """
@@ -19,11 +19,12 @@ if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _stop_at_once)
 
-from jaxtrain import places, recipe  # noqa: E402
-from jaxtrain.interfaces import UserError  # noqa: E402
-from jaxtrain.redaction import redact_logs  # noqa: E402
+from jaxtrain import cli  # noqa: E402
+from jaxtrain.cli import paths  # noqa: E402
+from jaxtrain.cli.redaction import redact_logs  # noqa: E402
+from jaxtrain.errors import UserError  # noqa: E402
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m jaxtrain.main",
     description="Train a language model from a config. Give the same command again to go on where it stopped.",
     examples=(
@@ -32,26 +33,26 @@ COMMAND = recipe.Command(
         "python -m jaxtrain.main --config=configs/pretrain.py:small --dry_run",
     ),
     flags=(
-        recipe.Flag(
+        cli.Flag(
             name="workdir",
             type=str | None,
             default=None,
             help="where checkpoints, metrics and caches go; runs/<config file>[-<arg>] by default; gs:// and s3:// too",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="dry_run",
             type=bool,
             default=False,
             help="resolve the data, compile every stage, read one batch, print the plan; train nothing",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="coordinator",
             type=str | None,
             default=None,
             help="HOST:PORT of process 0, where no launcher or cluster says it; with --num_processes and --process_id",
         ),
-        recipe.Flag(name="num_processes", type=int | None, default=None, help="how many there are of this command"),
-        recipe.Flag(name="process_id", type=int | None, default=None, help="0, 1, ...: which of them this is"),
+        cli.Flag(name="num_processes", type=int | None, default=None, help="how many there are of this command"),
+        cli.Flag(name="process_id", type=int | None, default=None, help="0, 1, ...: which of them this is"),
     ),
     resumes=True,
 )
@@ -61,11 +62,11 @@ COMMAND = recipe.Command(
 _kept: list[object] = []
 
 
-def main(flags: recipe.Flags) -> int:
+def main(flags: cli.Flags) -> int:
     if flags.workdir == "":
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
-    workdir = flags.workdir or places.default_workdir(flags.config or "")
-    places.keep_caches_in(workdir)
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    paths.keep_caches_in(workdir)
     # As launchers give them.
     for name, value in (
         ("JAX_COORDINATOR_ADDRESS", flags.coordinator),
@@ -76,16 +77,16 @@ def main(flags: recipe.Flags) -> int:
             os.environ[name] = str(value)
     config = flags.load_config()
     # Importing JAX takes seconds: not before the config is known to be right.
-    from jaxtrain import train
+    from jaxtrain.trainer import loop
 
-    return train.run(config, workdir, flags.dry_run, _kept)
+    return loop.run(config, workdir, flags.dry_run, _kept)
 
 
 def exit_code(argv: list[str] | None = None) -> int:
     """Runs the command; every way out has its code: 0, 2 (the user's), 75 (stopped and saved), 1 (anything else)."""
-    return recipe.exit_code(main, COMMAND, argv)
+    return cli.exit_code(main, COMMAND, argv)
 
 
 if __name__ == "__main__":
     redact_logs()
-    recipe.leave(exit_code())
+    cli.leave(exit_code())

@@ -1,8 +1,8 @@
-"""Processes that stream from a Hub with many reads under way and end in different ways, for tests/test_exits.py.
+"""Processes that stream from a Hub with many reads under way and end in different ways, for trainer/test_exits.py.
 
 python -m tests.exiting_run IDENTITIES WAY...: a fork of this process for each way, so that imports are paid once, a few
 at a time; each then runs to the end of this module and through the interpreter's own exit, which commands avoid
-(recipe.leave). Prints a line of JSON for each: {"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in
+(cli.leave). Prints a line of JSON for each: {"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in
 the environment; IDENTITIES is a file with those of the sources, so that looking them up is quick.
 """
 
@@ -17,10 +17,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from jaxtrain import recipe
+from jaxtrain import cli
 from jaxtrain.data.pipeline import DataConfig, HostBatch, host_batches, pools, resolve
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.plan import Stage
 from tests.data.memory_source import WordTokenizer
 from tests.data.runs import plan_of
@@ -73,9 +73,7 @@ def read(way: str) -> int:
 
 
 def run(way: str) -> None:
-    recipe.run(
-        lambda flags: read(way), recipe.Command(name="run", description="", examples=(), flags=(), config="none"), []
-    )
+    cli.run(lambda flags: read(way), cli.Command(name="run", description="", examples=(), flags=(), config="none"), [])
 
 
 def status_of(pid: int, deadline: float) -> int | None:

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtrain import processes, recipe
-from jaxtrain.interfaces import UserError
-from jaxtrain.monitor import console_logging
+from jaxtrain import cli
+from jaxtrain.distributed import processes
+from jaxtrain.errors import UserError
+from jaxtrain.metrics.monitor import console_logging
 
 _SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}
 
@@ -29,7 +30,7 @@ def fail(how: str) -> None:
     os.kill(os.getpid(), _SIGNALS[how])
 
 
-def main(flags: recipe.Flags) -> int:
+def main(flags: cli.Flags) -> int:
     index, _, how = flags.failing.partition(":")
     processes.HEARTBEAT_SECONDS = 10
     processes.join(deterministic=False)
@@ -45,6 +46,6 @@ def main(flags: recipe.Flags) -> int:
 
 
 if __name__ == "__main__":
-    failing = recipe.Flag(name="failing", type=str, positional=True, help="which process, and how")
-    command = recipe.Command(name="x", description="", examples=("x",), flags=(failing,), config="none")
-    recipe.leave(recipe.exit_code(main, command, sys.argv[1:]))
+    failing = cli.Flag(name="failing", type=str, positional=True, help="which process, and how")
+    command = cli.Command(name="x", description="", examples=("x",), flags=(failing,), config="none")
+    cli.leave(cli.exit_code(main, command, sys.argv[1:]))

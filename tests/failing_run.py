@@ -9,9 +9,9 @@ import pathlib
 import signal
 import time
 
-from jaxtrain import main, recipe
+from jaxtrain import cli, main
 from jaxtrain.data.feed import DeviceBatch, Feed
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from tests.e2e import one_compiler
 
 process, how, step = os.environ["FAIL"].split(":")
@@ -37,4 +37,4 @@ def next_batch(self: Feed) -> DeviceBatch:
 if __name__ == "__main__":
     one_compiler.share()
     Feed.__next__ = next_batch
-    recipe.leave(main.exit_code())
+    cli.leave(main.exit_code())

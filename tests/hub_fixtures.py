@@ -25,9 +25,9 @@ def hub() -> Iterator[LoopbackHub]:
     """The session's Hub, empty: no repositories, no faults, an empty log, and a client that remembers nothing."""
     from huggingface_hub import HfFileSystem, close_session
 
-    from jaxtrain.data.sources import pace
+    from jaxtrain.data.io import rate_limit
 
-    pace._of_server.cache_clear()
+    rate_limit._of_server.cache_clear()
     HfFileSystem.clear_instance_cache()
     for folder in pathlib.Path(_HUB.home).iterdir():
         shutil.rmtree(folder)

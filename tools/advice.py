@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 
-from jaxtrain import sharding
+from jaxtrain.cost.clusters import Cluster
+from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import Json
-from jaxtrain.step import Parts
-from tools.clusters import Cluster
+from jaxtrain.trainer.step import StepComponents
 
 NO_UNROLLING = "--xla_gpu_enable_while_loop_unrolling=WHILE_LOOP_UNROLLING_NO_UNROLL"
 _MOST_SHOWN = 3
 
 
-def lines(parts: Parts, cluster: Cluster, limit: int, misfits: list[Json]) -> list[str]:
+def lines(parts: StepComponents, cluster: Cluster, limit: int, misfits: list[Json]) -> list[str]:
     """misfits: the stages that do not fit, with batch_size and seq_len."""
     mesh, remat = parts.mesh.shape, parts.model.config.remat
     said = ["\nWhat may help (micro-batches are one row a chip already, so a smaller batch alone does not):"]
@@ -41,7 +41,7 @@ def lines(parts: Parts, cluster: Cluster, limit: int, misfits: list[Json]) -> li
     return said
 
 
-def _meshes(parts: Parts, seq_len: int, batch_sizes: list[int]) -> Iterator[dict[str, int]]:
+def _meshes(parts: StepComponents, seq_len: int, batch_sizes: list[int]) -> Iterator[dict[str, int]]:
     """Meshes of as many chips that the model and the batches can be shared by, with less on each chip."""
     config, now = parts.model.config, dict(parts.mesh.shape)
     chips, shown = parts.mesh.size, 0
@@ -58,13 +58,13 @@ def _meshes(parts: Parts, seq_len: int, batch_sizes: list[int]) -> Iterator[dict
                 yield other
 
 
-def _chips_for(parts: Parts, mesh: Mapping[str, int], limit: int) -> int:
+def _chips_for(parts: StepComponents, mesh: Mapping[str, int], limit: int) -> int:
     """Chips with which parameters, optimizer and gradients, all sharded, take at most half of what a step may."""
     whole = state_bytes(parts, dict.fromkeys(mesh, 1)) * 4 / 3
     return 1 << max(0, math.ceil(math.log2(whole / (limit / 2))))
 
 
-def state_bytes(parts: Parts, mesh: Mapping[str, int]) -> float:
+def state_bytes(parts: StepComponents, mesh: Mapping[str, int]) -> float:
     """Bytes of parameters and optimizer state on a chip of this mesh."""
     shapes: Any = parts.model.shapes
     opt: Any = jax.eval_shape(parts.optimizer.init, shapes)

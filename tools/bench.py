@@ -6,8 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
 
 BENCHMARKS = {
     "data": "the data path on one core: tokens/s, and the share that is neither reading nor tokenizing",
@@ -21,11 +21,11 @@ BENCHMARKS = {
     "simulate": "dealing, balance and state of 16,384 lanes and 100,000 files on 1 to 4,096 hosts, without any I/O",
     "gpu": "everything that needs a GPU, within minutes",
 }
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.bench",
     description="Benchmarks: " + "; ".join(f"{name}: {about}" for name, about in BENCHMARKS.items()) + ".",
     examples=("python -m tools.bench data", "python -m tools.bench step --rounds=9", "python -m tools.bench gpu"),
-    flags=(recipe.Flag(name="benchmark", help="one of those above; each has its own --help", positional=True),),
+    flags=(cli.Flag(name="benchmark", help="one of those above; each has its own --help", positional=True),),
     config="none",
 )
 
@@ -33,19 +33,19 @@ COMMAND = recipe.Command(
 def main(argv: Sequence[str]) -> None:
     """Runs one benchmark and exits: 0, or 2 for a wrong command line."""
     if not argv or argv[0].startswith("-"):
-        recipe.run(lambda _: None, COMMAND, argv)
+        cli.run(lambda _: None, COMMAND, argv)
     if argv[0] not in BENCHMARKS:
-        recipe.run(_unknown, COMMAND, argv[:1])
+        cli.run(_unknown, COMMAND, argv[:1])
     # Imported here: JAX takes seconds, and the data path does not need it.
     module = importlib.import_module(f"tools.benches.{argv[0]}")
 
-    def measure(flags: recipe.Flags) -> None:
+    def measure(flags: cli.Flags) -> None:
         print(json.dumps(module.measure(flags), allow_nan=False), flush=True)
 
-    recipe.run(measure, module.COMMAND, argv[1:])
+    cli.run(measure, module.COMMAND, argv[1:])
 
 
-def _unknown(flags: recipe.Flags) -> None:
+def _unknown(flags: cli.Flags) -> None:
     near = difflib.get_close_matches(flags.benchmark, BENCHMARKS) or list(BENCHMARKS)
     raise UserError(f"there is no benchmark {flags.benchmark!r}; did you mean {' or '.join(near)}?")
 
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except SystemExit as stop:
-        recipe.leave(int(stop.code or 0))
+        cli.leave(int(stop.code or 0))

@@ -4,11 +4,12 @@ import os
 import signal
 from typing import Any
 
-from jaxtrain import places, recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.cli import paths
+from jaxtrain.errors import UserError
 from tools import workers
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.cache_teacher",
     description=(
         "Runs the config's teacher once over each document of its sources and keeps the log-probabilities of the most "
@@ -27,49 +28,49 @@ COMMAND = recipe.Command(
         "python -m tools.cache_teacher --config=configs/distill.py --output=/data/teacher --verify",
     ),
     flags=(
-        recipe.Flag(
+        cli.Flag(
             name="output",
             type=str | None,
             default=None,
             help="where the cache goes; teacher.cache, or teacher in the work directory, by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="max_samples",
             type=int | None,
             default=None,
             help="the first so many documents of each source, instead of what its own max_samples says; the run that "
             "trains from them needs the same or less",
         ),
-        recipe.Flag(name="k", type=int, default=64, help="tokens that are kept of each distribution"),
-        recipe.Flag(
+        cli.Flag(name="k", type=int, default=64, help="tokens that are kept of each distribution"),
+        cli.Flag(
             name="temperatures",
             type=str | None,
             default=None,
             help="comma-separated: those that training may use; distillation.temperature by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="context",
             type=int | None,
             default=None,
             help="the most tokens that the teacher sees at once; by default the longest rows of the config, as far as "
             "the teacher goes",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="stride",
             type=int | None,
             default=None,
             help="tokens between the windows of a document longer than the context; half the context by default",
         ),
-        recipe.Flag(name="batch_tokens", type=int, default=16_384, help="tokens that a device takes at once"),
+        cli.Flag(name="batch_tokens", type=int, default=16_384, help="tokens that a device takes at once"),
         workers.WORKER,
         workers.WORKDIR,
-        recipe.Flag(name="verify", type=bool, default=False, help="only compare a finished cache with its checksums"),
+        cli.Flag(name="verify", type=bool, default=False, help="only compare a finished cache with its checksums"),
     ),
     resumes=True,
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     worker = workers.parse(flags.worker)
     for name in ("workdir", "output"):
@@ -80,8 +81,8 @@ def main(flags: recipe.Flags) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: give 1 or more")
     temperatures = _temperatures(flags.temperatures)
-    workdir = flags.workdir or places.default_workdir(flags.config or "")
-    places.keep_caches_in(workdir)
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    paths.keep_caches_in(workdir)
     config = flags.load_config()
     if config.teacher is None or not config.teacher.model:
         raise UserError(
@@ -92,7 +93,7 @@ def main(flags: recipe.Flags) -> None:
     if "://" in output:
         raise UserError(f"--output={output}: a cache is written to a local path, since it is read from there")
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.monitor import console_logging
+    from jaxtrain.metrics.monitor import console_logging
     from tools import teacher_caching
 
     with console_logging():
@@ -139,4 +140,4 @@ def _check_bound(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

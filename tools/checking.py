@@ -8,14 +8,16 @@ import os
 import jax
 import numpy as np
 
-from jaxtrain import memory, setup, sharding, state
-from jaxtrain.compiled import DoesNotFitError, Program, Stages
 from jaxtrain.config import Config
+from jaxtrain.cost import clusters, hlo, memory, roofline
+from jaxtrain.cost.clusters import Cluster
+from jaxtrain.distill.teacher import bytes_per_device
+from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import Json
-from jaxtrain.step import Parts
-from jaxtrain.teacher import bytes_per_device
-from tools import advice, clusters, hlo, offline, roofline
-from tools.clusters import Cluster
+from jaxtrain.trainer import session, state
+from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
+from jaxtrain.trainer.step import StepComponents
+from tools import advice, offline
 
 logger = logging.getLogger("jaxtrain")
 
@@ -29,7 +31,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
 
     Raises UserError for what cannot go together, such as a mesh that does not divide the model.
     """
-    setup.compiler_effort(cluster.chip.platform)
+    session.compiler_effort(cluster.chip.platform)
     plan = config.plan()
     vocab_size, source = offline.vocabulary(config, given_vocab_size)
     devices = clusters.devices(cluster)
@@ -37,8 +39,8 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     limit = step_limit(config, cluster)
     frozen = offline.outlined_teacher(config, vocab_size, mesh)
     layout = offline.outlined_layout(config, vocab_size)
-    parts = setup.make_parts(config, vocab_size, plan, mesh, frozen, limit, layout)
-    stages = Stages(parts, plan, config.micro_batch_tokens, limit)
+    parts = session.make_parts(config, vocab_size, plan, mesh, frozen, limit, layout)
+    stages = StagePrograms(parts, plan, config.micro_batch_tokens, limit)
     _describe(parts, cluster, limit, vocab_size, source)
     answer: Json = {
         "cluster": str(cluster),
@@ -70,7 +72,7 @@ def step_limit(config: Config, cluster: Cluster) -> int:
     return memory.usable(round(cluster.chip.memory * share))
 
 
-def _describe(parts: Parts, cluster: Cluster, limit: int, vocab_size: int, source: str) -> None:
+def _describe(parts: StepComponents, cluster: Cluster, limit: int, vocab_size: int, source: str) -> None:
     model, mesh, chip = parts.model, parts.mesh, cluster.chip
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     logger.info(f"{cluster}: {cluster.num_chips:,} chips, mesh {sizes}")
@@ -110,7 +112,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def _stage(config: Config, cluster: Cluster, parts: Parts, stages: Stages, shown: Json) -> Json:
+def _stage(config: Config, cluster: Cluster, parts: StepComponents, stages: StagePrograms, shown: Json) -> Json:
     batch_size, seq_len = shown["batch_size"], shown["seq_len"]
     choice = parts.model.attention_choice(batch_size, seq_len)
     logger.info(f"\nStage {', '.join(shown['names'])}: {batch_size:,} rows of {seq_len:,} tokens a step")
@@ -145,7 +147,7 @@ def _stage(config: Config, cluster: Cluster, parts: Parts, stages: Stages, shown
     }
 
 
-def _check_arrays(parts: Parts, limit: int | None) -> None:
+def _check_arrays(parts: StepComponents, limit: int | None) -> None:
     """Raises DoesNotFitError where no compile is needed to know. (Gradients are fp32, as the parameters.)"""
     made = state.abstract(parts.model, parts.optimizer, parts.mesh)
     held, gradients = bytes_per_device(made), bytes_per_device(made["params"])
@@ -156,7 +158,9 @@ def _check_arrays(parts: Parts, limit: int | None) -> None:
         )
 
 
-def _speed(config: Config, cluster: Cluster, parts: Parts, program: Program, traffic: roofline.Traffic) -> Json:
+def _speed(
+    config: Config, cluster: Cluster, parts: StepComponents, program: Program, traffic: roofline.Traffic
+) -> Json:
     shape = roofline.Shape(
         batch_size=program.batch_size,
         seq_len=program.seq_len,

@@ -1,9 +1,10 @@
 """`python -m tools.compile_check`: a config's stages compiled for a TPU slice or a GPU cluster, on any machine."""
 
-from jaxtrain import recipe
-from tools import clusters, files
+from jaxtrain import cli
+from jaxtrain.cost import clusters
+from tools import files
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.compile_check",
     description=(
         "Compiles the train step of every stage for a cluster that need not be there, as a run on it would: the same "
@@ -19,25 +20,25 @@ COMMAND = recipe.Command(
         "python -m tools.compile_check --config=configs/4b.py --topology=h200:8x8",
     ),
     flags=(
-        recipe.Flag(name="topology", help="KIND:SHAPE: a TPU slice's shape in chips, or hosts x GPUs of each"),
-        recipe.Flag(name="slices", type=int, default=1, help="so many TPU slices of that shape"),
-        recipe.Flag(
+        cli.Flag(name="topology", help="KIND:SHAPE: a TPU slice's shape in chips, or hosts x GPUs of each"),
+        cli.Flag(name="slices", type=int, default=1, help="so many TPU slices of that shape"),
+        cli.Flag(
             name="vocab_size",
             type=int | None,
             default=None,
             help="the tokenizer's ids, where neither the config (tokenizer.vocab_size) nor a file here says them",
         ),
-        recipe.Flag(name="json", type=str | None, default=None, help="a file to write the answer to"),
+        cli.Flag(name="json", type=str | None, default=None, help="a file to write the answer to"),
     ),
 )
 
 
-def main(flags: recipe.Flags) -> int:
+def main(flags: cli.Flags) -> int:
     cluster = clusters.parse(flags.topology, "topology", flags.slices)
     clusters.prepare_environment()
     config = flags.load_config()
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.monitor import console_logging
+    from jaxtrain.metrics.monitor import console_logging
     from tools import checking
 
     with console_logging():
@@ -49,4 +50,4 @@ def main(flags: recipe.Flags) -> int:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

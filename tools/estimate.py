@@ -1,10 +1,11 @@
 """`python -m tools.estimate`: memory, disk, time and cost of a plan, without running or compiling it."""
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
-from tools import clusters, files
+from jaxtrain import cli
+from jaxtrain.cost import clusters
+from jaxtrain.errors import UserError
+from tools import files
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.estimate",
     description=(
         "What a config's run will take: memory of a chip, disk for checkpoints and data, and by stage the time, the "
@@ -18,27 +19,27 @@ COMMAND = recipe.Command(
         "python -m tools.estimate --config=configs/270m_curriculum.py --hardware=rtx4090:1 --price=0.4",
     ),
     flags=(
-        recipe.Flag(name="hardware", default="h100:8", help="KIND:SHAPE, as for tools.compile_check"),
-        recipe.Flag(name="slices", type=int, default=1, help="so many TPU slices of that shape"),
-        recipe.Flag(name="mfu", type=float, default=0.4, help="share of the chips' peak that the model's FLOPs reach"),
-        recipe.Flag(
+        cli.Flag(name="hardware", default="h100:8", help="KIND:SHAPE, as for tools.compile_check"),
+        cli.Flag(name="slices", type=int, default=1, help="so many TPU slices of that shape"),
+        cli.Flag(name="mfu", type=float, default=0.4, help="share of the chips' peak that the model's FLOPs reach"),
+        cli.Flag(
             name="price",
             type=float | None,
             default=None,
             help="dollars of one chip for an hour; by default a public list price, on demand, which is shown",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="vocab_size",
             type=int | None,
             default=None,
             help="the tokenizer's ids, where neither the config (tokenizer.vocab_size) nor a file here says them",
         ),
-        recipe.Flag(name="json", type=str | None, default=None, help="a file to write the numbers to"),
+        cli.Flag(name="json", type=str | None, default=None, help="a file to write the numbers to"),
     ),
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     cluster = clusters.parse(flags.hardware, "hardware", flags.slices)
     if not 0 < flags.mfu <= 1:
         raise UserError(f"--mfu={flags.mfu:g}: a share above 0, at most 1; 0.3 to 0.5 is usual")
@@ -56,4 +57,4 @@ def main(flags: recipe.Flags) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

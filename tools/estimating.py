@@ -7,17 +7,19 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxtrain import setup, sharding
 from jaxtrain.config import Config
-from jaxtrain.data.sources import token_store
+from jaxtrain.cost import roofline
+from jaxtrain.cost.clusters import Cluster
 from jaxtrain.data.sources.webdataset import WebDataset
+from jaxtrain.data.stores import token_store
+from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.model.llama import Llama
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
-from jaxtrain.step import Parts, accumulation
-from tools import advice, checking, offline, roofline
-from tools.clusters import Cluster
+from jaxtrain.trainer import session
+from jaxtrain.trainer.step import StepComponents, accumulation
+from tools import advice, checking, offline
 
 # Dollars of a chip for an hour, on demand: Google Cloud's list for TPUs (us-central), Lambda's and RunPod's for GPUs,
 # as of 2025. They move: --price.
@@ -43,7 +45,7 @@ class Outlook:
     config: Config
     plan: Plan
     cluster: Cluster
-    parts: Parts
+    parts: StepComponents
     mesh: Mapping[str, int]
     mfu: float
     price: float
@@ -69,7 +71,7 @@ def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float
         config=config,
         plan=plan,
         cluster=cluster,
-        parts=setup.make_parts(config, ids, plan, one, frozen, None, offline.outlined_layout(config, ids)),
+        parts=session.make_parts(config, ids, plan, one, frozen, None, offline.outlined_layout(config, ids)),
         mesh=mesh,
         mfu=mfu,
         price=PRICES[cluster.chip.name] if price is None else price,

@@ -5,10 +5,11 @@ import json
 import tempfile
 from typing import Any
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.evaluate",
     description=(
         "Loss, perplexity and bits per byte on the documents that data.holdout kept out of training: those that the run"
@@ -21,25 +22,25 @@ COMMAND = recipe.Command(
         "python -m tools.evaluate --workdir=runs/270m_curriculum --by_source --json=held-out.json",
     ),
     flags=(
-        recipe.Flag(name="workdir", help="the run's work directory"),
-        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        recipe.Flag(name="by_source", type=bool, default=False, help="each source by itself, too"),
-        recipe.Flag(name="json", type=str | None, default=None, help="also write the numbers here, as JSON"),
-        recipe.IMPORT,
+        cli.Flag(name="workdir", help="the run's work directory"),
+        cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        cli.Flag(name="by_source", type=bool, default=False, help="each source by itself, too"),
+        cli.Flag(name="json", type=str | None, default=None, help="also write the numbers here, as JSON"),
+        cli.IMPORT,
     ),
     config="optional",
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain import checkpoint
+    from jaxtrain.checkpoint import checkpoints
     from tools import restored
 
-    saved = checkpoint.load_data(flags.workdir, flags.step)
+    saved = checkpoints.load_data(flags.workdir, flags.step)
     if flags.config is None:
-        recorded = recipe.override(recipe.from_json(saved["config"]), flags.overrides)
-        recipe.check(recorded)
+        recorded = cli.override(cli.from_json(saved["config"]), flags.overrides)
+        cli.check(recorded)
     else:
         recorded = flags.load_config()
     held_out = saved["config"]["data"]["holdout"]
@@ -65,21 +66,21 @@ def main(flags: recipe.Flags) -> None:
 
 def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdir: str) -> Json:
     """The numbers of each mix, by its name; they are printed as they come."""
-    from jaxtrain import inputs
     from jaxtrain.data import pipeline
-    from jaxtrain.evaluate import Evaluator
-    from jaxtrain.monitor import perplexity
-    from jaxtrain.step import Parts
+    from jaxtrain.metrics.monitor import perplexity
+    from jaxtrain.trainer import open_data
+    from jaxtrain.trainer.evaluate import Evaluator
+    from jaxtrain.trainer.step import StepComponents
 
     plan, mesh = config.plan(), found.model.mesh
-    parts = Parts(
+    parts = StepComponents(
         found.model,
         config.loss.build(found.tokenizer.vocab_size, mesh),
         config.optimizer.build(found.model.axes, mesh),
         mesh,
         config.clip_norm,
     )
-    resolved = inputs.resolve(config, saved)
+    resolved = open_data.resolve(config, saved)
     threads, numbers = pipeline.pools(config.data), {}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-evaluate-") as scratch:
         for name, mix in mixes.items():
@@ -92,7 +93,7 @@ def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdi
                 parts,
                 threads,
                 config.seed,
-                inputs.skipped(workdir, saved),
+                open_data.skipped(workdir, saved),
                 scratch,
             )
             values = evaluator.run(found.params)
@@ -107,4 +108,4 @@ def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdi
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from jaxtrain import recipe
+from jaxtrain import cli
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.export_hf",
     description=(
         "Writes safetensors, config.json, generation_config.json and the tokenizer's files, for AutoModelForCausalLM "
@@ -15,19 +15,19 @@ COMMAND = recipe.Command(
         "python -m tools.export_hf --workdir=runs/1b --step=20000 --dtype=float32 --output=exported",
     ),
     flags=(
-        recipe.Flag(name="workdir", help="the run's work directory"),
-        recipe.Flag(name="output", help="the folder to write"),
-        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        recipe.Flag(
+        cli.Flag(name="workdir", help="the run's work directory"),
+        cli.Flag(name="output", help="the folder to write"),
+        cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        cli.Flag(
             name="dtype", type=Literal["bfloat16", "float32"], default="bfloat16", help="of the written parameters"
         ),
-        recipe.IMPORT,
+        cli.IMPORT,
     ),
     config="none",
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
     from jaxtrain import hf
     from tools.restored import restore
@@ -38,4 +38,4 @@ def main(flags: recipe.Flags) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 
 
 def write_json(path: str, answer: Json) -> None:

@@ -5,10 +5,10 @@ import pathlib
 import sys
 from typing import Any
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.generate",
     description=(
         "Continues one prompt, printing the text as it is made, or many at once. The same seed gives the same text. "
@@ -20,29 +20,29 @@ COMMAND = recipe.Command(
         "python -m tools.generate --workdir=runs/1b --prompts=prompts.txt --temperature=0 --json=texts.jsonl",
     ),
     flags=(
-        recipe.Flag(name="workdir", help="the run's work directory"),
-        recipe.Flag(name="prompt", type=str | None, default=None, help="what to continue"),
-        recipe.Flag(
+        cli.Flag(name="workdir", help="the run's work directory"),
+        cli.Flag(name="prompt", type=str | None, default=None, help="what to continue"),
+        cli.Flag(
             name="prompts", type=str | None, default=None, help="a file with a prompt in each line; - for the input"
         ),
-        recipe.Flag(name="samples", type=int, default=1, help="continuations of each prompt"),
-        recipe.Flag(name="max_new_tokens", type=int, default=128, help="the most tokens of a continuation"),
-        recipe.Flag(name="temperature", type=float, default=0.8, help="0 takes the likeliest token each time"),
-        recipe.Flag(name="top_k", type=int | None, default=50, help="only among so many likeliest tokens; none: all"),
-        recipe.Flag(name="top_p", type=float, default=1.0, help="only among the likeliest that reach it together"),
-        recipe.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
-        recipe.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        recipe.Flag(name="json", type=str | None, default=None, help="also write the texts here, a JSON object a line"),
-        recipe.IMPORT,
+        cli.Flag(name="samples", type=int, default=1, help="continuations of each prompt"),
+        cli.Flag(name="max_new_tokens", type=int, default=128, help="the most tokens of a continuation"),
+        cli.Flag(name="temperature", type=float, default=0.8, help="0 takes the likeliest token each time"),
+        cli.Flag(name="top_k", type=int | None, default=50, help="only among so many likeliest tokens; none: all"),
+        cli.Flag(name="top_p", type=float, default=1.0, help="only among the likeliest that reach it together"),
+        cli.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
+        cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
+        cli.Flag(name="json", type=str | None, default=None, help="also write the texts here, a JSON object a line"),
+        cli.IMPORT,
     ),
     config="none",
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     prompts = [prompt for prompt in _prompts(flags) for _ in range(_positive(flags.samples))]
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.generate import continuation, generate
+    from jaxtrain.model.generate import continuation, generate
     from tools.restored import restore
 
     found = restore(flags.workdir, flags.step)
@@ -78,7 +78,7 @@ def _positive(samples: int) -> int:
     return samples
 
 
-def _prompts(flags: recipe.Flags) -> list[str]:
+def _prompts(flags: cli.Flags) -> list[str]:
     """Raises UserError."""
     if (flags.prompt is None) == (flags.prompts is None):
         raise UserError("give --prompt=TEXT, or --prompts=FILE with a prompt in each line, and not both")
@@ -118,7 +118,7 @@ class _Shown:
             self._bar = tqdm(total=len(prompts) * max_new_tokens, unit=" tokens", disable=None)
 
     def on_token(self, row: int, token: int) -> None:
-        from jaxtrain.generate import continuation
+        from jaxtrain.model.generate import continuation
 
         if self._bar is not None:
             self._bar.update()
@@ -147,4 +147,4 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

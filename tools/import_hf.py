@@ -2,9 +2,9 @@
 
 import os
 
-from jaxtrain import recipe
+from jaxtrain import cli
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.import_hf",
     description=(
         "Writes the parameters as a checkpoint and the tokenizer's files next to it, and prints what a config needs to "
@@ -16,9 +16,9 @@ COMMAND = recipe.Command(
         "python -m tools.import_hf ./my-llama --output=models/mine",
     ),
     flags=(
-        recipe.Flag(name="model", positional=True, help="a folder, or the id of a model on the Hub"),
-        recipe.Flag(name="output", help="the folder to write"),
-        recipe.Flag(
+        cli.Flag(name="model", positional=True, help="a folder, or the id of a model on the Hub"),
+        cli.Flag(name="output", help="the folder to write"),
+        cli.Flag(
             name="revision",
             type=str | None,
             default=None,
@@ -29,13 +29,15 @@ COMMAND = recipe.Command(
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain import checkpoint, hf, sharding
-    from jaxtrain.interfaces import UserError
+    from jaxtrain import hf
+    from jaxtrain.checkpoint import checkpoints
+    from jaxtrain.distributed import sharding
+    from jaxtrain.errors import UserError
     from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
-    if checkpoint.is_checkpoint(flags.output):
+    if checkpoints.is_checkpoint(flags.output):
         raise UserError(f"{flags.output} holds a checkpoint already: remove it, or give another --output.")
     config, _ = hf.config(flags.model, flags.revision)
     tokenizer = HuggingFaceTokenizer(name=flags.model, revision=flags.revision).build(flags.output)
@@ -47,9 +49,9 @@ def main(flags: recipe.Flags) -> None:
     params = hf.load(
         flags.model, model, sharding.tree_shardings(mesh, model.axes), revision=flags.revision, progress=True
     )
-    checkpointer = checkpoint.CheckpointConfig().build(os.path.join(flags.output, "checkpoints"))
+    checkpointer = checkpoints.CheckpointConfig().build(os.path.join(flags.output, "checkpoints"))
     try:
-        about = {"model": recipe.to_json(config), "tokenizer": recipe.to_json(kept)}
+        about = {"model": cli.to_json(config), "tokenizer": cli.to_json(kept)}
         checkpointer.save(0, {"params": params}, {"config": about, "tokenizer": tokenizer.identity})
         checkpointer.wait()
     finally:
@@ -59,4 +61,4 @@ def main(flags: recipe.Flags) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

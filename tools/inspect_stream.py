@@ -3,11 +3,12 @@
 import os
 from typing import Any
 
-from jaxtrain import places, recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.cli import paths
+from jaxtrain.errors import UserError
 from tools import files
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.inspect_stream",
     description=(
         "Reads a config's stream as training would and shows whether all is in reach, samples, the realised mix, the "
@@ -21,33 +22,33 @@ COMMAND = recipe.Command(
         "python -m tools.inspect_stream --config=configs/quickstart.py --at_step=120 --json=step-120.json",
     ),
     flags=(
-        recipe.Flag(name="stage", type=int | None, default=None, help="only this stage, from 1"),
-        recipe.Flag(name="all_stages", type=bool, default=False, help="every stage"),
-        recipe.Flag(name="transitions", type=bool, default=False, help="the steps around each change of stage"),
-        recipe.Flag(name="at_step", type=int | None, default=None, help="where each row of this step comes from"),
-        recipe.Flag(name="samples", type=int, default=1000, help="documents to read of each stage"),
-        recipe.Flag(
+        cli.Flag(name="stage", type=int | None, default=None, help="only this stage, from 1"),
+        cli.Flag(name="all_stages", type=bool, default=False, help="every stage"),
+        cli.Flag(name="transitions", type=bool, default=False, help="the steps around each change of stage"),
+        cli.Flag(name="at_step", type=int | None, default=None, help="where each row of this step comes from"),
+        cli.Flag(name="samples", type=int, default=1000, help="documents to read of each stage"),
+        cli.Flag(
             name="workdir",
             type=str | None,
             default=None,
             help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if it is the "
             "config's own and not yet made; runs/<config file>[-<arg>] by default",
         ),
-        recipe.Flag(name="json", type=str | None, default=None, help="a file to write the answer to"),
+        cli.Flag(name="json", type=str | None, default=None, help="a file to write the answer to"),
     ),
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     _check(flags)
-    workdir = flags.workdir or places.default_workdir(flags.config or "")
-    places.keep_caches_in(workdir)
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    paths.keep_caches_in(workdir)
     config = flags.load_config()
     stages = _stages(flags, config)
     # A run may have the machine's accelerator; nothing here needs one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.monitor import console_logging
+    from jaxtrain.metrics.monitor import console_logging
     from tools import inspection
 
     with console_logging():
@@ -65,7 +66,7 @@ def main(flags: recipe.Flags) -> None:
     print("\nStreaming completed successfully!")
 
 
-def _check(flags: recipe.Flags) -> None:
+def _check(flags: cli.Flags) -> None:
     asked = [
         name for name in ("stage", "all_stages", "transitions", "at_step") if getattr(flags, name) not in (None, False)
     ]
@@ -77,7 +78,7 @@ def _check(flags: recipe.Flags) -> None:
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
 
 
-def _stages(flags: recipe.Flags, config: Any) -> list[int]:
+def _stages(flags: cli.Flags, config: Any) -> list[int]:
     """The stages to read. Raises UserError for a stage or a step that the run does not have."""
     plan = config.plan()
     if flags.at_step is not None:
@@ -95,4 +96,4 @@ def _stages(flags: recipe.Flags, config: Any) -> list[int]:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from jaxtrain import checkpoint, inputs, resume
+from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.lanes import Pools
 from jaxtrain.data.provenance import Measured, Origin, Watched
+from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.tokenizing import Rows
-from jaxtrain.data.windows import Dealer
-from jaxtrain.interfaces import Json, Tokenizer, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan, StagePlan, StepPlan
-from jaxtrain.workdir import Workdir
+from jaxtrain.trainer import compatibility, open_data
 
 _PREVIEWS = 3
 _PREVIEW_CHARACTERS = 160
@@ -33,7 +35,7 @@ class Inputs:
 
     config: Config
     plan: Plan
-    dealers: list[Dealer]
+    dealers: list[SourceReader]
     tokenizer: Tokenizer
     rows: Rows
     threads: Pools
@@ -53,9 +55,9 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
     hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
     print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
     place = Workdir(workdir)  # for its paths alone: without the lock
-    given_up = inputs.skipped(place.path, saved)
+    given_up = open_data.skipped(place.path, saved)
     cache = data.cache(os.fspath(place.cache / "data"))
-    tokenizer, opened = inputs.open_all(config, place, saved, cache, fetch=True, is_tool=True)
+    tokenizer, opened = open_data.open_all(config, place, saved, cache, fetch=True, is_tool=True)
     dealers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=given_up)
     for dealer in dealers:
         commit = dealer.source.identity.get("revision")
@@ -223,11 +225,11 @@ class Start:
 
 def start_before(step: int, workdir: str) -> Start:
     """The nearest checkpoint before a step; else the beginning of the run, with the commits of a later checkpoint."""
-    steps = checkpoint.steps(workdir)
+    steps = checkpoints.steps(workdir)
     if not steps:
         return Start(0, None)
     nearest = max((found for found in steps if found < step), default=None)
-    saved = checkpoint.load_data(workdir, min(steps) if nearest is None else nearest)
+    saved = checkpoints.load_data(workdir, min(steps) if nearest is None else nearest)
     if nearest is not None and saved["data_ended"]:
         raise UserError(f"step {step:,} is past the end of the run: its data ended with step {nearest:,}")
     return Start(nearest or 0, saved)
@@ -238,8 +240,8 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
     plan, at = found.plan, found.plan.at(step)
     states: dict[int, np.ndarray] = {}
     if start.saved is not None:
-        now = resume.identities(found.config, found.dealers, found.tokenizer, plan)
-        resume.check(start.saved, now, plan, min(start.saved["step"], step))
+        now = compatibility.identities(found.config, found.dealers, found.tokenizer, plan)
+        compatibility.check(start.saved, now, plan, min(start.saved["step"], step))
         if start.step:
             states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)
     where = f"the checkpoint of step {start.step:,} in {found.workdir}" if start.step else "the beginning of the run"

@@ -5,9 +5,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxtrain import teacher
 from jaxtrain.config import Config
-from jaxtrain.interfaces import TransientError, UserError
+from jaxtrain.distill import teacher
+from jaxtrain.errors import TransientError, UserError
 from jaxtrain.losses.cached import Layout
 from jaxtrain.losses.divergences import TopK
 

@@ -4,11 +4,12 @@ import os
 import signal
 from typing import Any
 
-from jaxtrain import places, recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.cli import paths
+from jaxtrain.errors import UserError
 from tools import workers
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.pretokenize",
     description=(
         "Tokenizes the sources of a config into token stores, a folder for each source, which keep the documents' "
@@ -24,7 +25,7 @@ COMMAND = recipe.Command(
         "python -m tools.pretokenize --config=configs/1b.py --output=/data/tokens --verify",
     ),
     flags=(
-        recipe.Flag(
+        cli.Flag(
             name="output",
             type=str | None,
             default=None,
@@ -32,20 +33,20 @@ COMMAND = recipe.Command(
         ),
         workers.WORKER,
         workers.WORKDIR,
-        recipe.Flag(name="all", type=bool, default=False, help="whole datasets of the Hub, without max_samples"),
-        recipe.Flag(name="verify", type=bool, default=False, help="only compare finished stores with their checksums"),
+        cli.Flag(name="all", type=bool, default=False, help="whole datasets of the Hub, without max_samples"),
+        cli.Flag(name="verify", type=bool, default=False, help="only compare finished stores with their checksums"),
     ),
     resumes=True,
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     worker = workers.parse(flags.worker)
     if "" in (flags.workdir, flags.output):
         raise UserError("--workdir= and --output= may not be empty: give a directory, or leave them out")
-    workdir = flags.workdir or places.default_workdir(flags.config or "")
-    places.keep_caches_in(workdir)
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    paths.keep_caches_in(workdir)
     config = flags.load_config()
     output = flags.output or config.data.token_store or os.path.join(workdir, "tokens")
     if "://" in output:
@@ -55,7 +56,7 @@ def main(flags: recipe.Flags) -> None:
     # A run may have the machine's accelerator; nothing here needs one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.monitor import console_logging
+    from jaxtrain.metrics.monitor import console_logging
     from tools import pretokenizing
 
     with console_logging():
@@ -82,4 +83,4 @@ def _check_bound(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from jaxtrain import checkpoint, inputs
+from jaxtrain.checkpoint import checkpoints
 from jaxtrain.config import Config
-from jaxtrain.data import pipeline, store_writer
-from jaxtrain.data.sources import token_store
-from jaxtrain.data.store_writer import Job
+from jaxtrain.data import pipeline
+from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores.token_store_writer import Job
 from jaxtrain.interfaces import Json, Source, Tokenizer
 from jaxtrain.tokenizers.training import TrainTokenizer
+from jaxtrain.trainer import open_data
 
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
     """This worker's part of the stores of all sources. Raises UserError, TransientError, CorruptError."""
-    begun = {name: store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    begun = {name: token_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources = pipeline.resolve(config.data, identities(config, workdir, known))
     tokenizer = tokenizer_of(config, workdir, sources)
@@ -40,7 +41,7 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
                 bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
                 bar.update(documents)
 
-            complete = store_writer.write(job, tokenizer, worker, workers, progress)
+            complete = token_store_writer.write(job, tokenizer, worker, workers, progress)
         if complete:
             print(f"Source {name}: {_described(folder)} Read it by data.mode=pretokenized or auto.", flush=True)
         else:
@@ -65,8 +66,8 @@ def _described(folder: str) -> str:
 def identities(config: Config, workdir: str, begun: Mapping[str, Json]) -> dict[str, Json]:
     """What the sources are known to be: in the run's checkpoint, or else where a worker has begun."""
     found: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
-    if checkpoint.is_checkpoint(workdir):
-        found |= inputs.known_sources(config, checkpoint.load_data(workdir)) or {}
+    if checkpoints.is_checkpoint(workdir):
+        found |= open_data.known_sources(config, checkpoints.load_data(workdir)) or {}
     return found
 
 
@@ -79,4 +80,4 @@ def tokenizer_of(config: Config, workdir: str, sources: dict[str, Source]) -> To
             dealers = config.data.build(sources, seed=config.seed)
             for dealer in dealers:
                 reading.callback(dealer.close)
-        return inputs.tokenizer_for_tool(config, workdir, dealers, plan)
+        return open_data.tokenizer_for_tool(config, workdir, dealers, plan)

@@ -4,10 +4,10 @@ import os
 
 from etils import epath
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.report",
     description=(
         "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, throughput, "
@@ -21,10 +21,8 @@ COMMAND = recipe.Command(
         "python -m tools.report gs://bucket/runs/1b --output=1b.html",
     ),
     flags=(
-        recipe.Flag(
-            name="workdir", type=tuple[str, ...], help="work directories of runs, local or URLs", positional=True
-        ),
-        recipe.Flag(
+        cli.Flag(name="workdir", type=tuple[str, ...], help="work directories of runs, local or URLs", positional=True),
+        cli.Flag(
             name="output",
             type=str | None,
             default=None,
@@ -35,11 +33,11 @@ COMMAND = recipe.Command(
 )
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     if flags.output == "":
         raise UserError("--output= is empty: give a file, or leave it out for report.html in the work directory")
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.workdir import write_atomically
+    from jaxtrain.checkpoint.workdir import write_atomically
     from tools.reporting import reading
     from tools.reporting.page import page
 
@@ -58,4 +56,4 @@ def main(flags: recipe.Flags) -> None:
 
 
 if __name__ == "__main__":
-    recipe.run(main, COMMAND)
+    cli.run(main, COMMAND)

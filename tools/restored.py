@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
-from jaxtrain import checkpoint, recipe, sharding
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.checkpoint import checkpoints
+from jaxtrain.distributed import sharding
+from jaxtrain.errors import UserError
 from jaxtrain.model.llama import Llama, Params
 
 
@@ -23,18 +25,18 @@ class Restored:
 
 def restore(workdir: str, step: int | None = None) -> Restored:
     """step: None for the newest checkpoint. Raises UserError where there is none, or it is damaged."""
-    saved = checkpoint.load_data(workdir, step)
+    saved = checkpoints.load_data(workdir, step)
     mesh = sharding.MeshConfig().build()
-    tokenizer = recipe.from_json(saved["config"]["tokenizer"]).build(workdir)
+    tokenizer = cli.from_json(saved["config"]["tokenizer"]).build(workdir)
     if tokenizer.identity["hash"] != saved["tokenizer"]["hash"]:
         raise UserError(f"The tokenizer of {workdir} has changed since its checkpoint: put the run's own back.")
-    model = recipe.from_json(saved["config"]["model"]).build(tokenizer.vocab_size, mesh)
+    model = cli.from_json(saved["config"]["model"]).build(tokenizer.vocab_size, mesh)
     wanted = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         model.shapes,
         sharding.tree_shardings(mesh, model.axes),
     )
-    params = checkpoint.restore_params(workdir, wanted, step)
-    found = int(checkpoint.step_folder(workdir, step).name)
+    params = checkpoints.restore_params(workdir, wanted, step)
+    found = int(checkpoints.step_folder(workdir, step).name)
     # A model that tools.import_hf wrote has no data.
     return Restored(found, "data" in saved["config"] and saved["config"]["data"]["add_bos"], model, tokenizer, params)

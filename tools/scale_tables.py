@@ -8,11 +8,13 @@ import sys
 import tempfile
 from typing import Any
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import Json, UserError
-from tools import clusters, files
+from jaxtrain import cli
+from jaxtrain.cost import clusters
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from tools import files
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.scale_tables",
     description=(
         "Writes the tables of docs/scale.md: 1B, 4B and 8B on 8 to 512 chips of each kind. Rows that were compiled are "
@@ -25,9 +27,9 @@ COMMAND = recipe.Command(
         "python -m tools.scale_tables --compile=h100,h200,a100,l40s,rtx4090",
     ),
     flags=(
-        recipe.Flag(name="compile", type=tuple[str, ...], default=(), help="chips whose missing rows are compiled"),
-        recipe.Flag(name="results", default="docs/scale.json", help="the file of results"),
-        recipe.Flag(name="output", default="docs/scale.md", help="the page; what is before its tables is kept"),
+        cli.Flag(name="compile", type=tuple[str, ...], default=(), help="chips whose missing rows are compiled"),
+        cli.Flag(name="results", default="docs/scale.json", help="the file of results"),
+        cli.Flag(name="output", default="docs/scale.md", help="the page; what is before its tables is kept"),
     ),
     config="none",
     resumes=True,
@@ -41,7 +43,7 @@ SHAPES |= dict.fromkeys(("a100", "h100", "h200", "l40s", "rtx4090"), _HOSTS)
 MARK = "<!-- tables: python -m tools.scale_tables -->"
 
 
-def main(flags: recipe.Flags) -> None:
+def main(flags: cli.Flags) -> None:
     unknown = set(flags.compile) - SHAPES.keys()
     if unknown:
         raise UserError(f"--compile={','.join(flags.compile)}: {sorted(unknown)[0]!r} is none of {', '.join(SHAPES)}")
@@ -118,8 +120,9 @@ def measured(answer: Json) -> list[str]:
 
 
 def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
-    from jaxtrain.recipe import files as configs
-    from tools import estimating, roofline
+    from jaxtrain.cli import files as configs
+    from jaxtrain.cost import roofline
+    from tools import estimating
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
     loaded: Any = configs.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
@@ -147,4 +150,4 @@ def _speed(tokens_per_sec: float, chips: int) -> str:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -7,11 +7,12 @@ import shutil
 from tqdm import tqdm
 
 from jaxtrain.config import Config
-from jaxtrain.data import cache_writer, pipeline, teacher_cache
-from jaxtrain.data.cache_writer import Job, Writer
-from jaxtrain.interfaces import UserError
+from jaxtrain.data import pipeline
+from jaxtrain.data.stores import teacher_store, teacher_store_writer
+from jaxtrain.data.stores.teacher_store_writer import Job, Writer
+from jaxtrain.distill.scorer import Scorer
+from jaxtrain.errors import UserError
 from jaxtrain.losses.cached import Layout
-from jaxtrain.scoring import Scorer
 from tools import pretokenizing
 
 # Of a file: what is redone after a kill, and 70 MB for documents of 1,000 tokens with k = 64.
@@ -44,7 +45,7 @@ class Asked:
 def write(config: Config, workdir: str, output: str, asked: Asked, worker: int, workers: int) -> None:
     """This worker's part of the caches of all sources. Raises UserError, TransientError, CorruptError."""
     assert config.teacher is not None
-    begun = {name: cache_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    begun = {name: teacher_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources = pipeline.resolve(config.data, pretokenizing.identities(config, workdir, known))
     tokenizer = pretokenizing.tokenizer_of(config, workdir, sources)
@@ -60,7 +61,7 @@ def write(config: Config, workdir: str, output: str, asked: Asked, worker: int, 
     identity = frozen.identity(params)
     writers: dict[str, Writer] = {}
     for name, source in sources.items():
-        manifest = teacher_cache.manifest_of(
+        manifest = teacher_store.manifest_of(
             source,
             config.data.sources[name],
             tokenizer,
@@ -123,7 +124,7 @@ def _check_space(writers: dict[str, Writer], output: str, layout: Layout) -> dic
             continue
         mean = tokens / sampled
         parts = max(min(len(writer.job.source.files), documents), -(-documents // PART_ROWS))
-        size = teacher_cache.size_of(round(mean * documents), documents, parts, layout)
+        size = teacher_store.size_of(round(mean * documents), documents, parts, layout)
         needed += max(size - written, 0)
         print(
             f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (by the first {sampled:,}), "
@@ -144,12 +145,12 @@ def verify(config: Config, output: str) -> None:
     """Raises UserError for a cache that is not whole."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
-        teacher_cache.verify(folder)
+        teacher_store.verify(folder)
         print(f"Source {name}: {_described(folder)} All bytes are as they were written.", flush=True)
 
 
 def _described(folder: str) -> str:
-    made = teacher_cache.load(folder)
+    made = teacher_store.load(folder)
     rows = sum(part.rows for parts in made.parts for part in parts)
     temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
     return (

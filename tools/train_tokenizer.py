@@ -5,9 +5,10 @@ import dataclasses
 import os
 from typing import Literal
 
-from jaxtrain import places, recipe
+from jaxtrain import cli
+from jaxtrain.cli import paths
 
-COMMAND = recipe.Command(
+COMMAND = cli.Command(
     name="python -m tools.train_tokenizer",
     description=(
         "Trains a tokenizer on the documents that the config trains on, in its mix, without those held out. Writes a "
@@ -21,41 +22,39 @@ COMMAND = recipe.Command(
         "python -m tools.train_tokenizer --config=configs/1b.py --special_tokens='<|user|>,<|assistant|>'",
     ),
     flags=(
-        recipe.Flag(
+        cli.Flag(
             name="output",
             type=str | None,
             default=None,
             help="the folder to write; tokenizer in the work directory by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="workdir",
             type=str | None,
             default=None,
             help="the run's work directory; runs/<config file>[-<arg>] by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="kind",
             type=Literal["sentencepiece", "bpe"] | None,
             default=None,
             help="bpe is byte-level; sentencepiece by default",
         ),
-        recipe.Flag(name="vocab_size", type=int | None, default=None, help="tokens; 32000 by default"),
-        recipe.Flag(
-            name="max_samples", type=int | None, default=None, help="documents to train on; 1000000 by default"
-        ),
-        recipe.Flag(
+        cli.Flag(name="vocab_size", type=int | None, default=None, help="tokens; 32000 by default"),
+        cli.Flag(name="max_samples", type=int | None, default=None, help="documents to train on; 1000000 by default"),
+        cli.Flag(
             name="model_type",
             type=Literal["unigram", "bpe"] | None,
             default=None,
             help="of sentencepiece; unigram by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="byte_fallback",
             type=bool | None,
             default=None,
             help="of sentencepiece: spell unknown characters in bytes; true by default",
         ),
-        recipe.Flag(
+        cli.Flag(
             name="special_tokens",
             type=tuple[str, ...] | None,
             default=None,
@@ -66,23 +65,23 @@ COMMAND = recipe.Command(
 _FIELDS = ("kind", "vocab_size", "max_samples", "model_type", "byte_fallback", "special_tokens")
 
 
-def main(flags: recipe.Flags) -> None:
-    workdir = flags.workdir or places.default_workdir(flags.config or "")
+def main(flags: cli.Flags) -> None:
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
     output = flags.output or os.path.join(workdir, "tokenizer")
-    places.keep_caches_in(workdir)
+    paths.keep_caches_in(workdir)
     config = flags.load_config()
     # A run may have the machine's accelerator; nothing here needs one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # After the config is known to be right: these import JAX, which takes seconds.
+    from jaxtrain.checkpoint.workdir import Workdir
     from jaxtrain.data import pipeline
-    from jaxtrain.monitor import console_logging
+    from jaxtrain.metrics.monitor import console_logging
     from jaxtrain.tokenizers import training
-    from jaxtrain.workdir import Workdir
 
     chosen = config.tokenizer if isinstance(config.tokenizer, training.TrainTokenizer) else training.TrainTokenizer()
     given = {name: getattr(flags, name) for name in _FIELDS}
     chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    recipe.check(chosen)
+    cli.check(chosen)
     training.check_free(output)
     with console_logging(), contextlib.ExitStack() as held:
         if flags.output is None:
@@ -98,4 +97,4 @@ def main(flags: recipe.Flags) -> None:
 
 
 if __name__ == "__main__":
-    recipe.leave(recipe.exit_code(main, COMMAND))
+    cli.leave(cli.exit_code(main, COMMAND))

@@ -2,17 +2,17 @@
 
 import os
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
 
-WORKER = recipe.Flag(
+WORKER = cli.Flag(
     name="worker",
     type=str | None,
     default=None,
     help="I/N: this is worker I, from 0, of N that share the work out; launch/local.sh sets it, and 0/1 is the default "
     "elsewhere",
 )
-WORKDIR = recipe.Flag(
+WORKDIR = cli.Flag(
     name="workdir",
     type=str | None,
     default=None,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxtrain import sharding
 from jaxtrain.data.pipeline import HostBatch
+from jaxtrain.distributed import sharding
 
 
 @dataclasses.dataclass(frozen=True)

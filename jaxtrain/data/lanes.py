@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxtrain.data import packing
 from jaxtrain.data.packing import Counts, Cut, Packer, Pieces, empty_block
+from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.tokenizing import Rows, documents_of
-from jaxtrain.data.windows import Dealer, Position
 from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
@@ -98,7 +98,7 @@ def position_of(state: np.ndarray) -> Position:
 class SourceLane:
     """One lane's place in one source: reads ahead, packs, and says where it stands."""
 
-    def __init__(self, dealer: Dealer, lane: int, rows: Rows, pools: Pools, state: np.ndarray):
+    def __init__(self, dealer: SourceReader, lane: int, rows: Rows, pools: Pools, state: np.ndarray):
         _, _, _, token, _, seen, documents, tokens, unique, _ = state.tolist()
         start = position_of(state)
         # Windows at the end of a unit may have a few rows only, too few to hide the way to the next unit behind.
@@ -183,7 +183,7 @@ class LaneDataset(grain.IterDataset):
     dealers: one for each source, in the plan's order; they and `shares` are shared by the lanes of this host.
     """
 
-    def __init__(self, lane: int, shares: Shares, dealers: Sequence[Dealer], rows: Rows, pools: Pools):
+    def __init__(self, lane: int, shares: Shares, dealers: Sequence[SourceReader], rows: Rows, pools: Pools):
         super().__init__()
         self.lane, self.shares = lane, shares
         self.dealers, self.rows, self.pools = dealers, rows, pools

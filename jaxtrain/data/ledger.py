@@ -7,7 +7,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.data.lanes import STATE_FIELDS
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan, StagePlan
 
 FORMAT = 1

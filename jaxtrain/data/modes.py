@@ -19,15 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from jaxtrain.data import addresses, faults, pipeline, stored
-from jaxtrain.data.cache import DiskCache
+from jaxtrain.data import pipeline, units
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.byte_ranges import Bytes
+from jaxtrain.data.io.cached_files import CachedBytes
+from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.data.sources import token_store
-from jaxtrain.data.sources.cached import CachedBytes
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
-from jaxtrain.data.sources.ranges import Bytes
-from jaxtrain.data.sources.token_store import RamCache, TokenStore
-from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer, UserError
+from jaxtrain.data.stores import record_store, token_store
+from jaxtrain.data.stores.token_store import RamCache, TokenStore
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer
 
 logger = logging.getLogger("jaxtrain")
 
@@ -81,9 +83,9 @@ def open_sources(
         if mode == "pretokenized":
             found[name] = Opened(store(), mode, "as data.mode says")
         elif mode == "auto":
-            stored = _if_there(store, store_folder(config, folder, name))
-            if stored is not None:
-                found[name] = Opened(stored, "pretokenized", f"its token store {stored.folder} is complete")
+            record_store = _if_there(store, store_folder(config, folder, name))
+            if record_store is not None:
+                found[name] = Opened(record_store, "pretokenized", f"its token store {record_store.folder} is complete")
     missing = {name: source for name, source in config.sources.items() if name not in found}
     resolved = _resolve(config, missing, wanted, identities, streams or {}, cache)
     for name, source_config in missing.items():
@@ -173,7 +175,7 @@ def _bytes_of(source: HuggingFaceSource) -> int | None:
     try:
         return source.hub_bytes()
     except Exception as error:  # it only decides how the files are read
-        logger.warning("The size of %s: %s", source.identity["name"], faults.redact(str(error)))
+        logger.warning("The size of %s: %s", source.identity["name"], retry.redact(str(error)))
         return None
 
 
@@ -217,10 +219,10 @@ def _files_with(name: str, source: Source, max_samples: int | None, deadline: fl
 
     def groups(file: int) -> list[int]:
         read = functools.partial(source.row_groups, file)
-        return faults.attempt(read, what=source.files[file], deadline=deadline)
+        return retry.attempt(read, what=source.files[file], deadline=deadline)
 
     with ThreadPoolExecutor(_FETCHERS, "jaxtrain-footers") as executor:
-        found = addresses.groups_within(count, max_samples, lambda some: list(executor.map(groups, some)))
+        found = units.groups_within(count, max_samples, lambda some: list(executor.map(groups, some)))
     return max((file + 1 for file, sizes in enumerate(found) if sizes), default=0)
 
 
@@ -230,7 +232,7 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
     marker: a file to write if all are there, and they are all that the source has.
     """
     with ThreadPoolExecutor(_FETCHERS, "jaxtrain-download") as executor:
-        asked = [executor.submit(faults.attempt, file.size, what=file.what, deadline=deadline) for file in files]
+        asked = [executor.submit(retry.attempt, file.size, what=file.what, deadline=deadline) for file in files]
         sizes = [future.result() for future in asked]
         fitting, taken = [], 0
         for file, size in zip(files, sizes, strict=True):
@@ -248,7 +250,7 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
         with tqdm(total=taken, desc=f"Downloading {name}", unit="B", unit_scale=True, disable=None) as bar:
 
             def one(file: CachedBytes, size: int) -> None:
-                faults.attempt(functools.partial(file.fetch, 0, 1), what=file.what, deadline=deadline)
+                retry.attempt(functools.partial(file.fetch, 0, 1), what=file.what, deadline=deadline)
                 bar.update(size)
 
             for future in [executor.submit(one, *each) for each in fitting]:
@@ -261,4 +263,4 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
 
 def _marker(cache: DiskCache, source: Source) -> str:
     """A file that says that all files of this source have been downloaded. Beside the cache, which knows its own."""
-    return f"{cache.directory}-{stored.digest_of_json(source.identity)}.json"
+    return f"{cache.directory}-{record_store.digest_of_json(source.identity)}.json"

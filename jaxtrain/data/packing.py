@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxtrain.data.windows import Position
+from jaxtrain.data.source_reader import Position
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 
 

@@ -11,24 +11,18 @@ from typing import Any, TypeGuard
 import grain
 import numpy as np
 
-from jaxtrain.data import faults, packing
-from jaxtrain.data.cache import DiskCache
+from jaxtrain.data import packing
+from jaxtrain.data.daemon_pool import DaemonPool
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.cached_files import CachedBytes
+from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Shares, position_of
 from jaxtrain.data.packing import Pieces, empty_block
-from jaxtrain.data.pools import DaemonPool
 from jaxtrain.data.skips import Skips
-from jaxtrain.data.sources.cached import CachedBytes
+from jaxtrain.data.source_reader import Position, Rules, SourceReader, Window
 from jaxtrain.data.tokenizing import Rows
-from jaxtrain.data.windows import Dealer, Position, Rules, Window
-from jaxtrain.interfaces import (
-    Batch,
-    CacheableSource,
-    Json,
-    Source,
-    SourceConfig,
-    Tokenizer,
-    UserError,
-)
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Batch, CacheableSource, Json, Source, SourceConfig, Tokenizer
 from jaxtrain.plan import Plan
 
 # Else Grain puts a note about its own frames under every error, users' mistakes included.
@@ -132,14 +126,14 @@ class DataConfig:
         held_out: bool = False,
         skips: Skips | None = None,
         scratch: str | None = None,
-    ) -> list[Dealer]:
+    ) -> list[SourceReader]:
         """The sources cut into units for all lanes, in the order of `self.sources`, without what `skips` gives up.
 
         scratch: a folder for what slow lanes have yet to take, where it does not fit into memory; None: the system's.
         """
         rules, seconds, given_up = self.rules(seed, held_out), 60 * self.retry_minutes, skips or {}
         return [
-            Dealer(
+            SourceReader(
                 name,
                 config,
                 resolved[name],
@@ -266,7 +260,7 @@ class HostIterator(grain.DatasetIterator):
 
 
 def host_dataset(
-    dealers: Sequence[Dealer],
+    dealers: Sequence[SourceReader],
     plan: Plan,
     rows: Rows,
     lanes: Sequence[int],
@@ -286,7 +280,7 @@ def host_dataset(
 
 
 def host_batches(
-    dealers: Sequence[Dealer],
+    dealers: Sequence[SourceReader],
     plan: Plan,
     rows: Rows,
     lanes: Sequence[int],
@@ -318,7 +312,7 @@ def resolve(
         known = (identities or {}).get(name)
         look_up = functools.partial(config.sources[name].resolve, known and known["source"])
         try:
-            source = faults.attempt(look_up, what=f"source {name!r}", deadline=deadline)
+            source = retry.attempt(look_up, what=f"source {name!r}", deadline=deadline)
             return _through(cache, source, 60 * config.retry_minutes) if cache and wants_cache(source) else source
         except UserError as error:
             raise UserError(f"source {name!r}: {error}") from error
@@ -338,7 +332,7 @@ def _through(cache: DiskCache, source: CacheableSource, retry_seconds: float) ->
     return source.through(lambda file, key: CachedBytes(file, key, cache, retry_seconds))
 
 
-def texts(config: DataConfig, dealers: Sequence[Dealer], plan: Plan, max_samples: int) -> Iterator[str]:
+def texts(config: DataConfig, dealers: Sequence[SourceReader], plan: Plan, max_samples: int) -> Iterator[str]:
     """Documents in the plan's mix, for training a tokenizer: the first `max_samples` that the lanes begin with.
 
     Before there is a tokenizer there are no token weights, so sources are drawn by characters: each next document is
@@ -373,7 +367,7 @@ def _shares(plan: Plan) -> dict[str, float]:
     return dict(zip(plan.source_names, (tokens / tokens.sum()).tolist(), strict=True))
 
 
-def _round_robin(dealer: Dealer, readers: Executor) -> Iterator[str]:
+def _round_robin(dealer: SourceReader, readers: Executor) -> Iterator[str]:
     """One epoch of a source, lane after lane, a window each; the next lanes' windows are read meanwhile."""
     lanes = range(dealer.rules.num_lanes)
     dealer.register(dict.fromkeys(lanes, Position(0, 0, 0)))

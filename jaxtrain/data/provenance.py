@@ -13,9 +13,10 @@ import numpy as np
 from jaxtrain.data import ledger
 from jaxtrain.data.lanes import Pools
 from jaxtrain.data.pipeline import HostBatch, HostIterator, host_dataset
+from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.tokenizing import Rows
-from jaxtrain.data.windows import Dealer
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan, StepPlan
 
 
@@ -70,7 +71,7 @@ class Watched:
 
     def __init__(
         self,
-        dealers: Sequence[Dealer],
+        dealers: Sequence[SourceReader],
         plan: Plan,
         rows: Rows,
         threads: Pools,

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from jaxtrain.interfaces import CorruptError, Json, UserError
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Json
 
 Skips = Mapping[str, Mapping[str, int]]  # source → file, by its lasting name → the first row that is given up
 

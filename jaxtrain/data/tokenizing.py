@@ -6,10 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.data.packing import WHERE, Documents
-from jaxtrain.data.ragged import Ragged
-from jaxtrain.data.sources.gate import gate
-from jaxtrain.data.windows import Position, Window
+from jaxtrain.data.source_reader import Position, Window
+from jaxtrain.data.token_arrays import Ragged
 from jaxtrain.interfaces import Tokenizer
 
 CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, little enough to be there soon

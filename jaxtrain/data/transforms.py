@@ -7,7 +7,7 @@ import dataclasses
 import string
 from typing import Any
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 
 
 @dataclasses.dataclass(kw_only=True)

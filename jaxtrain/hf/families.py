@@ -8,7 +8,8 @@ both. Written from the configuration classes of transformers 5.23. The spelling 
 import dataclasses
 from typing import Any
 
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
 

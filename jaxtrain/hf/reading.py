@@ -17,9 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jaxtrain.data.faults import classify
+from jaxtrain.data.io.retry import classify
+from jaxtrain.errors import UserError
 from jaxtrain.hf import families
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.model.llama import Llama, LlamaConfig, Params
 
 logger = logging.getLogger("jaxtrain")

@@ -11,9 +11,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.reading import INDEX
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.model.llama import Llama, Params
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

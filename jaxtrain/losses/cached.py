@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.losses.chunks import NEVER
 
 # What float16 can hold; a probability of exp(-60,000) is none.

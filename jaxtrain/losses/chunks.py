@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxtrain.interfaces import UserError
-from jaxtrain.sharding import BATCH_MESH_AXES, spec
+from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
+from jaxtrain.errors import UserError
 
 Sums = dict[str, jax.Array]  # fp32 scalars; "loss" is the one that is differentiated
 NEVER = -1e30  # the logit of padding: without probability, and finite, also after a division by a temperature

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtrain.interfaces import LossFn, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import LossFn
 from jaxtrain.losses.chunks import NEVER, Sums, Vocabulary, chunked_loss
 
 

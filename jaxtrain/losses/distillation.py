@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtrain.interfaces import Schedule, ScheduleConfig, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Schedule, ScheduleConfig
 from jaxtrain.losses.cached import Layout
 from jaxtrain.losses.chunks import NEVER, Sums, Vocabulary, chunked_loss
 from jaxtrain.losses.cross_entropy import CrossEntropy, cross_entropy
@@ -34,7 +35,7 @@ class Distillation:
     temperature: T; divides the logits of both.
     ce_weight, kd_weight: the peaks of the weights.
     ce_schedule, kd_schedule: such as Linear() to fade a term out, Constant(warmup_fraction=0.5) to fade it in
-        (optim/schedules.py); None: always the peak.
+        (plan/schedules.py); None: always the peak.
     """
 
     divergence: Divergence = dataclasses.field(default_factory=ForwardKL)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import spec
+from jaxtrain.errors import UserError
 from jaxtrain.model.attention_xla import attend_xla
-from jaxtrain.sharding import spec
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtrain.distributed.sharding import Axes, constrain
 from jaxtrain.model.rope import rotate
-from jaxtrain.sharding import Axes, constrain
 
 if TYPE_CHECKING:
     from jaxtrain.model.llama import LlamaConfig

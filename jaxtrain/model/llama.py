@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import sharding
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed import sharding
+from jaxtrain.errors import UserError
 from jaxtrain.model import attention, rope
 from jaxtrain.model.layers import DecoderLayer, Frame, activation_axes
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 
 
 @dataclasses.dataclass(kw_only=True)

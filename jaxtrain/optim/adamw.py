@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain.optim import base
-from jaxtrain.optim.schedules import Cosine
+from jaxtrain.plan.schedules import Cosine
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class AdamW:
     The decay is multiplied by the learning rate, peak included. Norms and biases never decay.
 
     learning_rate: the peak, which `schedule` scales.
-    schedule: a dataclass of optim/schedules.py.
+    schedule: a dataclass of plan/schedules.py.
     betas: decay rates of the two moments; 0.95 for the second is that of GPT-3 (arXiv 2005.14165, appendix B) and Llama
         (arXiv 2302.13971, section 2.3).
     epsilon: added to the second moment's root.

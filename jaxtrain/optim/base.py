@@ -8,8 +8,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.interfaces import ScheduleConfig, UserError
-from jaxtrain.sharding import Axes, is_axes
+from jaxtrain.distributed.sharding import Axes, is_axes
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import ScheduleConfig
 
 Params = dict[str, Any]  # nested dicts of arrays
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import Axes, is_axes, spec
+from jaxtrain.errors import UserError
 from jaxtrain.optim import base
-from jaxtrain.optim.schedules import Cosine
-from jaxtrain.sharding import Axes, is_axes, spec
+from jaxtrain.plan.schedules import Cosine
 
 # Jordan 2024, https://kellerjordan.github.io/posts/muon: chosen for the steepest slope at 0, so that five steps bring
 # every singular value into about 0.7 to 1.2 (it does not converge to 1, nor needs to).
@@ -30,7 +30,7 @@ class Muon:
     are separate matrices, stacked or not. Embedding, output head, norms and biases take AdamW.
 
     learning_rate: the peak, which `schedule` scales.
-    schedule: a dataclass of optim/schedules.py.
+    schedule: a dataclass of plan/schedules.py.
     momentum: decay rate of the matrices' momentum.
     weight_decay: per step, as a multiple of the learning rate; matrices and head, never norms and biases.
     decay_embeddings: whether the embedding decays; see AdamW.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-from jaxtrain import mixing
-from jaxtrain.interfaces import Schedule, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Schedule
+from jaxtrain.plan import mixing
 from jaxtrain.plan.plan import Plan, StagePlan
 from jaxtrain.plan.stages import Stage
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import mixing
-from jaxtrain.interfaces import Json, Schedule, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Schedule
+from jaxtrain.plan import mixing
 
 _COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "weights", "last_step")
 
@@ -102,7 +103,7 @@ class Plan:
         batches = step - stage.first_step
         before = stage.first_token + batches * batch_tokens
         after = before + batch_tokens if self.total_tokens is None else min(before + batch_tokens, self.total_tokens)
-        # The middle, rounded up: see optim/schedules.py.
+        # The middle, rounded up: see plan/schedules.py.
         middle = (before + after + 1) // 2
         ce_weight, kd_weight = (weight(middle, self.horizon) for weight in self._loss_weights)
         return StepPlan(
@@ -127,7 +128,7 @@ class Plan:
         return self._stage(step).index
 
     def sources_of(self, step: int) -> np.ndarray:
-        """Index into source_names for every row of a step: int16 [B], read-only. See mixing.py for the rule.
+        """Index into source_names for every row of a step: int16 [B], read-only. See plan/mixing.py for the rule.
 
         In a last batch that is masked down, rows are divided, and permuted, before and after the place where it is cut.
         """

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from jaxtrain import mixing
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
+from jaxtrain.plan import mixing
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"

@@ -10,7 +10,8 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.identity import identity, well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads

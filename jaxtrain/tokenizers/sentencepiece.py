@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.identity import identity, well_formed
 

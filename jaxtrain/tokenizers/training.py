@@ -16,8 +16,9 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from jaxtrain.interfaces import Json, UserError
-from jaxtrain.keys import philox
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.plan.stable_hash import philox
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.hf import HFTokenizer
 from jaxtrain.tokenizers.identity import well_formed

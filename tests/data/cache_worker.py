@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from jaxtrain.data import cache as cache_module
-from jaxtrain.data.cache import DiskCache, Sink
+from jaxtrain.data.io import disk_cache as cache_module
+from jaxtrain.data.io.disk_cache import DiskCache, Sink
 
 LIMIT = 30_000  # bytes
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.interfaces import Block, Json, TransientError, UserError
+from jaxtrain.errors import TransientError, UserError
+from jaxtrain.interfaces import Block, Json
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """The whole data path again, slow and obvious: lists of documents, joined, cut and placed one row at a time.
 
-Shares with the code under test only the keyed functions of addresses.py and keys.py (tested with golden values), the
-plan, and the tokenizer.
+Shares with the code under test only the keyed functions of data/units.py and plan/stable_hash.py (tested with golden
+values), the plan, and the tokenizer.
 """
 
 import dataclasses
@@ -9,18 +9,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtrain import keys
-from jaxtrain.data import addresses
+from jaxtrain.data import units
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.interfaces import Tokenizer
-from jaxtrain.plan import Plan
+from jaxtrain.plan import Plan, stable_hash
 from tests.data.memory_source import MemorySource, WordTokenizer
 
 Identity = tuple[str, int, int]  # (source, file, row in the file)
 
 
-def layout(source: MemorySource, num_lanes: int) -> addresses.Layout:
-    return addresses.layout(
+def layout(source: MemorySource, num_lanes: int) -> units.Layout:
+    return units.layout(
         source, num_lanes, source.max_samples, lambda files: [source.row_groups(file) for file in files]
     )
 
@@ -33,7 +32,7 @@ def lane_documents(
     assert isinstance(source, MemorySource)
     cut = layout(source, data.num_lanes)
     shuffle = data.shuffle and cut.limit is None
-    order = addresses.order(len(cut.units), seed=seed, source=name, epoch=epoch, shuffle=shuffle).tolist()
+    order = units.order(len(cut.units), seed=seed, source=name, epoch=epoch, shuffle=shuffle).tolist()
     size, found, before = data.shuffle_window, [], 0
     for position, index in enumerate(order):
         unit = cut.units[index]
@@ -43,11 +42,11 @@ def lane_documents(
             end = min(end, max(cut.limit - before, 0))
             before += len(rows)
         for window, first in enumerate(range(unit.first, end, size)):
-            mine = (position * addresses.stripe_step(data.num_lanes) + window) if cut.striped else position
+            mine = (position * units.stripe_step(data.num_lanes) + window) if cut.striped else position
             if mine % data.num_lanes != lane:
                 continue
             count = min(size, end - first)
-            inside = addresses.row_order(
+            inside = units.row_order(
                 count,
                 seed=seed,
                 source=name,
@@ -58,7 +57,7 @@ def lane_documents(
             )
             for row in (first + inside).tolist():
                 text = rows[row]
-                held = bool(keys.is_held_out(name, source.files[unit.file], np.array([row]), data.holdout)[0])
+                held = bool(stable_hash.is_held_out(name, source.files[unit.file], np.array([row]), data.holdout)[0])
                 for transform in source.transforms:
                     document = transform({"text": text, "number": row})
                     text = "" if document is None else document["text"]

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtrain import fingerprint
-from jaxtrain.data import faults
+from jaxtrain.data import fingerprint
+from jaxtrain.data.io import byte_ranges, rate_limit, retry
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.data.sources import pace, parquet, ranges, streams
+from jaxtrain.data.sources import parquet, streams
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.interfaces import CorruptError, Json, Source, TransientError, UserError
+from jaxtrain.errors import CorruptError, TransientError, UserError
+from jaxtrain.interfaces import Json, Source
 from jaxtrain.plan import Stage
 from tests.data.memory_source import documents
 from tests.data.runs import Case, batches_of, plan_of
@@ -33,9 +34,11 @@ STEPS = 40
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the readers would have slept. Requests are small, so that there are many; time-outs are short."""
     slept: list[float] = []
-    monkeypatch.setattr(faults, "sleep", slept.append)
-    monkeypatch.setattr(pace.Pace, "wait", lambda self: None)  # its pauses are test_pace's, and no clock moves here
-    monkeypatch.setattr(ranges, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(retry, "sleep", slept.append)
+    monkeypatch.setattr(
+        rate_limit.Pace, "wait", lambda self: None
+    )  # its pauses are test_pace's, and no clock moves here
+    monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.5)
     monkeypatch.setattr(parquet, "_SMALLEST", 1500)
     monkeypatch.setattr(parquet, "_FIRST_TAIL", 600)
     monkeypatch.setattr(streams, "_PIECE", 1500)
@@ -239,7 +242,7 @@ def test_what_lasts_ends_with_the_right_error(
     """Soon, with source and file, and again at every further step; never as the end of the data."""
     kind, error, text = LASTING[name]
     if name == "stalled":
-        monkeypatch.setattr(ranges, "_TIMEOUT", 0.2)
+        monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.2)
     publish(hub)
     case = case_of({"web": HuggingFace(name="org/web", fetch_rows=20)}, retry_minutes=1, steps=10_000)
     with batches_of(case, states={}, prefetch=1) as batches:
@@ -277,7 +280,7 @@ def test_no_network_in_mid_run(
         away = NoNetwork(monkeypatch, 0, 1.0, 10**9)
         if kind == "refused":
             monkeypatch.undo()
-            monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+            monkeypatch.setattr(retry, "sleep", lambda seconds: None)
             refuse = ConnectionRefusedError(111, "Connection refused")
 
             def connect(sock: socket.socket, address: Any) -> None:

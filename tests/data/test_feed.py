@@ -6,8 +6,8 @@ import pytest
 
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.pipeline import HostBatch
+from jaxtrain.distributed.sharding import MeshConfig, batch_sharding
 from jaxtrain.interfaces import BATCH_FIELDS
-from jaxtrain.sharding import MeshConfig, batch_sharding
 
 MESHES = [
     MeshConfig(data=8, fsdp=1),
@@ -63,7 +63,7 @@ class Few:
 )
 def test_a_process_reads_the_lanes_of_its_devices(mesh, lanes, mine, wanted, monkeypatch):
     made = mesh.build()
-    monkeypatch.setattr("jaxtrain.sharding.batch_sharding", lambda mesh: Few(mesh, mine))
+    monkeypatch.setattr("jaxtrain.distributed.sharding.batch_sharding", lambda mesh: Few(mesh, mine))
     assert local_lanes(made, lanes) == wanted
 
 

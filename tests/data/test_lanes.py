@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import lanes
+from jaxtrain.data.daemon_pool import DaemonPool
 from jaxtrain.data.lanes import Ahead, Shares
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.data.pools import DaemonPool
 from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource
 from tests.data.runs import plan_of
@@ -112,7 +112,7 @@ def test_pool_starts_threads_for_work_that_waits():
 
 OUTAGE = """
 import time
-from jaxtrain.data.pools import DaemonPool
+from jaxtrain.data.daemon_pool import DaemonPool
 pool = DaemonPool(2, "test")
 pool.submit(time.sleep, 600)
 pool.submit(lambda: pool.submit(time.sleep, 600).result())

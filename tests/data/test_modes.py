@@ -7,18 +7,20 @@ import tempfile
 
 import pytest
 
-from jaxtrain.data import faults, modes, pipeline
-from jaxtrain.data.cache import DiskCache
+from jaxtrain.data import modes, pipeline
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.modes import Opened
 from jaxtrain.data.pipeline import DataConfig, HostBatch
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.transforms import AtLeast
-from jaxtrain.interfaces import Source, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Source
 from jaxtrain.plan import Stage
 from tests.data.memory_source import WordTokenizer, documents
 from tests.data.runs import Case, batches_of, plan_of
-from tests.data.test_token_store import assert_same, write
+from tests.data.stores.test_token_store import assert_same, write
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
 TOKENIZER = WordTokenizer()
@@ -26,7 +28,7 @@ TOKENIZER = WordTokenizer()
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtrain.data import packing
 from jaxtrain.data.packing import WHERE, Counts, Cut, Documents, Packer
-from jaxtrain.data.windows import Position
+from jaxtrain.data.source_reader import Position
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 from tests.data.reference import LaneStream
 

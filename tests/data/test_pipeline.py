@@ -7,11 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data import faults, striped
+from jaxtrain.data import shared_file_reader
+from jaxtrain.data.io import retry
 from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Shares
 from jaxtrain.data.packing import Packer
 from jaxtrain.data.pipeline import DataConfig, HostBatch, HostDataset, pools, resolve, texts
-from jaxtrain.interfaces import BATCH_FIELDS, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import BATCH_FIELDS
 from jaxtrain.plan import Stage
 from tests.data import reference
 from tests.data.memory_source import Fatal, Flaky, MemorySource, WordTokenizer, documents
@@ -64,8 +66,8 @@ def test_every_step_can_be_resumed(seed: int) -> None:
     case = random_case(seed)
     with pytest.MonkeyPatch.context() as patch:
         whole = case.run()
-        patch.setattr(striped, "_IN_MEMORY_BYTES", 40)
-        patch.setattr(striped, "_OPEN_FILES", 1)
+        patch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", 40)
+        patch.setattr(shared_file_reader, "_OPEN_FILES", 1)
         for at in whole[:-1]:
             rest = case.run(after=at.step, states=at.states)
             for a, b in zip(whole[at.step :], rest, strict=True):
@@ -98,7 +100,7 @@ def test_transient_faults_change_nothing(seed: int) -> None:
     case = random_case(seed)
     whole = case.run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faults, "sleep", lambda seconds: None)
+        patch.setattr(retry, "sleep", lambda seconds: None)
         for index, source in enumerate(case.data.sources.values()):
             assert isinstance(source, MemorySource)
             source.fault = Flaky(index, 0.3, 200)

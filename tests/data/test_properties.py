@@ -14,12 +14,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxtrain import keys
 from jaxtrain.data import ledger
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig, HostBatch
 from jaxtrain.interfaces import BATCH_FIELDS, Batch
-from jaxtrain.plan import Plan, Stage, build_plan
+from jaxtrain.plan import Plan, Stage, build_plan, stable_hash
 from tests.data import reference
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, batches_of, has_documents, plan_of, random_case, random_data
@@ -117,7 +116,7 @@ def expected(data: DataConfig, name: str, held_out: bool) -> collections.Counter
     for file, row in listed[: source.max_samples]:
         text = source.rows[file][row]
         kept = all(transform({"text": text, "number": row}) is not None for transform in source.transforms)
-        held = bool(keys.is_held_out(name, source.files[file], np.array([row]), data.holdout)[0])
+        held = bool(stable_hash.is_held_out(name, source.files[file], np.array([row]), data.holdout)[0])
         if text.strip() and kept and held == held_out:
             found[text.split()[0]] += 1
     return found

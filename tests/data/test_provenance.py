@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxtrain.data import pipeline
 from jaxtrain.data.provenance import Origin, Piece, Watched
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
 from tests.data.runs import Case, plan_of, random_case

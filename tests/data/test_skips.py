@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxtrain.data import faults, skips
+from jaxtrain.data import skips
+from jaxtrain.data.io import retry
 from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources import streams
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.windows import Dealer
-from jaxtrain.interfaces import BATCH_FIELDS, CorruptError, UserError
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import BATCH_FIELDS
 from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, plan_of
@@ -140,7 +142,7 @@ def spoiled(data: bytes, part: float) -> bytes:
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_the_real_readers_name_the_file_and_go_on_without_it(hub: LoopbackHub, monkeypatch, suffix, lanes):
     """The list that a run finds, one entry with each start, is the same in any order of reading."""
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setitem(streams.BUILDER_KWARGS, "json", {"chunksize": 1 << 14})
     rows = unique(3, 2000)
 
@@ -165,7 +167,7 @@ def test_the_real_readers_name_the_file_and_go_on_without_it(hub: LoopbackHub, m
 
 
 def test_a_footer_that_cannot_be_read(hub: LoopbackHub, monkeypatch):
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     rows = unique(3, 300)
     files = [parquet_bytes(texts, row_group_size=100) for texts in rows]
     good = files[1]
@@ -237,6 +239,6 @@ def test_what_a_resume_allows():
 def test_identity_has_the_list():
     source = MemorySource(rows=unique(2, 60))
     case = case_of(source)
-    dealer = Dealer("web", source, source, case.data.rules(0), retry_seconds=1, skips={"file-0": 7})
+    dealer = SourceReader("web", source, source, case.data.rules(0), retry_seconds=1, skips={"file-0": 7})
     assert dealer.identity["skips"] == {"file-0": 7}
     assert skips.saved({"web": dealer.identity}) == {"web": {"file-0": 7}}

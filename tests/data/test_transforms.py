@@ -2,9 +2,9 @@
 
 import pytest
 
+from jaxtrain.data.source_reader import describe
 from jaxtrain.data.transforms import AtLeast, MinLength, Template
-from jaxtrain.data.windows import describe
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 
 
 @pytest.mark.parametrize(("score", "kept"), [(2, False), (3, True), (4.5, True), (None, False)])

@@ -18,8 +18,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtrain import main
+from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.workdir import Workdir
 from tests.e2e.conftest import MakeRun, fill
 from tests.e2e.runs import ROOT, STOPPED, TINY, Run, assert_equal, documents
 from tests.hub import LoopbackHub

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxtrain import dryrun, recipe
-from jaxtrain.interfaces import UserError
+from jaxtrain import cli
+from jaxtrain.errors import UserError
+from jaxtrain.trainer import dryrun
+from tests.data.io.test_disk_cache import watching
 from tests.data.sources.tars import COMPRESS, shard
-from tests.data.test_cache import watching
 from tests.e2e.runs import Run, assert_equal, documents, environment
 
 CONFIG = "tests/e2e/configs/shards.py"
@@ -68,10 +69,10 @@ def test_what_cannot_fit_is_refused(shards: tuple[str, int], tokenizer: pathlib.
 
 
 def test_80m_takes_shards() -> None:
-    streamed, shards = recipe.load("configs/80m.py"), recipe.load("configs/80m.py:s3://b/s-{0..9}.tar.bz2")
+    streamed, shards = cli.load("configs/80m.py"), cli.load("configs/80m.py:s3://b/s-{0..9}.tar.bz2")
     assert [type(source).__name__ for source in streamed.data.sources.values()] == ["HuggingFace"]
     assert shards.data.sources["shards"].urls == ("s3://b/s-{0..9}.tar.bz2",)
     cache = shards.data.cache("x")
     assert cache.limit == 35e9
-    smaller = recipe.load("configs/80m.py:a.tar", ["--config.data.max_disk_gb=20"])
+    smaller = cli.load("configs/80m.py:a.tar", ["--config.data.max_disk_gb=20"])
     assert smaller.data.cache("x").limit == 20e9

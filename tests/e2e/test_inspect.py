@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxtrain import fingerprint, recipe
+from jaxtrain import cli
+from jaxtrain.data import fingerprint
 from jaxtrain.tokenizers.sentencepiece import SentencePiece, SentencePieceTokenizer
 from tests.e2e.conftest import WIKI
 from tests.e2e.runs import ROOT, TINY, Run, documents, environment
@@ -71,7 +72,7 @@ def test_a_step_of_a_run_is_traced(reference: Run, inspect, tokenizer: pathlib.P
     model = SentencePiece(path=str(tokenizer)).build("")
     rows = [row_of(answer, row, model) for row in answer["rows"]]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    first = recipe.load(f"{TINY}:{tokenizer}", []).plan().at(last).rows_before
+    first = cli.load(f"{TINY}:{tokenizer}", []).plan().at(last).rows_before
     numbers = fingerprint.row_numbers(fingerprint.split(first), len(rows))
     logged = {line["step"]: line["fingerprint"] for line in reference.steps()}
     before = np.array([int(logged[last - 1][index : index + 8], 16) for index in (0, 8)], np.uint32)

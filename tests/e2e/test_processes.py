@@ -45,7 +45,7 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 # Devices of all processes together: 4, so that each mesh fits any number of them. In the runs below 2 and 4 processes
-# train on each of them (4 on fsdp with eight devices), one process on two (tests/test_step.py has them all on one),
+# train on each of them (4 on fsdp with eight devices), one process on two (trainer/test_step.py has them all on one),
 # through a change of stage: after step 16 or 36.
 MESHES = {
     "data": ("--config.mesh.data=4", "--config.mesh.fsdp=1"),
@@ -113,13 +113,15 @@ def test_a_mistake_is_said_once_for_all(make_run: MakeRun) -> None:
 
 CUT = """
 from jax.experimental import multihost_utils
-from jaxtrain import inputs, processes, recipe
+from jaxtrain import cli
+from jaxtrain.distributed import processes
+from jaxtrain.trainer import open_data
 processes.join(deterministic=False)
-config = recipe.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
-dealers = inputs.build(config, inputs.resolve(config, None), {})
+config = cli.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
+dealers = open_data.build(config, open_data.resolve(config, None), {})
 print("units:", *(len(dealer.layout.units) for dealer in dealers), flush=True)
 multihost_utils.sync_global_devices("end")  # the first to leave would take the others with it
-recipe.leave(0)
+cli.leave(0)
 """
 
 

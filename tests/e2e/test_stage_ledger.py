@@ -6,7 +6,7 @@ import shutil
 import pytest
 from etils import epath
 
-from jaxtrain import file_list
+from jaxtrain.checkpoint import integrity
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import Run, assert_equal
 
@@ -32,7 +32,7 @@ def forget_stage_ends(run: Run) -> None:
     del data["stage_ends"]
     path.write_text(json.dumps(data))
     (folder / "files.json").unlink()
-    file_list.write(epath.Path(folder), skip="_CHECKPOINT_METADATA")
+    integrity.write(epath.Path(folder), skip="_CHECKPOINT_METADATA")
 
 
 @pytest.mark.slow

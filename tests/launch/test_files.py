@@ -89,7 +89,7 @@ def test_the_command_is_the_readmes() -> None:
 
 
 def test_what_is_set_is_what_is_read() -> None:
-    reads = (ROOT / "jaxtrain" / "processes.py").read_text()
+    reads = (ROOT / "jaxtrain" / "distributed/processes.py").read_text()
     for name in PROCESSES:
         assert f'"{name}"' in reads
         assert f"export {name}=" in (LAUNCH / "tpu_vm.sh").read_text().replace(" JAX_NUM", " export JAX_NUM")

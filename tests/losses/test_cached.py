@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig, batch_sharding, sharding
+from jaxtrain.errors import UserError
 from jaxtrain.losses.cached import Layout, top_records
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import ForwardKL, TopK
-from jaxtrain.sharding import MeshConfig, batch_sharding, sharding
 from tests.losses.distillation_reference import forward_kl, softmax, top_k
 from tests.losses.test_distillation import VOCAB, WEIGHTS, assert_close, evaluate, example, expected
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig, batch_sharding, sharding
+from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
-from jaxtrain.sharding import MeshConfig, batch_sharding, sharding
 
 B, T, D, VOCAB, PADDED = 8, 6, 16, 37, 64
 

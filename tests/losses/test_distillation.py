@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig, batch_sharding, sharding
+from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import JSD, ForwardKL, ReverseKL, TopK
-from jaxtrain.optim.schedules import Constant, Linear
-from jaxtrain.sharding import MeshConfig, batch_sharding, sharding
+from jaxtrain.plan.schedules import Constant, Linear
 from tests.losses.distillation_reference import forward_kl, jsd, reference, reverse_kl, top_k
 
 B, T, D, E, VOCAB, PADDED = 8, 6, 16, 24, 37, 64

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.errors import UserError
 from jaxtrain.model import attention, attention_cudnn, attention_xla
 from jaxtrain.model.attention import Shape, attend, choose
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.sharding import MeshConfig
 from tests.model import reference
 
 SHAPES = [  # B, T, H, K, h, window

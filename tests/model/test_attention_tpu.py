@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxtrain.distributed.sharding import MeshConfig, sharding
 from jaxtrain.model.attention import attend
-from jaxtrain.sharding import MeshConfig, sharding
 
 
 @pytest.mark.slow

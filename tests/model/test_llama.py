@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import sharding
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed import sharding
+from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.errors import UserError
 from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
-from jaxtrain.sharding import MeshConfig
 
 VOCAB = 300
 TINY = LlamaConfig(

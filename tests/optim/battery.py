@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig, is_axes, tree_shardings
+from jaxtrain.errors import UserError
 from jaxtrain.optim.base import Optimizer
-from jaxtrain.sharding import MeshConfig, is_axes, tree_shardings
 
 # One parameter of each kind that the models have; 3 layers, so that no mesh of 8 divides them.
 SIZES = {"layers": 3, "vocab": 32, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 24, "norm": 16}

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.distributed.sharding import MeshConfig, sharding
+from jaxtrain.errors import UserError
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.muon import Muon, newton_schulz
-from jaxtrain.sharding import MeshConfig, sharding
 from tests.optim.battery import AXES, SIZES, Battery, assert_trees_close, run, sample
 
 EXACT = Muon(learning_rate=0.01, newton_schulz_dtype="float32")

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.hf import HFTokenizer, HuggingFaceTokenizer
 from jaxtrain.tokenizers.identity import mismatch

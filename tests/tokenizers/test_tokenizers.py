@@ -13,7 +13,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.tokenizers.hf import HFTokenizer, HuggingFaceTokenizer
 from jaxtrain.tokenizers.identity import ENFORCED, mismatch
 from jaxtrain.tokenizers.sentencepiece import SentencePiece, SentencePieceTokenizer

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from jaxtrain.tokenizers import files, training
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 from jaxtrain.tokenizers.training import NotTrainedError, TrainTokenizer

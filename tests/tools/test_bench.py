@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtrain.data import addresses
+from jaxtrain.data import units
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.sentencepiece import available_cores
 from jaxtrain.tokenizers.training import TrainTokenizer
@@ -353,7 +353,7 @@ def test_the_simulation_notices_units_that_are_read_twice_or_never(monkeypatch):
     sizes = simulate.sizes_of(200, 50)
     assert abs(sizes.mean() / 50 - 1) < 0.3
     simulate.dealt(sizes, False, 8, 10)
-    monkeypatch.setattr(addresses, "share", lambda order, lane, num_lanes: order[lane : lane + 20])
+    monkeypatch.setattr(units, "share", lambda order, lane, num_lanes: order[lane : lane + 20])
     with pytest.raises(AssertionError, match="units are not read exactly once"):
         simulate.dealt(sizes, False, 8, 10)
     monkeypatch.setattr(simulate, "lanes_of_rows", lambda start, stop, rows: range(start // rows + 1, stop // rows))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtrain import train
+from jaxtrain.trainer import loop
 from tools import bench
 from tools.benches import curriculum, stages
 from tools.benches.stages import _Listener, _of_stage, _Step
@@ -30,13 +30,13 @@ def numbers(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.slow
 def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen, original = [], train.Loop.run
+    frozen, original = [], loop.Loop.run
 
-    def run(self: train.Loop, state: Any) -> int:
+    def run(self: loop.Loop, state: Any) -> int:
         frozen.append(gc.get_freeze_count())
         return original(self, state)
 
-    monkeypatch.setattr(train.Loop, "run", run)
+    monkeypatch.setattr(loop.Loop, "run", run)
     found = numbers(
         "stages --steps=12 --seq_lens=16,64 --hidden_size=32 --num_layers=1 --vocab_size=700 --megabytes=2 "
         "--train_megabytes=0.3 --tokens_per_batch=512 --milliseconds=1"

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtrain import checkpoint, recipe
-from jaxtrain.data import teacher_cache
+from jaxtrain import cli
+from jaxtrain.checkpoint import checkpoints
+from jaxtrain.data.stores import teacher_store
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tests.hub import LoopbackHub, jsonl_bytes
@@ -23,7 +24,7 @@ from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.plan import Stage
-from jaxtrain.teacher import Teacher
+from jaxtrain.distill.teacher import Teacher
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 def get_config(arg=''):
@@ -56,8 +57,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     tokenizer = TrainTokenizer(kind="bpe", vocab_size=300).train(TEXTS, folder, progress=False)
     tokenizer.save(folder)
     params = MODEL.build(tokenizer.vocab_size, None).init(jax.random.key(0))
-    checkpointer = checkpoint.CheckpointConfig().build(folder / "checkpoints")
-    data = {"config": {"model": recipe.to_json(MODEL)}, "tokenizer": tokenizer.identity}
+    checkpointer = checkpoints.CheckpointConfig().build(folder / "checkpoints")
+    data = {"config": {"model": cli.to_json(MODEL)}, "tokenizer": tokenizer.identity}
     checkpointer.save(7, {"params": params}, data)
     checkpointer.close()
     return folder
@@ -75,7 +76,7 @@ def config(hub: LoopbackHub, teacher: pathlib.Path, tmp_path: pathlib.Path) -> p
 def run(config: pathlib.Path, *arguments: str, arg: str = "") -> int:
     workdir = f"--workdir={config.parent / 'run'}"
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(cache_teacher.main, cache_teacher.COMMAND, [f"--config={config}:{arg}", workdir, *arguments])
+        cli.run(cache_teacher.main, cache_teacher.COMMAND, [f"--config={config}:{arg}", workdir, *arguments])
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -91,7 +92,7 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
     folder = tmp_path / "run" / "teacher"
     assert re.search(r"Source web: 350 documents, [\d,]+ tokens, .* the 5 most likely tokens by .* for .* 2, 1\.", out)
     assert f"--config.teacher.cache={folder} --config.distillation.divergence.k=5" in out
-    made = teacher_cache.load(str(folder / "web"))
+    made = teacher_store.load(str(folder / "web"))
     assert (made.context, made.stride, made.max_samples, made.layout.k) == (8, 4, 350, 5)
     assert made.teacher["dtype"] == "float32"
     assert [part.rows for part in made.parts[0]] == [256, 44]

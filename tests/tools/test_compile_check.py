@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import UserError
-from tools import clusters, compile_check
+from jaxtrain import cli
+from jaxtrain.cost import clusters
+from jaxtrain.errors import UserError
+from tools import compile_check
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -47,7 +48,7 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def command(*flags: str) -> tuple[int, dict[str, Any]]:
         answer = tmp_path / "answer.json"
         argv = [f"--config={path}", "--topology=v5e:2x4", f"--json={answer}", *flags]
-        code = recipe.exit_code(compile_check.main, compile_check.COMMAND, argv)
+        code = cli.exit_code(compile_check.main, compile_check.COMMAND, argv)
         return code, json.loads(answer.read_text()) if answer.exists() else {}
 
     return command

@@ -7,11 +7,13 @@ import statistics
 import jax
 import pytest
 
-from jaxtrain import recipe, setup, state
-from jaxtrain.recipe import files
-from jaxtrain.sharding import MeshConfig
-from jaxtrain.teacher import bytes_per_device
-from tools import advice, clusters, estimate, estimating, scale_tables
+from jaxtrain import cli
+from jaxtrain.cli import files
+from jaxtrain.cost import clusters
+from jaxtrain.distill.teacher import bytes_per_device
+from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.trainer import session, state
+from tools import advice, estimate, estimating, scale_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,7 +25,7 @@ def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def numbers(tmp_path: pathlib.Path, *flags: str) -> dict:
     path = tmp_path / "numbers.json"
-    assert recipe.exit_code(estimate.main, estimate.COMMAND, [*flags, f"--json={path}"]) == 0
+    assert cli.exit_code(estimate.main, estimate.COMMAND, [*flags, f"--json={path}"]) == 0
     return json.loads(path.read_text())
 
 
@@ -31,7 +33,7 @@ def numbers(tmp_path: pathlib.Path, *flags: str) -> dict:
 def test_state_is_what_the_mesh_gives_a_device(mesh: dict[str, int]) -> None:
     config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
     made = MeshConfig(**{"data": 1, "fsdp": 1, **mesh}).build()
-    parts = setup.make_parts(config, 1000, config.plan(), made, None, None)
+    parts = session.make_parts(config, 1000, config.plan(), made, None, None)
     arrays = bytes_per_device(state.abstract(parts.model, parts.optimizer, made))
     counters = 4 + 8 + 4 + 4  # step, fingerprint, two counts of skipped steps
     assert advice.state_bytes(parts, made.shape) == arrays - counters
@@ -41,7 +43,7 @@ def test_state_is_what_the_mesh_gives_a_device(mesh: dict[str, int]) -> None:
 def test_advice_about_loops_is_for_several_gpus(topology: str, unrolls: bool) -> None:
     config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
     cluster = clusters.parse(topology, "topology", 1)
-    parts = setup.make_parts(config, 1000, config.plan(), MeshConfig().build(), None, None)
+    parts = session.make_parts(config, 1000, config.plan(), MeshConfig().build(), None, None)
     said = "\n".join(advice.lines(parts, cluster, 10**9, [{"seq_len": 512, "batch_size": 16}]))
     assert "more chips" in said
     assert (advice.NO_UNROLLING in said) == unrolls
@@ -91,7 +93,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
 )
 def test_mistakes(flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [f"--config={ROOT}/configs/pretrain.py:tiny", *flags]
-    assert recipe.exit_code(estimate.main, estimate.COMMAND, argv) == 2
+    assert cli.exit_code(estimate.main, estimate.COMMAND, argv) == 2
     assert said in capsys.readouterr().err
 
 
@@ -117,8 +119,8 @@ def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(scale_tables, "SHAPES", {"v5e": (("2x4", 1), ("16x16", 2))})
-        assert recipe.exit_code(scale_tables.main, scale_tables.COMMAND, flags) == 0
-        assert recipe.exit_code(scale_tables.main, scale_tables.COMMAND, [*flags, "--compile=v7"]) == 2
+        assert cli.exit_code(scale_tables.main, scale_tables.COMMAND, flags) == 0
+        assert cli.exit_code(scale_tables.main, scale_tables.COMMAND, [*flags, "--compile=v7"]) == 2
     text = page.read_text()
     assert text.startswith("# Mine\n\n<!--")
     assert "old" not in text

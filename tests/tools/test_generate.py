@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxtrain.generate import continuation, generate
+from jaxtrain.model.generate import continuation, generate
 from tests.tools.test_hf_tools import folder, run
 from tools import generate as tool
 from tools import import_hf

@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from jaxtrain import checkpoint, hf, recipe
-from tests.test_hf import GOLDEN
+from jaxtrain import cli, hf
+from jaxtrain.checkpoint import checkpoints
+from tests.hf.test_hf import GOLDEN
 from tools import export_hf, import_hf
 
 WORDS = [f"w{i}" for i in range(35)]
@@ -17,7 +18,7 @@ WORDS = [f"w{i}" for i in range(35)]
 
 def run(tool, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(tool.main, tool.COMMAND, list(arguments))
+        cli.run(tool.main, tool.COMMAND, list(arguments))
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -39,7 +40,7 @@ def folder(tmp_path):
 def test_in_and_out(folder, tmp_path, capsys):
     imported, exported = str(tmp_path / "imported"), tmp_path / "exported"
     assert run(import_hf, str(folder), f"--output={imported}") == 0
-    assert checkpoint.is_checkpoint(imported)
+    assert checkpoints.is_checkpoint(imported)
     printed = capsys.readouterr().out
     assert "qk_norm=True" in printed
     assert f"init_from='{imported}'" in printed

@@ -6,12 +6,13 @@ import pathlib
 
 import pytest
 
-from jaxtrain import recipe, resume
+from jaxtrain import cli
+from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.data import ledger, pipeline
-from jaxtrain.interfaces import TransientError
+from jaxtrain.errors import TransientError
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.workdir import Workdir
+from jaxtrain.trainer import compatibility
 from tests.e2e.conftest import WIKI, fill
 from tests.e2e.runs import documents
 from tests.hub import LoopbackHub, parquet_bytes
@@ -59,7 +60,7 @@ def answer(spec, tmp_path, capfd):
         # Else that of an earlier call in the same work directory wins.
         given = [] if any(flag.startswith("--workdir") for flag in flags) else [f"--workdir={tmp_path / 'none'}"]
         arguments = [f"--config={config or spec}", f"--json={path}", *given, *flags]
-        code = recipe.exit_code(inspect_stream.main, inspect_stream.COMMAND, arguments)
+        code = cli.exit_code(inspect_stream.main, inspect_stream.COMMAND, arguments)
         out, err = capfd.readouterr()
         return code, out, err, json.loads(path.read_text()) if path.exists() else None
 
@@ -75,13 +76,13 @@ def text_of(source: str, file: str, row: int) -> str:
 
 def run_of(spec: str, workdir: pathlib.Path, last_step: int) -> list[pipeline.HostBatch]:
     """The batches of training, and a checkpoint of each step's data state in the work directory."""
-    config = recipe.load(spec, [])
+    config = cli.load(spec, [])
     made = inspection.connect(config, str(workdir))
     plan, lanes = made.plan, range(config.data.num_lanes)
     batches = pipeline.host_batches(made.dealers, plan, made.rows, lanes, made.threads, after=0, states={}, prefetch=2)
     found = [next(batches) for _ in range(last_step)]
     batches.close()
-    identities = resume.identities(config, made.dealers, made.tokenizer, plan)
+    identities = compatibility.identities(config, made.dealers, made.tokenizer, plan)
     for batch in found:
         states = ledger.gather(batch.states, config.data.num_lanes)
         at = plan.at(batch.step)
@@ -176,7 +177,7 @@ def test_sources_are_read_as_the_run_reads_them(hub, spec, answer, tmp_path):
         assert hub.bytes("/cdn/") - asked < sum(file.stat().st_size for file in downloaded) / 2
         assert sorted((workdir / "cache" / "data").iterdir()) == downloaded
         command = [f"--config={spec}", f"--workdir={workdir}", "--all"]
-        assert recipe.exit_code(pretokenize.main, pretokenize.COMMAND, command) == 0
+        assert cli.exit_code(pretokenize.main, pretokenize.COMMAND, command) == 0
         hub.fault("", "status:503")
         for mode, why in (("pretokenized", "as data.mode says"), ("auto", "its token store")):
             code, out, err, found = ask(f"--config.data.mode={mode}")

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from jaxtrain import recipe
+from jaxtrain import cli
 from jaxtrain.data import modes, pipeline
-from jaxtrain.data.sources import token_store
+from jaxtrain.data.stores import token_store
 from tests.hub import LoopbackHub, jsonl_bytes
 from tools import pretokenize
 
@@ -50,7 +50,7 @@ def config(hub: LoopbackHub, tmp_path: pathlib.Path) -> pathlib.Path:
 def run(config: pathlib.Path, *arguments: str) -> int:
     workdir = f"--workdir={config.parent / 'run'}"
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(pretokenize.main, pretokenize.COMMAND, [f"--config={config}", workdir, *arguments])
+        cli.run(pretokenize.main, pretokenize.COMMAND, [f"--config={config}", workdir, *arguments])
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -62,7 +62,7 @@ def test_writes_what_training_reads(config, tmp_path, capsys):
     assert run(config, "--all", "--worker=1/2") == 0
     assert "Source web: 1,200 documents" in capsys.readouterr().out
     assert run(config, "--verify") == 0
-    loaded = recipe.load(str(config), ["--config.data.mode=pretokenized"])
+    loaded = cli.load(str(config), ["--config.data.mode=pretokenized"])
     tokenizer = loaded.tokenizer.build(tmp_path / "run")
     opened = modes.open_sources(loaded.data, tokenizer, str(tmp_path / "run" / "tokens"))
     streams = pipeline.resolve(loaded.data)

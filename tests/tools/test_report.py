@@ -13,7 +13,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from jaxtrain import recipe
+from jaxtrain import cli
 from tools import report
 from tools.reporting.series import Series, Thinned
 
@@ -99,7 +99,7 @@ class Page(html.parser.HTMLParser):
 
 def make(*arguments):
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(report.main, report.COMMAND, [str(argument) for argument in arguments])
+        cli.run(report.main, report.COMMAND, [str(argument) for argument in arguments])
     return stopped.value.code
 
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from jaxtrain import recipe
+from jaxtrain import cli
+from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.data import pipeline
 from jaxtrain.tokenizers import training
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
-from jaxtrain.workdir import Workdir
 from tools import train_tokenizer
 
 WRITTEN = {
@@ -20,7 +20,7 @@ WRITTEN = {
 
 def run(*arguments: str) -> int:
     given = ["--config=configs/quickstart.py", *arguments]
-    return recipe.exit_code(train_tokenizer.main, train_tokenizer.COMMAND, given)
+    return cli.exit_code(train_tokenizer.main, train_tokenizer.COMMAND, given)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
     tokenizer = HuggingFaceTokenizer(name=str(output)).build("")
     assert tokenizer.vocab_size == 700
     # The same from the stream itself, with what the flags leave to the config.
-    config = recipe.load("configs/quickstart.py", [])
+    config = cli.load("configs/quickstart.py", [])
     dealers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
     documents = list(pipeline.texts(config.data, dealers, config.plan(), 20))
     settings = json.loads((output / "training.json").read_text())["settings"]
@@ -53,7 +53,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Tokenizer trained and saved to {tmp_path / 'run' / 'tokenizer'}\n" in out
     assert "Round trip: all of 9 sample documents come back exactly from their tokens.\n" in out
-    config = recipe.load("configs/quickstart.py", [])
+    config = cli.load("configs/quickstart.py", [])
     wanted = {"vocab_size": 500, "max_samples": 9, "model_type": "bpe", "special_tokens": ("<|user|>", "<|tool|>")}
     chosen = dataclasses.replace(config.tokenizer, **wanted)
     assert not chosen.needs_training(tmp_path / "run")

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint import CheckpointConfig
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.distributed.sharding import MeshConfig, replicated
 from jaxtrain.interfaces import Json
-from jaxtrain.recipe import Command, Flag, Flags
-from jaxtrain.sharding import MeshConfig, replicated
 from tools.benches.common import at_least_one, median, progress, result, rounds_flag
 
 COMMAND = Command(

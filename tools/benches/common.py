@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtrain.interfaces import Json, UserError
-from jaxtrain.recipe import Flag
+from jaxtrain.cli import Flag
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.tokenizers.sentencepiece import available_cores
 
 _LOAD_BEFORE = os.getloadavg()[0]  # of the minute before this process

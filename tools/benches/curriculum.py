@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import fingerprint, recipe
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain import cli
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.data import fingerprint
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model import attention, rope
 from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.clip import clip_by_global_norm
 from jaxtrain.plan import Stage, build_plan
-from jaxtrain.recipe import Command, Flag, Flags
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.benches import corpus, stream
 from tools.benches.common import (
@@ -40,7 +42,7 @@ from tools.benches.common import (
 from tools.benches.jax_step import CLIP_NORM, LEARNING_RATE, JaxStep, Size, batch
 
 # Its stages are measured, and its model with --size=270m.
-_CONFIG = recipe.load(str(pathlib.Path(__file__).parents[2] / "configs" / "270m_curriculum.py"))
+_CONFIG = cli.load(str(pathlib.Path(__file__).parents[2] / "configs" / "270m_curriculum.py"))
 SEQ_LENS = tuple(stage.seq_len for stage in _CONFIG.stages)
 COMMAND = Command(
     name="python -m tools.bench curriculum",

@@ -24,13 +24,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxtrain import garbage
+from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
-from jaxtrain.interfaces import Block, Json, Tokenizer, UserError
-from jaxtrain.recipe import Command, Flag, Flags
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Block, Json, Tokenizer
 from jaxtrain.tokenizers.training import TrainTokenizer
+from jaxtrain.trainer import gc_freeze
 from tools.benches import corpus, data_modes, plain, stream
 from tools.benches.common import (
     Spent,
@@ -167,7 +168,7 @@ class _Measured:
         }
 
     def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
-        with garbage.only_new():  # as a run does
+        with gc_freeze.only_new():  # as a run does
             return self._epoch_of(tokenizer)
 
     def _epoch_of(self, tokenizer: Tokenizer) -> _Epoch:

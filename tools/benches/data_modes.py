@@ -8,9 +8,10 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from jaxtrain.data import modes, pipeline, store_writer
-from jaxtrain.data.cache import DiskCache
+from jaxtrain.data import modes, pipeline
+from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.stores import token_store_writer
 from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from tools.benches import stream
@@ -53,8 +54,8 @@ def measure(
 
 def _write(data: DataConfig, tokenizer: Tokenizer, folder: str) -> None:
     for name, source in pipeline.resolve(data).items():
-        job = store_writer.Job(name, f"{folder}/{name}", data.sources[name], source, retry_seconds=60.0)
-        store_writer.write(job, tokenizer, 0, 1, lambda documents, tokens: None)
+        job = token_store_writer.Job(name, f"{folder}/{name}", data.sources[name], source, retry_seconds=60.0)
+        token_store_writer.write(job, tokenizer, 0, 1, lambda documents, tokens: None)
 
 
 def _epoch(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folder: str, number: int) -> tuple[float, float]:

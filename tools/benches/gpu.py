@@ -11,8 +11,9 @@ import sys
 import time
 from typing import Any
 
-from jaxtrain.interfaces import Json, UserError
-from jaxtrain.recipe import Command, Flag, Flags
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from tools.benches.common import progress, result
 
 # Part → the most seconds that it may take. The order is that of importance, after what all others need.
@@ -31,7 +32,7 @@ COMMAND = Command(
     name="python -m tools.bench gpu",
     description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
     "backward), the loss's memory and values, the 1B train step's time, memory and MFU, and the same step in torch "
-    "where that has CUDA. Parts that fail are reported as errors; those that no time is left for are null.",
+    "where that has CUDA. StepComponents that fail are reported as errors; those that no time is left for are null.",
     examples=("python -m tools.bench gpu", "python -m tools.bench gpu --tiny --parts=device,loss"),
     flags=(
         Flag(name="tiny", type=bool, default=False, help="sizes that a CPU can do, to check the script itself"),

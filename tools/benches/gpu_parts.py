@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import recipe
+from jaxtrain import cli
+from jaxtrain.cost.roofline import peak_flops
 from jaxtrain.interfaces import Json
+from jaxtrain.metrics.monitor import peak_memory_gb
 from jaxtrain.model import attention
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.monitor import peak_flops, peak_memory_gb
 from tools.benches import jax_step, loss
 from tools.benches.common import device_name, median, progress, short
 from tools.benches.jax_step import JaxStep, Size
@@ -44,7 +45,7 @@ class Sizes:
 
 def full() -> Sizes:
     """The 1B model, with the micro-batch of its config."""
-    config = recipe.load(str(pathlib.Path(__file__).parents[2] / "configs" / "1b.py"), ())
+    config = cli.load(str(pathlib.Path(__file__).parents[2] / "configs" / "1b.py"), ())
     model: LlamaConfig = config.model
     vocab_size = 49_152  # of the config's tokenizer
     return Sizes(
@@ -84,7 +85,7 @@ def tiny() -> Sizes:
 def run(name: str, is_tiny: bool) -> Json | None:
     """The numbers of one part; None for what is not there to be measured."""
     if name != "torch" and jax.default_backend() == "gpu":
-        jax.config.update("jax_optimization_level", "O1")  # as jaxtrain.setup does
+        jax.config.update("jax_optimization_level", "O1")  # as jaxtrain.trainer.session does
     return _PARTS[name](tiny() if is_tiny else full())
 
 

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import sharding, state
+from jaxtrain.distributed import sharding
+from jaxtrain.distributed.sharding import MeshConfig, batch_sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.sharding import MeshConfig, batch_sharding
-from jaxtrain.step import Distilled, Parts, lower_train_step
+from jaxtrain.trainer import state
+from jaxtrain.trainer.step import Distilled, StepComponents, lower_train_step
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 
@@ -75,7 +76,7 @@ class JaxStep:
         self.teacher: Llama | None = None
         self.teaching: tuple[Any, ...] = ()
         distilled = None if teacher is None else self._distilled(teacher, size.vocab_size, mesh)
-        parts = Parts(self.model, loss, optimizer, mesh, CLIP_NORM, distilled)
+        parts = StepComponents(self.model, loss, optimizer, mesh, CLIP_NORM, distilled)
         self.compiled = lower_train_step(parts, size.batch_size, size.seq_len, 1).compile()
         self.state = state.create(self.model, optimizer, mesh, seed)
         self._layout = batch_sharding(mesh)

@@ -8,11 +8,12 @@ import dataclasses
 import pathlib
 import tempfile
 
+from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.interfaces import Json, Tokenizer, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
-from jaxtrain.recipe import Command, Flag, Flags
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.benches import corpus, stream
 from tools.benches.common import Stopwatch, at_least_one, median, progress, ratio, result, rounds_flag

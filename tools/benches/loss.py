@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.interfaces import Json
 from jaxtrain.losses.cross_entropy import CrossEntropy
-from jaxtrain.recipe import Command, Flag, Flags
 from tools.benches.common import at_least_one, cpus, in_turns, median, ratio, result, rounds_flag, short, walls
 from tools.benches.jax_step import memory
 

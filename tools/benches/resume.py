@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.data.pipeline import DataConfig, HostBatch
-from jaxtrain.interfaces import BATCH_FIELDS, Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import BATCH_FIELDS, Json
 from jaxtrain.plan import Plan
-from jaxtrain.recipe import Command, Flag, Flags
 from tools.benches import corpus, stream
 from tools.benches.common import Stopwatch, at_least_one, median, progress, result, rounds_flag
 from tools.benches.range_server import RangeServer, serving

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import keys, mixing
-from jaxtrain.data import addresses, ledger
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.data import ledger, units
 from jaxtrain.data.feed import lanes_of_rows
 from jaxtrain.data.lanes import STATE_FIELDS
-from jaxtrain.data.striped import StripedFiles
+from jaxtrain.data.shared_file_reader import SharedFileReader
 from jaxtrain.interfaces import Json
-from jaxtrain.recipe import Command, Flag, Flags
+from jaxtrain.plan import mixing, stable_hash
 from tools.benches.common import at_least_one, progress, result, short
 
 COMMAND = Command(
@@ -79,7 +79,7 @@ def measure(flags: Flags) -> Json:
 
 def sizes_of(files: int, rows: int) -> np.ndarray:
     """Rows of each file, log-normal around `rows`: two thirds within a factor of two, 1 at least. int64 [files]"""
-    uniform = (keys.philox("simulate", files).random_raw(2 * files).astype(np.float64) + 1) / 2.0**64
+    uniform = (stable_hash.philox("simulate", files).random_raw(2 * files).astype(np.float64) + 1) / 2.0**64
     normal = np.sqrt(-2 * np.log(uniform[:files])) * np.cos(2 * np.pi * uniform[files:])  # Box and Muller 1958
     return np.maximum(rows * np.exp(np.log(2) * normal - np.log(2) ** 2 / 2), 1).astype(np.int64)
 
@@ -96,13 +96,13 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
             [min(group_rows, rows - first) for first in range(0, rows, group_rows)] for rows in sizes[files].tolist()
         ]
 
-    cut, layout_seconds = timed(lambda: addresses.layout(source, num_lanes, None, row_groups))
+    cut, layout_seconds = timed(lambda: units.layout(source, num_lanes, None, row_groups))
     rows_U = np.array([sizes[unit.file] if unit.rows is None else unit.rows for unit in cut.units])
     assert rows_U.sum() == sizes.sum()
     spread, order_seconds, share_seconds, empty = [], [], [], []
     for epoch in range(_EPOCHS):
         key = {"seed": 0, "source": "simulated", "epoch": epoch, "shuffle": True}
-        order, seconds = timed(lambda key=key: addresses.order(len(cut.units), **key))
+        order, seconds = timed(lambda key=key: units.order(len(cut.units), **key))
         order_seconds.append(seconds)
         read = striped_rows if cut.striped else dealt_rows
         rows_V, seconds = timed(lambda read=read, order=order: read(order, rows_U, num_lanes))
@@ -128,7 +128,7 @@ def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndar
     read_U = np.zeros(len(rows_U), np.int64)
     rows_V = np.zeros(num_lanes, np.int64)
     for lane in range(num_lanes):
-        mine = addresses.share(order, lane, num_lanes)
+        mine = units.share(order, lane, num_lanes)
         read_U[mine] += 1
         rows_V[lane] = rows_U[mine].sum()
     assert (read_U == 1).all(), f"{(read_U != 1).sum()} units are not read exactly once"
@@ -137,7 +137,7 @@ def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndar
 
 def striped_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
     """As `dealt_rows`, for the windows of all files."""
-    striped = StripedFiles(lambda *_: iter(()), _WINDOW, num_lanes)
+    striped = SharedFileReader(lambda *_: iter(()), _WINDOW, num_lanes)
     lanes: Any = np.arange(num_lanes)
     rows_V = np.zeros(num_lanes, np.int64)
     for position, rows in enumerate(rows_U[order].tolist()):
@@ -189,7 +189,7 @@ def mix(sources: int, batch_size: int) -> Json:
 def state(num_lanes: int, sources: int) -> Json:
     """The lanes' state: its size, and what it costs to join, write and read."""
     names = [f"source{index}" for index in range(sources)]
-    words = keys.philox("simulate state").random_raw(num_lanes * sources * len(STATE_FIELDS))
+    words = stable_hash.philox("simulate state").random_raw(num_lanes * sources * len(STATE_FIELDS))
     # Numbers of the size that cursors and counts have in a long run.
     states = (words >> np.uint64(40)).astype(np.int64).reshape(num_lanes, sources, len(STATE_FIELDS))
     lanes = np.arange(num_lanes)

@@ -17,17 +17,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxtrain import train
-from jaxtrain.checkpoint import CheckpointConfig
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.config import Config
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.metrics.monitor import MonitorConfig
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.monitor import MonitorConfig
 from jaxtrain.plan import Stage
-from jaxtrain.recipe import Command, Flag, Flags
 from jaxtrain.tokenizers.training import TrainTokenizer
+from jaxtrain.trainer import loop
 from tools.benches import corpus
 from tools.benches.common import at_least_one, median, progress, result, short
 from tools.benches.range_server import serving
@@ -155,7 +156,7 @@ def _run(
     shutil.copytree(f"{folder}/tokenizer", workdir / "tokenizer")
     listener.lines = []
     with _quiet(listener):
-        code = train.run(_config(flags, urls, trainer, steps), os.fspath(workdir), dry_run=False)
+        code = loop.run(_config(flags, urls, trainer, steps), os.fspath(workdir), dry_run=False)
     if code:
         raise UserError("the run was stopped: there is nothing to report")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

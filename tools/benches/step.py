@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from jaxtrain.interfaces import Json, UserError
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
 from jaxtrain.model.llama import LlamaConfig
-from jaxtrain.recipe import Command, Flag, Flags
 from tools.benches import distill
 from tools.benches.common import (
     Spent,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxtrain import recipe
+from jaxtrain import cli
 from jaxtrain.interfaces import Json
 from tools.reporting import charts, style
 from tools.reporting.charts import Figure
@@ -92,7 +92,7 @@ def _summary(runs: Sequence[RunLog]) -> str:
 
 
 def _kind_of(config: Json) -> str:
-    return str(config.get(recipe.KIND, "")).rpartition(":")[2]
+    return str(config.get(cli.KIND, "")).rpartition(":")[2]
 
 
 def _model(config: Json | None) -> str:
@@ -315,7 +315,7 @@ def _counts(given: Json, epochs: str) -> list[str]:
 def _differences(first: RunLog, other: RunLog) -> str:
     if first.config is None or other.config is None:
         return f'<p class="note">{text(other.name)}: a config.json is missing.</p>'
-    found = recipe.differences(first.config, other.config)
+    found = cli.differences(first.config, other.config)
     rows = [_row((path, _value(old), _value(new)), 3) for path, old, new in found[:_MOST_DIFFERENCES]]
     if len(found) > _MOST_DIFFERENCES:
         rows.append(_row((f"and {len(found) - _MOST_DIFFERENCES:,} more", "", ""), 3))

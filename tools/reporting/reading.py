@@ -11,11 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxtrain import recipe
-from jaxtrain.interfaces import Json, UserError
-from jaxtrain.monitor import SPANS
-from jaxtrain.redaction import redact
-from jaxtrain.workdir import Workdir
+from jaxtrain import cli
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.cli.redaction import redact
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.metrics.monitor import SPANS
 from tools.reporting.series import Series, Thinned, number
 
 # Curves against tokens, by their keys in metrics.jsonl.
@@ -276,7 +277,7 @@ def _lines(workdir: Workdir) -> Iterator[Json | None]:
 
 def _config(workdir: Workdir) -> Json | None:
     try:
-        return recipe.upgrade(json.loads(workdir.config.read_text()))
+        return cli.upgrade(json.loads(workdir.config.read_text()))
     except (FileNotFoundError, ValueError):
         return None
 

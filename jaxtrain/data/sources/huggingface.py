@@ -11,13 +11,14 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxtrain.data import faults
-from jaxtrain.data.sources.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes
+from jaxtrain.data.io.locations import check_unchanged, expand, locate, stamps
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
-from jaxtrain.data.sources.ranges import Bytes, LocalBytes
 from jaxtrain.data.sources.samples import sample_blocks
 from jaxtrain.data.sources.streams import BUILDER_KWARGS, stream_blocks
-from jaxtrain.interfaces import Block, CorruptError, Json, Transform, TransientError, UserError, versioned
+from jaxtrain.errors import CorruptError, TransientError, UserError
+from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 BUILDERS = ("parquet", "json", "csv", "text", "arrow", "xml", "webdataset")
 # What people call a dataset → its id and configuration.
@@ -135,7 +136,7 @@ class HuggingFace:
             splits = ", ".join(repr(str(split)) for split in by_split)
             raise UserError(f"dataset {self.name} has no split {self.split!r}. It has {splits or 'no files'}.")
         prefix = f"hf://datasets/{self.name}@{sha}/"
-        names = [faults.redact(str(address)).removeprefix(prefix) for address in by_split[self.split]]
+        names = [retry.redact(str(address)).removeprefix(prefix) for address in by_split[self.split]]
         files = [locate(str(address)) for address in by_split[self.split]]
         features = builder.config.features if hasattr(builder.config, "features") else None
         features = features or builder.info.features
@@ -160,7 +161,7 @@ class HuggingFace:
         except RevisionNotFoundError:
             raise UserError(f"{what} has no revision {self.revision!r}. {self._branches()}") from None
         except Exception as error:
-            fault = faults.classify(error, what)
+            fault = retry.classify(error, what)
             if isinstance(error, RepositoryNotFoundError) and (names := self._similar()):
                 fault = UserError(f"{fault} Similar names: {', '.join(names)}.")
             raise _as_fault(fault, error, what) from None
@@ -176,11 +177,11 @@ class HuggingFace:
                 self.name, self.config_name, data_files=list(self.data_files) or None, revision=sha
             )
         except Exception as error:
-            fault = faults.classify(error, what)
+            fault = retry.classify(error, what)
             if isinstance(error, FileNotFoundError):
                 # The library hides what went wrong behind `from None`, and the client's file system takes a server's
                 # 503 for a missing file: look at what was hidden, and see if listings work at all.
-                hidden = faults.classify(error.__context__ or error, what)
+                hidden = retry.classify(error.__context__ or error, what)
                 fault = hidden if isinstance(hidden, TransientError) else fault
                 self._list(sha)
             raise _as_fault(fault, error, what) from None
@@ -194,7 +195,7 @@ class HuggingFace:
         try:
             next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
         except Exception as error:
-            raise faults.classify(error, f"dataset {self.name}") from None
+            raise retry.classify(error, f"dataset {self.name}") from None
 
     def _similar(self) -> list[str]:
         """Datasets of the Hub that the user may have meant."""
@@ -222,7 +223,7 @@ class HuggingFace:
         names: list[str] = identity["files"]
         if identity["revision"] is None:
             # Credentials and signatures are in the config alone.
-            secret = {faults.redact(pattern): pattern for pattern in self.data_files if pattern.startswith("http")}
+            secret = {retry.redact(pattern): pattern for pattern in self.data_files if pattern.startswith("http")}
             files = [locate(secret.get(name, name)) for name in names]
         else:
             self._check_sha(identity["revision"])
@@ -245,7 +246,7 @@ class HuggingFace:
                 f"{self._sha()}. Those may be other documents: start a new run in another --workdir."
             ) from None
         except Exception as error:
-            raise _as_fault(faults.classify(error, what), error, what) from None
+            raise _as_fault(retry.classify(error, what), error, what) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,7 +381,7 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
     """What to raise for a failed look-up: the client's complaints about names and settings are the user's to mend."""
     if fault is not error or not isinstance(error, ValueError | RuntimeError | NotImplementedError | ImportError):
         return fault
-    text = faults.redact(str(error)).strip()
+    text = retry.redact(str(error)).strip()
     if "scripts are no longer supported" in text:
         text += ". No code of datasets is run here: try its parquet files by revision='refs/convert/parquet'."
     return UserError(f"{what}: {text}")

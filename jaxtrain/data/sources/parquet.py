@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.sources.gate import gate, guarded
-from jaxtrain.data.sources.ranges import Bytes, Pieces, RangeFile
-from jaxtrain.interfaces import Block, CorruptError, UserError
+from jaxtrain.data.io.byte_ranges import Bytes, Pieces, RangeFile
+from jaxtrain.data.io.exit_guard import gate, guarded
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block
 
 _BLOCK_ROWS = 512  # rows of a block: a shuffle window's default, and few enough that 64 readers hold little
 _SMALLEST, _LARGEST = 1 << 18, 1 << 24  # bytes of a request: 256 kB to 16 MB, whatever the rows' size

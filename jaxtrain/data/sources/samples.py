@@ -11,9 +11,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxtrain.data.sources.ranges import Bytes
-from jaxtrain.data.sources.tars import members
-from jaxtrain.interfaces import Block, CorruptError, UserError
+from jaxtrain.data.io.byte_ranges import Bytes
+from jaxtrain.data.io.tar import members
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block
 
 _BLOCK_ROWS = 512
 

@@ -14,11 +14,12 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from jaxtrain.data import faults
-from jaxtrain.data.sources.gate import gate, guarded
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.byte_ranges import Bytes, Pieces, RangeFile
+from jaxtrain.data.io.exit_guard import gate, guarded
 from jaxtrain.data.sources.parquet import check_columns, to_block
-from jaxtrain.data.sources.ranges import Bytes, Pieces, RangeFile
-from jaxtrain.interfaces import Block, CorruptError, Json, UserError
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block, Json
 
 _PIECE = 1 << 22  # bytes of a request: 4 MB, at 200 ms a request 20 MB/s of compressed text for each reader
 _KEPT = 3  # the library opens a file two or three times and looks at its first chunk before it reads it
@@ -58,7 +59,7 @@ def stream_blocks(
             if block is not None:
                 yield block
     except Exception as error:
-        fault = faults.classify(error, source.what)
+        fault = retry.classify(error, source.what)
         if isinstance(fault, CorruptError):
             source.refresh()
             raise CorruptError(str(fault), source.what, decoded) from None
@@ -66,7 +67,7 @@ def stream_blocks(
             raise fault from None
         if "CastError" in type(error).__name__:
             message = f"{source.what}: the rows from {decoded} on have other columns than the first ones"
-            raise UserError(f"{message} ({faults.redact(str(error))}).") from None
+            raise UserError(f"{message} ({retry.redact(str(error))}).") from None
         raise
     finally:
         _FILES.remove(key)

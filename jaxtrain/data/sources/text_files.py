@@ -13,9 +13,10 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 
-from jaxtrain.data import faults
-from jaxtrain.data.sources.locations import expand
-from jaxtrain.interfaces import Block, Json, Transform, UserError, versioned
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.locations import expand
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 _BLOCK_ROWS = 512
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -104,7 +105,7 @@ class TextFilesSource:
                 while some := list(itertools.islice(rest, _BLOCK_ROWS)):
                     yield {"text": [self._decode(line.removesuffix(b"\n").removesuffix(b"\r")) for line in some]}
         except OSError as error:
-            raise faults.classify(error, self.paths[file]) from None
+            raise retry.classify(error, self.paths[file]) from None
 
     def _decode(self, data: bytes) -> str:
         try:

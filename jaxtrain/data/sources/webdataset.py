@@ -1,7 +1,7 @@
 """Tar shards ("WebDataset"): archives of small files, each a document or a document a line.
 
 There is no position to open at: a resume decodes a shard from its beginning, without parsing what comes before. So
-shards are read through the disk cache (data/cache.py), where there is one.
+shards are read through the disk cache (data/io/disk_cache.py), where there is one.
 """
 
 import collections
@@ -14,11 +14,12 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from jaxtrain.data import faults
-from jaxtrain.data.sources.locations import check_unchanged, expand, locate, stamps
-from jaxtrain.data.sources.ranges import Bytes
-from jaxtrain.data.sources.tars import BrokenError, members
-from jaxtrain.interfaces import Block, CorruptError, Json, Transform, UserError, versioned
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.byte_ranges import Bytes
+from jaxtrain.data.io.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.tar import BrokenError, members
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 KINDS = ("json", "jsonl", "txt")
 _BLOCK_ROWS = 512
@@ -73,7 +74,7 @@ class WebDataset:
         """
         about = {
             "kind": "webdataset",
-            "urls": [faults.redact(url) for url in self.urls],
+            "urls": [retry.redact(url) for url in self.urls],
             "column": self.column,
             "members": list(self.members),
         }
@@ -93,14 +94,14 @@ class WebDataset:
         addresses = braces(url)
         if url.startswith("hf://") or (not url.startswith("http") and re.search(r"[*?\[]", url)):
             return expand(addresses)
-        return {faults.redact(address): address for address in addresses}
+        return {retry.redact(address): address for address in addresses}
 
     def _resume(self, identity: Json, about: Json) -> "WebDatasetSource":
         for key, now in about.items():
             if identity.get(key) != now:
                 raise UserError(f"source {key}: the checkpoint has {identity.get(key)!r}, the config has {now!r}.")
         # Credentials and signatures are in the config alone.
-        secret = {faults.redact(address): address for url in self.urls for address in braces(url)}
+        secret = {retry.redact(address): address for url in self.urls for address in braces(url)}
         names: list[str] = identity["files"]
         files = [locate(secret.get(name, name)) for name in names]
         check_unchanged(identity["stamps"], names, files)
@@ -238,9 +239,9 @@ def braces(pattern: str) -> list[str]:
             pieces.append(_alternatives(inside, pattern))
             count *= len(pieces[-1])
     if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
-        raise UserError(f"{faults.redact(pattern)!r}: its braces do not pair, or one is within another.")
+        raise UserError(f"{retry.redact(pattern)!r}: its braces do not pair, or one is within another.")
     if count >= _MOST_SHARDS:
-        raise UserError(f"{faults.redact(pattern)!r} stands for {count:,} shards; check its range.")
+        raise UserError(f"{retry.redact(pattern)!r} stands for {count:,} shards; check its range.")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
@@ -248,13 +249,13 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if bounds is None:
         if "," not in inside:
-            raise UserError(f"{faults.redact(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
+            raise UserError(f"{retry.redact(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
         return inside.split(",")
     first, last = int(bounds[1]), int(bounds[2])
     if last - first >= _MOST_SHARDS:
-        raise UserError(f"{faults.redact(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
+        raise UserError(f"{retry.redact(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
     if last < first:
-        raise UserError(f"{faults.redact(pattern)!r}: {{{inside}}} ends before it begins.")
+        raise UserError(f"{retry.redact(pattern)!r}: {{{inside}}} ends before it begins.")
     padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
     width = max(map(len, bounds.groups())) if padded else 0
     return [str(number).zfill(width) for number in range(first, last + 1)]

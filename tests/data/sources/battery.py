@@ -19,8 +19,10 @@ from tests.data import reference
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, batches_of, plan_of
 
-Parts = Sequence[Sequence[str]]  # the texts of each file
-Write = Callable[[pathlib.Path, Parts], SourceConfig]  # into an empty folder; its files are read in the parts' order
+FileTexts = Sequence[Sequence[str]]  # the texts of each file
+Write = Callable[
+    [pathlib.Path, FileTexts], SourceConfig
+]  # into an empty folder; its files are read in the parts' order
 
 _GROUP = 7  # rows of a row group, for kinds that have such
 _SEQ_LEN = 16
@@ -48,7 +50,7 @@ class ByteTokenizer:
 class Scenario:
     """Files and how they are read. lanes: of the run; max_samples and epochs as in configs (epochs: it stops)."""
 
-    parts: Parts
+    parts: FileTexts
     lanes: int = 4
     max_samples: int | None = None
     epochs: int | None = 1

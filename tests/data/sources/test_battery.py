@@ -15,14 +15,13 @@ import pyarrow as pa
 import pytest
 import zstandard
 
-from jaxtrain.data import store_writer
-from jaxtrain.data.sources import token_store
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
-from jaxtrain.data.sources.token_store import TokenStore
 from jaxtrain.data.sources.webdataset import WebDataset
+from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores.token_store import TokenStore
 from jaxtrain.interfaces import BATCH_FIELDS, Json, SourceConfig, Transform
-from tests.data.sources.battery import SCENARIOS, Battery, ByteTokenizer, Parts, Write, assert_batches
+from tests.data.sources.battery import SCENARIOS, Battery, ByteTokenizer, FileTexts, Write, assert_batches
 from tests.data.sources.tars import COMPRESS, Member, tar
 from tests.hub import csv_bytes, jsonl_bytes, parquet_bytes, text_bytes
 
@@ -32,7 +31,7 @@ Encode = Callable[[list[str]], bytes]
 def by_builder(builder: str, suffix: str, encode: Encode, column: str = "text") -> Write:
     """Files for one of the datasets library's builders."""
 
-    def write(folder: pathlib.Path, parts: Parts) -> SourceConfig:
+    def write(folder: pathlib.Path, parts: FileTexts) -> SourceConfig:
         for index, part in enumerate(parts):
             (folder / f"part-{index:03}.{suffix}").write_bytes(encode(list(part)))
         return HuggingFace(name=builder, data_files=(f"{folder}/part-*.{suffix}",), column=column)
@@ -64,7 +63,7 @@ def tar_bytes(texts: list[str]) -> bytes:
     return sink.getvalue()
 
 
-def text_lines(folder: pathlib.Path, parts: Parts) -> SourceConfig:
+def text_lines(folder: pathlib.Path, parts: FileTexts) -> SourceConfig:
     for index, part in enumerate(parts):
         (folder / f"{index:03}.txt").write_bytes(text_bytes(part))
     return TextFiles(patterns=(f"{folder}/*.txt",), document="line")
@@ -91,7 +90,7 @@ def shards(suffix: str, kinds: Sequence[str]) -> Write:
                 found += [(f"{name}.cls", b"7"), (f"{name}.{kind}", data)]
         return found
 
-    def write(folder: pathlib.Path, parts: Parts) -> SourceConfig:
+    def write(folder: pathlib.Path, parts: FileTexts) -> SourceConfig:
         for index, part in enumerate(parts):
             (folder / f"shard-{index:03}.{suffix}").write_bytes(COMPRESS[suffix](tar(members(part))))
         return WebDataset(urls=(f"{folder}/shard-{{000..{len(parts) - 1:03}}}.{suffix}",))
@@ -113,14 +112,14 @@ class Stored:
         assert identity is None
         if not token_store.exists(str(self.folder)):
             inner = dataclasses.replace(self.inner, max_samples=self.max_samples if self.is_cut else None)  # type: ignore[type-var]
-            job = store_writer.Job("web", str(self.folder), inner, inner.resolve(), 10.0)
+            job = token_store_writer.Job("web", str(self.folder), inner, inner.resolve(), 10.0)
             for worker in (1, 0):
-                store_writer.write(job, ByteTokenizer(), worker, 2, lambda *_: None)
+                token_store_writer.write(job, ByteTokenizer(), worker, 2, lambda *_: None)
         return TokenStore(str(self.folder), token_store.load(str(self.folder)))
 
 
 def stored(write_inner: Write, is_cut: bool) -> Write:
-    def write(folder: pathlib.Path, parts: Parts) -> SourceConfig:
+    def write(folder: pathlib.Path, parts: FileTexts) -> SourceConfig:
         return Stored(inner=write_inner(folder, parts), folder=folder / "store", is_cut=is_cut)
 
     return write

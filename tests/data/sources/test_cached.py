@@ -5,12 +5,11 @@ import threading
 
 import pytest
 
-from jaxtrain.data import faults
-from jaxtrain.data.cache import DiskCache
-from jaxtrain.data.sources import cached
-from jaxtrain.data.sources.cached import CachedBytes
-from jaxtrain.data.sources.ranges import HttpBytes, LocalBytes
-from jaxtrain.interfaces import TransientError, UserError
+from jaxtrain.data.io import cached_files, retry
+from jaxtrain.data.io.byte_ranges import HttpBytes, LocalBytes
+from jaxtrain.data.io.cached_files import CachedBytes
+from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.errors import TransientError, UserError
 from tests.hub import LoopbackHub
 
 DATA = random.Random(0).randbytes(50_000)
@@ -18,8 +17,8 @@ DATA = random.Random(0).randbytes(50_000)
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(cached, "_PIECE", 7000)
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cached_files, "_PIECE", 7000)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
@@ -74,8 +73,8 @@ def test_an_outage_past_its_deadline_is_not_begun_anew_by_the_caller(hub: Loopba
     file.size()
     hub.fault("0.bin", "status:503")
     slept: list[float] = []
-    monkeypatch.setattr(faults, "sleep", slept.append)
-    blocks = faults.retrying(lambda row: iter([{"text": [str(file.fetch(0, 1))]}]), 0, what="web", deadline=60)
+    monkeypatch.setattr(retry, "sleep", slept.append)
+    blocks = retry.retrying(lambda row: iter([{"text": [str(file.fetch(0, 1))]}]), 0, what="web", deadline=60)
     with pytest.raises(TransientError, match="Gave up after"):
         next(blocks)
     assert 59 < sum(slept) < 61

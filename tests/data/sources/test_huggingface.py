@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from jaxtrain.data import faults
+from jaxtrain.data.io import retry
 from jaxtrain.data.sources.huggingface import HuggingFace, HuggingFaceSource
-from jaxtrain.interfaces import Block, CorruptError, TransientError, UserError
+from jaxtrain.errors import CorruptError, TransientError, UserError
+from jaxtrain.interfaces import Block
 from tests.data.sources.reading import FORMATS, TEXTS, publish, rows_of, texts
 from tests.hub import SECRET, LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes
 
@@ -19,7 +20,7 @@ from tests.hub import SECRET, LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Neither our backing off nor the client's own retries of listings wait."""
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -51,7 +52,7 @@ def test_hundreds_of_faults_change_nothing(hub: LoopbackHub, suffix):
             passes += 1
             fresh = HuggingFaceSource(HuggingFace(name="org/web", fetch_rows=50), source.identity, source._files)
             fresh._parquet.forget(file)
-            blocks = faults.retrying(lambda at, f=file, s=fresh: s.open(f, at), row, what="x", deadline=1e6)
+            blocks = retry.retrying(lambda at, f=file, s=fresh: s.open(f, at), row, what="x", deadline=1e6)
             assert texts(blocks) == wanted[file * 750 + row : (file + 1) * 750]
 
 
@@ -59,9 +60,9 @@ def test_a_file_that_stays_corrupt_is_named(hub: LoopbackHub):
     for suffix in ("parquet", "jsonl.gz"):
         source = publish(hub, suffix, name=f"org/{suffix[0]}").resolve()
         hub.fault("train-1", "corrupt")
-        assert len(texts(faults.retrying(lambda at, s=source: s.open(0, at), 0, what="x", deadline=60))) == 750
+        assert len(texts(retry.retrying(lambda at, s=source: s.open(0, at), 0, what="x", deadline=60))) == 750
         with pytest.raises(CorruptError) as caught:
-            texts(faults.retrying(lambda at, s=source: s.open(1, at), 700, what="x", deadline=60))
+            texts(retry.retrying(lambda at, s=source: s.open(1, at), 700, what="x", deadline=60))
         assert caught.value.file == f"data/train-1.{suffix} of org/{suffix[0]}"
         # Where the first bad block begins: a row group, or the file.
         assert caught.value.row == (570 if suffix == "parquet" else 0)

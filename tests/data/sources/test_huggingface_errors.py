@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from jaxtrain.data import faults
+from jaxtrain.data.io import retry
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.interfaces import TransientError, UserError
+from jaxtrain.errors import TransientError, UserError
 from tests.data.sources.reading import TEXTS, publish, texts
 from tests.hub import TOKEN, LoopbackHub, jsonl_bytes, parquet_bytes
 
@@ -18,7 +18,7 @@ from tests.hub import TOKEN, LoopbackHub, jsonl_bytes, parquet_bytes
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Neither our backing off nor the client's own retries of listings wait."""
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -122,7 +122,7 @@ def test_an_outage_at_the_start_is_transient(hub: LoopbackHub, path, kind):
         config.resolve()
     hub.faults.remove(rule)
     hub.fault(path, kind, count=3)
-    assert len(faults.attempt(config.resolve, what="dataset org/web", deadline=60).files) == 2
+    assert len(retry.attempt(config.resolve, what="dataset org/web", deadline=60).files) == 2
 
 
 def test_an_outage_of_listings_is_no_missing_file(hub: LoopbackHub):

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jaxtrain.data import faults
-from jaxtrain.data.sources import pace
+from jaxtrain.data.io import rate_limit, retry
+from jaxtrain.data.io.rate_limit import Pace
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.sources.pace import Pace
 from tests.data.memory_source import documents
 from tests.hub import LoopbackHub, parquet_bytes
 
@@ -21,8 +20,8 @@ ROWS, UNIT = 120, 10
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """[the time], which passes by sleeping alone."""
     now = [100.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(faults, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(rate_limit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retry, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     return now
 
 
@@ -38,24 +37,24 @@ def test_a_refusal_holds_all_and_slows_down(clock: list[float]) -> None:
     one = Pace(seed=0)
     for _ in range(8):
         one.refused(7.0)  # asked for together: one refusal
-    assert one.pause == pace.FIRST
+    assert one.pause == rate_limit.FIRST
     one.wait()
     assert 107.0 <= clock[0] <= 108.4
     begun = clock[0]
     for _ in range(20):
         one.wait()
-    assert 0.6 < (clock[0] - begun) / (20 * pace.FIRST) < 1.4
+    assert 0.6 < (clock[0] - begun) / (20 * rate_limit.FIRST) < 1.4
     clock[0] += 10.0
     one.refused(None)
-    assert one.pause == 2 * pace.FIRST
+    assert one.pause == 2 * rate_limit.FIRST
     for _ in range(200):
         one.answered()
     assert one.pause == 0.0
 
 
 def test_each_server_has_its_own() -> None:
-    assert pace.pace_of("http://a/x?y") is pace.pace_of("http://a/z")
-    assert pace.pace_of("http://a/x") is not pace.pace_of("http://b/x")
+    assert rate_limit.pace_of("http://a/x?y") is rate_limit.pace_of("http://a/z")
+    assert rate_limit.pace_of("http://a/x") is not rate_limit.pace_of("http://b/x")
 
 
 @pytest.mark.slow
@@ -71,7 +70,7 @@ def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkey
     source = HuggingFace(name="org/web", fetch_rows=UNIT).resolve()
     paces = [Pace() for _ in range(hosts)]
     mine = threading.local()
-    monkeypatch.setattr(pace, "pace_of", lambda url: mine.pace)
+    monkeypatch.setattr(rate_limit, "pace_of", lambda url: mine.pace)
     limit = hub.limit("/resolve/", requests=100, seconds=1.0)
     resolved = hub.count("/api/")
 
@@ -81,7 +80,7 @@ def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkey
         for first in range(0, ROWS, UNIT):  # a unit is a file opened anew
             stop = first + UNIT
             open_at = functools.partial(source.open, index, stop=stop)
-            blocks = faults.retrying(open_at, first, what=f"file {index}", deadline=300.0)
+            blocks = retry.retrying(open_at, first, what=f"file {index}", deadline=300.0)
             found += [text for block in blocks for text in block["text"]]
         return found
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxtrain.data.io.byte_ranges import HttpBytes, LocalBytes
 from jaxtrain.data.sources.huggingface import HuggingFace, HuggingFaceSource
 from jaxtrain.data.sources.parquet import ParquetFiles
-from jaxtrain.data.sources.ranges import HttpBytes, LocalBytes
-from jaxtrain.interfaces import CorruptError, UserError
+from jaxtrain.errors import CorruptError, UserError
 from tests.data.sources.reading import documents, texts
 from tests.hub import LoopbackHub, parquet_bytes
 

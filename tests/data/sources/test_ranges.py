@@ -6,10 +6,10 @@ import random
 import fsspec
 import pytest
 
-from jaxtrain.data.sources import ranges
-from jaxtrain.data.sources.locations import expand, locate, stamps
-from jaxtrain.data.sources.ranges import BucketBytes, Bytes, HttpBytes, LocalBytes, Pieces, RangeFile
-from jaxtrain.interfaces import TransientError, UserError
+from jaxtrain.data.io import byte_ranges
+from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, LocalBytes, Pieces, RangeFile
+from jaxtrain.data.io.locations import expand, locate, stamps
+from jaxtrain.errors import TransientError, UserError
 from tests.hub import SECRET, TOKEN, LoopbackHub
 
 DATA = random.Random(0).randbytes(10_000)
@@ -117,7 +117,7 @@ def test_the_token_goes_to_the_hub_alone(hub: LoopbackHub, monkeypatch):
     ],
 )
 def test_one_fault_is_one_transient_error(hub: LoopbackHub, monkeypatch, kind, options, redirect):
-    monkeypatch.setattr(ranges, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.2)
     hub.redirect = redirect
     source = on_hub(hub)
     source.fetch(0, 10)
@@ -141,10 +141,10 @@ def test_rate_limits_say_how_long(hub: LoopbackHub):
 
 def test_a_dripping_server_is_given_up(hub: LoopbackHub, monkeypatch):
     """Bytes that come in time, but too slowly for the whole."""
-    monkeypatch.setattr(ranges, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.3)
     source = on_hub(hub)
     source.fetch(0, 1)
-    monkeypatch.setattr(ranges.time, "monotonic", iter(range(0, 1000, 7)).__next__)
+    monkeypatch.setattr(byte_ranges.time, "monotonic", iter(range(0, 1000, 7)).__next__)
     with pytest.raises(TransientError, match="sent 5000 bytes in"):
         source.fetch(0, 5000)
 

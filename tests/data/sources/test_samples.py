@@ -7,7 +7,8 @@ import tarfile
 import pytest
 
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.interfaces import Block, CorruptError, UserError
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block
 from tests.hub import LoopbackHub
 
 

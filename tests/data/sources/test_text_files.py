@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 
 from jaxtrain.data.sources.text_files import TextFiles
-from jaxtrain.interfaces import UserError
+from jaxtrain.errors import UserError
 from tests.data.sources.reading import texts
 
 FILES = {

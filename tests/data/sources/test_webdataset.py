@@ -7,20 +7,20 @@ import tarfile
 
 import pytest
 
-from jaxtrain.data import faults
-from jaxtrain.data.cache import DiskCache
+from jaxtrain.data.io import retry
+from jaxtrain.data.io import tar as tars_module
+from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig, resolve
-from jaxtrain.data.sources import tars as tars_module
 from jaxtrain.data.sources.webdataset import WebDataset, braces
 from jaxtrain.data.transforms import AtLeast, Template
-from jaxtrain.interfaces import CorruptError, UserError
+from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.plan import Stage
 from tests.data import memory_source
+from tests.data.io.test_disk_cache import watching
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, batches_of, plan_of
 from tests.data.sources.reading import documents, texts
 from tests.data.sources.tars import COMPRESS, Member, shard, tar
-from tests.data.test_cache import watching
 from tests.data.test_pipeline import same
 from tests.hub import LoopbackHub
 
@@ -329,14 +329,14 @@ def read(source, deadline: float = 60) -> list[str]:
     """All rows of all shards, as the data path reads them."""
 
     def blocks(file: int):
-        return faults.retrying(lambda row: source.open(file, row), 0, what=source.files[file], deadline=deadline)
+        return retry.retrying(lambda row: source.open(file, row), 0, what=source.files[file], deadline=deadline)
 
     return [text for file in range(len(source.files)) for text in texts(blocks(file))]
 
 
 def test_faults_of_the_network_change_nothing(hub: LoopbackHub, tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
-    monkeypatch.setattr("jaxtrain.data.sources.cached._PIECE", 5000)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+    monkeypatch.setattr("jaxtrain.data.io.cached_files._PIECE", 5000)
     monkeypatch.setattr(tars_module, "_PIECE", 3000)
     rows = documents(200, longest=40)
     data = DataConfig(sources={"web": publish(hub, [shard(rows[:100]), shard([]), shard(rows[100:])])})
@@ -406,8 +406,8 @@ def test_the_data_path_from_every_step(tmp_path, shape, max_samples, monkeypatch
     """The same batches as from memory, resumed from every step, for two epochs, with a cache that never exceeds its
     limit of a few shards, and for 1, 2 and 4 hosts.
     """
-    monkeypatch.setattr("jaxtrain.data.cache._POLL", 0.001)
-    monkeypatch.setattr("jaxtrain.data.striped._IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("jaxtrain.data.io.disk_cache._POLL", 0.001)
+    monkeypatch.setattr("jaxtrain.data.shared_file_reader._IN_MEMORY_BYTES", 100)
     rows = [memory_source.documents(count, seed, 9) for seed, count in enumerate(SHAPES[shape])]
     names = []
     for number, (some, suffix) in enumerate(zip(rows, list(COMPRESS) * 3, strict=False)):

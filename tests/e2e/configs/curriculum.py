@@ -5,8 +5,7 @@ The argument is the path of the tokenizer's model, as in tiny.py.
 """
 
 from configs import _curriculum
-from jaxtrain.config import Config
-from jaxtrain.evaluate import EvalConfig
+from jaxtrain.config import Config, EvalConfig
 from tests.e2e.configs import tiny
 
 

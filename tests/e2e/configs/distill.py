@@ -7,7 +7,7 @@ import dataclasses
 from jaxtrain.config import Config
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import TopK
-from jaxtrain.optim.schedules import Constant, Linear
+from jaxtrain.plan.schedules import Constant, Linear
 from tests.e2e.configs import tiny
 
 

@@ -1,8 +1,8 @@
 """One epoch of one source, to its last document: nothing but the data ends the run."""
 
 from jaxtrain.config import Config
-from jaxtrain.optim.schedules import Constant
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Constant
 from tests.e2e.configs import tiny
 
 

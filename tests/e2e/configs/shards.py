@@ -2,8 +2,8 @@
 
 from jaxtrain.config import Config
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.optim.schedules import Constant
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Constant
 from tests.e2e.configs import tiny
 
 

@@ -4,15 +4,14 @@
 The argument is the path of the tokenizer's model: `--config=tests/e2e/configs/tiny.py:/tmp/x/tokenizer.model`.
 """
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
 
 

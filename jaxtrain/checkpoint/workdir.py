@@ -1,0 +1,264 @@
+"""The work directory: its paths, and that one run at a time uses it, from processes that all see the same files.
+
+Local directories are locked with `flock`, which the kernel releases however the process ends. Where that does not
+exist (gs://, s3://, some network file systems) a lease is kept instead: `lock` names the holder and is rewritten every
+30 s. Whoever finds one watches it for 75 s: if it changes, the holder lives and the directory is refused. No clocks of
+two machines are compared.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import IO
+
+import fsspec.config
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxtrain.cli.redaction import redact
+from jaxtrain.errors import FollowedError, TransientError, UserError
+from jaxtrain.interfaces import Json
+
+_HEARTBEAT_SECONDS = 30.0
+_WATCH_SECONDS = 75.0
+# How long a network file system may take to show a new file to another host.
+_VISIBLE_SECONDS = 10.0
+
+logger = logging.getLogger("jaxtrain")
+
+
+class _ElsewhereUserError(UserError, FollowedError):
+    """Process 0 raises the UserError."""
+
+
+class Workdir:
+    """A run's directory, local or a gs:// or s3:// URL. All processes make one; use it as a context manager.
+
+    `with Workdir(path) as workdir:` creates the directory, refuses one that not all processes share, and locks it.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.is_local = "://" not in os.fspath(path)
+        if self.is_local:
+            # Orbax refuses relative paths.
+            self.path = epath.Path(os.path.abspath(self.path.expanduser()))
+        else:
+            # What another process has written, or TensorStore in this one, is not in a listing that is remembered.
+            for protocol in ("s3", "gcs"):
+                fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.json"
+        self.skips = self.path / "skips.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.tensorboard = self.path / "tensorboard"
+        self.cache = self.path / "cache" if self.is_local else _local_cache(os.fspath(path))
+        # Token stores are only read from local paths.
+        self.tokens = self.path / "tokens" if self.is_local else self.cache / "tokens"
+        self._lock = contextlib.ExitStack()
+
+    def __enter__(self) -> "Workdir":
+        with self._lock:
+            self._lock_for_all()
+            self._check_shared()
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _refused(self.cache, error) from error
+            # Keeps the lock when all went well.
+            self._lock = self._lock.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def _create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"--workdir={self.path} is a file; give a directory.") from error
+        except OSError as error:
+            raise UserError(f"--workdir={self.path} cannot be made: {error}. Give one that you may write.") from error
+
+    def _check_shared(self) -> None:
+        """Process 0 writes a file, and all must see it."""
+        if jax.process_count() == 1:
+            return
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(30))))
+        token = self.path / f".shared-{number}"
+        if jax.process_index() == 0:
+            token.write_text(str(number))
+        multihost_utils.sync_global_devices("workdir token")
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not (seen := token.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        seen_by = np.ravel(multihost_utils.process_allgather(np.asarray([seen])))
+        if jax.process_index() == 0:
+            token.unlink()
+        if not seen_by.all():
+            blind = ", ".join(map(str, np.flatnonzero(~seen_by.astype(bool))))
+            raise UserError(
+                f"--workdir={self.path} is not shared by all processes: {blind} cannot see what process 0 writes there."
+                " Give a network file system that all hosts mount, or a gs:// or s3:// URL."
+            )
+
+    def _lock_for_all(self) -> None:
+        """Process 0 makes the directory and takes the lock; all raise if it cannot."""
+        refusal: Exception | None = None
+        if jax.process_index() == 0:
+            try:
+                self._create()
+                self._lock.enter_context(_lock_file(self.path / "lock", self.is_local))
+            except UserError as error:
+                refusal = error
+            except OSError as error:
+                refusal = _refused(self.path, error)
+            except Exception as error:  # clients of buckets have errors of their own
+                refusal = _unreachable(self.path, error)
+        if int(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))):
+            raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see what process 0 says.")
+
+    def write_config(self, config: Json) -> None:
+        """Writes `config.json`, on process 0."""
+        if jax.process_index() == 0:
+            write_atomically(self.config, json.dumps(config, indent=2) + "\n")
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Replaces a file so that a reader or a kill sees the old one or the new one."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _local_cache(url: str) -> epath.Path:
+    """Where a run with a remote work directory keeps what must be local (compiled programs, tokenizers, buffers)."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return epath.Path(root) / "jaxtrain" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+
+
+def _unreachable(path: epath.Path, error: Exception) -> Exception:
+    what = f"--workdir={path}: {type(error).__name__}: {redact(str(error)).strip()}"
+    if isinstance(error, ImportError):
+        return UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].")
+    if "Credentials" in type(error).__name__:
+        return UserError(f"{what}. Set the bucket's credentials as the cloud's own tools want.")
+    return TransientError(what)
+
+
+def _refused(path: epath.Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written to: {error}. Give a --workdir that you may write.")
+
+
+def _holder() -> Json:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _in_use(path: epath.Path, holder: str) -> UserError:
+    return UserError(
+        f"{path.parent} is used by another run ({holder.strip() or 'holder unknown'}). "
+        "Wait for it or stop it, or give another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def _lock_file(path: epath.Path, is_local: bool):
+    """Holds `path` as a lock while the context lasts."""
+    lock = _try_flock(path) if is_local else None
+    if lock is not None:
+        with lock:
+            yield
+    else:
+        with _Lease(path):
+            yield
+
+
+def _try_flock(path: epath.Path) -> IO[str] | None:
+    """The locked file, which unlocks when it is closed; None where the file system has no locks."""
+    file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.seek(0)
+            refusal = _in_use(path, file.read())
+            file.close()
+            raise refusal from error
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(json.dumps(_holder()))
+    file.flush()
+    return file
+
+
+class _Lease:
+    """A file that its holder keeps rewriting."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._identity = {**_holder(), "token": secrets.token_hex(8)}
+        self._beats = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="workdir lease", daemon=True)
+
+    def __enter__(self) -> "_Lease":
+        found = self._read()
+        if found:
+            logger.warning("%s is there: watching for %.0f s whether its run lives.", self._path, _WATCH_SECONDS)
+            deadline = time.monotonic() + _WATCH_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(_WATCH_SECONDS / 30)
+                now = self._read()
+                if now and now != found:
+                    raise _in_use(self._path, now)
+                if not now:
+                    break
+        self._write()
+        # Of two that took it together the last writer has it.
+        time.sleep(_WATCH_SECONDS / 30)
+        if not self._is_mine():
+            raise _in_use(self._path, self._read())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._is_mine():
+            self._path.unlink()
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _is_mine(self) -> bool:
+        return self._identity["token"] in self._read()
+
+    def _write(self) -> None:
+        self._beats += 1
+        self._path.write_text(json.dumps({**self._identity, "beat": self._beats}))
+
+    def _run(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_SECONDS):
+            try:
+                if not self._is_mine():
+                    # This process stood still for over a minute and another run took over: two must not write.
+                    logger.error("The lease %s was taken by another run; this one ends.", self._path)
+                    os._exit(1)
+                self._write()
+            except OSError as error:
+                logger.warning("The lease %s could not be renewed: %s", self._path, error)

@@ -1,0 +1,285 @@
+"""Command lines: `--config=FILE[:ARG]`, `--config.FIELD=VALUE` and a command's own typed flags."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import flags as absl_flags
+
+from jaxtrain.cli import files, record, tree, typed
+from jaxtrain.cli.redaction import redact
+from jaxtrain.errors import CorruptError, TransientError, UserError
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag of one command: `--name=VALUE`, or, if positional, a bare VALUE.
+
+    name: also the attribute of `Flags`.
+    type: an annotation of scalars and tuples, as in configs; Literal["a", "b"] is a choice. `--name` alone is enough
+        for a bool. A positional tuple[str, ...] takes all bare values.
+    help: one sentence.
+    default: the value without the flag; REQUIRED refuses that.
+    """
+
+    name: str
+    type: Any = str
+    help: str
+    default: Any = REQUIRED
+    positional: bool = False
+
+
+# For commands that take only a work directory. What it names is never imported by itself.
+IMPORT = Flag(
+    name="import",
+    type=tuple[str, ...],
+    default=(),
+    help="modules that define components of the run from outside jaxtrain, by comma",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What `--help` shows, and what `parse_flags` accepts.
+
+    name: how it is called, for example "python -m tools.report".
+    examples: whole command lines.
+    config: "required", "optional" or "none": whether `--config=FILE` must, may or cannot be given. Overrides go with
+        "optional" too, for commands that take the config from a work directory.
+    resumes: stopped by Ctrl-C it goes on from there when it is started again.
+    """
+
+    name: str
+    description: str
+    examples: tuple[str, ...]
+    flags: tuple[Flag, ...] = ()
+    config: str = "required"
+    resumes: bool = False
+
+
+class Flags(types.SimpleNamespace):
+    """What the command line gave: `config` (the spec or None), `overrides`, and an attribute for each flag."""
+
+    config: str | None
+    overrides: tuple[str, ...]
+
+    def load_config(self) -> Any:
+        """The config that the command line describes. Raises UserError."""
+        assert self.config is not None, "only for commands whose config is required, or after a look at flags.config"
+        return files.load(self.config, self.overrides)
+
+
+def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
+    """Reads the arguments (without the program's name). `--help` prints and raises SystemExit(0).
+
+    `--help` with `--config=FILE` lists all fields of the config as well. Nothing is abbreviated, and nothing ignored:
+    raises UserError for an unknown flag, a wrong or missing value, two values for one flag, and leftovers.
+    """
+    known = {flag.name: flag for flag in command.flags if not flag.positional}
+    if command.config != "none":
+        known["config"] = Flag(name="config", help="the config file")
+    given: dict[str, str] = {}
+    overrides: list[str] = []
+    bare: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if command.config != "none" and argument.startswith(("--config.", "--config[")):
+            overrides.append(argument)
+        elif argument in ("-h", "--help"):
+            given["help"] = "true"
+        elif argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            if name == "help":
+                with_file = "" if command.config == "none" else "; with --config=FILE it lists the config's fields too"
+                raise UserError(f"{argument}: --help takes no value{with_file}")
+            if name not in known:
+                raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known)}")
+            if not equals:
+                text = "true" if known[name].type is bool else _next_value(argument, arguments)
+            if given.setdefault(name, text) != text:
+                raise UserError(f"--{name}={given[name]} and --{name}={text} contradict each other; keep one of them")
+        elif argument.startswith("-") and len(argument) > 1:
+            raise UserError(f"{argument}: flags start with two dashes; did you mean -{argument}?")
+        else:
+            bare.append(argument)
+    if "help" in given:
+        print(help_text(command))
+        if "config" in given:
+            print(_fields_text(files.load(given["config"], overrides)))
+        raise SystemExit(0)
+    tree.parse_overrides(overrides)  # their form only; the fields need the file
+    values = {flag.name: _value(flag, given, command) for flag in command.flags if not flag.positional}
+    values |= _positional_values(command, bare)
+    if command.config == "required" and "config" not in given:
+        raise UserError(f"--config=FILE is missing, for example: {command.examples[0]}")
+    for module in values.get(IMPORT.name, ()):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise UserError(f"--import={module}: {type(error).__name__}: {error}") from error
+    return Flags(config=given.get("config"), overrides=tuple(overrides), **values)
+
+
+def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> NoReturn:
+    """Parses the command line, calls `main` and exits with the code that it returns (None is 0).
+
+    A UserError becomes one message and exit code 2; Ctrl-C one of its own, and 75 where the command goes on from there
+    or else 130, as shells have it. Others pass: Python prints the traceback and exits with 1.
+    """
+    # Grain's worker processes read flags of absl's, which refuses that before they are parsed. We have none there.
+    absl_flags.FLAGS.mark_as_parsed()
+    try:
+        code = main(parse_flags(command, sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(redact("\n".join([f"error: {error}", *getattr(error, "__notes__", ())])), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        kept = (
+            ". What is done is kept: give the same command again to go on." if command.resumes else " before the end."
+        )
+        print(f"\nStopped{kept}", file=sys.stderr)
+        code = 75 if command.resumes else 130
+    sys.exit(code or 0)
+
+
+def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> int:
+    """As `run`, for commands that read data: returns the code. Outages and damaged files are a message and 1."""
+    try:
+        run(main, command, argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except (TransientError, CorruptError, FloatingPointError) as error:
+        # What happened and where is in the message; where in the program it came up helps nobody.
+        print(redact(f"error: {error}"), file=sys.stderr)
+        if isinstance(error, TransientError):
+            print("Give the same command again when that is over.", file=sys.stderr)
+        return 1
+    except BaseException:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        return 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now: readers may wait on a dead network, and the interpreter would wait for their threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def help_text(command: Command) -> str:
+    """What `--help` prints."""
+    rows = [(_form(flag), flag.help + _default_text(flag)) for flag in command.flags]
+    if command.config != "none":
+        rows.insert(0, ("--config.FIELD=VALUE", "changes a field of the config; --config=FILE --help lists them"))
+        rows.insert(0, ("--config=FILE[:ARG]", "a Python file whose get_config(ARG) returns the config"))
+    rows.append(("--help", "prints this"))
+    column = max(len(form) for form, _ in rows) + 4
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [
+        textwrap.fill(text, width, initial_indent=f"  {form}".ljust(column), subsequent_indent=" " * column)
+        for form, text in rows
+    ]
+    examples = [f"  {example}" for example in command.examples]
+    required = [_form(flag) for flag in command.flags if flag.default is REQUIRED]
+    required[:0] = ["--config=FILE[:ARG]"] if command.config == "required" else []
+    usage = " ".join(["usage:", command.name, *required, "[flags]"])
+    return "\n".join(
+        [usage, "", textwrap.fill(command.description, width), "", "examples:", *examples, "", "flags:", *lines]
+    )
+
+
+def _next_value(argument: str, arguments: Iterator[str]) -> str:
+    text = next(arguments, None)
+    if text is None or text.startswith("--"):
+        raise UserError(f"{argument} has no value: write {argument}=VALUE")
+    return text
+
+
+def _near(name: str, known: dict[str, Flag]) -> str:
+    near = difflib.get_close_matches(name, [*known, "help"])
+    choices = near or [*known, "help"]
+    return (
+        f" Did you mean {' or '.join(f'--{match}' for match in choices)}?"
+        if near
+        else f" It has --{', --'.join(choices)}."
+    )
+
+
+def _value(flag: Flag, given: dict[str, str], command: Command) -> Any:
+    if flag.name not in given:
+        if flag.default is REQUIRED:
+            raise UserError(f"--{flag.name} is missing ({flag.help}), for example: {command.examples[0]}")
+        return flag.default
+    return _parsed(flag, given[flag.name], f"--{flag.name}={given[flag.name]}")
+
+
+def _parsed(flag: Flag, text: str, shown: str) -> Any:
+    try:
+        return typed.parse(text, flag.type)
+    except ValueError:
+        raise UserError(
+            f"{shown}: {flag.name} wants {typed.name(flag.type)}, for example {typed.example(flag.type)}"
+        ) from None
+
+
+def _positional_values(command: Command, bare: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for flag in command.flags:
+        if not flag.positional:
+            continue
+        if not bare:
+            if flag.default is REQUIRED:
+                raise UserError(f"{flag.name.upper()} is missing ({flag.help}), for example: {command.examples[0]}")
+            values[flag.name] = flag.default
+        elif typed.name(flag.type).startswith("tuple"):
+            values[flag.name], bare = tuple(bare), []
+        else:
+            values[flag.name], bare = _parsed(flag, bare[0], bare[0]), bare[1:]
+    if bare:
+        fix = f"; for example: {command.examples[0]}"
+        if "=" in bare[0]:
+            name = bare[0].partition("=")[0]
+            is_flag = command.config == "none" or name == "config" or any(flag.name == name for flag in command.flags)
+            is_field = not is_flag and not name.startswith(("config.", "config["))
+            fix = f"; did you mean --{'config.' if is_field else ''}{bare[0]}?"
+        raise UserError(f"{' '.join(bare)}: not understood, {command.name} takes flags of the form --NAME=VALUE{fix}")
+    return values
+
+
+def _form(flag: Flag) -> str:
+    if flag.positional:
+        return f"{flag.name.upper()}..." if typed.name(flag.type).startswith("tuple") else flag.name.upper()
+    if flag.type is bool:
+        return f"--{flag.name}"
+    kinds = [kind for kind in typed.options(flag.type) if kind is not type(None)]
+    if all(typing.get_origin(kind) is typing.Literal for kind in kinds):
+        return f"--{flag.name}={'|'.join(str(choice) for kind in kinds for choice in typing.get_args(kind))}"
+    return f"--{flag.name}={'N' if kinds[0] in (int, float) else flag.name.upper()}"
+
+
+def _default_text(flag: Flag) -> str:
+    hidden = any(flag.default is value for value in (REQUIRED, None, False, ()))
+    return "" if hidden else f" (default: {flag.default})"
+
+
+def _fields_text(config: Any) -> str:
+    rows = [
+        (f"--{path}", typed.name(hint), json.dumps(record.public(re.split(r"[.\[]", path)[-1], value)))
+        for path, hint, value in tree.leaves(config, type(config))
+    ]
+    paths, kinds = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"  {path:<{paths}}  {kind:<{kinds}}  {value}" for path, kind, value in rows]
+    return "\n".join(["", "fields of the config (flag, type, value):", *lines])

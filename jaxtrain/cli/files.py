@@ -1,0 +1,132 @@
+"""Config files: Python files with a `get_config(arg='')`, loaded by path."""
+
+import contextlib
+import difflib
+import inspect
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.cli import tree, typed
+from jaxtrain.errors import UserError
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Any:
+    """The config of a file, with `--config.a.b=value` overrides applied, checked.
+
+    spec: "configs/1b.py", or "configs/pretrain.py:tiny", where "tiny" is passed to `get_config`. Files share code by
+    `from configs._base import ...`, wherever the run starts: the parent of the config file's folder is importable.
+    Raises UserError with the cause and the fix.
+    """
+    tree.parse_overrides(overrides)  # their form is refused before the file is run, which may import JAX
+    path, argument = split_spec(spec)
+    config = _call(_run(path), path, argument)
+    tree.check_types(config)
+    config = tree.override(config, overrides)
+    tree.check(config)
+    return config
+
+
+def split_spec(spec: str) -> tuple[Path, str | None]:
+    """("configs/x.py", argument after the colon or None). Raises UserError if there is no such file."""
+    match = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
+    if match is None:
+        raise UserError(
+            f"--config={spec}: wants a Python file, for example --config=configs/1b.py or configs/1b.py:ARG"
+        )
+    path = Path(match[1])
+    if not path.is_file():
+        raise UserError(f"--config={spec}: there is no file {path}{_near_files(path)}")
+    return path, match[2]
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent}; the current one is {Path.cwd()})"
+    files = sorted(file.name for file in path.parent.glob("*.py") if not file.name.startswith("_"))
+    near = difflib.get_close_matches(path.name, files) or files
+    return (
+        f"; near it: {', '.join(str(path.parent / file) for file in near)}"
+        if near
+        else f"; {path.parent} has no configs"
+    )
+
+
+def _run(path: Path) -> types.ModuleType:
+    """Executes the file as the module `<folder>.<stem>`, which worker processes can import to unpickle its classes.
+
+    Not by `importlib`: cached bytecode goes by whole seconds, so a file edited within one would be stale.
+    """
+    folder = path.resolve().parent
+    module = types.ModuleType(f"{folder.name}.{path.stem}")
+    module.__file__ = str(path.resolve())
+    _forget_other_folders(folder)
+    sys.modules[module.__name__] = module
+    with _importable(folder.parent), _errors_in(path, "cannot be loaded"):
+        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+    return module
+
+
+def _forget_other_folders(folder: Path) -> None:
+    """A folder of the same name elsewhere, loaded earlier in this process, must not answer for this one's modules."""
+    if getattr(sys.modules.get(folder.name), "__file__", None) is not None:
+        return  # a package with an __init__.py: not a folder of configs, and its modules are in use
+    sys.modules.pop(folder.name, None)
+    for name, module in sys.modules.copy().items():  # a copy is made at once, while threads import
+        file = getattr(module, "__file__", None)
+        if name.startswith(f"{folder.name}.") and file and folder not in Path(file).parents:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _importable(root: Path) -> Iterator[None]:
+    """First on the import path while the file runs; last afterwards, for imports in functions and worker processes."""
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+        if str(root) not in sys.path:
+            sys.path.append(str(root))
+
+
+def _call(module: types.ModuleType, path: Path, argument: str | None) -> Any:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} has no function get_config(arg='') that returns the config")
+    arguments = () if argument is None else (argument,)
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        problem = (
+            "needs an argument: {}:ARG" if argument is None else "takes no argument: write {} without ':' and more"
+        )
+        raise UserError(f"{path}: get_config {problem.format(path)}") from None
+    called = "get_config()" if argument is None else f"get_config({argument!r})"
+    with _importable(path.resolve().parent.parent), _errors_in(path, f"{called} failed"):
+        config = get_config(*arguments)
+    if not typed.is_config(config):
+        raise UserError(f"{path}: {called} returned {config!r:.80}; it has to return the config, a dataclass instance")
+    return config
+
+
+@contextlib.contextmanager
+def _errors_in(path: Path, problem: str) -> Iterator[None]:
+    """An exception of the config file as one message with the file's line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from error
+    except Exception as error:
+        folder = path.resolve().parent
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if folder in Path(frame.filename).parents
+        ]
+        at = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else str(path)
+        raise UserError(f"{path} {problem}: {type(error).__name__}: {error}\n  {at}") from error

@@ -1,0 +1,120 @@
+"""Lasting names of config dataclasses, which records hold in place of module paths.
+
+A built-in has a short kind, "llama", that outlives moves and renames of its class. A component from outside the package
+is "package.module:Class". Checkpoints of version 0.1 name classes by module path; `kind_of_path` reads those.
+"""
+
+import dataclasses
+import importlib
+import sys
+
+from jaxtrain.errors import UserError
+
+# Kind -> module:class. A new built-in gets a line here; a kind, once released, never changes its meaning.
+BUILT_IN = {
+    "config": "jaxtrain.config:Config",
+    "stage": "jaxtrain.plan.stages:Stage",
+    "data": "jaxtrain.data.pipeline:DataConfig",
+    "mesh": "jaxtrain.distributed.sharding:MeshConfig",
+    "checkpoint": "jaxtrain.checkpoint.checkpoints:CheckpointConfig",
+    "eval": "jaxtrain.config:EvalConfig",
+    "monitor": "jaxtrain.metrics.monitor:MonitorConfig",
+    "teacher": "jaxtrain.distill.teacher:Teacher",
+    "llama": "jaxtrain.model.llama:LlamaConfig",
+    "linear_rope_scaling": "jaxtrain.model.rope:LinearRopeScaling",
+    "llama3_rope_scaling": "jaxtrain.model.rope:Llama3RopeScaling",
+    "cross_entropy": "jaxtrain.losses.cross_entropy:CrossEntropy",
+    "distillation": "jaxtrain.losses.distillation:Distillation",
+    "forward_kl": "jaxtrain.losses.divergences:ForwardKL",
+    "reverse_kl": "jaxtrain.losses.divergences:ReverseKL",
+    "jsd": "jaxtrain.losses.divergences:JSD",
+    "top_k": "jaxtrain.losses.divergences:TopK",
+    "adamw": "jaxtrain.optim.adamw:AdamW",
+    "muon": "jaxtrain.optim.muon:Muon",
+    "constant": "jaxtrain.plan.schedules:Constant",
+    "cosine": "jaxtrain.plan.schedules:Cosine",
+    "linear": "jaxtrain.plan.schedules:Linear",
+    "wsd": "jaxtrain.plan.schedules:WSD",
+    "hugging_face": "jaxtrain.data.sources.huggingface:HuggingFace",
+    "webdataset": "jaxtrain.data.sources.webdataset:WebDataset",
+    "text_files": "jaxtrain.data.sources.text_files:TextFiles",
+    "at_least": "jaxtrain.data.transforms:AtLeast",
+    "min_length": "jaxtrain.data.transforms:MinLength",
+    "template": "jaxtrain.data.transforms:Template",
+    "sentencepiece": "jaxtrain.tokenizers.sentencepiece:SentencePiece",
+    "hugging_face_tokenizer": "jaxtrain.tokenizers.hf:HuggingFaceTokenizer",
+    "train_tokenizer": "jaxtrain.tokenizers.training:TrainTokenizer",
+}
+_KIND_BY_PLACE = {place: kind for kind, place in BUILT_IN.items()}
+
+# How version 0.1 named the built-ins.
+_VERSION_0_1 = {
+    "jaxtrain.config.Config": "config",
+    "jaxtrain.plan.stages.Stage": "stage",
+    "jaxtrain.data.pipeline.DataConfig": "data",
+    "jaxtrain.sharding.MeshConfig": "mesh",
+    "jaxtrain.checkpoint.CheckpointConfig": "checkpoint",
+    "jaxtrain.evaluate.EvalConfig": "eval",
+    "jaxtrain.monitor.MonitorConfig": "monitor",
+    "jaxtrain.teacher.Teacher": "teacher",
+    "jaxtrain.model.llama.LlamaConfig": "llama",
+    "jaxtrain.model.rope.LinearRopeScaling": "linear_rope_scaling",
+    "jaxtrain.model.rope.Llama3RopeScaling": "llama3_rope_scaling",
+    "jaxtrain.losses.cross_entropy.CrossEntropy": "cross_entropy",
+    "jaxtrain.losses.distillation.Distillation": "distillation",
+    "jaxtrain.losses.divergences.ForwardKL": "forward_kl",
+    "jaxtrain.losses.divergences.ReverseKL": "reverse_kl",
+    "jaxtrain.losses.divergences.JSD": "jsd",
+    "jaxtrain.losses.divergences.TopK": "top_k",
+    "jaxtrain.optim.adamw.AdamW": "adamw",
+    "jaxtrain.optim.muon.Muon": "muon",
+    "jaxtrain.optim.schedules.Constant": "constant",
+    "jaxtrain.optim.schedules.Cosine": "cosine",
+    "jaxtrain.optim.schedules.Linear": "linear",
+    "jaxtrain.optim.schedules.WSD": "wsd",
+    "jaxtrain.data.sources.huggingface.HuggingFace": "hugging_face",
+    "jaxtrain.data.sources.webdataset.WebDataset": "webdataset",
+    "jaxtrain.data.sources.text_files.TextFiles": "text_files",
+    "jaxtrain.data.transforms.AtLeast": "at_least",
+    "jaxtrain.data.transforms.MinLength": "min_length",
+    "jaxtrain.data.transforms.Template": "template",
+    "jaxtrain.tokenizers.sentencepiece.SentencePiece": "sentencepiece",
+    "jaxtrain.tokenizers.hf.HuggingFaceTokenizer": "hugging_face_tokenizer",
+    "jaxtrain.tokenizers.training.TrainTokenizer": "train_tokenizer",
+}
+
+
+def kind_of(cls: type) -> str:
+    """The lasting name of a config dataclass."""
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    return _KIND_BY_PLACE.get(place, place)
+
+
+def kind_of_path(path: str) -> str:
+    """The kind of what a record of version 0.1 calls "package.module.Class"."""
+    module, _, name = path.rpartition(".")
+    return _VERSION_0_1.get(path, f"{module}:{name}")
+
+
+def class_of(kind: str) -> type:
+    """The dataclass that a record names.
+
+    A record may come from anywhere and must not choose what is imported: a component from outside the package is found
+    only if its module is imported already, by the user's config or `--import`.
+
+    Raises:
+        UserError: There is no such class, or its module is not imported.
+    """
+    module, _, name = BUILT_IN.get(kind, kind).partition(":")
+    found = importlib.import_module(module) if kind in BUILT_IN else sys.modules.get(module)
+    if found is None and name and not module.startswith("jaxtrain."):
+        raise UserError(
+            f"the checkpoint names {kind}, which is not part of jaxtrain, and nothing has imported {module}: give the "
+            f"config that defines it, or --import={module}"
+        )
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    is_foreign = module.split(".")[0] not in sys.stdlib_module_names
+    if not (is_foreign and isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise UserError(f"the checkpoint names {kind}, which is no config of this version of jaxtrain")
+    return found

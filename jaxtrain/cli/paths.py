@@ -1,0 +1,20 @@
+"""Where a command's files go when nothing says so. Never imports JAX, nor the Hub's client, which reads its folders."""
+
+import os
+import pathlib
+
+from jaxtrain.cli.redaction import redact
+
+
+def default_workdir(spec: str) -> str:
+    """runs/<config file>[-<arg>], without the credentials and the query of a URL in the argument."""
+    path, _, argument = spec.partition(":")
+    name, argument = pathlib.PurePath(path).stem, redact(argument)
+    return os.path.join("runs", f"{name}-{argument}".replace("/", "_") if argument else name)
+
+
+def keep_caches_in(workdir: str) -> None:
+    """Caches of the Hub's client default to inside the work directory; a login is still found where it always is."""
+    if "HF_HOME" not in os.environ and "://" not in workdir:
+        os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser("~/.cache/huggingface/token"))
+        os.environ["HF_HOME"] = os.path.abspath(os.path.join(os.path.expanduser(workdir), "cache", "huggingface"))

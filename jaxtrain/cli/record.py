@@ -1,0 +1,188 @@
+"""Configs as JSON, without secrets, and the differences between two of them."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+from jaxtrain.cli import kinds, tree, typed
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+
+KIND = "_kind"
+# In a field's metadata: the value that a record stands for which was written before the field existed, if that is not
+# today's default.
+BEFORE = "before"
+
+_SECRET_FIELD = re.compile(
+    r"((hf|api|auth|access|bearer|security|session)_?)?token|(.*_)?(secret|password|passwd|api_?key|credentials?)"
+    r"|(access|secret|private|account)_?key(_id)?",
+    re.IGNORECASE,
+)
+# Parameters that sign a URL or open it, and those that change with every new signature of the same object.
+_SECRET_PARAMETER = re.compile(
+    r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
+    r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",
+    re.IGNORECASE,
+)
+_REMOVED = "(removed)"
+
+
+class _Absent:
+    """Stands for a value that one side of a comparison does not have (None is a value)."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+def to_json(config: Any) -> Json:
+    """The config, a dataclass instance, in JSON's types: dict, list, str, int, float, bool, None.
+
+    A dataclass carries "_kind", its lasting name (see kinds.py); tuples become lists. Secrets are left out: user and
+    password in URLs, signatures and tokens in their query strings, and fields that hold a token, secret, password or
+    API key; so two configs that differ only in these are equal.
+    """
+    return {KIND: kinds.kind_of(type(config)), **_group(config)}
+
+
+def from_json(recorded: Any) -> Any:
+    """The config that `to_json` recorded, in this version or an earlier one.
+
+    Raises:
+        UserError: It names a class that is no config, or one whose module the user has not imported.
+    """
+    if isinstance(recorded, list):
+        return tuple(map(from_json, recorded))
+    if not isinstance(recorded, dict):
+        return recorded
+    recorded = upgrade(recorded)
+    fields = {name: from_json(value) for name, value in recorded.items() if name != KIND}
+    if KIND not in recorded:
+        return fields
+    cls = kinds.class_of(recorded[KIND])
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise UserError(f"the checkpoint's {recorded[KIND]} has {', '.join(sorted(unknown))}, unknown to this version")
+    return cls(**{name: value for name, value in _before(cls).items() if name not in fields}, **fields)
+
+
+def upgrade(recorded: Any) -> Any:
+    """A record of any version with today's names: kinds instead of the module paths of version 0.1."""
+    if isinstance(recorded, list):
+        return [upgrade(item) for item in recorded]
+    if not isinstance(recorded, dict):
+        return recorded
+    upgraded = {name: upgrade(value) for name, value in recorded.items()}
+    if "_class" in upgraded:
+        return {KIND: kinds.kind_of_path(upgraded.pop("_class")), **upgraded}
+    if "." in str(upgraded.get("class")):  # the description of a transform, or a store's of its source
+        described = {KIND: kinds.kind_of_path(upgraded.pop("class")), **upgraded}
+        return sealed(described) if described.pop("digest", None) else described
+    return upgraded
+
+
+def complete(recorded: Any) -> Any:
+    """As `upgrade`, with the fields that were added since, at the values that records without them stand for."""
+    if isinstance(recorded, list):
+        return [complete(item) for item in recorded]
+    if not isinstance(recorded, dict):
+        return recorded
+    recorded = upgrade(recorded)
+    filled = {name: complete(value) for name, value in recorded.items()}
+    if KIND in recorded:
+        added = _before(kinds.class_of(recorded[KIND])).items()
+        filled |= {name: public(name, value) for name, value in added if name not in filled}
+    return filled
+
+
+def sealed(described: Json) -> Json:
+    """The description of a component with its digest, for identities."""
+    text = json.dumps(described, sort_keys=True)
+    return {**described, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _before(cls: type) -> Json:
+    """The values of fields that a record lacks: of those with a default, as it was before the field existed."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if BEFORE in field.metadata:
+            values[field.name] = field.metadata[BEFORE]
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
+
+
+def _group(group: Any) -> Json:
+    return {key: public(key, child) for key, (child, _) in typed.entries(group, Any).items()}
+
+
+def public(key: str, value: Any) -> Any:
+    """The value of a field or entry as it may be stored and shown: JSON's types, no secrets."""
+    if typed.is_config(value):
+        return to_json(value)
+    if isinstance(value, dict):
+        return _group(value)
+    if isinstance(value, tuple):
+        return [public(key, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value and _SECRET_FIELD.fullmatch(key):
+        return _REMOVED
+    return _without_secrets(value)
+
+
+def _without_secrets(text: str) -> str:
+    if "://" not in text:
+        return text
+    text = re.sub(r"([a-z][a-z0-9+.-]*://)[^/?#\s]*@", r"\1", text, flags=re.IGNORECASE)
+    return re.sub(r"\?([^\s#]*)", _without_secret_parameters, text)
+
+
+def _without_secret_parameters(query: re.Match[str]) -> str:
+    parameters = query[1].split("&")
+    kept = [part for part in parameters if not _SECRET_PARAMETER.fullmatch(part.partition("=")[0])]
+    return f"?{'&'.join(kept)}" if kept else ""
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, old value, new value) of everything that differs between two JSON values, in the old one's order.
+
+    What only one side has, an entry or an element, is one row with ABSENT on the other side. A class that changed is a
+    row `path._kind`. 1 and 1.0 are equal, 1 and True are not.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *new]}
+    elif isinstance(old, list) and isinstance(new, list):
+        longest = range(max(len(old), len(new)))
+        pairs = {str(i): (_element(old, i), _element(new, i)) for i in longest}
+    else:
+        same = old == new and isinstance(old, bool) == isinstance(new, bool)
+        return [] if same else [(path, old, new)]
+    rows = []
+    for key, (before, after) in pairs.items():
+        parent = tuple(old) if isinstance(old, list) else old
+        below = tree.join(path, parent, key)
+        rows += differences(before, after, below if path else below.removeprefix("."))
+    return rows
+
+
+def _element(items: list[Any], i: int) -> Any:
+    return items[i] if i < len(items) else ABSENT
+
+
+def format_differences(rows: list[tuple[str, Any, Any]]) -> str:
+    """A table with a line for each difference: path, old value, arrow, new value."""
+    cells = [(path, _cell(old), _cell(new)) for path, old, new in rows]
+    paths, olds = (max((len(row[column]) for row in cells), default=0) for column in (0, 1))
+    return "\n".join(f"  {path:<{paths}}  {old:>{olds}}  ->  {new}" for path, old, new in cells)
+
+
+def _cell(value: Any) -> str:
+    text = repr(value) if value is ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,237 @@
+"""Overrides and checks of a config tree: dataclasses, tuples and dicts of plain values."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from jaxtrain.cli import typed
+from jaxtrain.errors import UserError
+
+_FORM = re.compile(r"--config((?:\.[^.\[\]]+|\[[^\[\]]+\])+)", re.DOTALL)
+_KEY = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """One override as it was given: `--config.stages[0].seq_len=64` has the keys ("stages", "0", "seq_len")."""
+
+    flag: str
+    keys: tuple[str, ...]
+    text: str
+
+
+def parse_overrides(flags: Sequence[str]) -> list[Change]:
+    """Reads `--config.a.b=value` strings; fields are not looked up yet.
+
+    `stages[0]` and `stages.0` are the same; a key with dots in it goes into brackets: `sources[my.source]`.
+    Raises UserError for another form, and for two overrides of which one undoes the other.
+    """
+    changes: list[Change] = []
+    for flag in flags:
+        target, equals, text = flag.partition("=")
+        form = _FORM.fullmatch(target)
+        if not form or not equals:
+            raise UserError(f"{flag}: an override is written --config.FIELD=VALUE, with the value after '='")
+        keys = tuple(dotted or bracketed.strip("'\"") for dotted, bracketed in _KEY.findall(form[1]))
+        change = Change(flag=flag, keys=keys, text=text)
+        for other in changes:
+            shared = min(len(keys), len(other.keys))
+            if keys[:shared] == other.keys[:shared] and (keys, text) != (other.keys, other.text):
+                raise UserError(f"{other.flag} and {flag} contradict each other; keep one of them")
+        changes.append(change)
+    return changes
+
+
+def override(config: Any, flags: Sequence[str]) -> Any:
+    """The config with `--config.a.b=value` strings applied, typed by the annotations. The given one is not changed.
+
+    New objects are made along each path: a dataclass that stands in two places is changed in one of them only.
+    Raises UserError, with the nearest names for an unknown field and the wanted type for a wrong value.
+    """
+    root = config
+    for change in parse_overrides(flags):
+        config = _changed(config, type(config), change, "config", 0, root)
+    return config
+
+
+def check(config: Any) -> None:
+    """Checks every value against its annotation, then calls every dataclass's `check()`, children before parents.
+
+    Raises UserError for the first thing that is wrong, with its dotted path.
+    """
+    check_types(config)
+    _check_rules(config, type(config), "config")
+
+
+def check_types(value: Any, hint: Any = Any, path: str = "config") -> None:
+    """Checks the values of a whole tree against the annotations. Raises UserError with the dotted path."""
+    fitting = [option for option in typed.options(hint) if typed.fits(value, option)]
+    if not fitting:
+        raise UserError(
+            f"{path}={_shown(value)}: wants {typed.name(hint)}; this is {_kind(value)}{_advice(value, hint)}"
+        )
+    if typed.is_config(value):
+        _check_stray(value, path)
+    for option in fitting:
+        try:
+            for key, (child, child_hint) in typed.entries(value, option).items():
+                if not isinstance(key, str):
+                    raise UserError(f"{path}: the keys of a dict are strings; {key!r} is {_kind(key)}")
+                check_types(child, child_hint, join(path, value, key))
+            return
+        except UserError:
+            if option is fitting[-1]:
+                raise
+
+
+def leaves(value: Any, hint: Any = Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, annotation, value) of everything that an override can set, in order."""
+    below = typed.entries(value, hint)
+    if not typed.is_group(value) or (not below and not typed.is_config(value)):
+        yield path, hint, value
+    for key, (child, child_hint) in below.items() if typed.is_group(value) else ():
+        yield from leaves(child, child_hint, join(path, value, key))
+
+
+def join(path: str, parent: Any, key: str) -> str:
+    """The dotted path of an entry: config.stages[0], config.sources.web, config.sources[my.source]."""
+    return f"{path}[{key}]" if isinstance(parent, tuple) or re.search(r"[.\[\]=\s]", key) else f"{path}.{key}"
+
+
+def _changed(value: Any, hint: Any, change: Change, path: str, depth: int, root: Any) -> Any:
+    """The value with the change made at `change.keys[depth:]` below it."""
+    if depth == len(change.keys):
+        return _parsed(value, hint, change)
+    key = change.keys[depth]
+    if value is None:
+        value = _default(hint, change, path)
+    below = typed.entries(value, hint)
+    if key not in below:
+        scalar = isinstance(value, dict) and typed.example(typed.entry_hint(_dict_hint(hint)))
+        if not scalar or depth + 1 < len(change.keys):
+            raise _unknown(value, change, path, key, root)
+        below[key] = (None, typed.entry_hint(_dict_hint(hint)))
+    child, child_hint = below[key]
+    child = _changed(child, child_hint, change, join(path, value, key), depth + 1, root)
+    if isinstance(value, tuple):
+        return (*value[: int(key)], child, *value[int(key) + 1 :])
+    return {**value, key: child} if isinstance(value, dict) else dataclasses.replace(value, **{key: child})
+
+
+def _dict_hint(hint: Any) -> Any:
+    return next((option for option in typed.options(hint) if typed.fits({}, option)), Any)
+
+
+def _parsed(value: Any, hint: Any, change: Change) -> Any:
+    if hint is Any and value is not None and not typed.is_group(value):
+        hint = type(value)
+    try:
+        return typed.parse(change.text, hint)
+    except ValueError:
+        target = change.flag.partition("=")[0]
+        if typed.is_group(value):
+            keys = ", ".join(typed.entries(value, hint))
+            below = next(leaves(value, hint, target), (target, hint, None))
+            usage = f"for example {below[0]}={typed.example(below[1])}"
+            raise UserError(
+                f"{change.flag}: {_kind(value)} has no text form; set what is in it, {usage} ({keys})"
+            ) from None
+        example = typed.example(hint)
+        fix = f", for example {target}={example}" if example else "; set it in the config file"
+        raise UserError(f"{change.flag}: wants {typed.name(hint)}{fix}") from None
+
+
+def _default(hint: Any, change: Change, path: str) -> Any:
+    """An optional group that is none is switched on by an override of one of its fields, if it has defaults."""
+    classes = [option for option in typed.options(hint) if dataclasses.is_dataclass(option)]
+    if len(classes) == 1 and isinstance(classes[0], type):
+        required = [field.name for field in dataclasses.fields(classes[0]) if not _has_default(field)]
+        if not required:
+            return classes[0]()
+    raise UserError(
+        f"{change.flag}: {path} is none, so there is nothing in it to set; give it a value in the config file"
+    )
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> UserError:
+    """The error for a key that is not there: nearest names beside it, and places where the name exists."""
+    below = list(typed.entries(value, Any))
+    if not typed.is_config(value) and not isinstance(value, dict | tuple):
+        return UserError(f"{change.flag}: {path} is {_kind(value)} and has no fields; override it with --{path}=VALUE")
+    if isinstance(value, tuple):
+        return UserError(f"{change.flag}: {path} has {len(below)} elements, numbered from 0; there is no [{key}]")
+    near = [join(path, value, match) for match in difflib.get_close_matches(key, below)]
+    if not near:
+        # The same name somewhere else in the tree: --config.learning_rate for --config.optimizer.learning_rate.
+        paths = [leaf for leaf, _, _ in leaves(root, type(root))]
+        last = {leaf: re.split(r"[.\[]", leaf)[-1] for leaf in paths}
+        close = difflib.get_close_matches(key, set(last.values()), n=1, cutoff=0.8)
+        near = [leaf for leaf in paths if last[leaf] in close][:3]
+    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else ""
+    noun = "field" if typed.is_config(value) else "entry"
+    return UserError(f"{change.flag}: {path} has no {noun} {key!r}.{hint} A{_kind(value)[1:]} has: {', '.join(below)}.")
+
+
+def _check_stray(config: Any, path: str) -> None:
+    """A plain dataclass takes any attribute: a typo in a config file would otherwise pass unnoticed."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    for attribute in getattr(config, "__dict__", {}):
+        if attribute not in fields:
+            near = difflib.get_close_matches(attribute, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(fields)}"
+            raise UserError(f"{path}.{attribute}: {_kind(config)} has no field {attribute!r}{hint}")
+
+
+def _check_rules(value: Any, hint: Any, path: str) -> None:
+    for key, (child, child_hint) in typed.entries(value, hint).items():
+        _check_rules(child, child_hint, join(path, value, key))
+    rule = getattr(value, "check", None) if typed.is_config(value) else None
+    if rule is None:
+        return
+    try:
+        rule()
+    except ValueError as error:
+        # A message that starts with a field's name goes on from the path: "config.optimizer.learning_rate must be ...".
+        first = re.match(r"\w*", str(error))
+        separator = "." if first and first[0] in typed.entries(value, hint) else ": "
+        raise UserError(f"{path}{separator}{error}") from error
+    except Exception as error:
+        error.add_note(f"in the check() of {path} ({type(value).__name__})")
+        raise
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def _advice(value: Any, hint: Any) -> str:
+    """How to fix the usual mistakes in config files."""
+    members = typed.options(hint)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ": numbers have to be finite"
+    if isinstance(value, float) and int in members and value.is_integer():
+        return f": write {int(value):_}"
+    if isinstance(value, list):
+        return ": write a tuple, (a, b), or (a,) for one element"
+    if isinstance(value, type):
+        return f": write {value.__name__}(), an instance"
+    if callable(value) and not typed.is_config(value):
+        return ": a function has no fields to compare or keep; write a dataclass with __call__"
+    if typed.is_config(value):
+        for member in members:
+            if Protocol in getattr(member, "__bases__", ()):
+                return f" without {', '.join(typed.missing_members(value, member))}"
+    return ""

@@ -1,0 +1,383 @@
+"""Ranges of bytes of files, wherever they lie: on the Hub, behind a URL, in a bucket, on a local disk.
+
+One attempt each, nothing is retried here (retry.py does), and nothing short is taken for whole: status, range and
+length of every answer are checked. huggingface_hub's own file system retries for 23 s inside each read, takes a 200 for
+a 206, and lists the file's folder before it opens it; so the Hub's files are read through its HTTP session instead.
+A read is one request: the address of the store that the Hub redirects to is kept while it is valid.
+
+The client libraries are imported when first used: they read HF_HOME and HF_ENDPOINT at import, which a run may set.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtrain.data.io import rate_limit, retry
+from jaxtrain.data.io.exit_guard import gate
+from jaxtrain.errors import TransientError, UserError
+from jaxtrain.interfaces import Json
+
+_TIMEOUT = 30.0  # seconds without a byte; 10 (the client's default) is too short when many hosts stream at once
+_SLOWEST = 100_000  # bytes/s below which an answer that goes on for longer than the time-out is given up
+
+
+class Bytes(Protocol):
+    """The bytes of one file. Methods raise TransientError or UserError. Safe for several threads."""
+
+    what: str  # names the file in messages
+
+    def size(self) -> int: ...
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer only at the end of the file."""
+        ...
+
+    def tail(self, count: int) -> bytes:
+        """The last `count` bytes, or all if there are fewer."""
+        ...
+
+    def stamp(self) -> Json:
+        """What tells that the file has changed, as far as that is cheap to know."""
+        ...
+
+    def refresh(self) -> None:
+        """Forget what was learned about the file: the next read asks its origin."""
+        ...
+
+
+class LocalBytes:
+    """A file of this machine."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.what = path
+
+    def size(self) -> int:
+        try:
+            return os.path.getsize(self.path)
+        except OSError as error:
+            raise retry.classify(error, self.what) from None
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise retry.classify(error, self.what) from None
+
+    def tail(self, count: int) -> bytes:
+        size = self.size()
+        return self.fetch(max(size - count, 0), size)
+
+    def stamp(self) -> Json:
+        """Size and a digest of the first and last 64 kB. Not the time: a copy on another machine is the same file."""
+        ends = self.fetch(0, 65536) + self.tail(65536)
+        return {"size": self.size(), "digest": hashlib.blake2b(ends, digest_size=8).hexdigest()}
+
+    def refresh(self) -> None:
+        pass
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system behind a URL, and the path in it. Raises UserError if its package is not installed."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        what = retry.redact(url)
+        raise UserError(f"{what}: {error}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
+
+
+class BucketBytes:
+    """A file of a bucket (s3://, gs://, or any other file system that fsspec knows)."""
+
+    def __init__(self, url: str):
+        self.what = retry.redact(url)
+        self.fs, self.path = file_system(url)
+        self.known_size: int | None = None
+
+    def size(self) -> int:
+        if self.known_size is None:
+            self.known_size = int(self._try(lambda: self.fs.info(self.path))["size"])
+        return self.known_size
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        stop = min(stop, self.size())
+        if start >= stop:
+            return b""
+        data = self._try(lambda: self.fs.cat_file(self.path, start=start, end=stop))
+        if len(data) != stop - start:
+            raise TransientError(f"{self.what}: {len(data)} of {stop - start} bytes arrived")
+        return data
+
+    def tail(self, count: int) -> bytes:
+        return self.fetch(max(self.size() - count, 0), self.size())
+
+    def stamp(self) -> Json:
+        info = self._try(lambda: self.fs.info(self.path))
+        tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if name in info), None)
+        return {"size": int(info["size"]), "etag": str(tag).strip('"') if tag else None}
+
+    def refresh(self) -> None:
+        self.known_size = None
+        self.fs.invalidate_cache(self.path)
+
+    def _try(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            fault = retry.classify(error, self.what)
+            if fault is error:
+                raise
+            raise fault from None
+
+
+class _NoRangeError(TransientError):
+    """A proxy's whim for a file that answered ranges before; a server that cannot, at the first look."""
+
+
+class HttpBytes:
+    """A file behind http(s), of the Hub or of any server that answers ranges (RFC 9110, section 14)."""
+
+    pinned = False  # whether its address names its content
+
+    def __init__(self, url: str, what: str | None = None):
+        self.url = url
+        self.what = what or retry.redact(url)
+        self.known_size: int | None = None
+        self.etag: str | None = None
+        self.signed: str | None = None  # where the last answer came from, if redirected
+
+    def size(self) -> int:
+        if self.known_size is None:
+            self.fetch(0, 1)
+        assert self.known_size is not None
+        return self.known_size
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        if self.known_size is not None:
+            stop = min(stop, self.known_size)
+        if start >= stop:
+            return b""
+        data, first = self._range(f"bytes={start}-{stop - 1}", start, stop - start)
+        expected = max(min(stop, self.size()) - start, 0)
+        if first != start or len(data) != expected:
+            raise TransientError(f"{self.what}: asked for {expected} bytes at {start}, got {len(data)} at {first}")
+        return data
+
+    def tail(self, count: int) -> bytes:
+        if self.known_size is not None:
+            return self.fetch(max(self.known_size - count, 0), self.known_size)
+        data, first = self._range(f"bytes=-{count}", 0, count)
+        if first != max(self.size() - count, 0) or len(data) != self.size() - first:
+            raise TransientError(f"{self.what}: asked for the last {count} bytes, got {len(data)} at {first}")
+        return data
+
+    def stamp(self) -> Json:
+        self.refresh()
+        self.etag = None
+        try:
+            return {"size": self.size(), "etag": self.etag}
+        except _NoRangeError as error:
+            raise UserError(f"{error}. Serve it by one that answers Range requests, or download the file.") from None
+
+    def refresh(self) -> None:
+        self.known_size = None
+        self.signed = None
+
+    def _range(self, wanted: str, start: int, most: int) -> tuple[bytes, int]:
+        """(body, position of its first byte) of an answer of at most `most` bytes. Notes the file's size."""
+        signed = self.signed
+        if signed is not None:
+            answer = self._get(signed, {}, wanted, start, most)
+            if answer is not None:
+                return answer
+            self.signed = None  # a signature lasts about an hour: ask the origin again
+        answer = self._get(self.url, _hub_headers(self.url), wanted, start, most)
+        assert answer is not None
+        return answer
+
+    def _get(self, url: str, headers: dict[str, str], wanted: str, start: int, most: int) -> tuple[bytes, int] | None:
+        """One request; None if `url` is a signed address that is not accepted any more."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        headers = {**headers, "Range": wanted, "Accept-Encoding": "identity"}
+        server = rate_limit.pace_of(url)
+        server.wait()
+        try:
+            with _session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
+                if url != self.url and response.status_code in (400, 401, 403, 404, 410):
+                    return None
+                if response.status_code == 416 and (total := _total(response)) is not None:
+                    self._note(total, response)
+                    return b"", start
+                if response.status_code == 429:
+                    server.refused(retry.retry_after(response.headers))
+                hf_raise_for_status(response)
+                server.answered()
+                first = self._check(response, start, most)
+                body = _body(response, most, self.what)
+                if url == self.url and str(response.url) != url:
+                    self.signed = str(response.url)
+                return body, first
+        except Exception as error:
+            fault = retry.classify(error, self.what)
+            if fault is error and not isinstance(fault, TransientError | UserError):
+                raise
+            raise fault from None  # the original holds the address that was asked
+
+    def _check(self, response: Any, start: int, most: int) -> int:
+        """The position of the answer's first byte, if its headers are those of the range that was asked for."""
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise TransientError(f"{self.what}: the server sent it compressed, though asked not to")
+        if response.status_code == 206:
+            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
+            if found is None:
+                raise TransientError(f"{self.what}: an answer without a proper Content-Range")
+            self._note(int(found[3]), response)
+            return int(found[1])
+        length = response.headers.get("Content-Length")
+        if length is None or start or int(length) > most:
+            raise _NoRangeError(f"{self.what}: the server sent the whole file where a range was asked for")
+        self._note(int(length), response)
+        return 0
+
+    def _note(self, total: int, response: Any) -> None:
+        if self.known_size not in (None, total):
+            raise UserError(f"{self.what} changed while it was read: it had {self.known_size} bytes, now {total}.")
+        self.known_size = total
+        etag = (response.headers.get("ETag") or "").removeprefix("W/").strip('"') or None
+        if not self.pinned and None not in (self.etag, etag) and self.etag != etag:
+            raise UserError(f"{self.what} changed while it was read: its ETag was {self.etag}, is now {etag}.")
+        self.etag = etag
+
+
+class HubBytes(HttpBytes):
+    """A file of the Hub at a commit, which cannot change, though its tag may when the Hub moves it between stores."""
+
+    pinned = True
+
+    def stamp(self) -> Json:
+        return {}
+
+
+@functools.cache
+def _after_import() -> None:
+    # The client's own handler closes its connections at exit. Who waits for one then waits for the whole time-out.
+    gate.be_first()
+
+
+def _session() -> Any:
+    """The client's HTTP session."""
+    from huggingface_hub import get_session
+
+    _after_import()
+    return get_session()
+
+
+def _hub_headers(url: str) -> dict[str, str]:
+    """The user's token, for the Hub's own addresses only."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers() if url.startswith(constants.ENDPOINT + "/") else {}
+
+
+def _total(response: Any) -> int | None:
+    found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", "").strip())
+    return int(found[1]) if found else None
+
+
+def _body(response: Any, most: int, what: str) -> bytes:
+    """The whole body. A server that drips is given up, as is one that sends more than was asked for."""
+    parts, length, begun = [], 0, time.monotonic()
+    for part in response.iter_raw():
+        parts.append(part)
+        length += len(part)
+        if length > most:
+            raise TransientError(f"{what}: the server sent more than the {most} bytes asked for")
+        if time.monotonic() - begun > _TIMEOUT + length / _SLOWEST:
+            raise TransientError(f"{what}: the server sent {length} bytes in {time.monotonic() - begun:.0f} s")
+    return b"".join(parts)
+
+
+class Pieces:
+    """The pieces of a file that were fetched last, and the rule for the next one.
+
+    plan: maps a position that is wanted to the end of the request that fetches it. keep: how many pieces are held.
+    For one thread.
+    """
+
+    def __init__(self, source: Bytes, plan: Callable[[int], int], keep: int):
+        self.source = source
+        self.plan = plan
+        self.keep = keep
+        self.held: list[tuple[int, bytes]] = []  # (position, bytes), the latest used last
+
+    def read(self, position: int, count: int) -> bytes:
+        """Bytes from `position` on; fewer than `count` only at the end of the file."""
+        parts = []
+        while count > 0:
+            part = self._held(position, count)
+            if not part:
+                gate.check()
+                data = self.source.fetch(position, max(self.plan(position), position + 1))
+                if not data:
+                    break
+                self.held = [*self.held[max(len(self.held) - self.keep + 1, 0) :], (position, data)]
+                continue
+            parts.append(part)
+            position += len(part)
+            count -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _held(self, position: int, count: int) -> bytes:
+        for index, (start, data) in enumerate(self.held):
+            if start <= position < start + len(data):
+                self.held.append(self.held.pop(index))
+                return data[position - start : position - start + count]
+        return b""
+
+
+class RangeFile(io.RawIOBase):
+    """A read-only file object over `Pieces`."""
+
+    def __init__(self, pieces: Pieces):
+        self.pieces = pieces
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position}
+        self.position = offset + (base[whence] if whence in base else self.pieces.source.size())
+        return self.position
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = max(self.pieces.source.size() - self.position, 0)
+        data = self.pieces.read(self.position, size)
+        self.position += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,264 @@
+"""Whole files kept on this machine's disk, the least recently used ones making room, under a limit that always holds.
+
+Several processes may share a directory, and any may be killed at any point: nothing is remembered but the files
+themselves and the kernel's locks on them, which end with their holder.
+
+- `HASH`: a file. Readers hold it shared-locked (a pin); its modification time is when it was last asked for.
+- `HASH.part`: one that is being fetched, exclusively locked by its writer, of its full size from the beginning: the
+  space is taken before a byte is written.
+- Any other `HASH.*`, and a `.part` without a lock: garbage, removed by whoever comes next.
+- `lock`: held while one of these is made, found or removed; never while bytes are moved.
+
+Locks are `flock`s: of the kernel, on one machine or on network file systems that carry them (NFS 4, Lustre with flock).
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Protocol
+
+from jaxtrain.data.io import retry
+from jaxtrain.errors import TransientError, UserError
+
+_POLL = 0.05  # seconds between two looks, for those who wait for room or for another's fetch
+_WHOLE = re.compile(r"[0-9a-f]{40}")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Sink(Protocol):
+    """Where a fetch puts a file's bytes, in order."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+class DiskCache:
+    """An LRU of whole files under `directory`, of at most `max_gb` x 1e9 bytes in all. Safe for threads and processes.
+
+    Makes no file before the first `open`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], max_gb: float):
+        self.directory = os.path.abspath(directory)
+        self.limit = round(max_gb * 1e9)
+
+    def used_bytes(self) -> int:
+        """Of all files, with what is reserved for those that are being fetched."""
+        return sum(size for _, size, _ in self._entries())
+
+    def check(self, what: str, size: int) -> None:
+        """Raises UserError if a file of `size` bytes can never be here."""
+        if size > self.limit:
+            raise UserError(
+                f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may hold "
+                f"({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, at best to that for "
+                "each file that is read at once, or cut the file into smaller ones."
+            )
+
+    @contextlib.contextmanager
+    def open(
+        self, key: str, size: int, fetch: Callable[[Sink], object], what: str | None = None
+    ) -> Iterator[IO[bytes]]:
+        """The file of `key`, open for reading at its path, and not evicted while the context lasts.
+
+        key: a lasting name with whatever tells one version from another. size: of the file, in bytes. fetch: writes
+        them all; called if the file is not here, by one thread of one process, with the room taken before. what:
+        names the file in messages, by default the key.
+
+        Waits while another fetches the same file, and while all that could make room is pinned. So that this ends, pin
+        for no longer than a read takes, and open nothing else meanwhile.
+
+        Raises UserError if the file is larger than the limit or the disk is full, and what `fetch` raises.
+        """
+        what = key if what is None else what
+        self.check(what, size)
+        name = _name(key)
+        while True:
+            with self._locked():
+                pinned = self._pin(name, size)
+                part = self._reserve(name, size) if pinned is None else None
+            if part is not None:
+                self._fill(part, size, fetch, what)
+                pinned = self._publish(part, name, size)
+            if pinned is not None:
+                with pinned:
+                    yield pinned
+                return
+            time.sleep(_POLL)
+
+    @contextlib.contextmanager
+    def find(self, key: str, size: int) -> Iterator[IO[bytes] | None]:
+        """As `open`, without fetching or waiting: None if the file is not here."""
+        with self._locked():
+            pinned = self._pin(_name(key), size)
+        with pinned or contextlib.nullcontext():
+            yield pinned
+
+    def drop(self, key: str) -> None:
+        """Forget a file whose bytes are wrong. Who reads it now keeps what is open, which counts until it is closed."""
+        with self._locked():
+            self._discard(os.path.join(self.directory, _name(key)))
+
+    def trim(self) -> None:
+        """Remove what killed processes left, and what is over a limit that was higher before."""
+        with self._locked():
+            self._make_room(0)
+
+    # All below, but for `_fill`, are called with the lock held.
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        os.makedirs(self.directory, exist_ok=True)
+        with open(os.path.join(self.directory, "lock"), "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"{self.directory}: its file system has no locks ({error}), which the disk cache needs. Give a "
+                    "--workdir on another one, or set data.max_disk_gb=0."
+                ) from error
+            yield
+
+    def _entries(self) -> list[tuple[str, int, int]]:
+        """(path, bytes, last use) of every file but the lock."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                # Without the lock another process may remove one meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.name != "lock" and entry.is_file(follow_symlinks=False):
+                        stat = entry.stat(follow_symlinks=False)
+                        found.append((entry.path, stat.st_size, stat.st_mtime_ns))
+        return found
+
+    def _pin(self, name: str, size: int) -> IO[bytes] | None:
+        path = os.path.join(self.directory, name)
+        file = _hold(path, fcntl.LOCK_SH)
+        if file is None:
+            return None
+        if os.fstat(file.fileno()).st_size != size:
+            file.close()
+            self._discard(path)
+            return None
+        now = time.time_ns()
+        os.utime(path, ns=(now, now))
+        return file
+
+    def _reserve(self, name: str, size: int) -> IO[bytes] | None:
+        """A new, locked, empty file of `size` bytes; None if another writes this one, or if there is no room now."""
+        if not self._make_room(size):
+            return None
+        path = os.path.join(self.directory, f"{name}.part")
+        if os.path.exists(path):
+            return None  # not removed as garbage: it has a writer
+        file = open(path, "x+b", buffering=0)  # noqa: SIM115 - closed by `_publish`
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.truncate(file.fileno(), size)
+        return file
+
+    def _make_room(self, size: int) -> bool:
+        """Remove garbage, then the least recently used files until `size` more bytes fit; none if they cannot."""
+        used, whole = 0, []
+        for path, held, last_use in self._entries():
+            if _WHOLE.fullmatch(os.path.basename(path)):
+                whole.append((last_use, path, held))
+            elif os.path.basename(path)[40:41] == "." and (garbage := _hold(path, fcntl.LOCK_EX)) is not None:
+                os.unlink(path)
+                garbage.close()
+                continue
+            used += held
+        with contextlib.ExitStack() as held_back:
+            victims = []
+            for _, path, held in sorted(whole):
+                if used + size <= self.limit:
+                    break
+                if (victim := _hold(path, fcntl.LOCK_EX)) is not None:
+                    held_back.enter_context(victim)
+                    victims.append(path)
+                    used -= held
+            if used + size > self.limit and size:
+                return False
+            for path in victims:
+                os.unlink(path)
+        return True
+
+    def _discard(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            file = _hold(path, fcntl.LOCK_EX)
+            if file is None:
+                os.rename(path, f"{path}.{secrets.token_hex(8)}")
+                return
+            os.unlink(path)
+            file.close()
+
+    def _fill(self, part: IO[bytes], size: int, fetch: Callable[[Sink], object], what: str) -> None:
+        """Fetch into the reserved file; if that fails, nothing is left of it."""
+        sink = _Bounded(part, size, what, self.directory)
+        try:
+            fetch(sink)
+            if sink.written != size:
+                raise TransientError(f"{what}: {sink.written} of {size} bytes arrived")
+        except BaseException:
+            os.unlink(part.name)
+            part.close()
+            raise
+
+    def _publish(self, part: IO[bytes], name: str, size: int) -> IO[bytes]:
+        with self._locked():
+            os.rename(part.name, os.path.join(self.directory, name))
+            part.close()
+            pinned = self._pin(name, size)
+        assert pinned is not None
+        return pinned
+
+
+class _Bounded:
+    """A file that takes at most `size` bytes."""
+
+    def __init__(self, file: IO[bytes], size: int, what: str, directory: str):
+        self.file, self.size, self.what, self.directory = file, size, what, directory
+        self.written = 0
+
+    def write(self, data: bytes) -> int:
+        if self.written + len(data) > self.size:
+            raise TransientError(f"{self.what}: more than its {self.size} bytes arrived")
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.file.write(view) :]
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UserError(
+                    f"the disk of {self.directory} is full ({error.strerror}), though the disk cache is below its "
+                    f"limit: free {(self.size - self.written) / 1e9:.2f} GB there, set data.max_disk_gb to less, or "
+                    "give a --workdir on a larger disk."
+                ) from None
+            raise
+        self.written += len(data)
+        return len(data)
+
+
+def _name(key: str) -> str:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+def _hold(path: str, kind: int) -> IO[bytes] | None:
+    """The file, locked until it is closed; None if it is not there, or locked by another so that this cannot be."""
+    try:
+        file = open(path, "r+b", buffering=0)  # noqa: SIM115 - the caller closes it
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -1,0 +1,109 @@
+"""Names of files: patterns to lists, and lasting names to readable bytes.
+
+A lasting name is what stands in checkpoints and logs: a path inside a Hub dataset, a local path as the user wrote it,
+or a URL without credentials and query. A name on the Hub (`hf://...`) holds the commit's sha.
+"""
+
+import concurrent.futures
+import glob
+import os
+import re
+from collections.abc import Sequence
+from urllib.parse import quote, unquote
+
+from jaxtrain.data.io import retry
+from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, file_system
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+
+_HUB = re.compile(r"hf://(?P<type>datasets/|spaces/|)(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.+)")
+
+
+def expand(patterns: Sequence[str]) -> dict[str, str]:
+    """Lasting name → address of every file that the patterns match, in their order, sorted within a pattern.
+
+    Raises UserError for a pattern without a file, TransientError where the listing cannot be had now.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            addresses = _expand(pattern)
+        except Exception as error:
+            fault = retry.classify(error, retry.redact(pattern))
+            if fault is error:
+                raise
+            raise fault from None
+        if not addresses:
+            raise UserError(f"no file matches {retry.redact(pattern)!r}. Check the path or the pattern.")
+        for address in addresses:
+            name = retry.redact(address)
+            if found.setdefault(name, address) != address:
+                raise UserError(
+                    f"data_files: two addresses of {name} differ in query or credentials alone, which no name "
+                    "may hold. Give each file an address with a path of its own."
+                )
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    if pattern.startswith(("http://", "https://")):
+        return [pattern]
+    if pattern.startswith("hf://"):
+        return _expand_hub(pattern)
+    if "://" in pattern:
+        fs, path = file_system(pattern)
+        return [str(fs.unstrip_protocol(one)) for one in sorted(fs.glob(path))]
+    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return sorted(path.replace(os.sep, "/") for path in matches if os.path.isfile(path))
+
+
+def _expand_hub(pattern: str) -> list[str]:
+    """The files of a pattern such as hf://datasets/org/name@main/data/*.parquet, at the commit it names now."""
+    from huggingface_hub import HfApi, HfFileSystem
+
+    parts = _HUB.fullmatch(pattern)
+    if parts is None:
+        raise UserError(f"{pattern!r} is not of the form hf://datasets/ORG/NAME[@REVISION]/PATH.")
+    revision = unquote(parts["revision"]) if parts["revision"] else None
+    kind = parts["type"].rstrip("s/") or "model"
+    sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision, timeout=30).sha
+    root = f"{parts['type']}{parts['repo']}@{sha}"
+    files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
+    return [f"hf://{path}" for path in sorted(str(path) for path in files)]
+
+
+def locate(address: str) -> Bytes:
+    """The bytes of the file at an address of `expand`."""
+    if address.startswith("hf://"):
+        parts = _HUB.fullmatch(address)
+        assert parts is not None, address
+        assert parts["revision"] is not None, address
+        what = f"{parts['path']} of {parts['repo']}"
+        return _hub_bytes(f"{parts['type']}{parts['repo']}", unquote(parts["revision"]), parts["path"], what)
+    if address.startswith(("http://", "https://")):
+        return HttpBytes(address)
+    return BucketBytes(address) if "://" in address else LocalBytes(os.path.expanduser(address))
+
+
+def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
+    from huggingface_hub import constants
+
+    return HubBytes(f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}", what)
+
+
+def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
+    """What each file is like now, by name, asked for 16 at a time. Without those of the Hub: their commit says it."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda file: file.stamp(), files)
+        return {name: stamp for name, stamp in zip(names, found, strict=True) if stamp}
+
+
+def check_unchanged(known: Json, names: Sequence[str], files: Sequence[Bytes]) -> None:
+    """Raises UserError if files are no longer what a checkpoint's stamps, by name, say."""
+    now = stamps(names, files)
+    changed = [f"{name} (was {stamp}, is {now[name]})" for name, stamp in known.items() if now[name] != stamp]
+    if changed:
+        raise UserError(
+            f"{len(changed)} of {len(names)} files have changed since the checkpoint: {'; '.join(changed[:3])}. "
+            "Restore them, or start a new run in another --workdir."
+        )

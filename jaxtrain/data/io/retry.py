@@ -1,0 +1,391 @@
+"""What a failed read means, and how it is tried again.
+
+`classify` turns the errors of the client libraries into the three kinds of interfaces.py. It goes by names and
+attributes, not by classes: the libraries behind a URL (huggingface_hub with httpx or httpx2, aiohttp, botocore, gcsfs)
+are many, mostly optional, and rename their bases between releases. `retrying` and `attempt` are the only places where
+anything is tried again, so that the deadlines are ours; readers make one attempt and raise.
+
+Nothing here lets a token or the query of a signed address into a message (cli/redaction.py).
+"""
+
+import email.utils
+import errno
+import logging
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from jaxtrain.cli.redaction import redact as redact
+from jaxtrain.errors import CorruptError, TransientError, UserError
+from jaxtrain.interfaces import Block
+
+T = TypeVar("T")
+
+log = logging.getLogger("jaxtrain")
+sleep = time.sleep  # replaced by tests, so that none waits
+
+_LOGIN = "set HF_TOKEN to a token of an account that may read it, or run `hf auth login`"
+_TRANSIENT_STATUS = (408, 425, 429)
+_TRANSIENT_NAMES = {
+    # httpx and httpx2
+    *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"),
+    # requests, urllib3, http.client
+    *("Timeout", "ChunkedEncodingError", "ProtocolError", "IncompleteRead", "RemoteDisconnected", "MaxRetryError"),
+    # aiohttp
+    *("ClientConnectionError", "ClientPayloadError", "ServerTimeoutError"),
+    # botocore (s3), google-auth and gcsfs
+    *("HTTPClientError", "ConnectionClosedError", "ResponseStreamingError", "TransportError"),
+}
+_TRANSIENT_ERRNO = {
+    getattr(errno, name)
+    for name in (
+        *("ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EPIPE", "ETIMEDOUT", "ENETUNREACH", "ENETDOWN", "ENETRESET"),
+        *("EHOSTUNREACH", "EHOSTDOWN", "ESTALE", "EAGAIN", "EBUSY"),
+    )
+    if hasattr(errno, name)
+}
+_DECODING_NAMES = {
+    *("ArrowInvalid", "BadGzipFile", "JSONDecodeError", "UnicodeDecodeError", "LZMAError", "ZstdError", "BadZipFile"),
+    *("ParserError", "EOFError"),
+}
+
+
+def classify(error: BaseException, what: str = "") -> BaseException:
+    """The meaning of `error`: a TransientError, CorruptError or UserError, or `error` itself where it is none of them.
+
+    The chain of causes is searched, since the libraries wrap. what: the dataset and file, for the message.
+    A CorruptError from here says "cannot be decoded, once"; whether it is so twice, `retrying` finds out.
+    """
+    chain = list(_chain(error))
+    for one in chain:
+        if isinstance(one, TransientError | CorruptError | UserError):
+            return one
+    for rule in (_offline, _hub, _status, _network, _decoding, _local):
+        for one in chain:
+            found = rule(one, what)
+            if found is not None:
+                return found
+    return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(20):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _names(error: BaseException) -> set[str]:
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _say(what: str, text: str) -> str:
+    return f"{what}: {text}" if what else text
+
+
+def _first_line(error: BaseException) -> str:
+    lines = redact(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def _offline(error: BaseException, what: str) -> Exception | None:
+    if "OfflineModeIsEnabled" not in _names(error):
+        return None
+    return UserError(
+        _say(what, "is on the Hub, and HF_HUB_OFFLINE=1 forbids to reach it. Unset it, or use files that are here.")
+    )
+
+
+def _hub(error: BaseException, what: str) -> Exception | None:
+    """The Hub's refusals, which say more than their status."""
+    names = _names(error)
+    text = str(error)
+    repo, kind = getattr(error, "repo_id", None), getattr(error, "repo_type", None) or "dataset"
+    if repo is None and (found := re.search(r"[Dd]ataset '([^' ]+)'", text)):
+        repo = found[1]
+    subject = what or (f"{kind} {repo}" if repo else "the repository")
+    if "GatedRepoError" in names or ("DatasetNotFoundError" in names and "gated" in text):
+        page = (
+            f"its page https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}" if repo else "its page"
+        )
+        return UserError(f"{subject} is gated. Accept its terms at {page} on the Hub, then {_LOGIN}.")
+    if "RepositoryNotFoundError" in names or "DatasetNotFoundError" in names:
+        return UserError(
+            f"{subject} does not exist on the Hub, or it is private. Check its name; if private, {_LOGIN}."
+        )
+    if "RevisionNotFoundError" in names:
+        return UserError(f"{subject}: the Hub does not have this revision (any more). Check its branches and tags.")
+    if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
+        return UserError(_say(what, "the Hub has no such file at this revision. Check its name and the revision."))
+    return None
+
+
+def _status(error: BaseException, what: str) -> Exception | None:
+    status, headers = _http_status(error)
+    if status is None:
+        return None
+    where = _say(what, f"the server answered {status}")
+    if status in _TRANSIENT_STATUS or status >= 500:
+        return TransientError(where, retry_after(headers))
+    if status in (401, 407):
+        return UserError(f"{where} (no valid credentials). For the Hub, {_LOGIN}; for a bucket, set its credentials.")
+    if status == 403:
+        return UserError(f"{where} (forbidden). Check what the account may read. For the Hub, {_LOGIN}.")
+    if status in (404, 410):
+        return UserError(f"{where} (there is no such file). Check the name, the revision and the URL.")
+    return None
+
+
+def _http_status(error: BaseException) -> tuple[int | None, Any]:
+    """(status, headers) of an error that stands for an HTTP answer: httpx, requests, aiohttp, gcsfs, botocore."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        meta = response.get("ResponseMetadata", {})
+        return meta.get("HTTPStatusCode"), meta.get("HTTPHeaders")
+    if response is not None and isinstance(getattr(response, "status_code", None), int):
+        return response.status_code, response.headers
+    for name in ("status", "code"):
+        if isinstance(value := getattr(error, name, None), int) and 400 <= value < 600:
+            return value, getattr(error, "headers", None)
+    return None, None
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds to wait by `Retry-After` (seconds or a date), or by the Hub's rate limit header; None without either.
+
+    The Hub sends `ratelimit: "api";r=0;t=55` (IETF draft-ietf-httpapi-ratelimit-headers-09): nothing left, 55 s to go.
+    """
+    if not headers:
+        return None
+    lowered = {str(name).lower(): str(text) for name, text in headers.items()}
+    if text := lowered.get("retry-after"):
+        if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+            return float(text)
+        if (date := email.utils.parsedate_tz(text)) is not None:
+            return max(email.utils.mktime_tz(date) - time.time(), 0.0)
+    found = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", lowered.get("ratelimit", ""))
+    return float(found[1]) if found else None
+
+
+def _network(error: BaseException, what: str) -> Exception | None:
+    names = _names(error)
+    text = _first_line(error)
+    if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
+        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as the cloud's own tools want."))
+    if isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return UserError(
+            _say(what, f"the server's certificate is not trusted ({text}). Set SSL_CERT_FILE if you use a proxy.")
+        )
+    if isinstance(error, socket.gaierror) or "Name or service not known" in str(error) or "getaddrinfo" in str(error):
+        return TransientError(_say(what, f"the server's name cannot be looked up ({text}). Is there a network?"))
+    if "ConnectError" in names or "ClientConnectorError" in names or isinstance(error, ConnectionRefusedError):
+        return TransientError(_say(what, f"no connection ({text}). Is there a network?"))
+    if names & _TRANSIENT_NAMES or isinstance(error, ConnectionError | TimeoutError | ssl.SSLError):
+        return TransientError(_say(what, text))
+    if "LocalEntryNotFoundError" in names or "client has been closed" in str(error):
+        # The Hub's client closes its shared session in one thread when another one meets a connection error.
+        return TransientError(_say(what, text))
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+        return TransientError(_say(what, text))
+    return None
+
+
+def _decoding(error: BaseException, what: str) -> Exception | None:
+    is_zlib = type(error).__module__ == "zlib"
+    if not (_names(error) & _DECODING_NAMES or is_zlib):
+        return None
+    return CorruptError(_say(what, f"cannot be decoded ({_first_line(error)})"), file=what, row=-1)
+
+
+def _local(error: BaseException, what: str) -> Exception | None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return UserError(_say(what, f"there is no such file ({_first_line(error)}). Check the path or the pattern."))
+    if isinstance(error, PermissionError):
+        return UserError(_say(what, f"may not be read ({_first_line(error)}). Check its permissions or credentials."))
+    return None
+
+
+class OutlastedError(TransientError):
+    """A fault that lasted past the deadline of whoever tried: not tried again by those who called it."""
+
+
+class _Outage:
+    """The readers of this process that wait now: an outage is logged when the first fails and when the last goes on."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.waiting: set[int] = set()
+        self.readers = 0
+        self.since = 0.0
+
+    def enter(self, reader: int, fault: BaseException, what: str, deadline: float) -> None:
+        with self.lock:
+            first = not self.waiting
+            self.readers = 1 if first else self.readers + (reader not in self.waiting)
+            self.waiting.add(reader)
+            if first:
+                self.since = time.monotonic()
+                until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + deadline))
+                log.warning("%s Trying again until %s (%g s).", redact(_say(what, _once(fault, what))), until, deadline)
+
+    def leave(self, reader: int, recovered: bool) -> None:
+        with self.lock:
+            if reader not in self.waiting:
+                return
+            self.waiting.discard(reader)
+            if recovered and not self.waiting:
+                took = time.monotonic() - self.since
+                log.warning("Reading goes on after %.1f s (%d readers had to wait).", took, self.readers)
+
+
+_outage = _Outage()
+
+
+def _once(fault: BaseException, what: str) -> str:
+    text = str(fault).removeprefix(f"{what}: ").rstrip(".")
+    return text if text.endswith("?") else f"{text}."
+
+
+class Backoff:
+    """Waits between attempts: doubling from `first` to `limit` seconds, with jitter, until the deadline.
+
+    Each wait is drawn from the upper half of its span ("equal jitter": hosts that failed together come back apart, and
+    none at once). A server's Retry-After is a lower bound. The deadline counts from an outage's first failure, and
+    `recovered` ends the outage. seed: for tests; by default every reader draws its own.
+    """
+
+    def __init__(self, deadline_seconds: float, first: float = 1.0, limit: float = 60.0, seed: int | None = None):
+        self.deadline_seconds = deadline_seconds
+        self.first = first
+        self.limit = limit
+        self.rng = random.Random(seed)
+        self.attempts = 0
+        self.since = 0.0
+        self.slept = 0.0
+
+    def wait(self, fault: TransientError, what: str = "") -> None:
+        """Sleep before the next attempt. Raises OutlastedError, saying for how long it was tried, at the deadline."""
+        if isinstance(fault, OutlastedError):
+            raise fault
+        if self.attempts == 0:
+            self.since, self.slept = time.monotonic(), 0.0
+        self.attempts += 1
+        # What was slept counts even where a test's clock stands still.
+        left = self.deadline_seconds - max(time.monotonic() - self.since, self.slept)
+        if left <= 0:
+            text = redact(_say(what, _once(fault, what)))
+            raise OutlastedError(f"{text} Gave up after {self.attempts} attempts in {self.deadline_seconds:g} s.")
+        _outage.enter(id(self), fault, what, left)
+        span = min(self.first * 2.0 ** (self.attempts - 1), self.limit)
+        seconds = span * self.rng.uniform(0.5, 1.0)
+        if fault.retry_after is not None:
+            seconds = max(seconds, fault.retry_after * self.rng.uniform(1.0, 1.1))
+        seconds = min(seconds, left)
+        self.slept += seconds
+        sleep(seconds)
+
+    def recovered(self) -> None:
+        """An attempt went through."""
+        if self.attempts:
+            self.attempts = 0
+            _outage.leave(id(self), recovered=True)
+
+    def close(self) -> None:
+        """Nobody waits here any more.
+
+        A suspended reader that is garbage comes here in whatever thread the collector runs, maybe one that holds the
+        outage's lock. It is not in an outage, so it must not ask for that lock.
+        """
+        if self.attempts:
+            _outage.leave(id(self), recovered=False)
+
+
+def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
+    """`function()`, tried again on transient faults for `deadline` seconds. For look-ups (resolve, tokenizer files).
+
+    What cannot be decoded is asked for once more. Raises UserError, CorruptError, TransientError past the deadline, or
+    whatever else `function` raises.
+    """
+    backoff = Backoff(deadline)
+    suspect = False
+    try:
+        while True:
+            try:
+                result = function()
+            except Exception as error:
+                fault = classify(error, what)
+                if fault is error and not isinstance(fault, TransientError | CorruptError):
+                    raise
+            else:
+                backoff.recovered()
+                return result
+            if isinstance(fault, TransientError):
+                backoff.wait(fault, what)
+            elif isinstance(fault, CorruptError) and not suspect:
+                suspect = True
+                log.warning("%s; reading it again", redact(str(fault)))
+            else:
+                raise fault from None  # the original may hold a signed address
+    finally:
+        backoff.close()
+
+
+def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, deadline: float) -> Iterator[Block]:
+    """The blocks of `open_at(row)`, whatever happens on the way: never short, repeated or skipped.
+
+    open_at: opens the file anew at a row and yields consecutive blocks. On a transient fault it is called again with
+    the very row that was reached, for `deadline` seconds without a new block. A block that cannot be decoded is read
+    once more from a fresh opening; if that fails at the same row, CorruptError(file, row) is raised, where row is the
+    first that could not be had. what: names source and file in messages.
+
+    Raises UserError, CorruptError, TransientError past the deadline, or what else `open_at` raises.
+    """
+    backoff = Backoff(deadline)
+    blocks: Iterator[Block] | None = None
+    suspect = -1  # the row whose decoding failed once
+    try:
+        while True:
+            try:
+                if blocks is None:
+                    blocks = open_at(row)
+                block = next(blocks, None)
+            except Exception as error:
+                fault = classify(error, what)
+                if fault is error and not isinstance(fault, TransientError | CorruptError):
+                    raise
+            else:
+                backoff.recovered()
+                if block is None:
+                    return
+                yield block
+                row += len(next(iter(block.values())))
+                continue
+            close(blocks)
+            blocks = None
+            if isinstance(fault, TransientError):
+                backoff.wait(fault, what)
+            elif isinstance(fault, CorruptError):
+                if suspect == row:
+                    # A reader that was opened inside a bad block knows where the block begins.
+                    first = fault.row if 0 <= fault.row <= row else row
+                    raise CorruptError(f"{fault} (twice, at row {first})", fault.file or what, first) from None
+                suspect = row
+                log.warning("%s at row %d; reading it again", redact(str(fault)), row)
+            else:
+                raise fault from None  # the original may hold a signed address
+    finally:
+        backoff.close()
+        close(blocks)
+
+
+def close(blocks: Iterator[Block] | None) -> None:
+    """End a reader, if it is one that has an end."""
+    end = getattr(blocks, "close", None)
+    if end is not None:
+        end()

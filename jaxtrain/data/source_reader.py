@@ -1,0 +1,364 @@
+"""From addresses to text: the windows of one lane's share of a source, shuffled, filtered, in order, from any cursor.
+
+A window is `shuffle_window` consecutive rows of a unit (the last one of a unit may be shorter); its rows are permuted
+by a key, so nothing about the shuffle needs to be saved.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jaxtrain import cli
+from jaxtrain.data import units
+from jaxtrain.data.io import retry
+from jaxtrain.data.shared_file_reader import SharedFileReader, Want, head, regroup
+from jaxtrain.data.skips import FOOTER
+from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Transform, versioned
+from jaxtrain.plan import stable_hash
+
+_FOOTER_READERS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What decides which documents there are and their order, besides the source. Part of the identity.
+
+    held_out: read the held-out documents (evaluation) instead of the others (training).
+    """
+
+    seed: int
+    num_lanes: int
+    shuffle: bool
+    shuffle_window: int
+    holdout: float
+    held_out: bool = False
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Position:
+    """Where a document is: the `unit`-th of the lane's units in this epoch, the `row`-th row in the shuffled order.
+
+    base: rows of the files before this one (only counted where `max_samples` cuts a striped source).
+    """
+
+    epoch: int
+    unit: int
+    row: int
+    base: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Documents of one window in reading order; `rows` counts them with those that were filtered out.
+
+    texts [N], or from a token store none, and `tokens`: the whole window's ids in the file's order.
+    positions, file_rows: the cursor's row and the row in the file, int64 [N].
+    """
+
+    start: Position
+    file: int
+    rows: int
+    texts: Sequence[str]
+    positions: np.ndarray
+    file_rows: np.ndarray
+    tokens: Ragged | None = None
+    first: int = 0  # the window's first row in the file
+
+
+class SourceReader:
+    """One source as seen by all lanes of this host: cuts it, orders it, opens its windows. Safe for several threads."""
+
+    def __init__(
+        self,
+        name: str,
+        config: SourceConfig,
+        source: Source,
+        rules: Rules,
+        *,
+        retry_seconds: float,
+        skips: Mapping[str, int] | None = None,
+        scratch: str | None = None,
+    ):
+        """skips: by file, the first row that is given up (see skips.py). scratch: see StripedFiles."""
+        self.name = name
+        self.source = source
+        self.rules = rules
+        self.skips = dict(skips or {})
+        self._max_samples = config.max_samples
+        self._transforms = config.transforms
+        self._retry_seconds = retry_seconds
+        self.layout = units.layout(source, rules.num_lanes, config.max_samples, self._row_groups)
+        self._striped: SharedFileReader | None = None
+        if self.layout.striped:
+            self._striped = SharedFileReader(self._open, rules.shuffle_window, rules.num_lanes, scratch)
+        if not self.layout.units:
+            raise UserError(f"source {name!r} has no rows at all. Look at its name, split and files.")
+        if all(self._end(unit.file) <= unit.first for unit in self.layout.units):
+            raise UserError(f"source {name!r}: all of its rows are in files that were corrupt and are skipped.")
+
+    @property
+    def identity(self) -> Json:
+        """What must stay for a resume to see the same documents in the same order."""
+        transforms = [describe(transform) for transform in self._transforms]
+        return {
+            "source": versioned(self.source.identity),
+            "units": units.RULE,
+            "max_samples": self._max_samples,
+            "transforms": transforms,
+            "skips": self.skips,
+        }
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        cut = (
+            "striped over the lanes" if self.layout.striped else f"{len(self.layout.units):,} units dealt to the lanes"
+        )
+        return f"{self.name}: {len(self.source.files):,} files, {cut}"
+
+    @property
+    def rows(self) -> int | None:
+        """All rows of an epoch, with those that filters drop; None where only reading tells."""
+        counts = [unit.rows for unit in self.layout.units]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def register(self, starts: Mapping[int, Position]) -> None:
+        """These lanes, and no others, will read from there on. Call it before any of them reads."""
+        if self._striped is not None:
+            self._striped.register({lane: self._want(lane, start) for lane, start in starts.items()})
+
+    def close(self) -> None:
+        """Let go of what is kept for lanes that no longer read. Reading on opens the files again."""
+        if self._striped is not None:
+            self._striped.close()
+
+    def _want(self, lane: int, start: Position) -> Want:
+        assert self._striped is not None
+        # A cursor stands in one of the lane's own windows, or at a unit's start, before its first.
+        window = self._own_window(lane, start.unit, start.row // self.rules.shuffle_window)
+        return Want((start.epoch, start.unit), window)
+
+    def _own_window(self, lane: int, unit: int, window: int) -> int:
+        """The lane's first window of a striped file from number `window` on."""
+        assert self._striped is not None
+        first, lanes = self._striped.first_window(lane, unit), self.rules.num_lanes
+        return first + -(-max(window - first, 0) // lanes) * lanes
+
+    def windows(self, lane: int, start: Position, epochs: int | None) -> Iterator[Window]:
+        """The lane's windows from the one that holds `start` on, epoch after epoch; `epochs` None for ever.
+
+        Raises UserError if the lane has no document in the first epoch. Held-out ones may be that few: there it ends.
+        In a later one that may be chance (another shuffle), and the lane goes on with the next.
+        """
+        while epochs is None or start.epoch < epochs:
+            first, anything = start == Position(0, 0, 0), False
+            for window in self._epoch(lane, start):
+                anything |= len(window.positions) > 0
+                yield window
+            if first and not anything:
+                # Texts without a token count here, since a tokenizer comes later: see tokenizing.documents_of.
+                self.refuse(lane)
+                return
+            start = Position(start.epoch + 1, 0, 0)
+
+    def refuse(self, lane: int) -> None:
+        """For a lane without a document in the first epoch: raises UserError, unless held-out ones are read."""
+        if not self.rules.held_out:
+            raise UserError(self._nothing(lane))
+
+    def _nothing(self, lane: int) -> str:
+        rules = self.rules
+        if self._striped is not None:
+            # A file that has a window for each lane gives each lane one, whatever the order of files.
+            longest = max(self._rows(number, unit) for number, unit in enumerate(self.layout.units))
+            pieces, works = f"windows of {rules.shuffle_window} rows", -(-longest // rules.shuffle_window)
+        else:
+            pieces, works = f"{len(self.layout.units)} pieces", len(self.layout.units)
+        filtered = rules.holdout or self._transforms
+        works = max(min(works, rules.num_lanes - 1) // (2 if filtered or self._striped is None else 1), 1)
+        return (
+            f"source {self.name!r}: lane {lane} of data.num_lanes={rules.num_lanes} gets no document in the first "
+            f"epoch ({pieces} are shared out, and filters and holdout={rules.holdout} may drop documents). Set "
+            f"data.num_lanes to {works} or less, data.shuffle_window to less, or use a larger source."
+        )
+
+    def _rows(self, number: int, unit: units.Unit) -> int:
+        """Rows of a striped file, as far as there is a window for each lane."""
+        assert self._striped is not None
+        enough = self.rules.num_lanes * self.rules.shuffle_window
+        return unit.rows if unit.rows is not None else self._striped.rows((0, number), unit.file, enough)
+
+    def _epoch(self, lane: int, start: Position) -> Iterator[Window]:
+        """The lane's windows of epoch `start.epoch` from the one that holds `start`, to the epoch's end."""
+        # The first max_samples rows of the listing are the same in every epoch only if files come in its order.
+        shuffle = self.rules.shuffle and self.layout.limit is None
+        order = _cached_order(len(self.layout.units), self.rules.seed, self.name, start.epoch, shuffle)
+        if self._striped is None:
+            order = units.share(order, lane, self.rules.num_lanes)
+        base, size = start.base, self.rules.shuffle_window
+        for position in range(start.unit, len(order)):
+            unit = self.layout.units[order[position]]
+            first = start.row // size if position == start.unit else 0
+            if self._striped is None:
+                pieces = self._sequence(unit, first)
+            else:
+                pieces = self._stripe(lane, (start.epoch, position), unit, first, base)
+            for window, block in pieces:
+                yield self._window(Position(start.epoch, position, window * size, base), unit, block)
+            if self._striped is not None and self.layout.limit is not None:
+                base += self._striped.rows((start.epoch, position), unit.file, self.layout.limit - base)
+                if base == self.layout.limit:
+                    return
+
+    def _row_groups(self, files: Sequence[int]) -> list[list[int]]:
+        """Row groups of several files: their footers are read side by side."""
+
+        def one(file: int) -> list[int]:
+            if self._end(file) == FOOTER:
+                return []
+            read = functools.partial(self.source.row_groups, file)
+            try:
+                return retry.attempt(read, what=self._what(file), deadline=self._retry_seconds)
+            except CorruptError as error:
+                raise self._corrupt(error, file, FOOTER) from None
+
+        with ThreadPoolExecutor(_FOOTER_READERS, "jaxtrain-footers") as executor:
+            return list(executor.map(one, files))
+
+    def _what(self, file: int) -> str:
+        return f"source {self.name!r}, file {self.source.files[file]}"
+
+    def _end(self, file: int) -> float:
+        """The first row of a file that is given up; infinite for most."""
+        return self.skips.get(self.source.files[file], math.inf)
+
+    def _corrupt(self, error: CorruptError, file: int, row: int) -> CorruptError:
+        name = self.source.files[file]
+        rest = "this file" if row <= 0 else f"its rows from {row:,} on"
+        return CorruptError(
+            f"source {self.name!r}, file {name}: {error}. Mend or replace the file, or set data.on_corrupt=skip to go "
+            f"on without {rest}.",
+            name,
+            row,
+            self.name,
+        )
+
+    def _open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
+        """Blocks from `row` to the end of the file, or to where it is given up; nothing is wanted from `stop` on."""
+        end = self._end(file)
+        if row >= end:
+            return
+        open_at = functools.partial(self.source.open, file, stop=stop)
+        blocks = retry.retrying(open_at, row, what=self._what(file), deadline=self._retry_seconds)
+        try:
+            for block in blocks:
+                count = len(block["text"])
+                yield block if row + count <= end else head(block, int(end) - row)
+                row += count
+                if row >= end:
+                    return
+        except CorruptError as error:
+            raise self._corrupt(error, file, error.row) from None
+        finally:
+            retry.close(blocks)
+
+    def _sequence(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
+        """The unit's windows from number `window` on."""
+        first = window * self.rules.shuffle_window
+        left = None if unit.rows is None else unit.rows - first
+        if left is None or left > 0:
+            stop = None if left is None else unit.first + first + left
+            blocks = self._open(unit.file, unit.first + first, stop)
+            yield from enumerate(regroup(blocks, self.rules.shuffle_window, left), window)
+
+    def _stripe(
+        self, lane: int, file: tuple[int, int], unit: units.Unit, window: int, base: int
+    ) -> Iterator[tuple[int, Block]]:
+        """The lane's windows of a file, from number `window` on. file: (epoch, position in its order)."""
+        assert self._striped is not None
+        size, lanes = self.rules.shuffle_window, self.rules.num_lanes
+        limit = unit.rows if self.layout.limit is None else self.layout.limit - base
+        window = self._own_window(lane, file[1], window)
+        while limit is None or window * size < limit:
+            block = self._striped.get(file, unit.file, lane, window)
+            if block is None:
+                return
+            yield window, block if limit is None else head(block, limit - window * size)
+            window += lanes
+
+    def _window(self, start: Position, unit: units.Unit, block: Block) -> Window:
+        name, rules = self.source.files[unit.file], self.rules
+        count = len(block["text"])
+        first = unit.first + start.row
+        planned = self._planned(start, unit) if first + count == self._end(unit.file) else count
+        permuted = units.row_order(
+            planned, seed=rules.seed, source=self.name, epoch=start.epoch, file=name, first=first, shuffle=rules.shuffle
+        )
+        if rules.holdout:
+            held = stable_hash.is_held_out(self.name, name, first + permuted, rules.holdout)
+            kept = np.flatnonzero(held == rules.held_out)
+        else:
+            kept = np.arange(0 if rules.held_out else planned)
+        kept = kept[permuted[kept] < count]
+        tokens = block["text"]
+        if isinstance(tokens, Ragged):
+            where = kept[tokens.lengths[permuted[kept]] > 0]
+            return Window(start, unit.file, count, (), start.row + where, first + permuted[where], tokens, first)
+        texts, where = self._documents(block, permuted, kept)
+        return Window(start, unit.file, count, texts, start.row + where, first + permuted[where])
+
+    def _planned(self, start: Position, unit: units.Unit) -> int:
+        """Rows of a window, with those that are given up: the others keep their order, so that cursors stay right."""
+        planned = self.rules.shuffle_window
+        if unit.rows is not None:
+            planned = min(planned, unit.rows - start.row)
+        if self.layout.limit is not None:
+            planned = min(planned, self.layout.limit - start.base - start.row)
+        return planned
+
+    def _documents(self, block: Block, permuted: np.ndarray, kept: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Texts of the rows `kept` of the permuted order, and which of those rows have one that is not empty."""
+        column = block["text"]
+        if not self._transforms:
+            found = [column[row] for row in permuted[kept].tolist()]
+            if not all(found):
+                kept = kept[np.array([bool(text) for text in found])]
+                found = [text for text in found if text]
+            return found, kept
+        texts, where = [], []
+        for index in kept.tolist():
+            text = text_of(block, int(permuted[index]), self._transforms)
+            if text:
+                texts.append(text)
+                where.append(index)
+        return texts, np.array(where, np.int64)
+
+
+def text_of(block: Block, row: int, transforms: Sequence[Transform]) -> str:
+    """A row's text after the transforms; "" if one of them drops it."""
+    if not transforms:
+        return block["text"][row]
+    document: dict[str, Any] | None = {name: values[row] for name, values in block.items()}
+    for transform in transforms:
+        document = transform(document)
+        if document is None:
+            return ""
+    return document["text"]
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_order(num_units: int, seed: int, source: str, epoch: int, shuffle: bool) -> np.ndarray:
+    return units.order(num_units, seed=seed, source=source, epoch=epoch, shuffle=shuffle)
+
+
+def describe(transform: Transform) -> Json:
+    """A transform's kind and settings, for the identity."""
+    settings = {name: repr(value) for name, value in sorted(vars(transform).items())}
+    return cli.sealed({cli.KIND: cli.kind_of(type(transform)), **settings})

@@ -1,0 +1,233 @@
+"""Teachers' caches: what a teacher says of every token of a source's documents. Written by teacher_store_writer.py.
+
+A cache has a folder for each source. It is keyed by documents' identities (file, row) and nothing else, so sequence
+length, packing, mix, lanes and hosts may change. `part_rows` rows of a file make a part, an ArrayRecord with one
+record for each row: 4 bytes of checksum of the document's tokens, then W bytes for each token, as losses/cached.py
+lays them out; empty for a row without text. `cache.json` is written last: its presence says that all is there.
+"""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxtrain.data.source_reader import describe
+from jaxtrain.data.stores import record_store, token_store
+from jaxtrain.data.stores.record_store import ArrayRecords
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer, versioned
+from jaxtrain.losses.cached import Layout
+
+MANIFEST = "cache.json"
+# Documents are read one by one, in a shuffled order: nothing is gained by reading ahead.
+_READER = "readahead_buffer_size:0,max_parallelism:0"
+_CHECKSUM = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """rows, tokens: in it. size, digest: of its file."""
+
+    rows: int
+    tokens: int
+    size: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cache says of itself, for one source.
+
+    source, settings, names, max_samples, transforms, tokenizer: as of a token store. teacher: its identity.
+    context: the most tokens that the teacher saw at once; of a longer document it saw windows `stride` tokens apart.
+    parts: by file, in order, of the files that rows were taken from.
+    """
+
+    source: Json
+    settings: Json
+    names: list[str]
+    max_samples: int | None
+    transforms: list[Json]
+    tokenizer: Json
+    add_bos: bool
+    teacher: Json
+    layout: Layout
+    context: int
+    stride: int
+    part_rows: int
+    parts: list[list[Part]] = dataclasses.field(default_factory=list)
+    # Of the text that it was read from, which may be an earlier version's.
+    digest: str | None = dataclasses.field(default=None, compare=False)
+
+    def to_json(self) -> str:
+        return record_store.sealed(self._content())
+
+    def _content(self) -> Json:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "digest"}
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for parts in self.parts for part in parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.size for parts in self.parts for part in parts)
+
+    @property
+    def identity(self) -> str:
+        """Of the records themselves, and of how they were made."""
+        return self.digest or record_store.digest_of_json(self._content())
+
+
+def manifest_of(
+    source: Source,
+    config: SourceConfig,
+    tokenizer: Tokenizer,
+    *,
+    add_bos: bool,
+    teacher: Json,
+    layout: Layout,
+    context: int,
+    stride: int,
+    part_rows: int,
+) -> Manifest:
+    """Of a cache that is to be written."""
+    return Manifest(
+        source=source.identity,
+        settings=token_store.settings_of(config),
+        names=list(source.files),
+        max_samples=config.max_samples,
+        transforms=[describe(transform) for transform in config.transforms],
+        tokenizer=tokenizer.identity,
+        add_bos=add_bos,
+        teacher=teacher,
+        layout=layout,
+        context=context,
+        stride=stride,
+        part_rows=part_rows,
+    )
+
+
+def manifest_from_json(text: str, where: str) -> Manifest:
+    """Raises UserError for a damaged one or another format."""
+    content, digest = record_store.unsealed(text, where, "tools.cache_teacher")
+    layout = content.pop("layout")
+    made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
+    parts = [[Part(**part) for part in file] for file in content.pop("parts")]
+    return Manifest(**content, layout=made, parts=parts, digest=digest)
+
+
+def part_name(file: int, part: int) -> str:
+    return f"{file:06d}-{part:06d}.array_record"
+
+
+def encode(tokens: np.ndarray, records: np.ndarray) -> bytes:
+    """The record of a document. tokens: int32 [n], with the special ones. records: uint8 [n, W]."""
+    return checksum(tokens).to_bytes(_CHECKSUM, "little") + records.tobytes()
+
+
+def checksum(tokens: np.ndarray) -> int:
+    return zlib.crc32(tokens.astype("<i4").tobytes())
+
+
+def size_of(tokens: int, documents: int, parts: int, layout: Layout) -> int:
+    """Bytes that so much takes. ArrayRecord adds about 100 to a record, and fills a file up to blocks of 64 kB, two at
+    least.
+    """
+    return tokens * layout.width + documents * (_CHECKSUM + 100) + parts * (2 << 16)
+
+
+def exists(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, MANIFEST))
+
+
+def load(folder: str) -> Manifest:
+    """The manifest of a complete cache whose parts are all there. Raises UserError."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = manifest_from_json(file.read(), path)
+    except FileNotFoundError:
+        raise UserError(
+            f"the teacher's cache {folder} is not finished: run tools.cache_teacher again, which goes on where it "
+            "stopped."
+            if os.path.isdir(folder)
+            else f"there is no teacher's cache {folder}. Write one with tools.cache_teacher, or leave out "
+            "teacher.cache to run the teacher as the student trains."
+        ) from None
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    for name, part in _named(manifest):
+        if sizes.get(name) != part.size:
+            has = f"has {sizes[name]:,} bytes, not {part.size:,}" if name in sizes else "is missing"
+            raise UserError(f"teacher's cache {folder}: {name} {has}. Remove the cache and write it again.")
+    return manifest
+
+
+def verify(folder: str) -> Manifest:
+    """As `load`, and every part is read and its digest compared."""
+    manifest = load(folder)
+    for name, part in _named(manifest):
+        if record_store.digest_of(os.path.join(folder, name)) != part.digest:
+            raise UserError(f"teacher's cache {folder}: {name} is not what was written. Write the cache again.")
+    return manifest
+
+
+def _named(manifest: Manifest) -> Iterator[tuple[str, Part]]:
+    for file, parts in enumerate(manifest.parts):
+        for number, part in enumerate(parts):
+            yield part_name(file, number), part
+
+
+def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
+    lines = record_store.differences(
+        "cache", manifest, versioned(manifest.source), versioned(source.identity), config, tokenizer
+    )
+    if lines:
+        raise UserError(
+            f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "
+            "another with tools.cache_teacher, or leave out teacher.cache to run the teacher as the student trains."
+        )
+
+
+class CachedRecords:
+    """The records of one source's documents. Implements data.tokenizing.Records. Safe for several threads."""
+
+    def __init__(self, folder: str, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._files = ArrayRecords(_READER, "remove the teacher's cache and write it again with tools.cache_teacher")
+
+    def read(self, file: int, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        width, found = self.manifest.layout.width, dict.fromkeys(rows.tolist(), b"")
+        by_part: dict[int, list[int]] = {}
+        for row in found:
+            by_part.setdefault(row // self.manifest.part_rows, []).append(row)
+        for part, wanted in by_part.items():
+            found.update(zip(wanted, self._part(file, part, wanted), strict=True))
+        out = np.empty((int(lengths.sum()), width), np.uint8)
+        begin = 0
+        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            record, end = found[row], begin + length
+            size, record_store = len(record) - _CHECKSUM, int.from_bytes(record[:_CHECKSUM], "little")
+            if size != length * width or record_store != checksum(tokens[begin:end]):
+                raise UserError(
+                    f"the teacher's cache {self.folder} has {max(size, 0) // width} tokens for row {row} of "
+                    f"{self.manifest.names[file]}, and the run reads {length} there, or others: its text, tokenizer or "
+                    "data.add_bos is not what the cache was made with. Write the cache again with tools.cache_teacher."
+                )
+            out[begin:end] = np.frombuffer(record, np.uint8, offset=_CHECKSUM).reshape(length, width)
+            begin = end
+        return out
+
+    def _part(self, file: int, part: int, rows: Sequence[int]) -> Sequence[bytes]:
+        parts = self.manifest.parts[file] if file < len(self.manifest.parts) else []
+        first = part * self.manifest.part_rows
+        if part >= len(parts) or max(rows) >= first + parts[part].rows:
+            raise UserError(
+                f"the teacher's cache {self.folder} has no row {max(rows)} of {self.manifest.names[file]}: the file "
+                "has grown. Write the cache again with tools.cache_teacher."
+            )
+        with self._files.open(os.path.join(self.folder, part_name(file, part)), parts[part].rows) as opened:
+            return opened.some([row - first for row in rows])

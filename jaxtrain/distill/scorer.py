@@ -1,0 +1,140 @@
+"""A teacher's most likely next tokens for whole documents, by its forward pass alone, for its cache.
+
+A document longer than the context is seen in windows `stride` tokens apart, the last one at its end; each says what
+the one before it has not, so a token has at least context - stride tokens before it, where the document has them.
+Documents share rows, each its own segment, so what is said of one does not depend on the others.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.distributed import sharding
+from jaxtrain.losses.cached import Layout, top_records
+from jaxtrain.model.attention import compiler_options
+from jaxtrain.model.llama import Llama, Params
+
+# Of logits, on a device at once: 128 MB in fp32.
+_LOGITS = 1 << 25
+_IN_FLIGHT = 2  # batches, so that the devices never wait for the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens [begin, end) of a document, of which those before `first` have been scored already."""
+
+    document: int
+    begin: int
+    first: int
+    end: int
+
+
+def pieces(lengths: Sequence[int], context: int, stride: int) -> list[Piece]:
+    found = []
+    for document, length in enumerate(lengths):
+        first = 0
+        for begin in range(0, max(length - context + stride, 1), stride):
+            begin = min(begin, max(length - context, 0))
+            end = min(begin + context, length)
+            found.append(Piece(document, begin, first, end))
+            first = end
+    return found
+
+
+def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
+    """First-fit decreasing: pieces side by side in rows of `context` tokens."""
+    rows: list[list[Piece]] = []
+    left: list[int] = []
+    for piece in sorted(found, key=lambda piece: piece.begin - piece.end):
+        size = piece.end - piece.begin
+        place = next((index for index, room in enumerate(left) if room >= size), None)
+        if place is None:
+            rows.append([])
+            left.append(context)
+            place = -1
+        rows[place].append(piece)
+        left[place] -= size
+    return rows
+
+
+class Scorer:
+    """Implements data.cache_writer.Score.
+
+    rows: of a batch, a multiple of the devices that share it.
+    """
+
+    def __init__(self, model: Llama, params: Params, layout: Layout, context: int, stride: int, rows: int):
+        assert model.mesh is not None
+        assert 1 <= stride <= context
+        self._params, self._layout, self._mesh = params, layout, model.mesh
+        self._context, self._stride, self._rows = context, stride, rows
+        where = sharding.batch_sharding(model.mesh)
+        self._where = where
+        options = compiler_options(model.mesh, model.attention_choice(rows, context).name)
+        self._run = jax.jit(functools.partial(_records, model, layout), out_shardings=where, compiler_options=options)
+
+    def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        found = [np.empty((len(document), self._layout.width), np.uint8) for document in documents]
+        flying: collections.deque[tuple[list[list[Piece]], jax.Array]] = collections.deque()
+        rows = rows_of(pieces([len(document) for document in documents], self._context, self._stride), self._context)
+        for begin in range(0, len(rows), self._rows):
+            batch = rows[begin : begin + self._rows]
+            flying.append((batch, self._run(self._params, *self._arrays(batch, documents))))
+            if len(flying) > _IN_FLIGHT:
+                self._take(*flying.popleft(), found)
+        while flying:
+            self._take(*flying.popleft(), found)
+        return found
+
+    def _arrays(self, batch: list[list[Piece]], documents: list[np.ndarray]) -> Iterator[jax.Array]:
+        """tokens, segment_ids, positions: int32 [rows, context]"""
+        tokens, segments, positions = np.zeros((3, self._rows, self._context), np.int32)
+        for row, index, place, piece in _places(batch):
+            end = place + piece.end - piece.begin
+            tokens[row, place:end] = documents[piece.document][piece.begin : piece.end]
+            segments[row, place:end] = index + 1
+            positions[row, place:end] = np.arange(end - place)
+        return (jax.device_put(array, self._where) for array in (tokens, segments, positions))
+
+    def _take(self, batch: list[list[Piece]], records: jax.Array, found: list[np.ndarray]) -> None:
+        """records: [rows, context, W]"""
+        host = jax.device_get(records)
+        for row, _, place, piece in _places(batch):
+            skipped = place + piece.first - piece.begin
+            found[piece.document][piece.first : piece.end] = host[row, skipped : skipped + piece.end - piece.first]
+
+
+def _places(batch: list[list[Piece]]) -> Iterator[tuple[int, int, int, Piece]]:
+    """(row, number in the row, first column, piece)"""
+    for row, side_by_side in enumerate(batch):
+        place = 0
+        for index, piece in enumerate(side_by_side):
+            yield row, index, place, piece
+            place += piece.end - piece.begin
+
+
+def _records(
+    model: Llama, layout: Layout, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """uint8 [B, T, W]; the logits of a few positions of each row exist at once."""
+    x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT)
+    head_EV = model.head(params)[:, : layout.vocab_size].astype(x_BTE.dtype)
+    B, T, E = x_BTE.shape
+    mesh = model.mesh
+    assert mesh is not None
+    on_device = B // (mesh.shape["data"] * mesh.shape["fsdp"])
+    most = max(_LOGITS // (on_device * layout.vocab_size), 1)
+    C = max(divisor for divisor in sharding.divisors(T) if divisor <= most)
+
+    def chunk(x_BCE: jax.Array) -> jax.Array:
+        logits = jnp.dot(x_BCE, head_EV, preferred_element_type=jnp.float32)
+        found = top_records(logits.reshape(B * C, layout.vocab_size), layout)
+        return found.reshape(B, C, layout.width)
+
+    chunks = jax.lax.map(chunk, x_BTE.reshape(B, T // C, C, E).swapaxes(0, 1))
+    return chunks.swapaxes(0, 1).reshape(B, T, layout.width)

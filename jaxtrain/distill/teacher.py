@@ -1,0 +1,326 @@
+"""A frozen model to distil from: found, checked against the run's tokenizer, and read onto the run's mesh; or what it
+said once of every document, from a cache.
+
+Its parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
+checkpoint records which teacher it was: a hash of the parameters as they are used, whatever files they came from.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import cli, hf
+from jaxtrain.checkpoint import checkpoints
+from jaxtrain.data import fingerprint
+from jaxtrain.data.io import retry
+from jaxtrain.data.pipeline import PATIENCE_AT_START, DataConfig
+from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.teacher_store import CachedRecords, Manifest
+from jaxtrain.distributed import sharding
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.plan import Plan
+from jaxtrain.tokenizers import files
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+from jaxtrain.tokenizers.identity import PROBE
+
+T = TypeVar("T")
+
+DTYPES = ("bfloat16", "float32")
+# Of the identity: what makes it the same teacher. The rest tells where it was found.
+_ENFORCED = ("parameters", "model", "dtype")
+# These say how a model is computed, not what it is.
+_HOW = ("dtype", "remat", "scan_layers", "attention", "max_seq_len", "initializer_std")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Teacher:
+    """Its shape follows from its own config; its vocabulary must be the run's (rows that only pad it do not matter).
+
+    model: a Hugging Face model (a folder, or an id on the Hub), or a work directory or checkpoint of jaxtrain's.
+    revision: a branch, tag or commit of the Hub; None for the newest.
+    dtype: of its parameters and its forward pass, "bfloat16" or "float32".
+    tokenizer: where its tokenizer's files are (a folder, a file or an id), if not with the model.
+    cache: a folder that tools.cache_teacher has written: what the model said is read from there, and the model is not
+        needed. None: the model runs as the student trains.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    tokenizer: str | None = None
+    cache: str | None = None
+
+    def check(self) -> None:
+        if self.cache == "" or (self.cache or "").startswith(("s3://", "gs://")):
+            raise UserError(f"cache={self.cache!r}: give the local folder of a teacher's cache, or none.")
+        if not self.model and self.cache is None:
+            raise UserError("model='': give the teacher's folder, its id on the Hub, or a work directory.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
+
+    def build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
+        """The teacher for a run with this tokenizer; its parameters are not read yet.
+
+        Raises UserError for one that is not there, not supported, of another tokenizer, or not divided by the mesh;
+        TransientError where the network stays away.
+        """
+        if not self.is_checkpoint:
+            # Tokenizer, config and weights are of one commit, which the checkpoint can name.
+            commit = self._attempt(lambda: hf.commit(self.model, self.revision))
+            return dataclasses.replace(self, revision=commit)._build(tokenizer, mesh)
+        return self._build(tokenizer, mesh)
+
+    def _build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
+        where = f"teacher.model={self.model}"
+        config, vocab_size = self._attempt(self._shape)
+        if vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{where} has a vocabulary of {vocab_size:,}, the run's tokenizer has {tokenizer.vocab_size:,} ids: "
+                "a teacher can only teach its own. Set `tokenizer` to the teacher's."
+            )
+        problem = self._attempt(lambda: self._other_tokenizer(tokenizer))
+        if problem is not None:
+            raise UserError(
+                f"{where} has another tokenizer than the run, so its probabilities are those of other tokens:\n"
+                f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
+                "or choose a teacher with the run's."
+            )
+        return self._frozen(config, tokenizer.vocab_size, mesh)
+
+    def outline(self, vocab_size: int, mesh: Mesh) -> "Frozen":
+        """The teacher by its config alone, to compile for: the tokenizers are not compared. Raises as `build`."""
+        return self._frozen(self._shape()[0], vocab_size, mesh)
+
+    def _frozen(self, config: LlamaConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
+        how = {"dtype": self.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
+        config = dataclasses.replace(config, head_dim=config.resolved_head_dim, **how)
+        try:
+            return Frozen(self, config.build(vocab_size, mesh), mesh)
+        except UserError as error:
+            raise UserError(f"teacher.model={self.model}: {error}") from None
+
+    def _attempt(self, function: Callable[[], T]) -> T:
+        return retry.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
+
+    def open_cache(self, data: DataConfig, resolved: Mapping[str, Source], tokenizer: Tokenizer) -> "Cached":
+        """What the cache says of the run's sources. Raises UserError for one that is not whole, or of another run."""
+        assert self.cache is not None
+        if not data.document_mask:
+            raise UserError(
+                "teacher.cache needs data.document_mask=true: the teacher has seen each document by itself, and knows "
+                "nothing of those before it in a row."
+            )
+        manifests: dict[str, Manifest] = {}
+        for name, config in data.sources.items():
+            folder = os.path.join(self.cache, name)
+            manifests[name] = teacher_store.load(folder)
+            teacher_store.check(manifests[name], folder, config, resolved[name], tokenizer)
+            if manifests[name].add_bos != data.add_bos:
+                raise UserError(
+                    f"the teacher's cache {folder} was written with data.add_bos={manifests[name].add_bos}, and the "
+                    f"run has {data.add_bos}: set it back, or write another cache with tools.cache_teacher."
+                )
+        return Cached(self, manifests)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return checkpoints.is_checkpoint(self.model)
+
+    def _shape(self) -> tuple[LlamaConfig, int]:
+        if not self.is_checkpoint:
+            return hf.config(self.model, self.revision)
+        saved = checkpoints.load_data(self.model)
+        return cli.from_json(saved["config"]["model"]), saved["tokenizer"]["vocab_size"]
+
+    def _other_tokenizer(self, ours: Tokenizer) -> str | None:
+        """None if the teacher's ids mean what the run's do, else how they differ, a line each."""
+        if self.is_checkpoint and self.tokenizer is None:
+            theirs = checkpoints.load_data(self.model)["tokenizer"]
+            return None if theirs["hash"] == ours.identity["hash"] else _differences(ours.identity, theirs)
+        name = self.tokenizer or self.model
+        revision = self.revision if self.tokenizer is None else None
+        found = files.find(name, revision)
+        kinds = [kind for kind in (files.TOKENIZER_JSON, files.SENTENCEPIECE_MODEL) if kind in found.content]
+        if not kinds:
+            raise UserError(
+                f"teacher.model={self.model}: {found.where} has neither {files.TOKENIZER_JSON} nor "
+                f"{files.SENTENCEPIECE_MODEL}, so nobody can tell what its ids mean. Put its tokenizer there, or set "
+                "teacher.tokenizer to where it is."
+            )
+        if hashlib.sha256(found.content[kinds[0]]).hexdigest() == ours.identity["hash"]:
+            return None
+        theirs = HuggingFaceTokenizer(name=name, revision=revision).build("")
+        # The same tokens in another file: such as one that lists them in another order, or with another chat template.
+        if ours.identity["probe"] == theirs.identity["probe"] and _texts(ours) == _texts(theirs):
+            return None
+        return _differences(ours.identity, theirs.identity)
+
+
+def _texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+
+
+def _differences(ours: Json, theirs: Json) -> str:
+    lines = [
+        f"  {name}: the run's {ours[name]}, the teacher's {theirs[name]}"
+        for name in ("kind", "hash", "vocab_size")
+        if ours[name] != theirs[name]
+    ]
+    if ours["probe"] != theirs["probe"]:
+        lines.append(f"  ids of {PROBE[:24]!r}...: the run's {ours['probe'][:8]}, the teacher's {theirs['probe'][:8]}")
+    return "\n".join(lines)
+
+
+class Frozen:
+    """A teacher that fits the run. model: built for the run's mesh. abstract: shapes, types, shardings of its
+    parameters.
+    """
+
+    def __init__(self, config: Teacher, model: Llama, mesh: Mesh):
+        self.config = config
+        self.model = model
+        self.abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place),
+            model.shapes,
+            sharding.tree_shardings(mesh, model.axes),
+        )
+
+    def check_stages(self, plan: Plan) -> None:
+        """Raises UserError for a stage with rows longer than the teacher's context."""
+        for stage in plan.stages:
+            if stage.seq_len > self.model.config.max_seq_len:
+                raise UserError(
+                    f"stage {stage.index} ({stage.name}): seq_len={stage.seq_len} is longer than the context of the "
+                    f"teacher {self.config.model}, {self.model.config.max_seq_len} tokens; shorten the rows, or choose "
+                    "a teacher with a longer context"
+                )
+
+    def check_memory(self, state: object, limit: int | None) -> None:
+        """Raises UserError if the teacher and the state alone do not fit into a device. limit: its bytes, if known.
+
+        state: the train state's abstract arrays. What a step needs besides, the compiled step knows.
+        """
+        teacher, held = bytes_per_device(self.abstract), bytes_per_device(state)
+        if limit is not None and teacher + held > limit:
+            raise UserError(
+                f"teacher.model={self.config.model} does not fit: {teacher / 1e9:.2f} GB of a device for its "
+                f"parameters in {self.config.dtype} and {held / 1e9:.2f} GB for the train state, of {limit / 1e9:.2f} "
+                "GB. Use more devices (mesh.fsdp shards both), a smaller teacher, or bfloat16."
+            )
+
+    def load(self) -> Params:
+        """The parameters, born sharded; all processes call it. Raises UserError, or TransientError, as `build`."""
+        config = self.config
+        if config.is_checkpoint:
+            return checkpoints.restore_params(config.model, self.abstract)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        # Weights are gigabytes: their download has its own retries, and may take longer than PATIENCE_AT_START.
+        return hf.load(config.model, self.model, places, revision=config.revision, dtype=config.dtype)
+
+    def identity(self, params: Params) -> Json:
+        """What a checkpoint says of the teacher."""
+        words = jax.device_get(jax.jit(functools.partial(fingerprint.of_arrays, xp=jnp))(params))
+        shape = cli.to_json(self.model.config)
+        return {
+            "parameters": fingerprint.text(np.asarray(words)),
+            "model": _meaning(shape),
+            "dtype": self.config.dtype,
+            "found": cli.public("found", os.fspath(self.config.model)),
+            "revision": self.config.revision,
+        }
+
+
+class Cached:
+    """A teacher's cache that fits the run. layout: of its records, the same for all sources."""
+
+    def __init__(self, config: Teacher, manifests: Mapping[str, Manifest]):
+        self.config = config
+        self._manifests = manifests
+        (first, one), *others = manifests.items()
+        for name, manifest in others:
+            for field in ("teacher", "layout", "context", "stride"):
+                here, there = getattr(one, field), getattr(manifest, field)
+                if here != there:
+                    raise UserError(
+                        f"teacher.cache={config.cache}: the sources were not cached alike: {field} of {first} is "
+                        f"{here}, of {name} {there}. Write them again with one command of tools.cache_teacher."
+                    )
+        self.layout = one.layout
+        self._teacher = one.teacher
+        found, wanted = one.teacher["found"], cli.public("found", os.fspath(config.model))
+        if config.model and found != wanted:
+            raise UserError(
+                f"teacher.model={wanted}, and teacher.cache={config.cache} was written from {found}: give that one, or "
+                "leave teacher.model out (it is not needed)."
+            )
+
+    @property
+    def identity(self) -> Json:
+        """What a checkpoint says of the teacher."""
+        return {**self._teacher, "cache": {name: manifest.identity for name, manifest in self._manifests.items()}}
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        some = next(iter(self._manifests.values()))
+        tokens = sum(manifest.tokens for manifest in self._manifests.values())
+        return (
+            f"the {self.layout.k} most likely tokens by {self._teacher['found']}, of {tokens:,} tokens, with contexts "
+            f"of {some.context:,}, in {self.config.cache}"
+        )
+
+    def records(self) -> dict[str, CachedRecords]:
+        """By source."""
+        assert self.config.cache is not None
+        return {n: CachedRecords(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
+
+
+def bytes_per_device(abstract: object) -> int:
+    """Of arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+
+
+def mismatch(saved: Json | None, now: Json | None) -> str | None:
+    """None if both are of one teacher (or of none), else the text that shows both sides."""
+    if saved is None or now is None:
+        return None if saved is now else f"the teacher was {_where(saved)}, is {_where(now)}"
+    cached, was_cached = now.get("cache"), saved.get("cache")  # older checkpoints do not say
+    if (cached is None) != (was_cached is None):
+        was, is_now = ("the model itself" if each is None else "a cache" for each in (was_cached, cached))
+        return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree but for rounding and context"
+    saved, now = ({**each, "model": _meaning(cli.complete(each["model"]))} for each in (saved, now))
+    changed = [name for name in _ENFORCED if saved[name] != now[name]]
+    if not changed:
+        before, after = was_cached or {}, cached or {}
+        others = [name for name in before.keys() & after.keys() if before[name] != after[name]]
+        return f"the teacher's cache has been written anew for {', '.join(sorted(others))}" if others else None
+    lines = [f"the teacher has changed; it was {_where(saved)}, is {_where(now)}:"]
+    lines += [f"  {name}: was {saved[name]}, is {now[name]}" for name in changed if name != "model"]
+    if "model" in changed:
+        lines.append(cli.format_differences(cli.differences(saved["model"], now["model"], "model")))
+    return "\n".join(lines)
+
+
+def _meaning(model: Json) -> Json:
+    """Of a recorded model config: the fields that say what the model is, not how it is computed."""
+    return {name: value for name, value in model.items() if name not in _HOW}
+
+
+def _where(identity: Json | None) -> str:
+    if identity is None:
+        return "none"
+    return identity["found"] + (f" ({identity['revision']})" if identity["revision"] else "")

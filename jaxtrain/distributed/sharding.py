@@ -1,0 +1,196 @@
+"""The device mesh and the one table that maps logical axes to its axes.
+
+Parameters and activations name their dimensions ("embed", "mlp", "batch"); `RULES` says which mesh axes split them.
+The mesh is in Auto mode: shardings are pinned where they matter (parameters, optimizer state, batches, some
+activations) and XLA fills in the rest, which behaves the same on every jax version that is supported.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.errors import UserError
+
+Device = Any  # jax.Device; a variable to type checkers, or a stand-in from a compile-only topology
+Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+BATCH_MESH_AXES = ("data", "fsdp")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": BATCH_MESH_AXES,
+    "sequence": "context",
+    "activation_embed": None,
+    "activation_mlp": "tensor",
+    "activation_heads": "tensor",
+    # parameters
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "head_dim": None,
+    "norm": None,
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeshConfig:
+    """How many ways each kind of parallelism splits the work; the product is the number of devices.
+
+    data: copies of the parameters, each with its own rows of the batch.
+    fsdp: shards of the parameters and optimizer state (ZeRO-3), each with its own rows of the batch.
+    tensor: shards of heads, MLP width and vocabulary; neighbours in the device order, so that they share a host.
+    context: shards of the sequence.
+
+    At most one of them may be -1: it takes all devices that the others leave.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    def check(self) -> None:
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if size != -1 and size < 1:
+                raise UserError(f"mesh.{axis}={size}: a mesh axis has a size of at least 1; -1 fills it automatically.")
+        automatic = [axis for axis in MESH_AXES if getattr(self, axis) == -1]
+        if len(automatic) > 1:
+            raise UserError(f"mesh.{' and mesh.'.join(automatic)} are -1: only one axis can be filled automatically.")
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Sizes of MESH_AXES with -1 filled in. UserError if they do not multiply to `num_devices`."""
+        self.check()
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        given = {axis: size for axis, size in sizes.items() if size != -1}
+        product = math.prod(given.values())
+        automatic = [axis for axis in MESH_AXES if axis not in given]
+        if num_devices % product if automatic else num_devices != product:
+            raise UserError(_size_message(given, automatic, num_devices))
+        return tuple(sizes[axis] if axis in given else num_devices // product for axis in MESH_AXES)
+
+    def build(self, devices: Sequence[Device] | None = None) -> Mesh:
+        """The mesh over `devices` (all of the run by default), axes ("data", "fsdp", "tensor", "context"), all Auto.
+
+        Raises UserError if the sizes do not fit the number of devices; it names the axis and sizes that work.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        return Mesh(
+            _arrange(self.sizes(len(devices)), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+        )
+
+
+def _size_message(given: dict[str, int], automatic: list[str], num_devices: int) -> str:
+    product = math.prod(given.values())
+    asked = " x ".join(f"{axis}={size}" for axis, size in given.items())
+    fixes = []
+    for axis, size in given.items():
+        others = product // size
+        if size > 1 and num_devices % others == 0:
+            works = divisors(num_devices // others) if automatic else [num_devices // others]
+            fixes.append(f"With the others as they are mesh.{axis} may be {', '.join(map(str, works))}")
+    if not automatic or not fixes:
+        works = ", ".join(map(str, divisors(num_devices)))
+        fixes.append(f"With one axis at -1 the others may multiply to {works}")
+    verb = "does not divide" if automatic else "is not"
+    return f"mesh {asked} = {product} {verb} the number of devices, {num_devices}. {'. '.join(fixes)}."
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
+    """Devices as an array of shape `sizes`: `tensor` fastest, so inside a host; `data` and `fsdp` span hosts.
+
+    TPU: mesh_utils follows the torus of each slice; between slices (no torus, slow network) go `data` and then `fsdp`.
+    """
+    data, fsdp, tensor, context = sizes
+    # mesh_utils wants axes ordered by network intensity: `context` moves less than `tensor`.
+    shape = (data, fsdp, context, tensor)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and slices > 1:
+        data_slices = math.gcd(data, slices)
+        fsdp_slices = slices // data_slices
+        if fsdp % fsdp_slices:
+            raise UserError(
+                f"mesh.data={data}, mesh.fsdp={fsdp} cannot be split over {slices} TPU slices: "
+                f"let mesh.data be a multiple of {slices}."
+            )
+        inner = (data // data_slices, fsdp // fsdp_slices, context, tensor)
+        array = mesh_utils.create_hybrid_device_mesh(inner, (data_slices, fsdp_slices, 1, 1), devices)
+    elif devices[0].platform == "tpu":
+        array = mesh_utils.create_device_mesh(shape, devices)
+    else:
+        # A process owns a host's devices or one of them; either way the order of processes keeps hosts together.
+        ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
+        array = np.asarray(ordered).reshape(shape)
+    return array.swapaxes(2, 3)
+
+
+def is_axes(x: Any) -> bool:
+    """Whether `x` is the leaf of a tree of logical axes (NamedTuples, such as optimizer states, are not)."""
+    return type(x) is tuple and all(e is None or isinstance(e, str) for e in x)
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """Mesh axes of the dimensions. axes: one logical axis for each; None stands for an unsharded one."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def tree_shardings(mesh: Mesh, axes_tree: Any) -> Any:
+    """The same tree with a sharding for each leaf. axes_tree: tree of tuples of logical axes."""
+    return jax.tree.map(lambda axes: sharding(mesh, axes), axes_tree, is_leaf=is_axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a [B, T] array of the batch: rows over `data` and `fsdp`, positions over `context`."""
+    return sharding(mesh, ("batch", "sequence"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, axes: Axes) -> jax.Array:
+    """Pins the sharding of an intermediate array inside jit. No mesh: x itself."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, axes))
+
+
+def check_divides(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> None:
+    """Refuses parameters that the mesh does not divide evenly.
+
+    axes_tree: tree of tuples of logical axes. shapes_tree: the same tree of arrays, or of anything with `.shape`.
+    Raises UserError that names the parameter, its axis and size, and the mesh sizes that work.
+    """
+
+    def check(path: Any, axes: Axes, leaf: Any) -> None:
+        assert len(axes) == len(leaf.shape), (jax.tree_util.keystr(path), axes, leaf.shape)
+        for dimension, (axis, size) in enumerate(zip(axes, leaf.shape, strict=True)):
+            names = RULES[axis] if axis is not None else None
+            names = (names,) if isinstance(names, str) else names or ()
+            ways = math.prod(mesh.shape[name] for name in names)
+            if size % ways:
+                parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+                works = ", ".join(str(d) for d in divisors(size) if d <= mesh.size)
+                raise UserError(
+                    f"{parameter} has shape {tuple(leaf.shape)}: its dimension {dimension} ('{axis}', {size}) is not "
+                    f"divisible by mesh.{' * mesh.'.join(names)} = {ways}. Sizes that work: {works}."
+                )
+
+    jax.tree_util.tree_map_with_path(check, axes_tree, shapes_tree, is_leaf=is_axes)

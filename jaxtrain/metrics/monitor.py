@@ -1,0 +1,347 @@
+"""What a run tells: one line for each logged step, to every writer; where the time went; a watchdog.
+
+Throughput counts trained tokens over the time spent in steps (which includes waiting for data). MFU is the model's own
+FLOPs (Chowdhery et al. 2022, "PaLM", appendix B, with causal attention halved) over the devices' published peak.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.metrics.watchdog import Watchdog
+from jaxtrain.metrics.writers import Console, JsonLines, Mirror, TensorBoard, Tracker, Writer, finite, log_file
+
+SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "stage change")
+
+logger = logging.getLogger("jaxtrain")
+
+
+class StepInfo(Protocol):
+    """What the monitor needs of a `StepPlan`."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def stage(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def tokens_after(self) -> int: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class MonitorConfig:
+    """What is written besides metrics.jsonl, log.txt and the console.
+
+    Attributes:
+        tensorboard: write event files to the work directory's `tensorboard/`.
+        trackers: any of "wandb" and "trackio"; they must be installed.
+        project: the project's name for the trackers.
+        watchdog_minutes: exit with code 1 when no step finished for so long; None: never. Above the time that the
+            longest compile or evaluation takes, and above data.retry_minutes, which ends an outage with its cause.
+    """
+
+    tensorboard: bool = True
+    trackers: tuple[str, ...] = ()
+    project: str = "jaxtrain"
+    watchdog_minutes: float | None = 90.0
+
+    def check(self) -> None:
+        unknown = set(self.trackers) - {"wandb", "trackio"}
+        if unknown:
+            raise UserError(f"trackers={self.trackers}: {sorted(unknown)[0]!r} is not one of 'wandb', 'trackio'.")
+        if self.watchdog_minutes is not None and not self.watchdog_minutes > 0:
+            raise UserError(f"watchdog_minutes={self.watchdog_minutes}: must be above 0, or None for no watchdog.")
+
+    def build(self, workdir: Workdir, run: "Run", console: Console) -> "Monitor":
+        return Monitor(self, workdir, run, console)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the monitor must know of the run.
+
+    Attributes:
+        start_step: the restored step, 0 for a new run.
+        start_tokens: tokens trained by then.
+        total_tokens: the target; None if there is none.
+        num_stages: how many stages the plan has.
+        flops_per_token: training FLOPs of the model for one token, by sequence length.
+        peak_flops: published FLOP/s of all devices of the run together; None if not known.
+        log_every: steps between two logged ones.
+        config: shown by trackers.
+    """
+
+    start_step: int
+    start_tokens: int
+    total_tokens: int | None
+    num_stages: int
+    flops_per_token: Callable[[int], float]
+    peak_flops: float | None
+    log_every: int
+    config: Json
+
+
+@contextlib.contextmanager
+def console_logging() -> Iterator[Console]:
+    """Lets the logger `jaxtrain` print: all from process 0, warnings from the others. Around the whole program."""
+    console = Console(jax.process_index())
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield console
+    finally:
+        logger.removeHandler(console)
+        console.close()
+        logger.propagate = propagate
+
+
+class Goodput:
+    """Divides wall time among spans and the rest, which is steps. Main thread only; a nested span is not counted twice.
+
+    Attributes:
+        seconds: by span, what ended so far.
+    """
+
+    def __init__(self, started_at: float):
+        self._started_at = started_at
+        self._open: list[str] = []
+        self._since = started_at
+        self.seconds = dict.fromkeys(SPANS, 0.0)
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def end_of_start(self) -> None:
+        """Counts as "start" all that no span has."""
+        self.seconds["start"] += self.steps()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def steps(self) -> float:
+        """Seconds outside all spans."""
+        return self.elapsed() - sum(self.seconds.values())
+
+    def summary(self) -> str:
+        elapsed = max(self.elapsed(), 1e-9)
+        parts = [f"{100 * self.steps() / elapsed:.1f}% of {elapsed:,.0f} s in steps"]
+        parts += [f"{name} {100 * spent / elapsed:.1f}%" for name, spent in self.seconds.items() if spent > 0]
+        return "Goodput: " + ", ".join(parts)
+
+
+class Monitor:
+    """Use it as a context manager, then in the loop `span`, `stepped`, and where `due`, `log_step`.
+
+    All processes make one and call the same methods; only process 0 writes. Lines of metrics.jsonl from steps after
+    `run.start_step` are dropped at construction.
+    """
+
+    def __init__(self, config: MonitorConfig, workdir: Workdir, run: Run, console: Console):
+        self._run = run
+        self._console = console
+        self._goodput = Goodput(console.started_at)
+        self._peak_flops = run.peak_flops
+        self._seconds_before = 0.0
+        self._begun = False
+        self._writers: list[Writer] = []
+        self._files: list[logging.Handler] = []
+        self._mirror: Mirror | None = None
+        if jax.process_index() == 0:
+            try:
+                self._open(config, workdir)
+            except BaseException:
+                self._close_files()
+                raise
+        self._watchdog = None if config.watchdog_minutes is None else Watchdog(config.watchdog_minutes)
+        self._mark(run.start_tokens)
+
+    def _open(self, config: MonitorConfig, workdir: Workdir) -> None:
+        self._mirror = Mirror(workdir)
+        folder = self._folder = self._mirror.folder
+        file = log_file(folder / workdir.log.name)
+        for record in self._console.before_log_file or ():
+            file.handle(record)
+        self._console.before_log_file = None
+        logger.addHandler(file)
+        self._files.append(file)
+        lines = JsonLines(folder / workdir.metrics.name, self._run.start_step)
+        self._seconds_before = lines.seconds
+        self._writers.append(lines)
+        if config.tensorboard:
+            self._writers.append(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
+        for tracker in config.trackers:
+            self._writers.append(Tracker(tracker, config.project, workdir.path.name, self._run.config))
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _mark(self, tokens: int) -> None:
+        self._logged_tokens = tokens
+        self._logged_steps = self._goodput.steps()
+        self._logged_data = self._goodput.seconds["data"]
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Counts the time inside as `name`, one of SPANS, and not as steps."""
+        self._beat()
+        with self._goodput.span(name):
+            yield
+        self._beat()
+
+    def _beat(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
+    def begin(self) -> None:
+        """Just before the first step: what no span has counted was the start."""
+        self._begun = True
+        self._goodput.end_of_start()
+        self._mark(self._run.start_tokens)
+        self._console.start_bar(self._run.start_tokens, self._run.total_tokens)
+        self._beat()
+
+    def stepped(self, at: StepInfo) -> None:
+        """After each step that was given to the devices."""
+        self._beat()
+        self._console.advance(at.tokens_after)
+
+    def due(self, at: StepInfo) -> bool:
+        """Whether this step is logged: the first, each `log_every`-th, and the last."""
+        return at.step == 1 or at.step % self._run.log_every == 0 or at.tokens_after == self._run.total_tokens
+
+    def log_step(self, at: StepInfo, metrics: Mapping[str, Any]) -> None:
+        """Writes a step to all writers and prints its line.
+
+        metrics: Python numbers, at least `loss` in nats for each token, and what else belongs on the line of
+        metrics.jsonl (`grad_norm`, `fingerprint`, `sources`, ...). `ce_loss`, where given, is what perplexity is of.
+        """
+        if jax.process_index() != 0:
+            return
+        data = self._goodput.seconds["data"] - self._logged_data
+        seconds = self._goodput.steps() - self._logged_steps + data
+        tokens_per_sec = (at.tokens_after - self._logged_tokens) / max(seconds, 1e-9)
+        flops = tokens_per_sec * self._run.flops_per_token(at.seq_len)
+        self._mark(at.tokens_after)
+        loss = float(metrics["loss"])
+        values = {
+            "tokens": at.tokens_after,
+            "loss": loss,
+            "perplexity": perplexity(float(metrics.get("ce_loss", loss))),
+            "learning_rate": at.learning_rate,
+            "tokens_per_sec": tokens_per_sec,
+            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "stage": at.stage,
+            "seq_len": at.seq_len,
+            "batch_size": at.batch_size,
+            "data_wait": data / max(seconds, 1e-9),
+            "time": self._seconds_before + self._goodput.elapsed(),
+            "goodput": self._goodput.steps() / max(self._goodput.elapsed(), 1e-9),
+            "seconds": dict(self._goodput.seconds),
+            "memory_gb": peak_memory_gb(),
+            **metrics,
+        }
+        self._write(at.step, values)
+        self._console.advance(at.tokens_after, loss)
+        logger.info(console_line(at, values, self._run))
+
+    def log_eval(self, step: int, values: Mapping[str, float]) -> None:
+        """values: `eval_loss` (nats a token), `eval_bits_per_byte`, and others. A line of their own."""
+        if jax.process_index() != 0:
+            return
+        self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
+        logger.info("Step %d: %s", step, ", ".join(f"{name}={value:.4f}" for name, value in values.items()))
+
+    def _write(self, step: int, values: Json) -> None:
+        for writer in self._writers:
+            try:
+                writer.write(step, finite(values))
+            except OSError as error:
+                raise UserError(
+                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Make room, and give the "
+                    "same command again: it goes on from the newest checkpoint."
+                ) from error
+
+    def message(self, text: str) -> None:
+        """Prints a line, from process 0, and puts it into log.txt."""
+        logger.info(text)
+
+    def close(self) -> None:
+        """Says where the time went, ends the watchdog, and closes all files."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
+        self._console.stop_bar()
+        if self._mirror is not None:
+            if self._begun:
+                logger.info(self._goodput.summary())
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        for file in self._files:
+            logger.removeHandler(file)
+            file.close()
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
+
+
+def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
+    done = f"{at.tokens_after:,} tokens"
+    if run.total_tokens is not None:
+        done = f"{at.tokens_after:,}/{run.total_tokens:,} tokens, {100 * at.tokens_after / run.total_tokens:.1f}%"
+    return (
+        f"Step {at.step}: Loss={values['loss']:.4f}, PPL={values['perplexity']:.2f}, "
+        f"Tokens/sec={values['tokens_per_sec']:.0f}, LR={values['learning_rate']:.2e} "
+        f"| Stage {at.stage}/{run.num_stages} ({done})"
+    )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite from where float64 overflows."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def peak_memory_gb() -> float:
+    """High-water mark: of the fullest local device (10^9 bytes), or of the process where devices do not say (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    if peaks:
+        return max(peaks) / 1e9
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,186 @@
+"""Learning-rate schedules: functions of tokens, so that a change of batch size does not bend them.
+
+`build()` gives `schedule(tokens, total) -> factor`, the share (0 to 1) of the peak rate when `tokens` of the run's
+`total` tokens are trained. The plan asks for the middle of each step: for a straight ramp that is the step's mean, so
+a warm-up or a decay amounts to the same whatever the batch size, and the first and the last step's rates are above 0.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Schedule
+
+
+@dataclasses.dataclass(kw_only=True)
+class WarmUp:
+    """The beginning that all schedules share: from 0 to the peak in a straight line. Without either field, none.
+
+    warmup_tokens: length in tokens.
+    warmup_fraction: length as a share of the run's tokens, 0 to below 1; needs a run with a known end.
+    """
+
+    warmup_tokens: int | None = None
+    warmup_fraction: float | None = None
+
+    def check(self) -> None:
+        """Raises UserError for values out of range or two lengths for one thing."""
+        _check_length("warmup", self.warmup_tokens, self.warmup_fraction)
+
+    def _after_warmup(self, shape: Callable[[int, float, int | None], float]) -> Schedule:
+        """The schedule that is `shape(tokens, warm-up's tokens, total)` once the warm-up is over."""
+
+        def schedule(tokens: int, total: int | None) -> float:
+            warmup = _length("warmup", self.warmup_tokens, self.warmup_fraction, total)
+            factor = shape(tokens, warmup, total)  # first, so that it can refuse the total at the first step
+            return tokens / warmup if tokens < warmup else factor
+
+        return schedule
+
+
+@dataclasses.dataclass(kw_only=True)
+class Constant(WarmUp):
+    """The peak rate to the end; the only one that a run without a known end can have. Fields: see WarmUp."""
+
+    def build(self) -> Schedule:
+        """schedule(tokens, total) → factor, 0 to 1; total may be None unless warmup_fraction is given."""
+        return self._after_warmup(lambda tokens, warmup, total: 1.0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Cosine(WarmUp):
+    """Half a cosine from the peak to the end (Loshchilov & Hutter 2017, SGDR, equation 5, without restarts).
+
+    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    """
+
+    final_fraction: float = 0.1
+
+    def check(self) -> None:
+        """Raises UserError for values out of range."""
+        super().check()
+        _check_share("final_fraction", self.final_fraction)
+
+    def build(self) -> Schedule:
+        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the warm-up fills it."""
+
+        def shape(tokens: int, warmup: float, total: int | None) -> float:
+            part = _progress(tokens, warmup, _horizon(self, total))
+            return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * part)) / 2
+
+        return self._after_warmup(shape)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Linear(WarmUp):
+    """A straight line from the peak to the end, by default to 0 (Bergsma et al. 2025, "Straight to Zero").
+
+    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    """
+
+    final_fraction: float = 0.0
+
+    def check(self) -> None:
+        """Raises UserError for values out of range."""
+        super().check()
+        _check_share("final_fraction", self.final_fraction)
+
+    def build(self) -> Schedule:
+        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the warm-up fills it."""
+
+        def shape(tokens: int, warmup: float, total: int | None) -> float:
+            part = _progress(tokens, warmup, _horizon(self, total))
+            return 1 - (1 - self.final_fraction) * part
+
+        return self._after_warmup(shape)
+
+
+@dataclasses.dataclass(kw_only=True)
+class WSD(WarmUp):
+    """Warm-up, stable, decay: the peak rate, then a decay over the last part (Hu et al. 2024, MiniCPM, section 4).
+
+    decay_tokens: length of the decay in tokens.
+    decay_fraction: its length as a share of the run's tokens; give one of the two.
+    shape: "linear", or "sqrt" for 1 - sqrt(part of the decay that is over) (Hägele et al. 2024, "Scaling laws and
+        compute-optimal training beyond fixed training durations", section 3, where it is the better of the two).
+    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    """
+
+    decay_tokens: int | None = None
+    decay_fraction: float | None = None
+    shape: str = "sqrt"
+    final_fraction: float = 0.0
+
+    def check(self) -> None:
+        """Raises UserError for values out of range or a decay without a length."""
+        super().check()
+        _check_length("decay", self.decay_tokens, self.decay_fraction)
+        if self.decay_tokens is None and self.decay_fraction is None:
+            raise UserError("decay_fraction=none and decay_tokens=none: WSD needs one, for example decay_fraction=0.2")
+        if self.shape not in ("linear", "sqrt"):
+            raise UserError(f'shape={self.shape!r} of the decay is neither "linear" nor "sqrt"')
+        _check_share("final_fraction", self.final_fraction)
+
+    def build(self) -> Schedule:
+        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the parts exceed it."""
+
+        def shape(tokens: int, warmup: float, total: int | None) -> float:
+            horizon = _horizon(self, total)
+            decay = _length("decay", self.decay_tokens, self.decay_fraction, total)
+            if warmup + decay > horizon:
+                raise UserError(
+                    f"a warm-up of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's "
+                    f"{horizon:,}; shorten them, or give them as warmup_fraction and decay_fraction"
+                )
+            if tokens <= horizon - decay:
+                return 1.0
+            part = (tokens - (horizon - decay)) / decay
+            return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
+
+        return self._after_warmup(shape)
+
+
+def _horizon(config: WarmUp, total: int | None) -> int:
+    if total is None:
+        raise UserError(
+            f"the schedule {type(config).__name__} needs to know where the run ends: set total_tokens or steps, "
+            "or choose the schedule Constant"
+        )
+    return total
+
+
+def _length(what: str, tokens: int | None, fraction: float | None, total: int | None) -> float:
+    """Tokens of the warm-up or the decay; 0 where neither is given."""
+    if fraction is None:
+        return 0 if tokens is None else tokens
+    if total is None:
+        raise UserError(
+            f"{what}_fraction={fraction} is a share of a run whose end is not known: "
+            f"give {what}_tokens instead, or set total_tokens or steps"
+        )
+    return fraction * total
+
+
+def _progress(tokens: int, warmup: float, horizon: int) -> float:
+    """How much of the way from the warm-up's end to the run's end is done, 0 to 1 (below 0 in the warm-up: 0)."""
+    if warmup >= horizon:
+        raise UserError(
+            f"the warm-up of {warmup:,.0f} tokens fills the run's {horizon:,}; shorten warmup_tokens, "
+            "or give it as a share of the run, for example warmup_fraction=0.01"
+        )
+    return min(max((tokens - warmup) / (horizon - warmup), 0.0), 1.0)
+
+
+def _check_length(what: str, tokens: int | None, fraction: float | None) -> None:
+    if tokens is not None and fraction is not None:
+        raise UserError(f"{what}_tokens={tokens} and {what}_fraction={fraction} contradict each other; set one to none")
+    if tokens is not None and tokens < 0:
+        raise UserError(f"{what}_tokens={tokens} is negative; give 0 or more")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise UserError(f"{what}_fraction={fraction} is a share of the run's tokens: give 0 or more, below 1")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} is a share of the peak rate: give 0 to 1")

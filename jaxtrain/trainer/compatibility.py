@@ -1,0 +1,128 @@
+"""What a checkpoint says of the data and the model, and whether a config may go on from it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtrain import cli
+from jaxtrain.config import Config
+from jaxtrain.data import skips
+from jaxtrain.data.source_reader import SourceReader
+from jaxtrain.distill import teacher
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Tokenizer
+from jaxtrain.plan import Plan
+from jaxtrain.tokenizers.identity import mismatch
+
+# Changing one of these changes which tokens are trained on, or what the parameters mean.
+_FIXED = (
+    "seed",
+    "epochs",
+    "data.num_lanes",
+    "data.shuffle",
+    "data.shuffle_window",
+    "data.holdout",
+    "data.document_mask",
+    "data.add_bos",
+    "model",
+    f"optimizer.{cli.KIND}",
+)
+# These say how the model is computed, not what it is.
+_FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
+
+
+def identities(config: Config, dealers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
+    """What goes into every checkpoint, besides the lanes' state."""
+    return {
+        "sources": {dealer.name: dealer.identity for dealer in dealers},
+        "tokenizer": tokenizer.identity,
+        "teacher": None,
+        "plan": plan.record(),
+        "config": cli.to_json(config),
+    }
+
+
+def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
+    """Refuse what would change the data or the parameters' meaning. saved, now: `identities`; step: the checkpoint's.
+
+    Returns the differences that are allowed, as lines for the log. Raises UserError with all others, both sides shown.
+    """
+    changed = cli.differences(cli.complete(saved["config"]), now["config"])
+    refused = [(path, old, new) for path, old, new in changed if _is_fixed(path)]
+    lines = [_table(refused, now["config"])] if refused else []
+    different = mismatch(saved["tokenizer"], now["tokenizer"])
+    if different is not None:
+        lines.append(different)
+    moved = plan.differences(saved["plan"], step)
+    if moved:
+        # What the plan is made of says why: a stage ends elsewhere because of its own tokens or those before it.
+        stages = [row for row in changed if _is_below(row[0], ("stages", "total_tokens", "steps"))]
+        lines += [*moved, *(["In the config:", _table(stages, now["config"])] if stages else [])]
+    lines += _source_differences(saved["sources"], now["sources"])
+    given_up, taken_back = _skip_differences(saved["sources"], now["sources"])
+    lines += taken_back
+    if lines:
+        raise UserError(
+            f"the checkpoint of step {step} was trained with another config, and going on with this one would not be "
+            "the same run:\n"
+            + "\n".join(lines)
+            + "\nSet these back; or start a new run in another --workdir (--config.init_from= keeps the parameters)."
+        )
+    allowed = [row for row in changed if not _is_fixed(row[0])]
+    return [*(_table(allowed, now["config"]).splitlines() if allowed else []), *given_up]
+
+
+def _table(rows: Sequence[tuple[str, Any, Any]], config: Json) -> str:
+    """Differences of two configs as lines; an entry of `stages` with the stage's number, from 1, and name."""
+
+    def named(path: str) -> str:
+        found = re.match(r"stages\[(\d+)\]", path)
+        if not found or (index := int(found[1])) >= len(config["stages"]):
+            return path
+        return f"{path} (stage {index + 1}, {config['stages'][index]['name']})"
+
+    return cli.format_differences([(named(path), old, new) for path, old, new in rows])
+
+
+def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
+    """Raises UserError, with both sides, if the teacher is not that of the checkpoint of `step`."""
+    different = teacher.mismatch(saved, now)
+    if different is not None:
+        raise UserError(
+            f"the checkpoint of step {step} was trained with another teacher, and going on with this one would not be "
+            f"the same run:\n{different}\nSet it back (for one of the Hub its `revision`, for a work directory the "
+            "step's folder); or start a new run in another --workdir (--config.init_from= keeps the parameters)."
+        )
+
+
+def _is_fixed(path: str) -> bool:
+    return _is_below(path, _FIXED) and not _is_below(path, _FREE)
+
+
+def _is_below(path: str, prefixes: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith((prefix + ".", prefix + "[")) for prefix in prefixes)
+
+
+def _source_differences(saved: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
+    """A source may come or go where the plan allows it; one that stays must be the same."""
+    lines = []
+    for name in saved.keys() & now.keys():
+        for field in sorted((saved[name].keys() | now[name].keys()) - {"skips"}):
+            old, new = saved[name].get(field), now[name].get(field)
+            if old != new:
+                lines.append(f"source {name!r}: {field} was {_short(old)}, is now {_short(new)}")
+    return lines
+
+
+def _skip_differences(saved: Mapping[str, Json], now: Mapping[str, Json]) -> tuple[list[str], list[str]]:
+    """(allowed, refused): more may be given up than before, never less."""
+    lines: tuple[list[str], list[str]] = ([], [])
+    for name in saved.keys() & now.keys():
+        for all_lines, some in zip(lines, skips.compare(name, saved[name]["skips"], now[name]["skips"]), strict=True):
+            all_lines += some
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

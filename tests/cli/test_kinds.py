@@ -1,0 +1,140 @@
+"""Lasting names of config dataclasses, and records of version 0.1."""
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+import types
+
+import pytest
+
+import jaxtrain
+from jaxtrain import cli
+from jaxtrain.cli import kinds, record, typed
+from jaxtrain.config import Config
+from jaxtrain.errors import UserError
+from tests.cli.example import MinScore, Muon
+
+
+def test_every_built_in_kind_is_a_config():
+    for kind in kinds.BUILT_IN:
+        cls = kinds.class_of(kind)
+        assert dataclasses.is_dataclass(cls)
+        assert kinds.kind_of(cls) == kind
+
+
+def test_the_classes_of_version_0_1_are_all_built_in():
+    assert set(kinds._VERSION_0_1.values()) <= set(kinds.BUILT_IN)
+    assert len(set(kinds._VERSION_0_1.values())) == len(kinds._VERSION_0_1)
+
+
+def _reachable(hint: object, found: set[type]) -> None:
+    for option in typed.options(hint):
+        for argument in getattr(option, "__args__", ()):
+            _reachable(argument, found)
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and option not in found:
+            found.add(option)
+            for field in dataclasses.fields(option):
+                _reachable(field.type, found)
+
+
+def test_every_config_of_the_package_has_a_kind():
+    """A component without a line in the table would record its module path, and could never be moved."""
+    reachable: set[type] = set()
+    _reachable(Config, reachable)
+    for found in pkgutil.walk_packages(jaxtrain.__path__, "jaxtrain."):
+        if found.name.endswith(".main") or found.name.rpartition(".")[2].startswith("attention_"):
+            continue
+        module = importlib.import_module(found.name)
+        for value in vars(module).values():
+            # Those that are set in a config file: keyword-only, with rules of their own.
+            is_here = isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == found.name
+            if is_here and hasattr(value, "check") and dataclasses.fields(value)[0].kw_only:
+                reachable.add(value)
+    # The base of the schedules has fields and rules, but builds nothing.
+    missing = [cls for cls in reachable if ":" in kinds.kind_of(cls) and cls.__name__ != "WarmUp"]
+    assert missing == []
+
+
+def test_a_component_from_outside_is_read_back_if_the_user_has_imported_it():
+    stored = cli.to_json(Muon(momentum=0.5))
+    assert stored["_kind"] == "tests.cli.example:Muon"
+    assert cli.from_json(stored) == Muon(momentum=0.5)
+
+
+def test_a_record_imports_nothing(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"names evil:Config, .* nothing has imported evil: .* --import=evil"):
+        cli.from_json({"_kind": "evil:Config"})
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["os:system", "subprocess:Popen", "unknown", "tests.cli.example:SourceConfig", ""])
+def test_a_record_calls_nothing_but_configs(kind):
+    with pytest.raises(UserError, match=r"is no config of this version|nothing has imported"):
+        cli.from_json({"_kind": kind, "args": "true"})
+
+
+def test_a_dataclass_of_the_standard_library_is_no_config(monkeypatch):
+    module = types.ModuleType("statistics")
+    monkeypatch.setitem(sys.modules, "statistics", module)
+    module.Loud = dataclasses.make_dataclass("Loud", [], namespace={"__post_init__": lambda self: 1 / 0})  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="is no config"):
+        cli.from_json({"_kind": "statistics:Loud"})
+
+
+def test_a_field_that_this_version_does_not_know_is_named():
+    with pytest.raises(UserError, match=r"adamw has beta3, unknown to this version"):
+        cli.from_json({"_kind": "adamw", "beta3": 0.9})
+
+
+def test_records_of_version_0_1_are_read_by_its_module_paths():
+    old = {"_class": "tests.cli.example.Muon", "learning_rate": 0.5, "momentum": 0.9, "fallback": {
+        "_class": "tests.cli.example.AdamW", "learning_rate": 0.1, "betas": [0.8, 0.9]}}  # fmt: skip
+    found = cli.from_json(old)
+    assert found.learning_rate == 0.5
+    assert found.fallback.betas == (0.8, 0.9)
+    assert cli.differences(cli.upgrade(old), cli.to_json(found)) == []
+    assert cli.upgrade({"_class": "jaxtrain.model.llama.LlamaConfig"}) == {"_kind": "llama"}
+
+
+def test_descriptions_of_transforms_are_upgraded_with_their_digest():
+    old = {"class": "jaxtrain.data.transforms.MinLength", "characters": "5", "digest": "0123456789abcdef"}
+    from jaxtrain.data.source_reader import describe
+    from jaxtrain.data.transforms import MinLength
+
+    assert cli.upgrade([old]) == [describe(MinLength(characters=5))]
+    settings = {"class": "jaxtrain.data.sources.huggingface.HuggingFace", "name": "'x'"}
+    assert cli.upgrade(settings) == {"_kind": "hugging_face", "name": "'x'"}
+    # Names that people give: a source, a column, a label.
+    assert cli.upgrade({"class": "text", "digest": "5"}) == {"class": "text", "digest": "5"}
+    assert cli.upgrade({"class": {"digest": "5"}}) == {"class": {"digest": "5"}}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Grown:
+    """As version 0.1 had it with `size` alone."""
+
+    size: int = 3
+    remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
+    extra: tuple[MinScore, ...] = (MinScore(),)
+
+
+def test_a_field_that_a_record_lacks_has_the_value_from_before_it_existed():
+    old = {"_kind": cli.kind_of(Grown), "size": 4}
+    assert cli.from_json(old) == Grown(size=4, remat="full")
+    completed = cli.complete({"inside": [old]})["inside"][0]
+    assert completed == cli.to_json(Grown(size=4, remat="full"))
+    assert cli.complete({**old, "remat": "dots"})["remat"] == "dots"
+    assert record.complete(5) == 5
+
+
+def test_import_names_modules_before_a_work_directory_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "outside_parts.py").write_text("print('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    command = cli.Command(name="x", description="d", examples=("x",), flags=(cli.IMPORT,), config="none")
+    cli.parse_flags(command, ["--import=outside_parts"])
+    assert capsys.readouterr().out == "imported\n"
+    with pytest.raises(UserError, match="--import=not_there: ModuleNotFoundError"):
+        cli.parse_flags(command, ["--import=not_there"])

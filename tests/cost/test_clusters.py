@@ -1,0 +1,88 @@
+"""Names of clusters: what is understood, and what is refused with what there is."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxtrain.cost import clusters, gpu_targets, hardware
+from jaxtrain.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "chips", "island"),
+    [
+        ("v5e:2x4", 1, 8, 8),
+        ("V5E:16x16", 2, 512, 256),
+        ("v5p:8x8x8", 1, 512, 512),
+        ("v4:4x4x12", 1, 192, 192),
+        ("h200:8x8", 1, 64, 8),
+        ("h100:8", 1, 8, 8),
+        ("rtx4090:3x1", 1, 3, 1),
+    ],
+)
+def test_names(text: str, slices: int, chips: int, island: int) -> None:
+    cluster = clusters.parse(text, "topology", slices)
+    assert (cluster.num_chips, cluster.chips_per_island) == (chips, island)
+    assert cluster.islands * island == chips
+    assert cluster.chip is hardware.BY_NAME[text.split(":")[0].lower()]
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "said"),
+    [
+        ("v5x:2x4", 1, "no chip 'v5x' .* v5p or v5e"),
+        ("h20:8", 1, "did you mean h200"),
+        ("v5e:2x3", 1, r"no slice v5e:2x3; the nearest in size is v5e:2x4. There are 1x1, 2x2, 2x4,"),
+        ("v5e:16x32", 1, "--topology=v5e:16x16 --slices=2"),
+        ("v5e:2x2x2", 1, "the nearest in size is v5e:2x4"),
+        ("v5p:4x4x6", 1, "sides that are multiples of 4"),
+        ("v5p:16x16x64", 1, "up to 6,144 chips"),
+        ("v5p:8", 1, "the nearest in size is v5p:2x2x2"),
+        ("v5e", 1, "for example v5e:2x4"),
+        ("v5e:", 1, "the shape is missing"),
+        ("v5e:2x", 1, "not of the form"),
+        ("v5e:0x4", 1, "no slice v5e:0x4"),
+        ("h100:2x17", 1, "1 to 16 GPUs a host"),
+        ("h100:0x8", 1, "hosts x GPUs"),
+        ("h100:1x2x8", 1, "hosts x GPUs"),
+        ("h100:8", 2, "--slices=2"),
+        ("v5e:2x4", 0, "--slices=0"),
+    ],
+)
+def test_what_is_refused(text: str, slices: int, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        clusters.parse(text, "topology", slices)
+    assert "--topology=" in str(caught.value) or "--slices=" in str(caught.value)
+
+
+def test_every_gpu_of_the_table_has_a_target() -> None:
+    """And what JAX will call it is found in the table again."""
+    for chip in hardware.CHIPS:
+        if chip.platform != "gpu":
+            continue
+        text = gpu_targets.target_config(chip)
+        kind = re.search(r'device_description_str: "(.*)"', text)
+        assert kind is not None
+        assert hardware.of_kind(kind[1]) is chip
+        assert f"device_memory_size: {chip.memory}" in text
+
+
+@pytest.mark.slow
+def test_every_slice_of_the_table_can_be_compiled_for() -> None:
+    """In processes of their own, since what the compiler wants to know comes before JAX; two may be under way."""
+    pytest.importorskip("libtpu")
+    script = (
+        "from tools import clusters\n"
+        "clusters.prepare_environment()\n"
+        "for kind, shapes in clusters._SHAPES.items():\n"
+        "    for shape in shapes:\n"
+        "        cluster = clusters.parse(f'{kind}:{shape}', 'topology')\n"
+        "        assert len(clusters.devices(cluster)) == cluster.num_chips, cluster\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]

@@ -1,0 +1,232 @@
+"""A teacher's cache: written by any workers, killed anywhere, it gives each token its own record in any batch."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxtrain.data.pipeline import DataConfig, host_batches, pools
+from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.teacher_store import CachedRecords
+from jaxtrain.data.stores.teacher_store_writer import Job, Writer, planned
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import RECORDS
+from jaxtrain.losses.cached import Layout
+from jaxtrain.plan import Stage
+from tests.data.memory_source import MemorySource, WordTokenizer, documents
+from tests.data.runs import Drop, plan_of
+
+LAYOUT = Layout(1 << 20, 1, ())  # 5 bytes, with anything in them here
+
+
+def records_of(tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """What a record says here: the token, and the one after it. [n] each → uint8 [n, 5]"""
+    both = np.stack([tokens, following], axis=-1).astype("<u2").view(np.uint8)
+    return np.concatenate([both, np.full((*both.shape[:-1], 1), 7, np.uint8)], axis=-1)
+
+
+def score(found: list[np.ndarray]) -> list[np.ndarray]:
+    return [records_of(tokens, np.append(tokens[1:], 0)) for tokens in found]
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killed:
+    """Scores a few times, and dies."""
+
+    def __init__(self, times: int):
+        self.left = times
+
+    def __call__(self, found: list[np.ndarray]) -> list[np.ndarray]:
+        self.left -= 1
+        if self.left < 0:
+            raise KilledError
+        return score(found)
+
+
+def source(seed: int = 0, **options: Any) -> MemorySource:
+    rows = [documents(count, seed + count, longest=30) for count in (40, 0, 9, 81, 1, 33)]
+    return MemorySource(rows=rows, **options)
+
+
+def job(config: MemorySource, folder: pathlib.Path, **changes: Any) -> Job:
+    said = {"add_bos": False, "teacher": {"found": "x"}, "layout": LAYOUT, "context": 8, "stride": 4, "part_rows": 16}
+    made = teacher_store.manifest_of(config, config, WordTokenizer(), **(said | changes))
+    return Job("a", str(folder), config, config, WordTokenizer(), made, 5.0)
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxtrain.data.stores.teacher_store_writer._TOGETHER", 300)
+
+
+def write(made: Job, workers: int = 1, score: Any = score) -> list[bool]:
+    return [Writer(made, worker, workers).write(score, lambda documents, tokens: None) for worker in range(workers)]
+
+
+def stored(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+SOURCES = {
+    "random access": source(),
+    "in order": source(random_access=False),
+    "the first 70": source(max_samples=70),
+    "the first 70, in order": source(max_samples=70, random_access=False),
+    "filtered": source(transforms=(Drop(3),)),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib.Path) -> None:
+    config = SOURCES[name]
+    assert write(job(config, tmp_path / "whole")) == [True]
+    wanted = stored(tmp_path / "whole")
+    assert "work" not in wanted
+    folder = tmp_path / "killed"
+    for times in range(30):
+        try:
+            ends = write(job(config, folder), workers=3, score=Killed(times % 3))
+        except KilledError:
+            with pytest.raises(UserError, match="is not finished"):
+                teacher_store.load(str(folder))
+            continue
+        break
+    assert ends == [False, False, True]  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert stored(folder) == wanted
+    assert all(Writer(job(config, folder), worker, 3).complete for worker in range(3))
+    made = teacher_store.verify(str(folder))
+    parts = [part for file in made.parts for part in file]
+    rows = sum(part.rows for part in parts)
+    assert rows == (164 if config.max_samples is None else 70)
+    assert made.bytes <= teacher_store.size_of(made.tokens, rows, len(parts), LAYOUT) <= 1.2 * made.bytes
+
+
+def batches(
+    config: MemorySource, folder: pathlib.Path, data: DataConfig, stages: Sequence[Stage], tokenizer: Any
+) -> Iterator[Any]:
+    records = CachedRecords(str(folder), teacher_store.load(str(folder)))
+    rows = dataclasses.replace(data.rows(tokenizer, 2), records={"a": records}, width=LAYOUT.width)
+    dealers = data.build({"a": config}, seed=3)
+    plan, threads = plan_of(data, stages, 3), pools(data)
+    found = host_batches(dealers, plan, rows, range(data.num_lanes), threads, after=0, states={}, prefetch=2)
+    try:
+        yield from found
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_every_token_gets_its_own_record(name: str, lanes: int, tmp_path: pathlib.Path) -> None:
+    """Two epochs of shuffled, overlapping rows of two lengths, in any cut."""
+    config = SOURCES[name]
+    write(job(config, tmp_path, add_bos=lanes == 2))
+    data = DataConfig(sources={"a": config}, num_lanes=lanes, shuffle_window=8, holdout=0.1, add_bos=lanes == 2)
+    stages = [
+        Stage(seq_len=5, batch_size=8, overlap=0.4, tokens=400),
+        Stage(seq_len=64, batch_size=4, tokens=64 * 4 * 30),
+    ]
+    seen = 0
+    for batch in batches(config, tmp_path, data, stages, WordTokenizer()):
+        fields = batch.batch
+        wanted = records_of(fields["tokens"], fields["targets"])
+        where = fields["loss_mask"]
+        np.testing.assert_array_equal(fields[RECORDS][where], wanted[where])
+        assert not fields[RECORDS][fields["segment_ids"] == 0].any()
+        seen += where.sum()
+        if batch.ended:
+            break
+    assert seen > 500
+
+
+class Shifted(WordTokenizer):
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = super().encode_batch(texts)
+        return ids + 1, lengths
+
+
+def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
+    config = source()
+    write(job(config, tmp_path))
+    data = DataConfig(sources={"a": config}, num_lanes=1)
+    stages = [Stage(seq_len=8, batch_size=4, tokens=320)]
+    with pytest.raises(UserError, match=r"tokens for row \d+ of file-\d, and the run reads \d+ there, or others"):
+        list(batches(config, tmp_path, data, stages, Shifted()))
+    records = CachedRecords(str(tmp_path), teacher_store.load(str(tmp_path)))
+    with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
+        records.read(0, np.array([40]), np.zeros(1, np.int32), np.array([1]))
+    path = tmp_path / teacher_store.part_name(3, 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"000003-000001\.array_record is not what was written"):
+        teacher_store.verify(str(tmp_path))
+    texts = [(row, config.rows[3][row]) for row in range(16, 32) if config.rows[3][row].strip()]
+    encoded = [(row, WordTokenizer().encode_batch([text])) for row, text in texts]
+    with pytest.raises((CorruptError, UserError)):  # by what lies in the middle of the file
+        [records.read(3, np.array([row]), np.append(ids, 1), lengths + 1) for row, (ids, lengths) in encoded]
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"000003-000001\.array_record has"):
+        teacher_store.load(str(tmp_path))
+
+
+def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
+    config = source(max_samples=70)
+    write(job(config, tmp_path))
+    with pytest.raises(UserError, match=r"holds another cache.*\n.*context: the cache has 8, wanted is 16"):
+        Writer(job(config, tmp_path, context=16), 0, 1)
+    made, tokenizer = teacher_store.load(str(tmp_path)), WordTokenizer()
+    teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)
+    other = source(max_samples=71, transforms=(Drop(3),), name="b")
+    tokenizer.identity = {"kind": "words", "hash": "new", "vocab_size": 1, "eos_id": 1, "bos_id": 0, "probe": [1]}
+    old = dict(tokenizer.identity, hash="old")
+    with pytest.raises(UserError) as refused:
+        teacher_store.check(dataclasses.replace(made, tokenizer=old), str(tmp_path), other, other, tokenizer)
+    for part in ("source files: the cache has ['file-0'", "transforms:", "max_samples: the cache has 70", "tokenizer:"):
+        assert part in str(refused.value)
+    with pytest.raises(UserError, match="there is no teacher's cache"):
+        teacher_store.load(str(tmp_path / "nowhere"))
+    (tmp_path / "cache.json").write_text((tmp_path / "cache.json").read_text().replace('"stride": 4', '"stride": 3'))
+    with pytest.raises(UserError, match="is damaged"):
+        planned(str(tmp_path))
+
+
+def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job(source(), tmp_path)
+    free = iter([1 << 40, 1 << 40, 1 << 20])
+
+    def disk_usage(path: str) -> Any:
+        return SimpleNamespace(free=next(free))
+
+    monkeypatch.setattr("jaxtrain.data.stores.teacher_store_writer.shutil.disk_usage", disk_usage)
+    with pytest.raises(UserError, match=r"cannot take more \(0\.00 GB are free\)\. What is written is kept"):
+        write(made)
+    documents, tokens, size = Writer(made, 0, 1).done()
+    assert documents > 0
+    assert tokens * LAYOUT.width < size
+    monkeypatch.undo()
+
+    class Full:
+        """ArrayRecord's writer, on a disk without room."""
+
+        def __init__(self, path: str, options: str):
+            pathlib.Path(path).write_bytes(b"a part")
+
+        def write(self, record: bytes) -> None:
+            raise RuntimeError("write() failed: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "jaxtrain.data.stores.teacher_store_writer.array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full)
+        )
+        with pytest.raises(UserError, match=r"cannot take more \(write\(\) failed: No space left on device\)"):
+            write(made)
+    assert not [path for path in (tmp_path / "work").iterdir() if path.suffix == ".tmp"]
+    assert write(made) == [True]

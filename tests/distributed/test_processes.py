@@ -1,0 +1,146 @@
+"""How processes find each other; how the failure of one ends the others (whole runs: tests/e2e/test_failures.py)."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from jax._src.clusters import ClusterEnv
+
+from jaxtrain.distributed.processes import _in_cluster, given
+from jaxtrain.errors import UserError
+from tests.e2e.runs import LOCAL, ROOT, environment
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
+OURS = {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "numbers"),
+    [(OURS, (4, 3)), (OPEN_MPI, (2, 1)), (SLURM, (8, 0)), ({**SLURM, **OURS}, (4, 3)), ({**SLURM, **OPEN_MPI}, (2, 1))],
+)
+def test_an_address_is_given(environment: dict[str, str], numbers: tuple[int, int]) -> None:
+    found = given({**ADDRESS, **environment})
+    assert found == {
+        "coordinator_address": "host:1234",
+        "num_processes": numbers[0],
+        "process_id": numbers[1],
+        "cluster_detection_method": "deactivate",
+    }
+    # The cluster still says which of a host's GPUs are this process's.
+    local = {"SLURM_LOCALID": "0"} if "SLURM_NTASKS" in environment else {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert "cluster_detection_method" not in (given({**ADDRESS, **environment, **local}) or {})
+
+
+def test_none_is_given() -> None:
+    assert given({}) is None
+    assert given({**OURS, "JAX_COORDINATOR_ADDRESS": ""}) is None
+    assert given({**ADDRESS, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ADDRESS, "JAX_NUM_PROCESSES is not set"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not set"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'two'"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 is not one of .*=2 proc"),
+        ({**OURS, "JAX_COORDINATOR_ADDRESS": "host"}, "host has no port"),
+    ],
+)
+def test_what_is_given_is_not_enough(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        given(environment)
+
+
+class _Cluster:
+    """One that JAX might detect."""
+
+    opt_in_only_method = False
+
+    def __init__(self, name: str, count: int):
+        self.name = name
+        self.__name__ = {"k8s": "K8sCluster"}.get(name, "")
+        self.count = count
+
+    def is_env_present(self) -> bool:
+        return self.count > 0
+
+    def get_process_count(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "environment", "method"),
+    [
+        ("gcetpu", 4, {}, "gcetpu"),  # a TPU pod slice by its metadata: nothing in the environment
+        ("gcetpu", 1, {}, None),
+        ("slurm", 2, {}, "slurm"),
+        ("slurm", 0, {}, None),
+        ("k8s", 2, {}, None),
+        ("k8s", 2, {"JOB_COMPLETION_INDEX": "1"}, "k8s"),
+    ],
+)
+def test_a_cluster_is_detected(
+    name: str, count: int, environment: dict[str, str], method: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [_Cluster("other", 0), _Cluster(name, count)])
+    found = _in_cluster(environment)
+    assert (found or {}).get("cluster_detection_method") == method
+
+
+def test_jax_knows_the_clusters() -> None:
+    """The private list: names that launch/ and docs/launch.md promise."""
+    known = {"OmpiCluster", "SlurmCluster", "GceTpuCluster", "GkeTpuCluster", "K8sCluster"}
+    assert known <= {cluster.__name__ for cluster in ClusterEnv._cluster_types}
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, OURS])
+def test_several_processes_that_cannot_meet(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [])
+    with pytest.raises(UserError, match=r"nothing says where the first process is.*HOST:PORT"):
+        _in_cluster(environment)
+
+
+def run(processes: int, failing: str) -> tuple[int, str]:
+    """The exit code, and what all processes wrote."""
+    command = [str(LOCAL), str(processes), sys.executable, "-m", "tests.failing_process", failing]
+    output, error = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run(command, cwd=ROOT, env=environment({}), stdout=output, stderr=error, text=True, timeout=300)
+    if "failed " in done.stdout:
+        seconds = time.time() - float(done.stdout.split("failed ")[1].split()[0])
+        print(f"\n{processes} processes, {failing}: all ended after {seconds:.2f} s with {done.returncode}")
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("how", "kind", "code"), [("error", "ValueError: a fault", 1), ("mistake", "a mistake", 2)])
+def test_a_failure_ends_all_with_its_message(processes: int, failed: int, how: str, kind: str, code: int) -> None:
+    got, output = run(processes, f"{failed}:{how}")
+    assert got == code, output
+    assert output.count("Traceback") == (how == "error"), output
+    # By the process itself, and by process 0, whose log is the run's.
+    assert output.count(f"{kind} ") == (2 if failed else 1), output
+    assert output.count(f"Process {failed} on ") == bool(failed), output
+    for other in {*range(1, processes)} - {failed}:
+        assert f"Process {other} ends, since process {failed} on " in output
+    assert "left together" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_process_that_is_gone_ends_all(processes: int, failed: int, how: str) -> None:
+    code, output = run(processes, f"{failed}:{how}")
+    assert code not in (0, 2, 75), output
+    assert "left together" not in output
+
+
+@pytest.mark.slow
+def test_all_leave_together() -> None:
+    code, output = run(4, "0:nothing")
+    assert code == 0, output
+    assert output.count("left together") == 4

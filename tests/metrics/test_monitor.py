@@ -1,0 +1,367 @@
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.errors import UserError
+from jaxtrain.metrics import monitor as module
+from jaxtrain.metrics import writers
+from jaxtrain.metrics.monitor import Goodput, Monitor, MonitorConfig, Run, console_logging
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass
+class Step:
+    step: int
+    tokens_after: int
+    stage: int = 3
+    seq_len: int = 512
+    batch_size: int = 8
+    learning_rate: float = 6e-4
+
+
+RUN = Run(
+    start_step=0,
+    start_tokens=0,
+    total_tokens=1_000_000_000,
+    num_stages=10,
+    flops_per_token=lambda seq_len: 6e9,
+    peak_flops=None,
+    log_every=10,
+    config={"seed": 0},
+)
+METRICS = {"loss": 4.5421, "grad_norm": 1.0, "fingerprint": "0" * 16, "sources": {"web": {"tokens": 10}}}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def log(folder, steps, start_step=0, metrics=METRICS, config=None, **run):
+    """A run that logs `steps`, each of a million tokens."""
+    config = config or MonitorConfig(tensorboard=False, watchdog_minutes=None)
+    run = dataclasses.replace(RUN, start_step=start_step, start_tokens=start_step * 10**6, **run)
+    with console_logging() as console, config.build(Workdir(folder), run, console) as monitor:
+        monitor.begin()
+        for step in steps:
+            monitor.log_step(Step(step, step * 10**6), metrics)
+
+
+def test_the_console_line(clock, tmp_path, capsys):
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
+        monitor.begin()
+        clock[0] += 30_000_000 / 85_432
+        monitor.log_step(Step(1000, 30_000_000), METRICS)
+    expected = (
+        "Step 1000: Loss=4.5421, PPL=93.89, Tokens/sec=85432, LR=6.00e-04"
+        " | Stage 3/10 (30,000,000/1,000,000,000 tokens, 3.0%)\n"
+    )
+    assert capsys.readouterr().out.splitlines(keepends=True)[0] == expected
+    assert (tmp_path / "log.txt").read_text().startswith(expected)
+
+
+def test_the_keys_and_shares(clock, tmp_path):
+    run = dataclasses.replace(RUN, peak_flops=1e15)
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), run, console) as monitor:
+        clock[0] += 20  # imports
+        with monitor.span("compile"):
+            clock[0] += 10
+        monitor.begin()
+        with monitor.span("data"):
+            clock[0] += 25
+        with monitor.span("checkpoint"):
+            clock[0] += 7
+        clock[0] += 75
+        monitor.log_step(Step(10, 4_000_000), METRICS)
+        clock[0] += 50
+        monitor.log_step(Step(20, 5_000_000), METRICS)
+        with monitor.span("evaluation"):
+            clock[0] += 13
+        monitor.log_eval(20, {"eval_loss": 2.0, "eval_bits_per_byte": 1.0})
+    first, second, evaluation = lines_of(tmp_path)
+    assert first["tokens_per_sec"] == pytest.approx(40_000)
+    assert first["mfu"] == pytest.approx(40_000 * 6e9 / 1e15)
+    assert first["data_wait"] == pytest.approx(0.25)
+    assert first["time"] == pytest.approx(137)
+    assert first["goodput"] == pytest.approx(75 / 137)
+    seconds = {"start": 20, "compile": 10, "data": 25, "checkpoint": 7, "evaluation": 0, "stage change": 0}
+    assert first["seconds"] == pytest.approx(seconds)
+    assert second["tokens_per_sec"] == pytest.approx(20_000)
+    assert second["data_wait"] == 0
+    assert first["perplexity"] == pytest.approx(math.exp(4.5421))
+    assert {**METRICS, "step": 10, "tokens": 4_000_000, "stage": 3, "seq_len": 512, "batch_size": 8}.items() <= {
+        **first
+    }.items()
+    assert first["learning_rate"] == 6e-4
+    assert first["memory_gb"] > 0.05
+    assert evaluation == {"step": 20, "eval_loss": 2.0, "eval_bits_per_byte": 1.0, "time": pytest.approx(200)}
+    assert "Goodput: 62.5% of 200 s in steps, start 10.0%, compile 5.0%" in (tmp_path / "log.txt").read_text()
+
+
+def test_nested_spans_count_once(clock):
+    goodput = Goodput(clock[0])
+    with goodput.span("evaluation"):
+        clock[0] += 1
+        with goodput.span("compile"):
+            clock[0] += 2
+        clock[0] += 4
+    clock[0] += 8
+    assert (goodput.seconds["evaluation"], goodput.seconds["compile"], goodput.steps()) == (5, 2, 8)
+
+
+def test_perplexity_is_of_the_cross_entropy_and_never_overflows(tmp_path):
+    log(tmp_path, [10], metrics={**METRICS, "loss": 3.0, "ce_loss": 1.0})
+    log(tmp_path, [20], start_step=10, metrics={**METRICS, "loss": 1e4})
+    assert [line["perplexity"] for line in lines_of(tmp_path)] == [pytest.approx(math.e), None]
+
+
+def test_not_finite_is_null(tmp_path, capsys):
+    log(tmp_path, [10], metrics={**METRICS, "loss": math.nan, "grad_norm": math.inf, "sources": {"a": {"x": math.nan}}})
+    (line,) = lines_of(tmp_path)
+    assert (line["loss"], line["perplexity"], line["grad_norm"], line["sources"]) == (
+        None,
+        None,
+        None,
+        {"a": {"x": None}},
+    )
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "Loss=nan, PPL=nan" in capsys.readouterr().out
+
+
+def test_a_resume_cuts_back_and_time_goes_on(clock, tmp_path):
+    log(tmp_path, [10, 20, 30])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 35, "eval_loss": 1.0, "time": 77.0}\n{"step": 40, "lo')  # cut short by a kill
+    clock[0] += 1000
+    log(tmp_path, [30, 40], start_step=20)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert [line["time"] for line in lines] == [0, 0, 77, 77]
+    log(tmp_path, [10])
+    assert [line["step"] for line in lines_of(tmp_path)] == [10]
+
+
+def test_the_log_keeps_what_came_before(tmp_path):
+    log(tmp_path, [10])
+    log(tmp_path, [20], start_step=10)
+    text = (tmp_path / "log.txt").read_text()
+    assert re.findall(r"^Step (\d+):", text, re.MULTILINE) == ["10", "20"]
+
+
+def test_which_steps_are_due(tmp_path):
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
+        due = [step for step in range(1, 31) if monitor.due(Step(step, step))]
+        assert due == [1, 10, 20, 30]
+        assert monitor.due(Step(33, 1_000_000_000))
+
+
+def test_without_a_target(tmp_path, capsys):
+    log(tmp_path, [10], total_tokens=None)
+    assert "| Stage 3/10 (10,000,000 tokens)\n" in capsys.readouterr().out
+
+
+def test_tensorboard_has_the_same_scalars(tmp_path):
+    config = MonitorConfig(watchdog_minutes=None)
+    log(tmp_path, [10, 20], config=config)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in (b"loss", b"sources/web/tokens", b"tokens_per_sec"):
+        assert content.count(name) >= 2
+    assert writers.scalars({"a": 1, "b": {"c": 2.0, "d": "x", "e": None}, "f": True}) == {"a": 1, "b/c": 2.0}
+
+
+def test_trackers(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: calls.append(kwargs),
+        log=lambda values, step: calls.append((step, values["loss"])),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    config = MonitorConfig(tensorboard=False, trackers=("trackio",), project="p", watchdog_minutes=None)
+    (tmp_path / "name").mkdir()
+    log(tmp_path / "name", [10], config=config)
+    assert calls == [{"project": "p", "name": "name", "config": {"seed": 0}, "resume": "allow"}, (10, 4.5421), "finish"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        log(tmp_path, [10], config=dataclasses.replace(config, trackers=("wandb",)))
+
+
+@pytest.mark.parametrize("wrong", [{"trackers": ("mlflow",)}, {"watchdog_minutes": 0.0}])
+def test_config_is_checked(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        MonitorConfig(**wrong).check()
+    MonitorConfig().check()
+
+
+# Logger and terminal.
+
+
+def test_other_processes_print_warnings_alone(capsys, monkeypatch):
+    monkeypatch.setattr(module.jax, "process_index", lambda: 3)
+    with console_logging():
+        logging.getLogger("jaxtrain").info("quiet")
+        logging.getLogger("jaxtrain").warning("loud")
+    assert capsys.readouterr().out == "[process 3] WARNING: loud\n"
+
+
+def test_the_logger_is_left_as_it_was(tmp_path):
+    logger = logging.getLogger("jaxtrain")
+    before = (list(logger.handlers), logger.propagate, logger.level)
+    log(tmp_path, [10])
+    assert (list(logger.handlers), logger.propagate, logger.level) == before
+
+
+SHOW = """
+import sys, time
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.metrics.monitor import *
+from tests.metrics.test_monitor import RUN, Step, METRICS
+with console_logging() as console, Monitor(MonitorConfig(tensorboard=False), Workdir(sys.argv[1]), RUN, console) as m:
+    m.begin()
+    for step in range(1, 31):
+        time.sleep(0.02)
+        m.stepped(Step(step, step * 10_000_000))
+        if m.due(Step(step, 0)):
+            m.log_step(Step(step, step * 10_000_000), METRICS)
+"""
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_does_not(tmp_path):
+    command = [sys.executable, "-c", SHOW, str(tmp_path)]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=ENVIRONMENT)
+    assert "\r" not in piped.stdout
+    assert [line.split(":")[0] for line in piped.stdout.splitlines()] == [
+        *("Step 1", "Step 10", "Step 20", "Step 30", "Goodput"),
+    ]
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=REPOSITORY, env=ENVIRONMENT) as process:
+        os.close(theirs)
+        shown = b""
+        with open(ours, "rb", buffering=0) as terminal:
+            try:
+                while part := terminal.read(4096):
+                    shown += part
+            except OSError:  # Linux says so when the other end has closed
+                pass
+        assert process.wait() == 0
+    text = shown.decode()
+    # The line stands alone, above the bar; the bar has the share and the time left.
+    assert re.search(r"\r *\r?Step 20: Loss=[^\r\n]*tokens, 20\.0%\)\r\n", text), text
+    assert re.search(r"\d+%\|.*?/1\.00G \[\d+:\d+<\d+:\d+, .*Loss=4\.5421\]", text), text
+
+
+HANG = """
+import sys, threading
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.metrics.monitor import *
+from tests.metrics.test_monitor import RUN
+def stuck_here():
+    threading.Event().wait()
+config = MonitorConfig(tensorboard=False, watchdog_minutes=0.01)
+with console_logging() as console, Monitor(config, Workdir(sys.argv[1]), RUN, console) as m:
+    m.begin()
+    stuck_here()
+"""
+
+
+def test_the_watchdog_says_where_threads_stand_and_exits(tmp_path):
+    command = [sys.executable, "-c", HANG, str(tmp_path)]
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=ENVIRONMENT, timeout=60
+    )
+    assert process.returncode == 1
+    for text in (process.stderr, (tmp_path / "log.txt").read_text()):
+        assert "in stuck_here" in text
+    assert "No step finished for 0.01 minutes" in (tmp_path / "log.txt").read_text()
+
+
+# Remote work directories.
+
+
+def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
+    remote, uploads = tmp_path / "bucket", []
+    remote.mkdir()
+
+    def as_remote():
+        workdir = Workdir(remote)
+        workdir.is_local, workdir.cache = False, module.Workdir(tmp_path / "cache").path
+        return workdir
+
+    monkeypatch.setattr(writers, "_UPLOAD_SECONDS", 0.05)
+    upload = writers.Mirror._upload
+    monkeypatch.setattr(writers.Mirror, "_upload", lambda self: (upload(self), uploads.append(1)))
+    config = MonitorConfig(tensorboard=True, watchdog_minutes=None)
+    with console_logging() as console, config.build(as_remote(), RUN, console) as monitor:
+        monitor.log_step(Step(10, 10), METRICS)
+        seen = len(uploads)
+        while len(uploads) < seen + 2:
+            module.time.sleep(0.01)
+        assert [line["step"] for line in lines_of(remote)] == [10]
+        monitor.log_step(Step(20, 20), METRICS)
+    assert [line["step"] for line in lines_of(remote)] == [10, 20]
+    assert list((remote / "tensorboard").iterdir())
+    # Another machine goes on from the files in the bucket.
+    module.Workdir(tmp_path / "cache").path.rmtree()
+    run = dataclasses.replace(RUN, start_step=10)
+    with console_logging() as console, config.build(as_remote(), run, console) as monitor:
+        monitor.log_step(Step(30, 30), METRICS)
+    assert [line["step"] for line in lines_of(remote)] == [10, 30]
+    assert len(re.findall("^Step", (remote / "log.txt").read_text(), re.MULTILINE)) == 3
+
+
+class FullFile:
+    """Takes `room` bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def write(self, data: bytes) -> None:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+@pytest.mark.parametrize("writer", [0, 1])
+def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
+    """Neither a traceback nor a hang (tensorboardX's own writer waits for ever for a thread that has ended)."""
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
+        monitor.begin()
+        monitor.log_step(Step(1, 100), METRICS)
+        lines, events = monitor._writers
+        if writer == 0:
+            lines.close()
+            lines._file = FullFile(100)  # type: ignore[attr-defined]
+        else:
+            events.close()
+            events._events._py_recordio_writer._writer = FullFile(100)  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=r"the metrics of step 2 cannot be written to .*No space left"):
+            monitor.log_step(Step(2, 200), METRICS)

@@ -1,0 +1,54 @@
+"""A process that streams ends when it is told to, with the code that it was given: it never hangs and never aborts."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jaxtrain.data.pipeline import resolve
+from tests import exiting_run
+from tests.data.memory_source import documents
+from tests.hub import LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes
+
+# Ways to end, with the exit code of each.
+WAYS = {"return": 0, "close": 0, "exception": 1, "mistake": 2, "SIGTERM": 75, "SIGINT": 75, "_exit": 0}
+_SECONDS = 25.0  # that a process may take, with much else on the machine: reading is under half a second of it
+
+
+def end_in(hub: LoopbackHub, ways: list[str], folder: pathlib.Path) -> None:
+    texts = [documents(400, seed, 12) for seed in range(20)]
+    hub.commit("org/web", {f"train-{n}.parquet": parquet_bytes(texts[n], row_group_size=25) for n in range(9)})
+    hub.commit("org/code", {f"train-{n}.jsonl.gz": jsonl_bytes(texts[9 + n], compress=True) for n in range(2)})
+    hub.commit("org/table", {"train.csv": csv_bytes([text or "7" for text in texts[19]])})
+    identities = {name: {"source": source.identity} for name, source in resolve(exiting_run.config()).items()}
+    (folder / "identities.json").write_text(json.dumps(identities))
+    # So that most reads are under way at any moment.
+    hub.fault("/train", "slow", seconds=0.2, probability=0.3)
+    hub.fault("/train", "latency:0.1")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.exiting_run", str(folder / "identities.json"), *ways],
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, **hub.env(), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ended = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["way"] for one in ended] == ways
+    for one in ended:
+        assert one["status"] is not None, f"{one} hangs\n{done.stderr}"
+        assert os.waitstatus_to_exitcode(one["status"]) == WAYS[one["way"]], f"{one}\n{done.stderr}"
+        assert one["seconds"] < _SECONDS, one
+
+
+def test_some_ends(hub: LoopbackHub, tmp_path: pathlib.Path) -> None:
+    end_in(hub, ["return", "exception", "SIGTERM"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a hanging process is given up after a minute, and there may be many
+def test_fifty_ends(hub: LoopbackHub, tmp_path: pathlib.Path) -> None:
+    end_in(hub, [way for _ in range(8) for way in WAYS][:50], tmp_path)

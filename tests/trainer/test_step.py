@@ -1,0 +1,236 @@
+"""The train step: the same on every mesh and however a batch is cut; its guards; against a plain loss and gradient."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.data import fingerprint
+from jaxtrain.distributed import sharding
+from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.errors import UserError
+from jaxtrain.losses.cross_entropy import CrossEntropy
+from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.optim.adamw import AdamW
+from jaxtrain.optim.muon import Muon
+from jaxtrain.trainer import state
+from jaxtrain.trainer.step import StepComponents, accumulation, eval_step, lower_train_step
+
+VOCAB, BATCH, SEQ = 300, 8, 16
+MODEL = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    dtype="float32",
+    remat="none",
+    initializer_std=0.2,
+)
+# With so large an epsilon a moment near 0 moves a parameter little: rounding cannot decide about a whole step.
+ADAMW = AdamW(learning_rate=1e-2, epsilon=1e-2)
+MUON = Muon(learning_rate=1e-2, epsilon=1e-2)
+RATE = np.float32(1e-2)
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
+QUICK = [(2, 2, 2)]
+Mesh = jax.sharding.Mesh
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+    return config.build(jax.devices()[: data * fsdp * tensor * context])
+
+
+@functools.cache
+def make_parts(*shape: int, muon: bool = False, clip_norm: float | None = 1.0) -> StepComponents:
+    mesh = make_mesh(*shape)
+    model = MODEL.build(VOCAB, mesh)
+    optimizer = (MUON if muon else ADAMW).build(model.axes, mesh)
+    return StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, clip_norm)
+
+
+_COMPILED: dict[tuple[int, int], Any] = {}
+
+
+def compiled(parts: StepComponents, micro_batches: int) -> Any:
+    """The step, compiled once. parts: of `make_parts`, which keeps them alive."""
+    key = (id(parts), micro_batches)
+    if key not in _COMPILED:
+        _COMPILED[key] = lower_train_step(parts, BATCH, SEQ, micro_batches).compile()
+    return _COMPILED[key]
+
+
+def make_batch(seed: int, masked: float = 0.3) -> dict[str, np.ndarray]:
+    """Packed documents; rows lose very different numbers of positions to the mask."""
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (BATCH, SEQ)), axis=1).astype(np.int32)
+    starts = np.concatenate([np.ones((BATCH, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = np.arange(SEQ)
+    share = np.linspace(0, 2 * masked, BATCH)[:, None] if masked < 1 else 1.0
+    return {
+        "tokens": rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
+        "targets": rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
+        "segment_ids": segments,
+        "positions": (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32),
+        "loss_mask": rng.random((BATCH, SEQ)) >= share,
+    }
+
+
+def host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def run(parts: StepComponents, batches: list[dict[str, np.ndarray]], micro_batches: int = 1, start: Any = None) -> Any:
+    """(the state on the host, the metrics of every step)"""
+    step = compiled(parts, micro_batches)
+    layout = state.shardings(parts.model, parts.optimizer, parts.mesh)
+    now = state.create(parts.model, parts.optimizer, parts.mesh, seed=0) if start is None else start
+    now = jax.device_put(now, layout)
+    metrics = []
+    for number, batch in enumerate(batches):
+        arrays = jax.device_put(batch, sharding.batch_sharding(parts.mesh))
+        now, measured = step(now, arrays, RATE, fingerprint.split(number * BATCH))
+        metrics.append(host(measured))
+    return host(now), metrics
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """States and metrics within rounding; the fingerprint and the counts exactly."""
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        for name in ("loss", "ce_loss", "grad_norm"):
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=tolerance)
+    for item in ("params", "opt"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+            found[0][item],
+            expected[0][item],
+        )
+    jax.tree.map(np.testing.assert_array_equal, found[0]["meta"], expected[0]["meta"])
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """Two steps on one device."""
+    return run(make_parts(), [make_batch(1), make_batch(2)])
+
+
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=[] if s in QUICK else [pytest.mark.slow]) for s in SHAPES])
+def test_every_mesh_gives_what_one_device_gives(shape: tuple[int, int, int], alone: Any) -> None:
+    found = run(make_parts(*shape), [make_batch(1), make_batch(2)])
+    assert_close(found, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 1, 8)])
+def test_every_mesh_with_muon(shape: tuple[int, ...]) -> None:
+    batches = [make_batch(1), make_batch(2)]
+    assert_close(run(make_parts(*shape, muon=True), batches), run(make_parts(muon=True), batches), 1e-3)
+
+
+def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
+    """One step against whole logits, a log-softmax and one gradient."""
+    parts, batch = make_parts(), make_batch(1)
+    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+
+    def plain(params: Any) -> jax.Array:
+        x_BTD = parts.model.hidden(
+            params, *(jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
+        )
+        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, parts.model.head(params))[..., :VOCAB]
+        nats_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["targets"][..., None], axis=-1)[..., 0]
+        return (nats_BT * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+    loss, gradient = jax.jit(jax.value_and_grad(plain))(params)
+    norm = np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(gradient)))
+    first = alone[1][0]
+    np.testing.assert_allclose(first["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(first["grad_norm"], norm, rtol=1e-5)
+    words = fingerprint.of_rows(batch, *fingerprint.row_numbers(fingerprint.split(0), BATCH))
+    np.testing.assert_array_equal(first["fingerprint"], words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro_batches"),
+    [((), 4), pytest.param((), 8, marks=pytest.mark.slow), pytest.param((2, 2, 2), 2, marks=pytest.mark.slow)],
+)
+def test_accumulation_changes_nothing(shape: tuple[int, ...], micro_batches: int, alone: Any) -> None:
+    """Micro-batches with very different numbers of tokens: a mean of their means would be another loss."""
+    counts = make_batch(1)["loss_mask"].reshape(-1, micro_batches, SEQ).sum(axis=(0, 2))
+    assert counts.max() > 1.1 * counts.min()
+    assert_close(run(make_parts(*shape), [make_batch(1), make_batch(2)], micro_batches), alone)
+
+
+def test_a_masked_batch_changes_nothing_but_the_step(alone: Any) -> None:
+    before = alone[0]
+    after, (measured,) = run(make_parts(), [make_batch(3, masked=1.0)], start=before)
+    for item in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, after[item], before[item])
+    assert after["meta"].pop("step") == before["meta"]["step"] + 1
+    for name, value in after["meta"].items():
+        np.testing.assert_array_equal(value, before["meta"][name])
+    assert measured["loss"] == measured["grad_norm"] == 0
+
+
+def test_updates_with_non_finite_gradients_are_left_out_and_counted(alone: Any) -> None:
+    parts, good = make_parts(), alone[0]
+    bad = host(good)
+    leaves, tree = jax.tree.flatten(bad["params"])
+    bad["params"] = tree.unflatten([np.full_like(leaves[0], np.nan), *leaves[1:]])
+    after, measured = run(parts, [make_batch(1), make_batch(2)], start=bad)
+    assert [(m["skipped"], m["skipped_in_a_row"]) for m in measured] == [(1, 1), (2, 2)]
+    assert not np.isfinite(measured[0]["loss"])
+    for item in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, after[item], bad[item])
+    # Their data counts: it was read, and a resume must not read it again.
+    assert (after["meta"]["fingerprint"] != good["meta"]["fingerprint"]).any()
+    assert after["meta"]["step"] == good["meta"]["step"] + 2
+    _, (measured,) = run(parts, [make_batch(1)], start={**after, "params": good["params"]})
+    assert (measured["skipped"], measured["skipped_in_a_row"]) == (2, 0)
+
+
+def test_clipping(alone: Any) -> None:
+    """The reported norm is the one before; a limit of almost nothing leaves only the decay."""
+    parts = make_parts(clip_norm=1e-9)
+    moved, (measured,) = run(parts, [make_batch(1)])
+    np.testing.assert_array_equal(measured["grad_norm"], alone[1][0]["grad_norm"])
+    fresh = host(state.create(parts.model, parts.optimizer, parts.mesh, seed=0))
+    decay = 1 - RATE * ADAMW.weight_decay
+    for before, after in zip(jax.tree.leaves(fresh["params"]), jax.tree.leaves(moved["params"]), strict=True):
+        assert np.allclose(after, before, atol=1e-8) or np.allclose(after, before * decay, atol=1e-8)
+
+
+def test_evaluation_counts_nats_tokens_and_bytes() -> None:
+    parts, batch = make_parts(), make_batch(1)
+    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    token_bytes = np.random.default_rng(0).integers(0, 9, VOCAB).astype(np.int32)
+    sums = jax.jit(eval_step(parts))(params, batch, token_bytes)
+    _, (measured,) = run(parts, [batch])
+    assert sums["tokens"] == batch["loss_mask"].sum()
+    assert sums["bytes"] == token_bytes[batch["targets"][batch["loss_mask"]]].sum()
+    np.testing.assert_allclose(sums["nats"] / sums["tokens"], measured["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro_batch_tokens", "expected"),
+    [
+        ((1, 1, 1), None, 1),
+        ((1, 1, 1), 128, 1),
+        ((1, 1, 1), 127, 2),
+        ((1, 1, 1), 1, 8),  # a row is never cut
+        ((2, 2, 2), 16, 2),
+        ((8, 1, 1), 1, 1),
+    ],
+)
+def test_how_many_micro_batches(shape: tuple[int, int, int], micro_batch_tokens: int | None, expected: int) -> None:
+    assert accumulation(make_mesh(*shape), BATCH, SEQ, micro_batch_tokens) == expected
+
+
+def test_a_mesh_that_does_not_divide_the_batch() -> None:
+    with pytest.raises(UserError, match=r"12 rows.*mesh.data \* mesh.fsdp = 8.*work: 1, 2, 3, 4, 6, 12"):
+        accumulation(make_mesh(2, 4), 12, SEQ, None)
+    with pytest.raises(UserError, match=r"seq_len=15.*mesh.context=2"):
+        accumulation(make_mesh(4, 1, 1, 2), 8, 15, None)
