@@ -2,6 +2,7 @@
 
 import dataclasses
 import decimal
+import itertools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtrain.losses.divergences import JSD, ForwardKL, ReverseKL, TopK
 from jaxtrain.optim.schedules import Constant, Linear
 from jaxtrain.sharding import MeshConfig, batch_sharding, sharding
 from tests.losses.distillation_reference import forward_kl, jsd, reference, reverse_kl, top_k
+from tests.tiers import diagonal, nightly_but
 
 B, T, D, E, VOCAB, PADDED = 8, 6, 16, 24, 37, 64
 KINDS = {
@@ -302,20 +304,20 @@ def test_one_mesh_equals_one_device():
     compare_with_one_device({"data": 2, "fsdp": 2, "tensor": 2}, "top_5", jnp.float32)
 
 
+DTYPES = {
+    "top_5": jnp.float32,
+    "top_all": jnp.float32,
+    "jsd_0.5": jnp.float32,
+    "forward": jnp.bfloat16,
+    "reverse": jnp.bfloat16,
+}
+ON_MESHES = list(itertools.product(DTYPES, MESHES))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("top_5", jnp.float32),
-        ("top_all", jnp.float32),
-        ("jsd_0.5", jnp.float32),
-        ("forward", jnp.bfloat16),
-        ("reverse", jnp.bfloat16),
-    ],
-)
-def test_any_mesh_equals_one_device(sizes, kind, dtype):
-    compare_with_one_device(sizes, kind, dtype)
+@pytest.mark.parametrize(("kind", "sizes"), nightly_but(diagonal(DTYPES, MESHES), ON_MESHES), ids=str)
+def test_any_mesh_equals_one_device(kind, sizes):
+    compare_with_one_device(sizes, kind, DTYPES[kind])
 
 
 def temporary_bytes(divergence, vocab_size, mesh=None, d=64, e=128, tokens=8192, dtype=jnp.bfloat16):
