@@ -1,6 +1,6 @@
 """Which cases of a large matrix belong to which tier (CONTRIBUTING.md has the tiers)."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,10 +12,12 @@ def diagonal(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     return [tuple(axis[i % len(axis)] for axis in lists) for i in range(max(map(len, lists)))]
 
 
-def nightly_but(few: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """The cases as parameters, all of them nightly but a few."""
-    return [case if case in few else as_nightly(case) for case in cases]
+def nightly_but(few: Iterable[Any], cases: Iterable[Any], slow: Iterable[Any] = ()) -> list[Any]:
+    """The cases as parameters of a test: a few stay in the test's own tier, some are slow, all others nightly."""
+    few, slow = list(few), list(slow)
 
+    def param(case: Any) -> Any:
+        marks = () if case in few else pytest.mark.slow if case in slow else pytest.mark.nightly
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
 
-def as_nightly(case: Any) -> Any:
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)
+    return [param(case) for case in cases]

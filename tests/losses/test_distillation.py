@@ -94,8 +94,11 @@ QUICK = ("forward", "reverse", "jsd_0.5", "top_5")
 
 @pytest.mark.parametrize(
     ("kind", "heat"),
-    [pytest.param(k, 2.5, marks=[] if k in QUICK else [pytest.mark.slow]) for k in KINDS]
-    + [pytest.param(k, 1.0, marks=pytest.mark.slow) for k in KINDS],
+    nightly_but(
+        itertools.product(QUICK, [2.5]),
+        itertools.product(KINDS, [2.5, 1.0]),
+        slow=[*itertools.product(KINDS, [2.5]), ("top_5", 1.0), ("jsd_0.5", 1.0)],
+    ),
 )
 def test_value_and_gradient(kind, heat):
     arrays, (divergence, definition) = example(), KINDS[kind]
@@ -106,8 +109,12 @@ def test_value_and_gradient(kind, heat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_tokens", [1, 16, 1000])
-@pytest.mark.parametrize("kind", ["jsd_0.5", "top_5"])
+@pytest.mark.parametrize(
+    ("kind", "chunk_tokens"),
+    nightly_but(
+        [("jsd_0.5", 1), ("top_5", 16), ("top_5", 1000)], itertools.product(["jsd_0.5", "top_5"], [1, 16, 1000])
+    ),
+)
 def test_any_chunk_size_with_z_loss(kind, chunk_tokens):
     arrays, (divergence, definition) = example(), KINDS[kind]
     actual = evaluate(build(divergence, heat=2.0, chunk_tokens=chunk_tokens, z_loss=0.01), arrays)
