@@ -10,6 +10,7 @@ from jax._src.clusters import ClusterEnv
 from jaxtrain.distributed.processes import _in_cluster, given
 from jaxtrain.errors import UserError
 from tests.e2e.runs import LOCAL, ROOT, environment
+from tests.tiers import nightly_but
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
 OURS = {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -116,8 +117,8 @@ def run(processes: int, failing: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (2, 1), (4, 0), (4, 2)])
 @pytest.mark.parametrize(("how", "kind", "code"), [("error", "ValueError: a fault", 1), ("mistake", "a mistake", 2)])
+@pytest.mark.parametrize(("processes", "failed"), nightly_but([(2, 1), (4, 0)], [(2, 0), (2, 1), (4, 0), (4, 2)]))
 def test_a_failure_ends_all_with_its_message(processes: int, failed: int, how: str, kind: str, code: int) -> None:
     got, output = run(processes, f"{failed}:{how}")
     assert got == code, output
@@ -131,9 +132,14 @@ def test_a_failure_ends_all_with_its_message(processes: int, failed: int, how: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "failed"), [(2, 0), (2, 1), (4, 2)])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_process_that_is_gone_ends_all(processes: int, failed: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "processes", "failed"),
+    nightly_but(
+        [("kill", 2, 0), ("stop", 4, 2)],
+        [(how, *which) for how in ("kill", "stop") for which in ((2, 0), (2, 1), (4, 2))],
+    ),
+)
+def test_a_process_that_is_gone_ends_all(how: str, processes: int, failed: int) -> None:
     code, output = run(processes, f"{failed}:{how}")
     assert code not in (0, 2, 75), output
     assert "left together" not in output

@@ -23,6 +23,7 @@ from jaxtrain.tokenizers.training import TrainTokenizer
 from tests.e2e.conftest import MakeRun, fill
 from tests.e2e.runs import ROOT, STOPPED, TINY, Run, assert_equal, documents
 from tests.hub import LoopbackHub
+from tests.tiers import nightly_but
 
 
 @dataclasses.dataclass
@@ -213,7 +214,7 @@ def test_later_stages_may_change(make_run: MakeRun, stopped: Run, reference: Run
     assert [line["fingerprint"] for line in lines[:36]] == [line["fingerprint"] for line in before[:36]]
 
 
-@pytest.mark.parametrize("damage", ["cut", pytest.param("lost", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", nightly_but(["cut"], ["cut", "lost"]))
 def test_a_damaged_checkpoint(make_run: MakeRun, stopped: Run, reference: Run, damage: str) -> None:
     """The newest one is moved aside, and an older one gives the same end."""
     run = make_run(copy=stopped)
@@ -276,7 +277,7 @@ def test_faults_on_the_way_change_nothing(make_run: MakeRun, datasets: LoopbackH
         datasets.faults.clear()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", nightly_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_stopped_in_an_outage(make_run: MakeRun, datasets: LoopbackHub, reference: Run, number: signal.Signals) -> None:
     """No batch comes for as long as the Hub is away; what was trained is saved, and the process ends."""
     run = make_run()

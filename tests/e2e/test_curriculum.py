@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.runs import Run, assert_equal, environment
 from tests.hub import LoopbackHub
+from tests.tiers import nightly_but
 
 CURRICULUM = "tests/e2e/configs/curriculum.py"
 # Saving after each step, so that there is a checkpoint to resume at exactly where the test wants it.
@@ -73,10 +74,13 @@ def test_killed_at_random(run: Run, whole: Run) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_at_boundaries(run: Run, whole: Run) -> None:
+@pytest.mark.parametrize(
+    "stages", nightly_but([slice(1, None, 3)], [slice(1, None, 3), slice(None)]), ids=["some", "all"]
+)
+def test_killed_at_boundaries(run: Run, whole: Run, stages: slice) -> None:
     """Killed so that the newest checkpoint is of a stage's last step; at each third one of the step before, and of the
     next stage's first, too."""
-    ends = boundaries(whole)
+    ends = boundaries(whole)[stages]
     wanted = sorted({*ends, *(end + offset for end in ends[::3] for offset in (-1, 1))})
     for step in wanted:
         run.start(*EVERY_STEP)

@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, documents, environment
 from tests.hub import LoopbackHub, parquet_bytes
+from tests.tiers import nightly_but
 
 
 def assert_same_data(run: Run, reference: Run) -> None:
@@ -55,7 +56,7 @@ MESHES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int, number: signal.Signals) -> None:
     """From eight devices to four."""
@@ -80,7 +81,7 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
     assert_same_data(run, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
     """On eight devices, all of them fsdp."""
     run = make_run(processes=4, devices=2)
@@ -89,7 +90,7 @@ def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", nightly_but([2], [2, 4]))
 def test_one_is_killed_and_the_run_goes_on_on_another_mesh(make_run: MakeRun, reference: Run, processes: int) -> None:
     """The survivors cannot go on: the launcher ends them and gives a code that asks for a restart, which goes on."""
     run = make_run(processes=processes, devices=4 // processes)

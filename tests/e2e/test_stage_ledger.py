@@ -1,6 +1,7 @@
 """What each stage took of each source: the same wherever the run was killed and resumed, and on how many processes."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -8,7 +9,9 @@ from etils import epath
 
 from jaxtrain.checkpoint import integrity
 from tests.e2e.conftest import MakeRun
-from tests.e2e.runs import Run, assert_equal
+from tests.e2e.runs import TINY, Run, assert_equal, environment
+from tests.hub import LoopbackHub
+from tests.tiers import nightly_but
 
 KEEP_ALL = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=100")
 FLAGS = (*KEEP_ALL, "--config.log_every=7")
@@ -35,9 +38,15 @@ def forget_stage_ends(run: Run) -> None:
     integrity.write(epath.Path(folder), skip="_CHECKPOINT_METADATA")
 
 
+@pytest.fixture(scope="module")
+def whole(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Without any interruption, with a checkpoint of every step."""
+    workdir = tmp_path_factory.mktemp("ledger") / "whole"
+    return Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))(*FLAGS)
+
+
 @pytest.mark.slow
-def test_the_same_after_a_resume_at_around_and_between_boundaries(make_run: MakeRun) -> None:
-    whole = make_run("whole")(*FLAGS)
+def test_what_is_logged_and_saved_of_each_stage(whole: Run) -> None:
     lines = {line["step"]: line for line in whole.steps()}
     assert list(lines) == sorted({1, *range(7, 49, 7), *ENDS})
     ends = [lines[step]["stage_sources"] for step in ENDS]
@@ -52,25 +61,34 @@ def test_the_same_after_a_resume_at_around_and_between_boundaries(make_run: Make
     for end in saved:
         logged = lines[end["step"]]["sources"]
         assert {name: {**given, "share": logged[name]["share"]} for name, given in end["sources"].items()} == logged
-    for step, processes in ((15, 1), (16, 1), (17, 2), (35, 1), (36, 2), (37, 1)):
-        run = cut_back(make_run(f"from-{step}", copy=whole, processes=processes), step)
-        run(*FLAGS)
-        for key in ("step", "fingerprint", "sources", "stage_sources"):
-            assert [line[key] for line in run.steps()] == [line[key] for line in whole.steps()]
-        assert run.data_state()["stage_ends"] == saved
-        if processes == 1:  # on several the order of sums is another
-            assert_equal(run, whole)
+
+
+RESUMES = [(15, 1), (16, 1), (17, 2), (35, 1), (36, 2), (37, 1)]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_earlier_version(make_run: MakeRun) -> None:
+@pytest.mark.parametrize(("step", "processes"), nightly_but([(16, 1), (36, 2)], RESUMES))
+def test_the_same_after_a_resume_at_around_and_between_boundaries(
+    make_run: MakeRun, whole: Run, step: int, processes: int
+) -> None:
+    run = cut_back(make_run(copy=whole, processes=processes), step)
+    run(*FLAGS)
+    for key in ("step", "fingerprint", "sources", "stage_sources"):
+        assert [line[key] for line in run.steps()] == [line[key] for line in whole.steps()]
+    assert run.data_state()["stage_ends"] == whole.data_state()["stage_ends"]
+    if processes == 1:  # on several the order of sums is another
+        assert_equal(run, whole)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_an_earlier_version(make_run: MakeRun, reference: Run, whole: Run) -> None:
     """Goes on; the stage that it is in is not known, the next one is."""
-    whole = make_run("whole")(*KEEP_ALL)
     for step in (20, 36):
         run = cut_back(make_run(f"old-{step}", copy=whole), step)
         forget_stage_ends(run)
         run(*KEEP_ALL)
-        for mine, theirs in zip(run.steps()[step:], whole.steps()[step:], strict=True):
+        resumed = [line for line in run.steps() if line["step"] > step]
+        for mine, theirs in zip(resumed, reference.steps()[step:], strict=True):
             assert mine["sources"] == theirs["sources"]
             assert mine["stage_sources"] == (theirs["stage_sources"] if theirs["stage"] == 3 else None)
         assert [end["step"] for end in run.data_state()["stage_ends"]] == [36, 48]

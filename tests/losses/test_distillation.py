@@ -2,6 +2,7 @@
 
 import dataclasses
 import decimal
+import itertools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import JSD, ForwardKL, ReverseKL, TopK
 from jaxtrain.plan.schedules import Constant, Linear
 from tests.losses.distillation_reference import forward_kl, jsd, reference, reverse_kl, top_k
+from tests.tiers import diagonal, nightly_but
 
 B, T, D, E, VOCAB, PADDED = 8, 6, 16, 24, 37, 64
 KINDS = {
@@ -92,8 +94,11 @@ QUICK = ("forward", "reverse", "jsd_0.5", "top_5")
 
 @pytest.mark.parametrize(
     ("kind", "heat"),
-    [pytest.param(k, 2.5, marks=[] if k in QUICK else [pytest.mark.slow]) for k in KINDS]
-    + [pytest.param(k, 1.0, marks=pytest.mark.slow) for k in KINDS],
+    nightly_but(
+        itertools.product(QUICK, [2.5]),
+        itertools.product(KINDS, [2.5, 1.0]),
+        slow=[*itertools.product(KINDS, [2.5]), ("top_5", 1.0), ("jsd_0.5", 1.0)],
+    ),
 )
 def test_value_and_gradient(kind, heat):
     arrays, (divergence, definition) = example(), KINDS[kind]
@@ -104,8 +109,12 @@ def test_value_and_gradient(kind, heat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_tokens", [1, 16, 1000])
-@pytest.mark.parametrize("kind", ["jsd_0.5", "top_5"])
+@pytest.mark.parametrize(
+    ("kind", "chunk_tokens"),
+    nightly_but(
+        [("jsd_0.5", 1), ("top_5", 16), ("top_5", 1000)], itertools.product(["jsd_0.5", "top_5"], [1, 16, 1000])
+    ),
+)
 def test_any_chunk_size_with_z_loss(kind, chunk_tokens):
     arrays, (divergence, definition) = example(), KINDS[kind]
     actual = evaluate(build(divergence, heat=2.0, chunk_tokens=chunk_tokens, z_loss=0.01), arrays)
@@ -302,20 +311,20 @@ def test_one_mesh_equals_one_device():
     compare_with_one_device({"data": 2, "fsdp": 2, "tensor": 2}, "top_5", jnp.float32)
 
 
+DTYPES = {
+    "top_5": jnp.float32,
+    "top_all": jnp.float32,
+    "jsd_0.5": jnp.float32,
+    "forward": jnp.bfloat16,
+    "reverse": jnp.bfloat16,
+}
+ON_MESHES = list(itertools.product(DTYPES, MESHES))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("top_5", jnp.float32),
-        ("top_all", jnp.float32),
-        ("jsd_0.5", jnp.float32),
-        ("forward", jnp.bfloat16),
-        ("reverse", jnp.bfloat16),
-    ],
-)
-def test_any_mesh_equals_one_device(sizes, kind, dtype):
-    compare_with_one_device(sizes, kind, dtype)
+@pytest.mark.parametrize(("kind", "sizes"), nightly_but(diagonal(DTYPES, MESHES), ON_MESHES), ids=str)
+def test_any_mesh_equals_one_device(kind, sizes):
+    compare_with_one_device(sizes, kind, DTYPES[kind])
 
 
 def temporary_bytes(divergence, vocab_size, mesh=None, d=64, e=128, tokens=8192, dtype=jnp.bfloat16):

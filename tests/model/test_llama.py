@@ -31,9 +31,9 @@ EVERYTHING = dataclasses.replace(
 )
 MESHES = [
     {"fsdp": 8},
-    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"data": 8}, marks=pytest.mark.nightly),
     pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.nightly),
     {"fsdp": 2, "tensor": 2, "context": 2},
 ]
 

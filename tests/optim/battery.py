@@ -131,7 +131,7 @@ class Battery:
         [
             pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
             {"data": 2, "fsdp": 2, "tensor": 2},
-            pytest.param({"data": 2, "fsdp": 1, "context": 4}, marks=pytest.mark.slow),
+            pytest.param({"data": 2, "fsdp": 1, "context": 4}, marks=pytest.mark.nightly),
         ],
         ids=str,
     )

@@ -12,6 +12,7 @@ from jaxtrain.data.pipeline import resolve
 from tests import exiting_run
 from tests.data.memory_source import documents
 from tests.hub import LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes
+from tests.tiers import nightly_but
 
 # Ways to end, with the exit code of each.
 WAYS = {"return": 0, "close": 0, "exception": 1, "mistake": 2, "SIGTERM": 75, "SIGINT": 75, "_exit": 0}
@@ -50,5 +51,6 @@ def test_some_ends(hub: LoopbackHub, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a hanging process is given up after a minute, and there may be many
-def test_fifty_ends(hub: LoopbackHub, tmp_path: pathlib.Path) -> None:
-    end_in(hub, [way for _ in range(8) for way in WAYS][:50], tmp_path)
+@pytest.mark.parametrize("times", nightly_but([2], [2, 8]))
+def test_every_end_many_times(hub: LoopbackHub, tmp_path: pathlib.Path, times: int) -> None:
+    end_in(hub, times * list(WAYS), tmp_path)

@@ -19,6 +19,7 @@ from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.muon import Muon
 from jaxtrain.trainer import state
 from jaxtrain.trainer.step import StepComponents, accumulation, eval_step, lower_train_step
+from tests.tiers import nightly_but
 
 VOCAB, BATCH, SEQ = 300, 8, 16
 MODEL = LlamaConfig(
@@ -36,7 +37,7 @@ ADAMW = AdamW(learning_rate=1e-2, epsilon=1e-2)
 MUON = Muon(learning_rate=1e-2, epsilon=1e-2)
 RATE = np.float32(1e-2)
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
-QUICK = [(2, 2, 2)]
+QUICK, SLOW = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (1, 2, 4)]
 Mesh = jax.sharding.Mesh
 
 
@@ -118,14 +119,14 @@ def alone() -> Any:
     return run(make_parts(), [make_batch(1), make_batch(2)])
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, marks=[] if s in QUICK else [pytest.mark.slow]) for s in SHAPES])
+@pytest.mark.parametrize("shape", nightly_but(zip(QUICK), zip(SHAPES), slow=zip(SLOW)))
 def test_every_mesh_gives_what_one_device_gives(shape: tuple[int, int, int], alone: Any) -> None:
     found = run(make_parts(*shape), [make_batch(1), make_batch(2)])
     assert_close(found, alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 1, 8)])
+@pytest.mark.parametrize("shape", nightly_but([((2, 2, 1, 2),)], zip([(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 1, 8)])))
 def test_every_mesh_with_muon(shape: tuple[int, ...]) -> None:
     batches = [make_batch(1), make_batch(2)]
     assert_close(run(make_parts(*shape, muon=True), batches), run(make_parts(muon=True), batches), 1e-3)
@@ -155,7 +156,7 @@ def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "micro_batches"),
-    [((), 4), pytest.param((), 8, marks=pytest.mark.slow), pytest.param((2, 2, 2), 2, marks=pytest.mark.slow)],
+    nightly_but([((), 4)], [((), 4), ((), 8), ((2, 2, 2), 2)], slow=[((2, 2, 2), 2)]),
 )
 def test_accumulation_changes_nothing(shape: tuple[int, ...], micro_batches: int, alone: Any) -> None:
     """Micro-batches with very different numbers of tokens: a mean of their means would be another loss."""

@@ -24,6 +24,7 @@ from jaxtrain.interfaces import BATCH_FIELDS, Json, SourceConfig, Transform
 from tests.data.sources.battery import SCENARIOS, Battery, ByteTokenizer, FileTexts, Write, assert_batches
 from tests.data.sources.tars import COMPRESS, Member, tar
 from tests.hub import csv_bytes, jsonl_bytes, parquet_bytes, text_bytes
+from tests.tiers import diagonal, nightly_but
 
 Encode = Callable[[list[str]], bytes]
 
@@ -161,8 +162,19 @@ EXCEPT = {
     ("TextFiles", "line_ends"): LINES,
 }
 CASES = [(kind, scenario) for kind in KINDS for scenario in SCENARIOS if (kind, scenario) not in EXCEPT]
-# Stores are written with TFDS, which takes 2 s to import.
-FAST = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in STORES else [], id="-".join(case)) for case in CASES]
+# Every kind and every scenario in the slow tier; what is left of the product is nightly.
+FEW = diagonal(KINDS, SCENARIOS)
+MOST = nightly_but(FEW, CASES)
+
+
+def _store_marks(case: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    """Stores are written with TFDS, which takes 2 s to import."""
+    if case[0] not in STORES:
+        return []
+    return [pytest.mark.slow if case in FEW else pytest.mark.nightly]
+
+
+FAST = [pytest.param(*case, marks=_store_marks(case), id="-".join(case)) for case in CASES]
 
 
 @pytest.fixture
@@ -188,7 +200,7 @@ def test_an_epoch_has_every_document_once(battery: Battery) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "scenario"), CASES)
+@pytest.mark.parametrize(("kind", "scenario"), MOST)
 def test_from_every_state(battery: Battery) -> None:
     whole = battery.run()
     for batch in whole:
@@ -201,7 +213,7 @@ def test_from_every_state(battery: Battery) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "scenario"), CASES)
+@pytest.mark.parametrize(("kind", "scenario"), MOST)
 def test_on_2_4_and_8_hosts(tmp_path: pathlib.Path, kind: str, scenario: str) -> None:
     """Each host reads its lanes alone."""
     given = SCENARIOS[scenario]
