@@ -1,0 +1,1 @@
+"""Goldens of version 0.1: README.md."""

@@ -1,0 +1,37 @@
+"""A student with Muon that learns from a cache of what the run of mixed.py said. Paths are relative: see README.md."""
+
+import dataclasses
+
+from jaxtrain.config import Config
+from jaxtrain.data.transforms import AtLeast, Template
+from jaxtrain.losses.distillation import Distillation
+from jaxtrain.losses.divergences import TopK
+from jaxtrain.optim.muon import Muon
+from jaxtrain.optim.schedules import WSD
+from jaxtrain.plan import Stage
+from jaxtrain.teacher import Teacher
+from jaxtrain.tokenizers.sentencepiece import SentencePiece
+from tests.golden.v0_1 import mixed
+
+
+def get_config(arg: str = "") -> Config:
+    config = mixed.get_config()
+    sources = {name: config.data.sources[name] for name in ("web", "prose")}
+    sources["web"] = dataclasses.replace(
+        sources["web"],
+        max_samples=100,
+        transforms=(AtLeast(column="int_score", value=1), Template(template="{title}: {text}")),
+    )
+    sources["prose"] = dataclasses.replace(sources["prose"], max_samples=10)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1),
+        tokenizer=SentencePiece(path="mixed/tokenizer/tokenizer.model"),
+        teacher=Teacher(model="mixed", dtype="float32", cache="teacher"),
+        distillation=Distillation(divergence=TopK(k=8), temperature=1.5, ce_weight=0.4, kd_weight=0.6),
+        data=dataclasses.replace(config.data, sources=sources),
+        stages=(Stage(seq_len=32, batch_size=8, weights={"web": 0.5, "prose": 0.5}),),
+        total_tokens=24 * 256,
+        micro_batch_tokens=None,
+        optimizer=Muon(learning_rate=5e-3, schedule=WSD(warmup_fraction=0.1, decay_fraction=0.3)),
+    )
