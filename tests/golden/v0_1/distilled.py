@@ -4,12 +4,12 @@ import dataclasses
 
 from jaxtrain.config import Config
 from jaxtrain.data.transforms import AtLeast, Template
+from jaxtrain.distill.teacher import Teacher
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import TopK
 from jaxtrain.optim.muon import Muon
-from jaxtrain.optim.schedules import WSD
 from jaxtrain.plan import Stage
-from jaxtrain.teacher import Teacher
+from jaxtrain.plan.schedules import WSD
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
 from tests.golden.v0_1 import mixed
 

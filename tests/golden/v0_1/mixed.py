@@ -1,17 +1,16 @@
 """Every kind of source and transform of version 0.1 in two stages, with AdamW. Paths are relative: see README.md."""
 
-from jaxtrain.checkpoint import CheckpointConfig
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.transforms import AtLeast, MinLength, Template
-from jaxtrain.evaluate import EvalConfig
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.optim.schedules import Cosine
 from jaxtrain.plan import Stage
+from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.training import TrainTokenizer
 
 
