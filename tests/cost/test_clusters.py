@@ -77,7 +77,7 @@ def test_every_slice_of_the_table_can_be_compiled_for() -> None:
     """In processes of their own, since what the compiler wants to know comes before JAX; two may be under way."""
     pytest.importorskip("libtpu")
     script = (
-        "from tools import clusters\n"
+        "from jaxtrain.cost import clusters\n"
         "clusters.prepare_environment()\n"
         "for kind, shapes in clusters._SHAPES.items():\n"
         "    for shape in shapes:\n"

@@ -13,7 +13,7 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.cost import clusters
 from jaxtrain.errors import UserError
-from tools import compile_check
+from tools.compile_check import __main__ as compile_check
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
