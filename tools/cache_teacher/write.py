@@ -85,8 +85,8 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
         else:
             print(f"Source {name}: this worker's documents are done, other workers' are not yet.", flush=True)
     print(
-        f"Train from it with --config.teacher.cache={output}; if the config distils by TopK, also with "
-        f"--config.distillation.divergence.k={layout.k}",
+        f"Train from it with --config.teacher.cache={output} --config.distillation.divergence.k={layout.k} (k only if "
+        "the config distils with TopK).",
         flush=True,
     )
 
