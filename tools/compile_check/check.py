@@ -23,7 +23,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Json:
-    """Compiles every stage, prints what it finds and returns it; "fits" says whether all stages fit.
+    """Compiles every stage and the evaluation, prints what it finds and returns it; "fits" says whether all fit.
 
     Raises:
         UserError: for settings that cannot go together, such as a mesh that does not divide the model.
@@ -34,7 +34,9 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     mesh = config.mesh.build(clusters.devices(cluster))
     limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
     components = offline.components(config, vocab_size, mesh, limit)
-    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit)
+    evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
+    beside = session.beside_params(components)
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside)
     _describe(components, cluster, limit, vocab_size, source)
     answer: Json = {
         "cluster": str(cluster),
@@ -57,6 +59,20 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
             components, cluster, limit, [stage for stage in answer["stages"] if not stage["fits"]]
         ):
             logger.info(line)
+    elif evaluation is not None:
+        logger.info(f"\nEvaluation: {evaluation.batch_size:,} rows of {evaluation.seq_len:,} tokens")
+        try:
+            program = stages.evaluation()
+            needed = memory.needed(program.executable)
+            answer["evaluation"] = {
+                "fits": True,
+                "micro_batches": program.micro_batches,
+                "needed_bytes": needed and needed + beside,
+            }
+        except DoesNotFitError as error:
+            logger.info(f"  DOES NOT FIT. {error}")
+            answer["evaluation"] = {"fits": False, "error": str(error)}
+        answer["fits"] = answer["evaluation"]["fits"]
     return answer
 
 
