@@ -101,17 +101,25 @@ def generate(
         top_p: sample among the most likely tokens that together reach this probability.
         seed: the same seed gives the same text.
     """
-    from jaxtrain.trainer import restored as restoring
+    from jaxtrain.model.generate import continuation
+    from jaxtrain.model.generate import generate as generate_ids
 
-    return restoring.continuations(
-        restored,
-        prompts,
+    tokenizer, prompts_ids = restored.tokenizer, []
+    for prompt in prompts:
+        ids = tokenizer.encode_batch([prompt])[0].tolist()
+        prompts_ids.append([tokenizer.bos_id, *ids] if restored.add_bos else ids or [tokenizer.eos_id])
+    texts = generate_ids(
+        restored.model,
+        restored.params,
+        prompts_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        eos_id=tokenizer.eos_id,
     )
+    return [continuation(tokenizer, *each) for each in zip(prompts_ids, texts, strict=True)]
 
 
 def documents(
