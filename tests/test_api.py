@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import grain
@@ -33,7 +34,7 @@ def fill(hub: LoopbackHub) -> str:
     return hub.commit("org/web", files)
 
 
-def texts_of(dataset: grain.IterDataset) -> list[str]:
+def texts_of(dataset: Iterable[dict[str, Any]]) -> list[str]:
     return [document["text"] for document in dataset]
 
 

@@ -47,7 +47,7 @@ class DocumentDataset(grain.IterDataset):
         super().__init__()
         if not 0 <= shard < num_shards:
             raise UserError(f"shard={shard}: give 0 to num_shards - 1 = {num_shards - 1}")
-        self.source, self.shard, self.seed, self.held_out, self.epochs = source, shard, seed, held_out, epochs
+        self.source, self.shard, self.shuffle_seed, self.held_out, self.epochs = source, shard, seed, held_out, epochs
         self.config = DataConfig(
             sources={name: source},
             num_lanes=num_shards,
@@ -68,7 +68,7 @@ class DocumentDataset(grain.IterDataset):
         if revision is not None:
             source = dataclasses.replace(source, revision=revision)  # type: ignore[type-var]
         config = dataclasses.replace(self.config, sources={name: source})
-        (reader,) = config.build(pipeline.resolve(config), seed=self.seed, held_out=self.held_out)
+        (reader,) = config.build(pipeline.resolve(config), seed=self.shuffle_seed, held_out=self.held_out)
         return reader
 
 
