@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from jaxtrain.errors import UserError
 
-_INPUT = 1 << 16  # compressed bytes decoded at a time: bounds what they may become
+_INPUT = 1 << 12  # compressed bytes decoded at a time: what precedes damage is given, and little memory is held
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs; the library's own limit is 128 MB
 
 # Suffixes by format, as the datasets library knows them.
