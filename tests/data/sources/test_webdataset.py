@@ -7,8 +7,7 @@ import tarfile
 
 import pytest
 
-from jaxtrain.data.io import retry
-from jaxtrain.data.io import compression
+from jaxtrain.data.io import compression, retry
 from jaxtrain.data.io import tar as tar_reader
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig, resolve
