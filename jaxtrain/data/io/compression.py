@@ -61,7 +61,9 @@ def format_of(head: bytes, name: str = "") -> str | None:
     Raises:
         DamagedError: The name says that the file is compressed, and its content is not.
     """
-    suffix = re.split("[?_-]", name.rsplit(".", 1)[-1])[0].lower() if "." in name else ""
+    path = name.split("?")[0] if "://" in name else name
+    # x.jsonl.gz, and x.jsonl.gz-00000-of-00010.
+    suffix = re.split("[_-]", path.rsplit(".", 1)[-1])[0].lower() if "." in path else ""
     found = next((kind for kind, magic in _MAGIC.items() if magic.match(head)), None)
     if (named := _SUFFIXES.get(suffix)) is not None and found is None:
         raise DamagedError(f"it is empty, and no {named} file" if not head else f"it does not begin as a {named} file")
