@@ -34,10 +34,10 @@ COMMAND = cli.Command(
 
 def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.checkpoint import checkpoints
+    from jaxtrain.checkpoint import restore
     from tools import restored
 
-    saved = checkpoints.load_data(flags.workdir, flags.step)
+    saved = restore.load_data(flags.workdir, flags.step)
     if flags.config is None:
         recorded = cli.override(cli.from_json(saved["config"]), flags.overrides)
         cli.check(recorded)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint import restore
 from jaxtrain.config import Config
 from jaxtrain.data import pipeline
 from jaxtrain.data.stores import token_store, token_store_writer
@@ -66,8 +66,8 @@ def _described(folder: str) -> str:
 def identities(config: Config, workdir: str, begun: Mapping[str, Json]) -> dict[str, Json]:
     """What the sources are known to be: in the run's checkpoint, or else where a worker has begun."""
     found: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
-    if checkpoints.is_checkpoint(workdir):
-        found |= open_data.known_sources(config, checkpoints.load_data(workdir)) or {}
+    if restore.is_checkpoint(workdir):
+        found |= open_data.known_sources(config, restore.load_data(workdir)) or {}
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxtrain import cli
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.restore import load_data, restore_params, step_folder
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.model.llama import Llama, Params
@@ -25,7 +25,7 @@ class Restored:
 
 def restore(workdir: str, step: int | None = None) -> Restored:
     """step: None for the newest checkpoint. Raises UserError where there is none, or it is damaged."""
-    saved = checkpoints.load_data(workdir, step)
+    saved = load_data(workdir, step)
     mesh = sharding.MeshConfig().build()
     tokenizer = cli.from_json(saved["config"]["tokenizer"]).build(workdir)
     if tokenizer.identity["hash"] != saved["tokenizer"]["hash"]:
@@ -36,7 +36,7 @@ def restore(workdir: str, step: int | None = None) -> Restored:
         model.shapes,
         sharding.tree_shardings(mesh, model.axes),
     )
-    params = checkpoints.restore_params(workdir, wanted, step)
-    found = int(checkpoints.step_folder(workdir, step).name)
+    params = restore_params(workdir, wanted, step)
+    found = int(step_folder(workdir, step).name)
     # A model that tools.import_hf wrote has no data.
     return Restored(found, "data" in saved["config"] and saved["config"]["data"]["add_bos"], model, tokenizer, params)

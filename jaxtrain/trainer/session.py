@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxtrain import hf
-from jaxtrain.checkpoint import checkpoints
-from jaxtrain.checkpoint.checkpoints import Checkpointer
+from jaxtrain.checkpoint import restore
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
@@ -303,8 +303,8 @@ def _params_from(config: Config, parts: StepComponents) -> Any:
     """The parameters of `init_from`: a checkpoint of jaxtrain's, or a Hugging Face model."""
     where = config.init_from
     wanted = state.abstract(parts.model, parts.optimizer, parts.mesh)["params"]
-    if checkpoints.is_checkpoint(where):
-        return checkpoints.restore_params(where, wanted)
+    if restore.is_checkpoint(where):
+        return restore.restore_params(where, wanted)
     return hf.load(where, parts.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
