@@ -6,6 +6,7 @@ processes share the reading. Lists of version 0.1 hold no CRC (-1) for files abo
 """
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -72,7 +73,7 @@ def problem(folder: epath.Path, process: int = 0, num_processes: int = 1) -> str
     def check(name: str) -> str | None:
         path, (size, crc) = folder / name, mine[name]
         try:
-            found, found_crc = (path.stat().length, -1) if crc == -1 else _size_and_crc(path)
+            found, found_crc = (_size(path), -1) if crc == -1 else _size_and_crc(path)
         except FileNotFoundError:
             return f"{path} is missing"
         if found != size:
@@ -119,6 +120,11 @@ def _walk(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 def _checksums(folder: epath.Path, names: list[str]) -> dict[str, list[int]]:
     with futures.ThreadPoolExecutor(_REMOTE_THREADS if is_remote(folder) else _LOCAL_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _size_and_crc(folder / name), names), strict=True))
+
+
+def _size(path: epath.Path) -> int:
+    """Local files by `os`: etils also looks up the owner's name, and fails if there is none (containers, NFS)."""
+    return path.stat().length if is_remote(path) else os.path.getsize(path)
 
 
 def _size_and_crc(path: epath.Path) -> list[int]:

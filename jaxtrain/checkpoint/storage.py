@@ -6,7 +6,6 @@
   once Orbax's commit file is there.
 * Local paths with `*`, `?`, `[` (Orbax looks for its own files with a glob, finds none and commits a checkpoint without
   arrays) or a backslash (a slash to TensorStore). They get a symbolic link under a plain name.
-* Files whose owner has no name (containers, NFS): etils looks it up at each stat and fails with a KeyError.
 """
 
 import atexit
@@ -18,7 +17,6 @@ import tempfile
 from typing import Any
 
 from etils import epath
-from etils.epath import backend
 from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -32,7 +30,6 @@ def for_orbax(path: epath.Path) -> epath.Path:
         path: Absolute, or a gs:// or s3:// URL. S3 credentials are the environment's, those in ~/.aws, or the
             machine's role.
     """
-    _stat_files_of_unknown_users()
     if _is_s3(path):
         _describe_s3()
     elif "://" not in str(path) and re.search(r"[*?\[\\]", str(path)):
@@ -69,29 +66,6 @@ def _link(folder: str) -> str:
     link = os.path.join(place, "link")
     os.symlink(folder, link)
     return link
-
-
-@functools.cache
-def _stat_files_of_unknown_users() -> None:
-    local: Any = backend._OsPathBackend
-    theirs = local.stat
-
-    @functools.wraps(theirs)
-    def stat(self: Any, path: epath.PathLike) -> Any:
-        try:
-            return theirs(self, path)
-        except KeyError:
-            found = os.stat(path)
-            return backend.stat_utils.StatResult(
-                is_directory=os.path.isdir(path),
-                length=found.st_size,
-                mtime=int(found.st_mtime),
-                owner=str(found.st_uid),
-                group=str(found.st_gid),
-                mode=found.st_mode,
-            )
-
-    local.stat = stat
 
 
 def _is_s3(path: epath.PathLike) -> bool:

@@ -289,6 +289,10 @@ def test_damage_found_while_reading(make, tmp_path):
         load_data(tmp_path)
 
 
+def nameless(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
 def large_state():
     """Arrays whose file is above the megabyte up to which version 0.1 kept checksums."""
     return {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 19,))}}
@@ -319,7 +323,8 @@ def test_a_flipped_bit_of_a_large_array_is_found_and_an_older_checkpoint_is_used
     assert_same(second.restore(1, abstract(state)), state)
 
 
-def test_lists_of_version_0_1_compare_the_sizes_of_large_files(make, tmp_path):
+def test_lists_of_version_0_1_compare_the_sizes_of_large_files(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
     first = make()
     first.save(1, large_state(), {"tokens": 1})
     first.close()
@@ -390,10 +395,7 @@ def test_a_checkpoint_without_arrays_is_not_committed(make, tmp_path, monkeypatc
 
 
 def test_users_without_a_name(make, monkeypatch):
-    def unknown(uid):
-        raise KeyError(f"getpwuid(): uid not found: {uid}")
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
     save_all(make(), [1, 2, 3])
     checkpointer = make()
     assert checkpointer.latest_step() == 3
