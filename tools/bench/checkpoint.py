@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.distributed.sharding import MeshConfig, replicated
 from jaxtrain.interfaces import Json

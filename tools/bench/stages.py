@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.config import Config
 from jaxtrain.data.pipeline import DataConfig
