@@ -93,5 +93,5 @@ BY_NAME = {chip.name: chip for chip in CHIPS}
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a JAX device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
+    """The chip of a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
     return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
