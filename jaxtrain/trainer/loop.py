@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint.checkpoints import Checkpointer
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
