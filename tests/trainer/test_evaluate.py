@@ -105,4 +105,5 @@ def test_bytes_beside_the_parameters() -> None:
     )
     assert beside_params(components) == pytest.approx(2 * ((params - whole) / 2 + whole) + 20, abs=2 * whole)
     distilled = SimpleNamespace(abstract=state.abstract(components.model, components.optimizer, components.mesh))
-    assert beside_params(SimpleNamespace(**{**vars(components), "distilled": distilled})) > beside_params(components)
+    with_teacher: Any = SimpleNamespace(**{**vars(components), "distilled": distilled})
+    assert beside_params(with_teacher) > beside_params(components)
