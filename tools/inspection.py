@@ -13,11 +13,11 @@ from jaxtrain.checkpoint import checkpoints
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
-from jaxtrain.data.lanes import Pools
-from jaxtrain.data.provenance import Measured, Origin, Watched
+from jaxtrain.data.provenance import Measurement, Origin, StreamInspector
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.tokenizing import Rows
+from jaxtrain.data.threads import Pools
+from jaxtrain.data.tokenizing import RowSpec
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan, StagePlan, StepPlan
@@ -35,14 +35,14 @@ class Inputs:
 
     config: Config
     plan: Plan
-    dealers: list[SourceReader]
+    readers: list[SourceReader]
     tokenizer: Tokenizer
-    rows: Rows
+    rows: RowSpec
     threads: Pools
     workdir: str
 
-    def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> Watched:
-        return Watched(self.dealers, self.plan, self.rows, self.threads, after=after, states=states)
+    def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> StreamInspector:
+        return StreamInspector(self.readers, self.plan, self.rows, self.threads, after=after, states=states)
 
 
 def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
@@ -58,14 +58,14 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
     given_up = open_data.skipped(place.path, saved)
     cache = data.cache(os.fspath(place.cache / "data"))
     tokenizer, opened = open_data.open_all(config, place, saved, cache, fetch=True, is_tool=True)
-    dealers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=given_up)
-    for dealer in dealers:
-        commit = dealer.source.identity.get("revision")
-        print(f"  {dealer.summary}" + (f", commit {commit}" if commit else ""))
+    readers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=given_up)
+    for reader in readers:
+        commit = reader.source.identity.get("revision")
+        print(f"  {reader.summary}" + (f", commit {commit}" if commit else ""))
     print("HuggingFace streaming ready", flush=True)
-    rows = data.rows(tokenizer, config.epochs)
+    rows = data.row_spec(tokenizer, config.epochs)
     stored = all(one.mode == "pretokenized" for one in opened.values())
-    return Inputs(config, plan, dealers, tokenizer, rows, pipeline.pools(data, stored), workdir)
+    return Inputs(config, plan, readers, tokenizer, rows, pipeline.pools(data, stored), workdir)
 
 
 def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
@@ -89,7 +89,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
     return {"stages": described, "total_tokens": plan.total_tokens, "estimate_seconds": seconds}
 
 
-def _stage(found: Inputs, stage: StagePlan, measured: Measured) -> Json:
+def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     last = "the end" if stage.last_step is None else f"{stage.last_step:,}"
     print(
         f"\nStage {stage.index}/{len(found.plan.stages)} ({stage.name}): steps {stage.first_step:,} to {last}, "
@@ -130,7 +130,7 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measured) -> Json:
     }
 
 
-def _previews(tokenizer: Tokenizer, measured: Measured) -> Iterator[tuple[Origin, str]]:
+def _previews(tokenizer: Tokenizer, measured: Measurement) -> Iterator[tuple[Origin, str]]:
     """Rows of the first batch with the text of their first document: one of each source, then others."""
     rows = [row for row, origin in enumerate(measured.origins) if origin.pieces]
     rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # those that begin with a document first
@@ -140,7 +140,7 @@ def _previews(tokenizer: Tokenizer, measured: Measured) -> Iterator[tuple[Origin
     for row in [*leading, *others][: max(_PREVIEWS, len(leading))]:
         origin = measured.origins[row]
         piece = origin.pieces[0]
-        text = tokenizer.decode(measured.first.batch["tokens"][row, : piece.end - piece.first].tolist())
+        text = tokenizer.decode(measured.first.arrays["tokens"][row, : piece.end - piece.first].tolist())
         yield origin, text[:_PREVIEW_CHARACTERS]
 
 
@@ -184,7 +184,7 @@ def transitions(found: Inputs) -> Json:
                     print("  (the data ends here, read from its beginning)")
                     break
                 at, (batch, origins) = plan.at(step), stream.next_with_origins()
-                steps.append(_transition_step(at, batch.batch["tokens"].shape, origins))
+                steps.append(_transition_step(at, batch.arrays["tokens"].shape, origins))
         described.append({"from": before.index, "to": stage.index, "steps": steps})
     return {"transitions": described}
 
@@ -240,7 +240,7 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
     plan, at = found.plan, found.plan.at(step)
     states: dict[int, np.ndarray] = {}
     if start.saved is not None:
-        now = compatibility.identities(found.config, found.dealers, found.tokenizer, plan)
+        now = compatibility.identities(found.config, found.readers, found.tokenizer, plan)
         compatibility.check(start.saved, now, plan, min(start.saved["step"], step))
         if start.step:
             states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)

@@ -75,9 +75,9 @@ def tokenizer_of(config: Config, workdir: str, sources: dict[str, Source]) -> To
     """The config's tokenizer, trained on these sources if it is the config's own and not yet made."""
     plan = config.plan()
     with contextlib.ExitStack() as reading:
-        dealers = []
+        readers = []
         if isinstance(config.tokenizer, TrainTokenizer) and config.tokenizer.needs_training(workdir):
-            dealers = config.data.build(sources, seed=config.seed)
-            for dealer in dealers:
-                reading.callback(dealer.close)
-        return open_data.tokenizer_for_tool(config, workdir, dealers, plan)
+            readers = config.data.build(sources, seed=config.seed)
+            for reader in readers:
+                reading.callback(reader.close)
+        return open_data.tokenizer_for_tool(config, workdir, readers, plan)

@@ -49,7 +49,7 @@ def write(config: Config, workdir: str, output: str, asked: Asked, worker: int, 
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources = pipeline.resolve(config.data, pretokenizing.identities(config, workdir, known))
     tokenizer = pretokenizing.tokenizer_of(config, workdir, sources)
-    config.data.rows(tokenizer, None)  # refuses add_bos where there is no such token
+    config.data.row_spec(tokenizer, None)  # refuses add_bos where there is no such token
     if asked.k > tokenizer.vocab_size:
         raise UserError(f"--k={asked.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
     mesh = config.mesh.build()

@@ -87,13 +87,13 @@ def main(flags: cli.Flags) -> None:
         if flags.output is None:
             # A run that starts there now would train its own.
             held.enter_context(Workdir(workdir))
-        dealers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
+        readers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
         try:
-            texts = pipeline.texts(config.data, dealers, config.plan(), chosen.max_samples)
+            texts = pipeline.texts(config.data, readers, config.plan(), chosen.max_samples)
             training.train(chosen, texts, output)
         finally:
-            for dealer in dealers:
-                dealer.close()
+            for reader in readers:
+                reader.close()
 
 
 if __name__ == "__main__":

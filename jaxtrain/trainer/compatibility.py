@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtrain import cli
 from jaxtrain.config import Config
-from jaxtrain.data import skips
+from jaxtrain.data import skipped_files
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.errors import UserError
@@ -31,10 +31,10 @@ _FIXED = (
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
 
 
-def identities(config: Config, dealers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
+def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
     """What goes into every checkpoint, besides the lanes' state."""
     return {
-        "sources": {dealer.name: dealer.identity for dealer in dealers},
+        "sources": {reader.name: reader.identity for reader in readers},
         "tokenizer": tokenizer.identity,
         "teacher": None,
         "plan": plan.record(),
@@ -118,7 +118,9 @@ def _skip_differences(saved: Mapping[str, Json], now: Mapping[str, Json]) -> tup
     """(allowed, refused): more may be given up than before, never less."""
     lines: tuple[list[str], list[str]] = ([], [])
     for name in saved.keys() & now.keys():
-        for all_lines, some in zip(lines, skips.compare(name, saved[name]["skips"], now[name]["skips"]), strict=True):
+        for all_lines, some in zip(
+            lines, skipped_files.compare(name, saved[name]["skips"], now[name]["skips"]), strict=True
+        ):
             all_lines += some
     return lines
 

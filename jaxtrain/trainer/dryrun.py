@@ -67,7 +67,7 @@ def _describe_data(session: Session) -> None:
             length = now["unique_tokens"] / now["documents"]
             documents = int(tokens[index]) / length
             line += f", about {documents:,.0f} documents (by the first {now['documents']:,}, of {length:,.0f} tokens)"
-            rows = session.dealers[index].rows
+            rows = session.readers[index].rows
             if rows is not None:
                 line += f", {documents / max(rows, 1):,.2f} epochs of {rows:,} documents"
         logger.info(line)

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxtrain.config import EvalConfig
 from jaxtrain.data.feed import Feed, local_lanes
-from jaxtrain.data.pipeline import DataConfig, HostBatch, Pools, host_batches
-from jaxtrain.data.skips import Skips
+from jaxtrain.data.pipeline import DataConfig, Pools, StepBatch, host_batches
+from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source, Tokenizer
 from jaxtrain.model.attention import compiler_options
@@ -33,16 +33,16 @@ class Evaluator:
         parts: StepComponents,
         threads: Pools,
         seed: int,
-        skips: Skips,
+        skips: SkippedFiles,
         scratch: str,
     ):
         self._plan = config.plan(train, data.num_lanes)
         self._parts, self._data = parts, data
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.int32)
         self._lanes = local_lanes(parts.mesh, data.num_lanes)
-        self._dealers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
-        self._rows, self._threads = data.rows(tokenizer, 1), threads
-        self._batches: list[HostBatch] = []
+        self._readers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
+        self._rows, self._threads = data.row_spec(tokenizer, 1), threads
+        self._batches: list[StepBatch] = []
         self._error: BaseException | None = None
         self._reading = threading.Thread(target=self._read, name="jaxtrain-held-out", daemon=True)
         (stage,) = self._plan.stages
@@ -54,7 +54,7 @@ class Evaluator:
         try:
             self._batches = list(
                 host_batches(
-                    self._dealers, self._plan, self._rows, self._lanes, self._threads, after=0, states={}, prefetch=1
+                    self._readers, self._plan, self._rows, self._lanes, self._threads, after=0, states={}, prefetch=1
                 )
             )
         except BaseException as error:

@@ -13,8 +13,8 @@ from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
 from jaxtrain.cost.roofline import peak_flops
-from jaxtrain.data import fingerprint, ledger, skips
-from jaxtrain.data.feed import DeviceBatch
+from jaxtrain.data import fingerprint, ledger, skipped_files
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.consensus import InterruptedWaitError, any_process
 from jaxtrain.errors import CorruptError
@@ -81,7 +81,7 @@ def _explained(
     except CorruptError as error:
         if dry_run or config.data.on_corrupt == "stop" or not error.source:
             raise
-        skips.record(workdir.skips, error)
+        skipped_files.record(workdir.skips, error)
         recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
@@ -125,7 +125,7 @@ class _Taken:
     """The step taken last."""
 
     at: StepPlan
-    batch: DeviceBatch
+    batch: StepBatch
     evaluated: dict[str, float] | None
 
 
@@ -135,7 +135,7 @@ class _Pending:
 
     at: StepPlan
     metrics: dict[str, jax.Array]
-    batch: DeviceBatch
+    batch: StepBatch
 
 
 class Loop:
@@ -199,7 +199,7 @@ class Loop:
         self._finish()
         return STOPPED
 
-    def _step(self, at: StepPlan, batch: DeviceBatch) -> dict[str, jax.Array]:
+    def _step(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
         """One update, given to the devices; and the next stage begins to compile with the first step of this one."""
         stages = self._session.stages
         if not stages.ready(at.batch_size, at.seq_len):
@@ -214,7 +214,7 @@ class Loop:
             jax.block_until_ready(self._in_flight.popleft())
         return metrics
 
-    def _data_ended(self, batch: DeviceBatch) -> bool:
+    def _data_ended(self, batch: StepBatch) -> bool:
         """Whether no lane of any host has a token left; only possible where `epochs` bounds the data."""
         return self._session.config.epochs is not None and not any_process(not batch.ended)
 
@@ -251,7 +251,7 @@ class Loop:
         self._monitor.log_eval(at.step, values)
         return values
 
-    def _save(self, at: StepPlan, batch: DeviceBatch, evaluated: dict[str, float] | None, data_ended: bool) -> None:
+    def _save(self, at: StepPlan, batch: StepBatch, evaluated: dict[str, float] | None, data_ended: bool) -> None:
         with self._monitor.span("checkpoint"):
             data = {
                 **self._session.identities,

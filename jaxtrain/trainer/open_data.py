@@ -12,10 +12,10 @@ from etils import epath
 
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
-from jaxtrain.data import modes, pipeline, skips
+from jaxtrain.data import modes, pipeline, skipped_files
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.modes import Opened
+from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
 from jaxtrain.distributed.consensus import broadcast, broadcast_json
@@ -34,21 +34,21 @@ def open_all(
     cache: DiskCache | None,
     fetch: bool,
     is_tool: bool = False,
-) -> tuple[Tokenizer, dict[str, Opened]]:
+) -> tuple[Tokenizer, dict[str, OpenedSource]]:
     """The tokenizer, and every source in its mode. All processes call it; process 0 asks the network and decides.
 
     saved: the data state of the checkpoint to go on from; None for a new run. cache, fetch: see `modes.open_sources`.
     is_tool: the work directory may be another's, of a run under way: it is locked only to train a tokenizer there, and
     what is downloaded is downloaded as it is read.
     """
-    plan, dealers = config.plan(), []
+    plan, readers = config.plan(), []
     streams: dict[str, Source] | None = None
     if agreed(isinstance(config.tokenizer, TrainTokenizer) and config.tokenizer.needs_training(workdir.path)):
         streams = resolve(config, saved, cache)
-        dealers = config.data.build(streams, seed=config.seed)
-    made = (tokenizer_for_tool if is_tool else tokenizer)(config, workdir.path, dealers, plan)
-    for dealer in dealers:
-        dealer.close()
+        readers = config.data.build(streams, seed=config.seed)
+    made = (tokenizer_for_tool if is_tool else tokenizer)(config, workdir.path, readers, plan)
+    for reader in readers:
+        reader.close()
     opening = functools.partial(
         modes.open_sources,
         config.data,
@@ -65,8 +65,10 @@ def open_all(
     return made, opened
 
 
-def _open_sources(opening: Callable[..., dict[str, Opened]], known: Mapping[str, Json] | None) -> dict[str, Opened]:
-    opened: dict[str, Opened] = {}
+def _open_sources(
+    opening: Callable[..., dict[str, OpenedSource]], known: Mapping[str, Json] | None
+) -> dict[str, OpenedSource]:
+    opened: dict[str, OpenedSource] = {}
     failure = None
     if jax.process_index() == 0:
         try:
@@ -109,17 +111,17 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 
 
 def build(
-    config: Config, resolved: Mapping[str, Source], given_up: skips.Skips, scratch: str | None = None
+    config: Config, resolved: Mapping[str, Source], given_up: skipped_files.SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
     """The sources cut into units. Process 0 asks the files how many rows they have, and tells the others."""
     cut = functools.partial(config.data.build, resolved, seed=config.seed, skips=given_up, scratch=scratch)
     if jax.process_count() == 1:
         return cut()
-    dealers: list[SourceReader] = []
+    readers: list[SourceReader] = []
     failure = None
     if jax.process_index() == 0:
         try:
-            dealers = cut()
+            readers = cut()
         except Exception as error:
             failure = error
     _all_or_none(failure)
@@ -127,7 +129,7 @@ def build(
     told = broadcast_json({name: source.known_row_groups() for name, source in footers.items()})
     for name, source in footers.items():
         source.learn_row_groups(told[name])
-    return dealers or cut()
+    return readers or cut()
 
 
 def agreed(yes: bool) -> bool:
@@ -143,8 +145,9 @@ def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, 
     found, failure = {}, None
     if jax.process_index() == 0:
         try:
-            found = skips.union(
-                skips.load(epath.Path(workdir) / "skips.json"), skips.saved(saved["sources"]) if saved else {}
+            found = skipped_files.union(
+                skipped_files.load(epath.Path(workdir) / "skips.json"),
+                skipped_files.saved(saved["sources"]) if saved else {},
             )
         except UserError as error:
             failure = error
@@ -172,7 +175,7 @@ def _all_or_none(failure: Exception | None) -> None:
         raise failure or (_ElsewhereUserError if kind == 1 else _ElsewhereTransientError)(text)
 
 
-def tokenizer(config: Config, workdir: epath.PathLike, dealers: Sequence[SourceReader], plan: Plan) -> Tokenizer:
+def tokenizer(config: Config, workdir: epath.PathLike, readers: Sequence[SourceReader], plan: Plan) -> Tokenizer:
     """The config's tokenizer; trained on the run's own stream first, by process 0, if that is what it is.
 
     The caller holds the work directory's lock.
@@ -184,7 +187,7 @@ def tokenizer(config: Config, workdir: epath.PathLike, dealers: Sequence[SourceR
             logger.info("Training a tokenizer on the first %s documents...", f"{chosen.max_samples:,}")
             try:
                 # In a thread, as it is minutes in a library, in which the main thread would not see Ctrl-C.
-                texts = pipeline.texts(config.data, dealers, plan, chosen.max_samples)
+                texts = pipeline.texts(config.data, readers, plan, chosen.max_samples)
                 ThreadPoolExecutor(1, "jaxtrain-tokenizer").submit(chosen.train, texts, workdir).result()
             except Exception as error:
                 failure = error
@@ -194,11 +197,11 @@ def tokenizer(config: Config, workdir: epath.PathLike, dealers: Sequence[SourceR
 
 
 def tokenizer_for_tool(
-    config: Config, workdir: epath.PathLike, dealers: Sequence[SourceReader], plan: Plan
+    config: Config, workdir: epath.PathLike, readers: Sequence[SourceReader], plan: Plan
 ) -> Tokenizer:
     """As `tokenizer`, and takes the lock only where it has to train: a tool may look at a run that is under way."""
     chosen = config.tokenizer
     with contextlib.ExitStack() as held:
         if isinstance(chosen, TrainTokenizer) and chosen.needs_training(workdir):
             workdir = held.enter_context(Workdir(workdir)).path
-        return tokenizer(config, workdir, dealers, plan)
+        return tokenizer(config, workdir, readers, plan)

@@ -16,11 +16,12 @@ from jaxtrain.checkpoint.checkpoints import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
-from jaxtrain.data import ledger, pipeline, skips
-from jaxtrain.data.feed import DeviceBatch, Feed, local_lanes
+from jaxtrain.data import ledger, pipeline, skipped_files
+from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.lanes import Pools
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.data.source_reader import SourceReader
+from jaxtrain.data.threads import Pools
 from jaxtrain.distill import teacher
 from jaxtrain.interfaces import Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
@@ -68,7 +69,7 @@ class Session:
     config: Config
     plan: Plan
     tokenizer: Tokenizer
-    dealers: list[SourceReader]
+    readers: list[SourceReader]
     parts: StepComponents
     stages: StagePrograms
     checkpointer: Checkpointer
@@ -84,7 +85,7 @@ class Session:
     is_complete: bool
     lane_states: dict[int, np.ndarray]
     stage_ends: ledger.StageEnds
-    skips: skips.Skips
+    skips: skipped_files.SkippedFiles
     frozen: teacher.Frozen | None
     cached: teacher.Cached | None
     saved_teacher: Json | None
@@ -99,11 +100,11 @@ class Session:
         if self._feed is None:
             data, mesh = self.config.data, self.parts.mesh
             lanes = local_lanes(mesh, data.num_lanes)
-            rows = data.rows(self.tokenizer, self.config.epochs)
+            rows = data.row_spec(self.tokenizer, self.config.epochs)
             if self.cached is not None:
                 rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
             batches = pipeline.host_batches(
-                self.dealers,
+                self.readers,
                 self.plan,
                 rows,
                 lanes,
@@ -115,7 +116,7 @@ class Session:
             self._feed = Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
         return self._feed
 
-    def gather(self, batch: DeviceBatch) -> np.ndarray:
+    def gather(self, batch: StepBatch) -> np.ndarray:
         """Where all lanes of the run stand after a batch: int64 [V, S, F]. All processes call it."""
         return ledger.gather(batch.states, self.config.data.num_lanes)
 
@@ -192,11 +193,11 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         cache = None
     if cache is not None:
         _prepare(cache)
-    dealers = open_data.build(config, resolved, given_up, scratch)
+    readers = open_data.build(config, resolved, given_up, scratch)
     frozen, cached = _teacher(config, resolved, tokenizer, mesh)
     limit = memory.limit(mesh, config.memory_gb)
     parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
-    identities = compatibility.identities(config, dealers, tokenizer, plan)
+    identities = compatibility.identities(config, readers, tokenizer, plan)
     lane_states: dict[int, np.ndarray] = {}
     stage_ends = ledger.StageEnds(plan)
     if saved is not None:
@@ -206,12 +207,12 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
         # Checkpoints of the first versions have no ends of stages.
         stage_ends.restore(saved.get("stage_ends", []), start, given)
-    _report(parts, plan, dealers)
+    _report(parts, plan, readers)
     return Session(
         config=config,
         plan=plan,
         tokenizer=tokenizer,
-        dealers=dealers,
+        readers=readers,
         parts=parts,
         stages=StagePrograms(parts, plan, config.micro_batch_tokens, limit),
         checkpointer=checkpointer,
@@ -272,9 +273,9 @@ def make_parts(
     return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
-def _report(parts: StepComponents, plan: Plan, dealers: Sequence[SourceReader]) -> None:
-    for dealer in dealers:
-        logger.info("Source %s", dealer.summary)
+def _report(parts: StepComponents, plan: Plan, readers: Sequence[SourceReader]) -> None:
+    for reader in readers:
+        logger.info("Source %s", reader.summary)
     model, mesh = parts.model, parts.mesh
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     logger.info(
