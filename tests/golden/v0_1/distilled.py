@@ -3,7 +3,9 @@
 import dataclasses
 
 from jaxtrain.config import Config
-from jaxtrain.data.transforms import AtLeast, Template
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.sources.text_files import TextFiles
+from jaxtrain.data.transforms import AtLeast, MinLength, Template
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.losses.divergences import TopK
@@ -16,13 +18,15 @@ from tests.golden.v0_1 import mixed
 
 def get_config(arg: str = "") -> Config:
     config = mixed.get_config()
-    sources = {name: config.data.sources[name] for name in ("web", "prose")}
-    sources["web"] = dataclasses.replace(
-        sources["web"],
-        max_samples=100,
-        transforms=(AtLeast(column="int_score", value=1), Template(template="{title}: {text}")),
-    )
-    sources["prose"] = dataclasses.replace(sources["prose"], max_samples=10)
+    sources = {
+        "web": HuggingFace(
+            name="golden/web",
+            fetch_rows=16,
+            max_samples=100,
+            transforms=(AtLeast(column="int_score", value=1), Template(template="{title}: {text}")),
+        ),
+        "prose": TextFiles(patterns=("prose/*.txt",), max_samples=10, transforms=(MinLength(characters=10),)),
+    }
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1),

@@ -35,7 +35,6 @@ WHOLE_RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "e2e_curriculum": (f"{_E2E / 'curriculum.py'}:{TOKENIZER}", ()),
     "epoch": (f"{_E2E / 'epoch.py'}:{TOKENIZER}", ()),
     "distill": (f"{_E2E / 'distill.py'}:{TOKENIZER}", _LIVE_TEACHER),
-    "shards": (f"{_E2E / 'shards.py'}:{TOKENIZER}|shards/s-{{0..3}}.tar.gz|1", ()),
     "quickstart": (f"{SMOKE}:quickstart", ()),
     "curriculum": (f"{SMOKE}:curriculum", ()),
     "teacher": (f"{SMOKE}:teacher", ("--workdir=runs/distill_smoke-teacher",)),

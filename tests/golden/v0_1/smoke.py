@@ -22,14 +22,13 @@ RUNS = {
 def get_config(arg: str) -> Config:
     shipped, argument, steps = RUNS[arg]
     config = shipped(argument)
-    patterns = {"web": "prose/?[0-3].txt", "math": "prose/?[4-6].txt", "code": "prose/?[7-9].txt"}
     return dataclasses.replace(
         config,
         tokenizer=SentencePiece(path="mixed/tokenizer/tokenizer.model"),
         data=dataclasses.replace(
             config.data,
             holdout=0.1,
-            sources={name: TextFiles(patterns=(patterns.get(name, "prose/*.txt"),)) for name in config.data.sources},
+            sources={name: TextFiles(patterns=("prose/*.txt",)) for name in config.data.sources},
         ),
         steps=steps,
         eval=dataclasses.replace(config.eval, tokens=2048),
