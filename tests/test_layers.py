@@ -67,7 +67,7 @@ def problems(root: Path) -> list[str]:
     ]
     found += [
         f"{name_of(root, path)}: {match[0].decode()} is a folder of one machine"
-        for path in [*text_files(root, TEXT), *filter(Path.is_file, root.glob("*"))]
+        for path in [*text_files(root, TEXT), *filter(Path.is_file, root.glob("[!.]*"))]
         if (match := MACHINE_PATH.search(path.read_bytes()))
     ]
     return found
