@@ -30,7 +30,7 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
     from jaxtrain import hf
-    from tools.restored import restore
+    from jaxtrain.trainer.restored import restore
 
     found = restore(flags.workdir, flags.step)
     hf.export(found.params, found.model, flags.output, flags.dtype, found.tokenizer, progress=True)

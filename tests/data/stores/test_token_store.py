@@ -306,7 +306,7 @@ def test_another_tokenizer_or_commit_is_refused(folder, monkeypatch):
 
 def test_less_than_the_store_has_may_be_read(folder):
     source = dataclasses.replace(SOURCE, max_samples=7)
-    assert stored(folder, data_of({"a": source}))["a"].identity == source.identity
+    assert stored(folder, data_of({"a": source}))["a"].identity == versioned(source.identity)
 
 
 def test_what_is_not_whole_is_refused(folder, tmp_path):
