@@ -33,7 +33,9 @@ def main(flags: cli.Flags) -> None:
     from jaxtrain.trainer.restored import restore
 
     found = restore(flags.workdir, flags.step)
-    hf.export(found.params, found.model, flags.output, flags.dtype, found.tokenizer, progress=True)
+    hf.export(
+        found.params, found.model, flags.output, flags.dtype, found.tokenizer, add_bos=found.add_bos, progress=True
+    )
     print(f"Wrote step {found.step} ({found.model.num_params:,} parameters, {flags.dtype}) to {flags.output}")
 
 
