@@ -194,10 +194,12 @@ class _Files:
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        if other not in self._where or self.slices(name).get_shape() != self.slices(other).get_shape():
+        one, two = self.slices(name), self.slices(other) if other in self._where else None
+        if two is None or one.get_shape() != two.get_shape():
             return False
-        one, two, step = self.slices(name), self.slices(other), 4096
-        return all(np.array_equal(one[i : i + step], two[i : i + step]) for i in range(0, one.get_shape()[0], step))
+        rows = one.get_shape()[0]
+        parts = [slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096)]
+        return all(np.array_equal(one[part], two[part]) for part in parts)
 
     def check(self, model: Llama, wanted: set[str]) -> None:
         """Raises UserError if the tensors or the config are not the model's, and warns of other functions."""
