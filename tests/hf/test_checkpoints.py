@@ -222,7 +222,6 @@ READ = [
     ({"model_type": "mistral", "num_key_value_heads": 2}, {"sliding_window": 4096}),
     ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None}, {"sliding_window": None}),
     ({"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True}, {"attention_bias": False}),
-    ({"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": None}, {"resolved_head_dim": 4}),
 ]
 
 
