@@ -14,8 +14,8 @@ from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.identity import mismatch
 
-# A change of one of these changes which tokens are trained on, or what the parameters mean.
-_FIXED = (
+# Changing one of these changes which tokens are trained on, or what the parameters mean.
+FIXED = (
     "seed",
     "epochs",
     "data.num_lanes",
@@ -113,7 +113,7 @@ def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
 
 
 def _is_fixed(path: str) -> bool:
-    return _is_below(path, _FIXED) and not _is_below(path, _FREE)
+    return _is_below(path, FIXED) and not _is_below(path, _FREE)
 
 
 def _is_below(path: str, prefixes: Sequence[str]) -> bool:
