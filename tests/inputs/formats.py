@@ -198,7 +198,8 @@ FORMATS = {
     "parquet": Format("parquet", parquet, lambda path: pq.read_table(path)["text"].to_pylist()),
     "samples.tar": Format("webdataset", samples, _tar_reference, sums=False, column="txt"),
     **{
-        suffix: Format("", _packed(shard, pack), _tar_reference, sums=suffix != "tar")
+        # The sum of a compressed tar comes at its end, and members are given before.
+        suffix: Format("", _packed(shard, pack), _tar_reference, sums=False)
         for suffix, pack in {**COMPRESS, "tar.xz": lzma.compress}.items()
     },
 }  # fmt: skip
