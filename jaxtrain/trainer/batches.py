@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxtrain.checkpoint import checkpointer
+from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
@@ -146,8 +146,8 @@ def _at_commits(config: Config, revisions: Mapping[str, str]) -> Config:
 
 def _nearest(workdir: str | None, step: int) -> Json | None:
     """The data state of the newest checkpoint up to `step`; None for the beginning of the run."""
-    steps = [found for found in checkpointer.steps(workdir) if found <= step] if workdir is not None else []
-    return checkpointer.load_data(str(workdir), max(steps)) if steps else None
+    steps = [found for found in restore.steps(workdir) if found <= step] if workdir is not None else []
+    return restore.load_data(str(workdir), max(steps)) if steps else None
 
 
 def _digest(identities: Json, lanes: range) -> str:

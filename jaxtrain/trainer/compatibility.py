@@ -42,6 +42,22 @@ def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Token
     }
 
 
+def is_complete(saved: Json, config: Config, plan: Plan, step: int) -> bool:
+    """Whether a checkpoint ends the run that this config describes.
+
+    Opens no source, so that a complete run is complete even if its files have changed since.
+
+    Args:
+        saved: the checkpoint's data.
+        step: the checkpoint's.
+    """
+    if step != plan.last_step and not saved["data_ended"]:
+        return False
+    changed = cli.differences(cli.complete(saved["config"]), cli.to_json(config))
+    fixed = any(_is_fixed(path) or _is_below(path, ("data.sources", "tokenizer", "teacher")) for path, _, _ in changed)
+    return not fixed and not plan.differences(saved["plan"], step)
+
+
 def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
     """Refuses a resume that would change the data or the meaning of the parameters.
 
