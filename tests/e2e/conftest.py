@@ -74,7 +74,7 @@ def once(shared: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path) -
         run = Run(folder / "a run", f"{config}:{tokenizer}", environment(datasets.env()))
         with filelock.FileLock(shared / f"{name}.lock"):
             if not (folder / "done").exists():
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)
                 train(run)
                 (folder / "done").touch()
         run.output = run.output_file.read_text()
