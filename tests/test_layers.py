@@ -35,7 +35,7 @@ ORDER = (
 FENCES = {
     "absl": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "array_record": ("jaxtrain/data/",),
-    "datasets": ("jaxtrain/data/", "tools/benches/plain.py"),  # the latter measures it for comparison
+    "datasets": ("jaxtrain/data/", "tools/bench/plain.py"),  # the latter measures it for comparison
     "ml_collections": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "orbax": ("jaxtrain/checkpoint/",),
     "safetensors": ("jaxtrain/hf/",),

@@ -90,7 +90,7 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
     return next(a for a in sharding.divisors(rows) if a == rows or rows // a * tokens <= micro_batch_tokens)
 
 
-def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
+def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
     """[B, T] → [count, B / count, T]. Micro-batch a is rows a::count: each device splits its own rows."""
 
     def split(x_BT: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def _gradients(
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
 
-    micro_batches = _micro_batches(batch, count, parts.mesh)
+    micro_batches = split_batch(batch, count, parts.mesh)
     shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     layout = sharding.tree_shardings(parts.mesh, parts.model.axes)
