@@ -37,8 +37,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(retry, "sleep", slept.append)
     monkeypatch.setattr(
-        rate_limit.Pace, "wait", lambda self: None
-    )  # its pauses are test_pace's, and no clock moves here
+        rate_limit.RateLimiter, "wait", lambda self: None
+    )  # its pauses are test_rate_limit's, and no clock moves here
     monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.5)
     monkeypatch.setattr(parquet, "_SMALLEST", 1500)
     monkeypatch.setattr(parquet, "_FIRST_TAIL", 600)

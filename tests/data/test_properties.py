@@ -1,6 +1,6 @@
 """Properties of the whole data path over random configs, stop points and hosts.
 
-Few examples, always the same, by default; many, others each time, where slow tests run.
+Few examples, always the same, by default; more, others each time, in the slow tier, and many in the nightly one.
 """
 
 import collections
@@ -22,6 +22,7 @@ from jaxtrain.plan import Plan, Stage, build_plan, stable_hash
 from tests.data import reference
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, batches_of, has_documents, plan_of, random_case, random_data
+from tests.tiers import nightly_but
 
 common = settings(
     deadline=None,
@@ -217,19 +218,20 @@ def share_plan(stages: Sequence[Stage], names: tuple[str, ...], lanes: int, seed
     )
 
 
-COUNTS: dict[Property, tuple[int, int]] = {
-    stopped_and_resumed_is_uninterrupted: (12, 120),
-    an_epoch_has_every_document_once: (12, 120),
-    sources_keep_their_share: (12, 150),
-}
+PROPERTIES: tuple[Property, ...] = (
+    stopped_and_resumed_is_uninterrupted,
+    an_epoch_has_every_document_once,
+    sources_keep_their_share,
+)
 
 
-@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda property_: property_.__name__)
 def test_few(property_: Property) -> None:
-    examples(property_, COUNTS[property_][0], derandomize=True)
+    examples(property_, 12, derandomize=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
-def test_many(property_: Property) -> None:
-    examples(property_, COUNTS[property_][1], derandomize=False)
+@pytest.mark.parametrize("count", nightly_but([30], [30, 150]))
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda property_: property_.__name__)
+def test_many(property_: Property, count: int) -> None:
+    examples(property_, count, derandomize=False)

@@ -34,6 +34,7 @@ def stop_after(run: Run, step: int, number: signal.Signals) -> int:
     return run.last_step()
 
 
+@pytest.mark.slow
 def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=2, devices=2)
     run.module = "jaxtrain.main"  # with nothing of the tests' own in it

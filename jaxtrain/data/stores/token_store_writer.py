@@ -20,6 +20,7 @@ import numpy as np
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.data.source_reader import describe, text_of
+from jaxtrain.data.sources.streams import read_now
 from jaxtrain.data.stores import record_store, token_store
 from jaxtrain.data.stores.record_store import WORK, array_records, digest_of, write_text
 from jaxtrain.data.stores.token_store import MANIFEST, Manifest, StoredFile
@@ -48,7 +49,7 @@ class Job:
 
     def manifest(self, tokenizer: Tokenizer) -> Manifest:
         return Manifest(
-            source=self.source.identity,
+            source=read_now(self.source.identity),
             settings=token_store.settings_of(self.config),
             names=list(self.source.files),
             random_access=self.source.random_access,
