@@ -22,7 +22,7 @@ from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.streams import distrusted
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, versioned
@@ -67,12 +67,12 @@ def _headers() -> tuple[np.ndarray, np.ndarray]:
 _FROM, _HEADER_BYTES = _headers()
 
 
-def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> Ragged:
+def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> TokenArrays:
     """The ids of several records."""
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     heads = _HEADER_BYTES[_FROM.searchsorted(sizes, side="right") - 1]
     payloads = [record[head:] for record, head in zip(records, heads.tolist(), strict=True)]
-    return Ragged(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
+    return TokenArrays(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
 
 
 def encode(ids: np.ndarray) -> bytes:
@@ -150,17 +150,17 @@ class RamCache:
 
     def __init__(self, limit: float):
         self._limit = limit
-        self._blocks: collections.OrderedDict[tuple[str, int], Ragged] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[tuple[str, int], TokenArrays] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.used = 0
 
-    def get(self, key: tuple[str, int]) -> Ragged | None:
+    def get(self, key: tuple[str, int]) -> TokenArrays | None:
         with self._lock:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
             return self._blocks.get(key)
 
-    def put(self, key: tuple[str, int], block: Ragged) -> None:
+    def put(self, key: tuple[str, int], block: TokenArrays) -> None:
         with self._lock:
             if key in self._blocks or block.nbytes > self._limit:
                 return
@@ -209,7 +209,7 @@ class TokenStore:
                 yield {"text": block[row - first :] if row > first else block}
                 row = first + size
 
-    def _block(self, shard: ArrayRecord, first: int, end: int) -> Ragged:
+    def _block(self, shard: ArrayRecord, first: int, end: int) -> TokenArrays:
         if self._cache is None:
             return decode(shard.range(first, end), self._dtype)
         found = self._cache.get((shard.path, first))
