@@ -24,7 +24,7 @@ BATCH_FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 RECORDS = "records"
 
 # A run of consecutive rows of a source's file, by column: {"text": [row, row, ...], "int_score": [...]}. From a token
-# store the only column "text" holds ids, a data.ragged.Ragged, which slices and adds as a list does.
+# store the only column "text" holds ids, a data.token_arrays.TokenArrays, which slices and adds as a list does.
 Block = dict[str, Any]
 
 Json = dict[str, Any]

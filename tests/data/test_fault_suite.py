@@ -87,7 +87,7 @@ def fingerprint_of(case: Case) -> str:
         for batch in batches:
             at = case.plan.at(batch.step)
             low, high = fingerprint.row_numbers(fingerprint.split(at.rows_before), at.batch_size)
-            words += fingerprint.of_rows(batch.batch, low, high)
+            words += fingerprint.of_rows(batch.arrays, low, high)
     return fingerprint.text(words)
 
 
@@ -191,7 +191,7 @@ def test_a_new_commit_in_mid_run_changes_nothing(hub: LoopbackHub, wanted: str) 
                 hub.commit("org/table", {"more.csv": csv_bytes(["5"])}, delete=["train.csv"])
             at = case.plan.at(batch.step)
             low, high = fingerprint.row_numbers(fingerprint.split(at.rows_before), at.batch_size)
-            words += fingerprint.of_rows(batch.batch, low, high)
+            words += fingerprint.of_rows(batch.arrays, low, high)
     assert fingerprint.text(words) == wanted
 
 

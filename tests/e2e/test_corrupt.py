@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.data.test_skips import spoiled
+from tests.data.test_skipped_files import spoiled
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import STOPPED, Run, assert_equal, documents
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
