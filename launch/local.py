@@ -1,7 +1,7 @@
 """usage: launch/local.sh N COMMAND...
 
-Runs N processes of one command on this machine, as one run of JAX. On a machine with GPUs each process gets one of
-them. SIGTERM and SIGINT are passed on; the exit code is that of the first process that failed, and 0 if none did.
+Runs N processes of one command on this machine as one JAX run. On a machine with GPUs each process gets one of them.
+Signals are forwarded (SIGTERM, SIGINT, SIGHUP). The exit code is that of the first process that failed, or 0.
 
 example: launch/local.sh 2 python -m jaxtrain.main --config=configs/quickstart.py
 """
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 
-# After one process has failed the others cannot go on: seconds that they have to say why and to end by themselves.
+# After one process has failed the others cannot continue. They have this long to report and exit.
 GRACE_SECONDS = 20.0
 
 
 def gpus() -> list[str]:
-    """The GPUs that this launcher may use, none where there are none."""
+    """The GPUs that this launcher may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -41,12 +41,12 @@ def start(command: list[str], count: int, devices: list[str], processes: list[su
         own = {"JAX_PROCESS_ID": str(index)}
         if devices:
             own["CUDA_VISIBLE_DEVICES"] = devices[index]
-        # Sessions of their own: a terminal's Ctrl-C then reaches them once, through this launcher.
+        # In sessions of their own, so that a terminal's Ctrl-C reaches them once, through this launcher.
         processes.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
 
 
 def wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended. The first failure's code; 128 + the signal's number for a process that one ended."""
+    """Waits for all. Returns the first failure's code: 128 + the signal's number if a signal ended the process."""
     code, deadline = 0, None
     while running := [process for process in processes if process.poll() is None]:
         failed = next((process.returncode for process in processes if process.returncode), 0)
@@ -74,8 +74,9 @@ def main() -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, forward)
     start(command, count, devices, processes)
     return wait(processes)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # usage: launch/restart.sh COMMAND...
 #
-# Runs a command again until it is done. By its exit code:
+# Restarts a command until it is done. By its exit code:
 #   0, 2, 126, 127  the end: finished, something for you to change, no such command
 #   75              stopped after saving: again, after the shortest pause
 #   anything else   again, after pauses that double from RESTART_PAUSE to 300 seconds, until RESTART_LIMIT failures in a
-#                   row. A run of RESTART_PROGRESS seconds or more starts the count anew.
-# SIGTERM and SIGINT are passed on to the command, which is then not run again; the exit code is the command's.
+#                   row. A run of RESTART_PROGRESS seconds or more resets the count.
+# SIGTERM, SIGINT and SIGHUP are forwarded to the command, which is then not restarted; the exit code is the command's.
 #
 # Fill in, in the environment, only to change it: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10), RESTART_PROGRESS (600
 # seconds), RESTART_FINAL ("0 2 126 127": the codes that end it), RESTART_RESULT (a file that gets the last code).
@@ -59,6 +59,7 @@ fi
 
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
+trap 'pass_on HUP' HUP # has no effect under nohup
 
 failures=0 wanted=$pause
 while :; do
