@@ -21,7 +21,8 @@ from jaxtrain.data.io.retry import classify
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.interfaces import Params
+from jaxtrain.model.llama import Llama, LlamaConfig
 
 logger = logging.getLogger("jaxtrain")
 

@@ -15,7 +15,8 @@ from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.reading import INDEX
 from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama, Params
+from jaxtrain.interfaces import Params
+from jaxtrain.model.llama import Llama
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 2_000_000_000  # a file's tensors are in host memory at once

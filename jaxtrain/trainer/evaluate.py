@@ -12,7 +12,6 @@ from jaxtrain.data.pipeline import DataConfig, HostBatch, Pools, host_batches
 from jaxtrain.data.skips import Skips
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source, Tokenizer
-from jaxtrain.model.attention import compiler_options
 from jaxtrain.plan import Plan
 from jaxtrain.trainer.step import StepComponents, eval_step
 
@@ -46,8 +45,8 @@ class Evaluator:
         self._error: BaseException | None = None
         self._reading = threading.Thread(target=self._read, name="jaxtrain-held-out", daemon=True)
         (stage,) = self._plan.stages
-        kernel = parts.model.attention_choice(stage.batch_size, stage.seq_len).name
-        self._step = jax.jit(eval_step(parts), compiler_options=compiler_options(parts.mesh, kernel))
+        options = parts.model.compiler_options(stage.batch_size, stage.seq_len)
+        self._step = jax.jit(eval_step(parts), compiler_options=options)
         self._reading.start()
 
     def _read(self) -> None:

@@ -194,13 +194,11 @@ class StagePrograms:
     def _misfit(self, key: _Key, smallest: Program | None, said: str) -> str:
         """said: what the compiler wrote of the memory, where it gave up."""
         assert self.limit is not None
-        mesh, remat = self._parts.mesh, self._parts.model.config.remat
+        mesh = self._parts.mesh
         needs = f"more than the compiler could place{said}"
         if smallest is not None:
             needs = f"{(memory.needed(smallest.executable) or 0) / 1e9:.3g} GB"
-        fixes = ["a smaller model", "shorter rows (seq_len)"]
-        if remat != "full":
-            fixes.insert(0, f"model.remat=full (now {remat})")
+        fixes = [*self._parts.model.memory_advice(), "a smaller model", "shorter rows (seq_len)"]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
             fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")

@@ -22,7 +22,7 @@ from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.lanes import Pools
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
-from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation, generate
@@ -285,7 +285,7 @@ def _report(parts: StepComponents, plan: Plan, dealers: Sequence[SourceReader]) 
     )
     if parts.distilled is not None and parts.distilled.teacher is not None:
         logger.info("Teacher: %s parameters", f"{parts.distilled.teacher.num_params:,}")
-    for stage in plan.stages:
+    for stage in plan.stages if isinstance(model, AttentionModel) else ():
         choice = model.attention_choice(stage.batch_size, stage.seq_len)
         logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
 
