@@ -13,7 +13,7 @@ Shape legend, used as suffixes of names (x_BTD is [batch, time, model width]):
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,12 +39,18 @@ RECORDS = "records"
 # ---- Models
 
 
-class ModelConfig(Protocol):
+class Dataclass(Protocol):
+    """Configs are keyword-only dataclasses of plain values, compared, overridden and recorded field by field."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class ModelConfig(Dataclass, Protocol):
     """A dataclass that describes a model.
 
-    Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` say how the model is computed: a resume may change
-    them. All others say what it is: a resume refuses a change. A frozen teacher takes `dtype`, `remat` ("none"),
-    `scan_layers` (True) and `attention` ("auto") from the run, where the config has such fields.
+    Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` say how the model is computed, and may change at
+    a resume. All others say what it is, and a resume refuses a change. As a frozen teacher it gets the teacher's `dtype`,
+    remat="none", scan_layers=True and attention="auto", as far as it has these fields.
     """
 
     @property
@@ -65,13 +71,13 @@ class Hidden(NamedTuple):
     """What a model's layers return.
 
     Attributes:
-        x_BTD: Final hidden states, after the last norm, in the compute dtype. `x_BTD @ head` are the logits.
+        x: Final hidden states [B, T, D], after the last norm, in the compute dtype. `x @ head` are the logits.
         losses: Auxiliary losses by name, fp32 scalars, each a mean over the rows given and already weighted, such as a
-            router's load balance. They are added to the loss: weighted by the tokens of each micro-batch, as the loss is.
+            router's load balance. They are added to the loss, weighted by the tokens of each micro-batch.
         metrics: fp32 scalars to report, averaged in the same way.
     """
 
-    x_BTD: Array
+    x: Array
     losses: Mapping[str, Array] = {}
     metrics: Mapping[str, Array] = {}
 
@@ -79,8 +85,8 @@ class Hidden(NamedTuple):
 class Model(Protocol):
     """Pure functions of a tree of fp32 parameters, called inside `jax.jit`.
 
-    `model.base.BaseModel` derives the properties and has defaults for the last two methods; a subclass of it sets `axes`
-    and writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are protocols of their own, below.
+    `model.base.BaseModel` derives the attributes from `axes` and `init`, and has defaults for the last two methods; a
+    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols.
 
     Attributes:
         config: What built it, with derived values filled in.
@@ -89,32 +95,20 @@ class Model(Protocol):
         axes: The logical axes of each parameter, from which sharding, weight decay and Muon's matrices follow: see
             `distributed.sharding.RULES`. "layers" comes first on parameters stacked over layers. A table looked up by
             token is ("vocab", "embed"), the output head ("embed", "vocab"). None is an axis that is never sharded.
+        shapes: The parameters as `jax.ShapeDtypeStruct`s.
+        num_params: Parameters without the vocabulary's padding.
+        num_params_non_embedding: Parameters without token embedding and output head.
+        padded_vocab_size: Columns of the head.
     """
 
     config: Any
     mesh: Mesh | None
     vocab_size: int
     axes: Axes
-
-    @property
-    def shapes(self) -> Params:
-        """The parameters as `jax.ShapeDtypeStruct`s."""
-        ...
-
-    @property
-    def num_params(self) -> int:
-        """Parameters without the vocabulary's padding."""
-        ...
-
-    @property
-    def num_params_non_embedding(self) -> int:
-        """Parameters without token embedding and output head."""
-        ...
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Columns of the head."""
-        ...
+    shapes: Params
+    num_params: int
+    num_params_non_embedding: int
+    padded_vocab_size: int
 
     @abc.abstractmethod
     def init(self, key: Array) -> Params:
@@ -198,7 +192,7 @@ class LossFn(Protocol):
         ...
 
 
-class LossConfig(Protocol):
+class LossConfig(Dataclass, Protocol):
     """A dataclass that describes a loss."""
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
@@ -212,7 +206,7 @@ class LossConfig(Protocol):
 Schedule = Callable[[int, int | None], float]  # (tokens trained before, total tokens) -> factor on the peak rate
 
 
-class ScheduleConfig(Protocol):
+class ScheduleConfig(Dataclass, Protocol):
     """A dataclass that describes a learning-rate schedule. See plan/schedules.py."""
 
     def build(self) -> Schedule: ...
@@ -221,11 +215,11 @@ class ScheduleConfig(Protocol):
 class Optimizer(Protocol):
     """Pure functions, called inside `jax.jit`."""
 
-    def init(self, params: Params) -> Any:
+    def init(self, params: Params, /) -> Any:
         """The state: a tree of arrays. What has a parameter's shape under the parameter's path is sharded like it."""
         ...
 
-    def update(self, grads: Params, state: Any, params: Params, learning_rate: Array) -> tuple[Params, Any]:
+    def update(self, grads: Params, state: Any, params: Params, learning_rate: Array, /) -> tuple[Params, Any]:
         """(new parameters, new state).
 
         Args:
@@ -235,7 +229,7 @@ class Optimizer(Protocol):
         ...
 
 
-class OptimizerConfig(Protocol):
+class OptimizerConfig(Dataclass, Protocol):
     """A dataclass that describes an optimizer. `optim.base.OptaxConfig` makes one of any optax transformation.
 
     Attributes:
@@ -278,7 +272,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-class TokenizerConfig(Protocol):
+class TokenizerConfig(Dataclass, Protocol):
     """A dataclass that names a tokenizer. See tokenizers/."""
 
     def build(self, workdir: str) -> Tokenizer: ...
@@ -365,7 +359,7 @@ class Transform(Protocol):
     def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None: ...
 
 
-class SourceConfig(Protocol):
+class SourceConfig(Dataclass, Protocol):
     """A dataclass that names a source.
 
     Attributes:

@@ -6,9 +6,13 @@ from typing import Any
 
 import jax
 
+from jaxtrain.config import Config
+from jaxtrain.cost import roofline
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import Json
+from jaxtrain.losses.chunks import CHUNK_TOKENS
+from jaxtrain.optim.base import state_axes
 from jaxtrain.trainer.step import StepComponents
 
 NO_UNROLLING = "--xla_gpu_enable_while_loop_unrolling=WHILE_LOOP_UNROLLING_NO_UNROLL"
@@ -17,10 +21,9 @@ _MOST_SHOWN = 3
 
 def lines(parts: StepComponents, cluster: Cluster, limit: int, misfits: list[Json]) -> list[str]:
     """misfits: the stages that do not fit, with batch_size and seq_len."""
-    mesh, remat = parts.mesh.shape, parts.model.config.remat
+    mesh = parts.mesh.shape
     said = ["\nWhat may help (micro-batches are one row a chip already, so a smaller batch alone does not):"]
-    if remat != "full":
-        said.append(f"  - --config.model.remat=full (now {remat}): keeps a layer's input alone for the backward pass")
+    said += [f"  - --config.{line}" for line in parts.model.memory_advice()]
     longest = max(stage["seq_len"] for stage in misfits)
     now = state_bytes(parts, mesh)
     for other in _meshes(parts, longest, [stage["batch_size"] for stage in misfits]):
@@ -45,14 +48,14 @@ def _meshes(parts: StepComponents, seq_len: int, batch_sizes: list[int]) -> Iter
     """Meshes of as many chips that the model and the batches can be shared by, with less on each chip."""
     config, now = parts.model.config, dict(parts.mesh.shape)
     chips, shown = parts.mesh.size, 0
-    heads = math.gcd(config.num_heads, config.num_kv_heads)
+    heads = math.gcd(getattr(config, "num_heads", 1), getattr(config, "num_kv_heads", 0))
     for tensor in (now["tensor"], *(d for d in (2, 4, 8) if heads % d == 0 and d > now["tensor"])):
         for context in (now["context"], *(d for d in (2, 4, 8) if seq_len % d == 0 and d > now["context"])):
             if chips % (tensor * context):
                 continue
             other = {"data": 1, "fsdp": chips // (tensor * context), "tensor": tensor, "context": context}
             shared = all(size % other["fsdp"] == 0 for size in batch_sizes)
-            divides = config.hidden_size % other["fsdp"] == 0
+            divides = roofline.width(parts.model) % other["fsdp"] == 0
             if other != now and shared and divides and shown < _MOST_SHOWN:
                 shown += 1
                 yield other
@@ -64,11 +67,17 @@ def _chips_for(parts: StepComponents, mesh: Mapping[str, int], limit: int) -> in
     return 1 << max(0, math.ceil(math.log2(whole / (limit / 2))))
 
 
+def chunk_tokens(config: Config) -> int:
+    """Positions whose logits exist at once on a device."""
+    return getattr(config.loss, "chunk_tokens", CHUNK_TOKENS)
+
+
 def state_bytes(parts: StepComponents, mesh: Mapping[str, int]) -> float:
     """Bytes of parameters and optimizer state on a chip of this mesh."""
     shapes: Any = parts.model.shapes
     opt: Any = jax.eval_shape(parts.optimizer.init, shapes)
-    return tree_bytes(parts.model.axes, shapes, mesh) + tree_bytes(parts.optimizer.state_axes, opt, mesh)
+    axes = state_axes(parts.optimizer, parts.model.axes, shapes)
+    return tree_bytes(parts.model.axes, shapes, mesh) + tree_bytes(axes, opt, mesh)
 
 
 def tree_bytes(axes_tree: Any, shapes_tree: Any, mesh: Mapping[str, int]) -> float:

@@ -13,8 +13,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.stores import token_store
 from jaxtrain.distributed import sharding
-from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama
+from jaxtrain.interfaces import Json, Model
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
 from jaxtrain.trainer import session
@@ -144,15 +143,14 @@ def temporary_bytes(given: Outlook, tokens: float, micro_batches: int) -> float:
     accumulate) in fp32, the parameters' shard and two gathered layers in the compute dtype, the head gathered and its
     gradient in fp32, a chunk's logits, what the backward pass keeps of each layer, and one layer's own."""
     model, mesh, config = given.parts.model, given.mesh, given.config
-    itemsize = 2 if model.config.dtype == "bfloat16" else 4
-    width, tensor = model.config.hidden_size, mesh["tensor"]
+    itemsize, tensor, num_layers = roofline.itemsize(model), mesh["tensor"], _num_layers(model)
     local = advice.tree_bytes(model.axes, model.shapes, mesh) / 4
-    layer = sum(a * b for a, b in roofline.matrices(model.config)) / tensor
-    head = width * model.padded_vocab_size / tensor
-    chunk = min(config.loss.chunk_tokens, tokens) * model.padded_vocab_size / tensor
+    layer = sum(a * b for a, b in roofline.matrices(model)) / num_layers / tensor
+    head = roofline.width(model) * model.padded_vocab_size / tensor
+    chunk = min(advice.chunk_tokens(config), tokens) * model.padded_vocab_size / tensor
     total = local * 4 * (2 if micro_batches > 1 else 1) + local * itemsize + 2 * layer * itemsize
     total += head * (itemsize + 4) + chunk * (8 + itemsize)
-    kept, one = model.config.num_layers * _kept(model, tensor), _of_one_layer(model, tensor)
+    kept, one = num_layers * _kept(model, tensor), _of_one_layer(model, tensor)
     total += tokens * itemsize * (kept + one)
     if given.cluster.num_chips == 1:
         return total
@@ -174,20 +172,24 @@ def _of_the_compiler(
         return 2 * head + gradients if micro_batches > 1 else head
     if micro_batches == 1:
         return 0.0
-    if given.parts.model.config.attention == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
+    if getattr(given.parts.model.config, "attention", "xla") == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
         return kept + 2 * one
     return gradients + (kept + one if micro_batches == 2 else 0.0)
 
 
-def _kept(model: Llama, tensor: int) -> float:
+def _kept(model: Model, tensor: int) -> float:
     """Numbers of a token that a layer keeps for the backward pass: its input, and what remat does not compute again."""
-    outputs = sum(b for _, b in roofline.matrices(model.config)) / tensor
-    return model.config.hidden_size + {"full": 0.0, "dots": outputs, "none": 2 * outputs}[model.config.remat]
+    outputs = sum(b for _, b in roofline.matrices(model)) / _num_layers(model) / tensor
+    return roofline.width(model) + {"full": 0.0, "dots": outputs, "none": 2 * outputs}[roofline.remat(model)]
 
 
-def _of_one_layer(model: Llama, tensor: int) -> float:
+def _of_one_layer(model: Model, tensor: int) -> float:
     """Numbers of a token while one layer's gradient is computed: ends of all products, and their gradients."""
-    return 2 * sum(a + b for a, b in roofline.matrices(model.config)) / tensor
+    return 2 * sum(a + b for a, b in roofline.matrices(model)) / _num_layers(model) / tensor
+
+
+def _num_layers(model: Model) -> int:
+    return getattr(model.config, "num_layers", 1)
 
 
 def disk(given: Outlook) -> Part:

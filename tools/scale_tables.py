@@ -122,7 +122,7 @@ def measured(answer: Json) -> list[str]:
 def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
     from jaxtrain.cli import files as configs
     from jaxtrain.cost import roofline
-    from tools import estimating
+    from tools import advice, estimating
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
     loaded: Any = configs.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
@@ -133,7 +133,7 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
     step = roofline.Shape(
         batch_size=stage.batch_size, seq_len=stage.seq_len, micro_batches=count, mesh=dict(outlook.mesh)
     )
-    best = roofline.roofline(cluster.chip, outlook.parts, step, loaded.loss.chunk_tokens, roofline.Traffic())
+    best = roofline.roofline(cluster.chip, outlook.parts, step, advice.chunk_tokens(loaded), roofline.Traffic())
     cells = [_mesh(outlook.mesh), f"~{count}", f"~{memory['memory_gb']:.1f} of {memory['limit_gb']:.1f}"]
     if not memory["fits"]:
         return [*cells, "~no", "", "", "", ""]

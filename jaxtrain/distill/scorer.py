@@ -121,7 +121,7 @@ def _records(
     model: Model, layout: Layout, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
     """uint8 [B, T, W]; the logits of a few positions of each row exist at once."""
-    x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT).x_BTD
+    x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT).x
     head_EV = model.head(params)[:, : layout.vocab_size].astype(x_BTE.dtype)
     B, T, E = x_BTE.shape
     mesh = model.mesh

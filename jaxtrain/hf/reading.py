@@ -20,8 +20,7 @@ from tqdm import tqdm
 from jaxtrain.data.io.retry import classify
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
-from jaxtrain.interfaces import Json
-from jaxtrain.interfaces import Params
+from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama, LlamaConfig
 
 logger = logging.getLogger("jaxtrain")
@@ -50,7 +49,7 @@ def commit(folder_or_id: str, revision: str | None = None) -> str | None:
 
 def load(
     folder_or_id: str,
-    model: Llama,
+    model: Model,
     shardings: Any,
     *,
     revision: str | None = None,
@@ -65,6 +64,7 @@ def load(
     Host memory stays at about one tensor of one layer. Raises UserError where the checkpoint is not there, not whole,
     or not this model's: the first tensors that do not fit are named.
     """
+    model = families.llama(model)
     folder = _folder(folder_or_id, revision, ["config.json", "*.safetensors", INDEX])
     files = _Files(folder, folder_or_id)
     paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.reading import INDEX
-from jaxtrain.interfaces import Json
-from jaxtrain.interfaces import Params
+from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -33,7 +32,7 @@ class SavedTokenizer(Protocol):
 
 def export(
     params: Params,
-    model: Llama,
+    model: Model,
     folder: str,
     dtype: str = "bfloat16",
     tokenizer: SavedTokenizer | None = None,
@@ -49,6 +48,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
+    model = families.llama(model)
     eos_id, bos_id = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
     config = families.to_json(model.config, model.vocab_size, dtype, bos_id, eos_id)
     path = Path(folder)

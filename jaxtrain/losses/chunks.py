@@ -6,12 +6,12 @@ There are two ways to write a loss:
 * `chunked_loss`: a function of one chunk's logits that also returns their gradient. It is faster: the backward matrix
   products run in the compute dtype, and with `tensor` no device needs the whole head.
 
-Both compute the gradient in the forward pass and keep it (dx is as large as x, dw as w). They can, because the loss is a
-scalar: its cotangent only scales them. So logits are computed once, with three matrix products for each chunk instead of
-the four of a backward pass that recomputes them. If nothing is differentiated (evaluation), XLA drops the other two.
+Both compute the gradient in the forward pass and keep it (dx is as large as x, dw as w). They can, because the loss is
+a scalar: its cotangent only scales them. So logits are computed once, with three matrix products for each chunk instead
+of the four of a backward pass that recomputes them. If nothing is differentiated (evaluation), XLA drops the other two.
 
 Positions stay on their devices: inside `shard_map` each device flattens its own rows. W is gathered once over `fsdp`
-before the chunks, and its gradient reduced once after them; in Auto mode XLA would reduce a [D, V] array in every chunk.
+before the chunks, and its gradient reduced once after them; in Auto mode XLA would reduce [D, V] in every chunk.
 Shapes beyond the legend of interfaces.py: C positions of a chunk; V may be a device's slice of the vocabulary.
 """
 
@@ -123,8 +123,8 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
 
     It is differentiable with respect to x and w through sums["loss"]. No gradient passes through the other sums, which
     are for reports, nor to rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw is
-    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary, and only [C] statistics
-    and dx are reduced.
+    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary; only [C] statistics and
+    dx are reduced.
 
     Args:
         chunk_fn: What the loss does to a chunk.

@@ -30,10 +30,10 @@ def one_thread_at_a_time(method: Method) -> Method:
 
 
 class BaseModel(Model):
-    """A model with the properties and optional methods of `interfaces.Model` derived or at their defaults.
+    """A model with the attributes of `interfaces.Model` derived, and its optional methods at their defaults.
 
-    A subclass writes `init`, `hidden`, `head` and `flops_per_token`. What `init` needs is set before `super().__init__`,
-    which raises UserError if the mesh does not divide the parameters.
+    A subclass writes `init`, `hidden`, `head` and `flops_per_token`. It sets what `init` needs, then calls
+    `super().__init__`, which raises UserError if the mesh does not divide the parameters.
     """
 
     def __init__(self, config: Any, vocab_size: int, mesh: Mesh | None, axes: Axes):
@@ -41,38 +41,17 @@ class BaseModel(Model):
         self.vocab_size = vocab_size
         self.mesh = mesh
         self.axes = axes
+        self.shapes: Params = jax.eval_shape(self.init, jax.random.key(0))
         if mesh is not None:
             sharding.check_divides(mesh, axes, self.shapes)
-
-    @functools.cached_property
-    def shapes(self) -> Params:
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    @functools.cached_property
-    def padded_vocab_size(self) -> int:
-        return jax.eval_shape(self.head, self.shapes).shape[1]
-
-    @functools.cached_property
-    def num_params(self) -> int:
-        return self._count(lambda axes: True)
-
-    @functools.cached_property
-    def num_params_non_embedding(self) -> int:
-        return self._count(lambda axes: "vocab" not in axes)
-
-    def _count(self, counts: Callable[[sharding.Axes], bool]) -> int:
-        sizes = jax.tree.map(
-            lambda axes, leaf: (
-                math.prod(
-                    self.vocab_size if axis == "vocab" else size for axis, size in zip(axes, leaf.shape, strict=True)
-                )
-                * counts(axes)
-            ),
-            self.axes,
-            self.shapes,
-            is_leaf=sharding.is_axes,
-        )
-        return sum(jax.tree.leaves(sizes))
+        self.padded_vocab_size = jax.eval_shape(self.head, self.shapes).shape[1]
+        all_axes = jax.tree.leaves(axes, is_leaf=sharding.is_axes)
+        counts = [
+            (math.prod(vocab_size if a == "vocab" else n for a, n in zip(axes, leaf.shape, strict=True)), axes)
+            for axes, leaf in zip(all_axes, jax.tree.leaves(self.shapes), strict=True)
+        ]
+        self.num_params = sum(count for count, _ in counts)
+        self.num_params_non_embedding = sum(count for count, axes in counts if "vocab" not in axes)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return {}

@@ -164,7 +164,7 @@ class _Recomputing:
         # Slots after the last token hold zeros, which causality hides.
         segment_ids_BS = ((slots >= start_B[:, None]) & (slots <= slot)).astype(jnp.int32)
         positions_BS = jnp.clip(slots - start_B[:, None], 0, slot - start_B[:, None])
-        x_BSD = self._model.hidden(params, tokens_BS, segment_ids_BS, positions_BS).x_BTD
+        x_BSD = self._model.hidden(params, tokens_BS, segment_ids_BS, positions_BS).x
         return jax.lax.dynamic_index_in_dim(x_BSD, slot, 1, keepdims=False)
 
 

@@ -64,7 +64,8 @@ class LlamaConfig:
             (GPT-2, Radford et al. 2019, section 2.3).
         dtype: Of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and softmax
             are fp32.
-        remat: What the backward pass computes again: "none"; "full", all of a layer; "dots", all but its weight matmuls.
+        remat: What the backward pass computes again: "none"; "full", all of a layer; "dots", all but its matmuls with
+            weights.
         scan_layers: False unrolls the layers: slower to compile, at times faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """

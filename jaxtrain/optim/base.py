@@ -140,7 +140,7 @@ def decay_mask(axes_tree: Axes, decay_embeddings: bool) -> Params:
     )
 
 
-def apply(params: Params, updates: Params, learning_rate: jax.Array, weight_decay: float, decays: Params) -> Params:
+def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: float, decays: Any) -> Any:
     """params - learning_rate * (updates + weight_decay * params), the decay where `decays` is True; dtypes are kept."""
 
     def step(p: jax.Array, u: jax.Array, decay: bool) -> jax.Array:

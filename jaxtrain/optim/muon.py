@@ -70,38 +70,42 @@ class Muon:
         Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
         """
         adam = optax.scale_by_adam(*self.betas, eps=self.epsilon)
-        axes = flatten_dict(axes)
+        axes = flat(axes)
         matrices = [path for path, leaf in axes.items() if base.is_matrix(leaf)]
         others = [path for path in axes if path not in matrices]
-        decays = base.decay_mask(axes, self.decay_embeddings)
+        decays: Any = base.decay_mask(axes, self.decay_embeddings)
         dtype = jnp.dtype(self.newton_schulz_dtype)
 
-        def select(flat: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
-            return {path: flat[path] for path in paths}
+        def select(tree: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
+            return {path: tree[path] for path in paths}
 
         def init(params: Params) -> Any:
-            flat = flatten_dict(params)
-            momentum = jax.tree.map(jnp.zeros_like, unflatten_dict(select(flat, matrices)))
-            return {"momentum": momentum, "adam": adam.init(unflatten_dict(select(flat, others)))}
+            momentum = jax.tree.map(jnp.zeros_like, unflatten_dict(select(flat(params), matrices)))
+            return {"momentum": momentum, "adam": adam.init(unflatten_dict(select(flat(params), others)))}
 
         def update(grads: Params, state: Any, params: Params, learning_rate: jax.Array) -> tuple[Params, Any]:
-            flat_grads, flat_params, momentum = flatten_dict(grads), flatten_dict(params), {}
+            flat_grads, flat_params, momentum = flat(grads), flat(params), {}
             directions = {}
-            for path, old in flatten_dict(state["momentum"]).items():
+            for path, old in flat(state["momentum"]).items():
                 grad = flat_grads[path]
                 momentum[path] = (self.momentum * old + (1 - self.momentum) * grad).astype(old.dtype)
                 nesterov = (1 - self.momentum) * grad + self.momentum * momentum[path]
                 directions[path] = _orthogonalized(nesterov, axes[path], dtype, mesh)
             updates, adam_state = adam.update(unflatten_dict(select(flat_grads, others)), state["adam"])
             new = {}
-            for paths, flat, rate in (
+            for paths, moves, rate in (
                 (matrices, directions, learning_rate),
-                (others, flatten_dict(updates), learning_rate * self.adam_ratio),
+                (others, flat(updates), learning_rate * self.adam_ratio),
             ):
-                new |= base.apply(select(flat_params, paths), flat, rate, self.weight_decay, select(decays, paths))
+                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, select(decays, paths))
             return unflatten_dict(new), {"momentum": unflatten_dict(momentum), "adam": adam_state}
 
         return base.Functions(init, update)
+
+
+def flat(tree: Any) -> dict[Path, Any]:
+    """Nested dicts as one, from path to leaf."""
+    return flatten_dict(tree)  # type: ignore[return-value]
 
 
 def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:

@@ -285,9 +285,10 @@ def _report(parts: StepComponents, plan: Plan, dealers: Sequence[SourceReader]) 
     )
     if parts.distilled is not None and parts.distilled.teacher is not None:
         logger.info("Teacher: %s parameters", f"{parts.distilled.teacher.num_params:,}")
-    for stage in plan.stages if isinstance(model, AttentionModel) else ():
-        choice = model.attention_choice(stage.batch_size, stage.seq_len)
-        logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
+    if isinstance(model, AttentionModel):
+        for stage in plan.stages:
+            choice = model.attention_choice(stage.batch_size, stage.seq_len)
+            logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
 
 
 def _prepare(cache: DiskCache) -> None:

@@ -175,10 +175,7 @@ def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teachin
         teacher = parts.distilled.teacher
         # Closed over and cut off: nothing of the teacher's forward pass is kept for a backward pass.
         frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
-        if teacher is None:
-            says = (batch[RECORDS],)
-        else:
-            says = (teacher.hidden(frozen, *inputs).x_BTD, teacher.head(frozen))
+        says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
         rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
         sums = parts.distilled.loss(x_BTD, head_DV, *says, *rest)
     # The model's are means over the micro-batch. Times its tokens, they are added up and divided as the loss is.
@@ -196,7 +193,7 @@ def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
     cross_entropy = CrossEntropy().build(parts.model.vocab_size, parts.mesh)
 
     def step(params: Params, batch: Batch, token_bytes_V: jax.Array) -> Metrics:
-        x_BTD = parts.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x_BTD
+        x_BTD = parts.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
         mask_BT = batch["loss_mask"]
         arrays = (x_BTD, parts.model.head(params), batch["targets"], mask_BT)
         sums = parts.loss(*arrays)
