@@ -49,7 +49,7 @@ class ModelConfig(Dataclass, Protocol):
     """A dataclass that describes a model.
 
     Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` say how the model is computed, and may change at
-    a resume. All others say what it is, and a resume refuses a change. As a frozen teacher it gets the teacher's `dtype`,
+    a resume. All others say what it is; a resume refuses a change. As a frozen teacher it gets the teacher's `dtype`,
     remat="none", scan_layers=True and attention="auto", as far as it has these fields.
     """
 

@@ -35,7 +35,7 @@ ORDER = (
 FENCES = {
     "absl": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "array_record": ("jaxtrain/data/",),
-    "datasets": ("jaxtrain/data/", "tools/benches/plain.py"),  # the latter measures it for comparison
+    "datasets": ("jaxtrain/data/", "tools/bench/plain.py"),  # the latter measures it for comparison
     "ml_collections": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "orbax": ("jaxtrain/checkpoint/",),
     "safetensors": ("jaxtrain/hf/",),
@@ -67,7 +67,10 @@ def problems(root: Path) -> list[str]:
     ]
     found += [
         f"{name_of(root, path)}: {match[0].decode()} is a folder of one machine"
-        for path in [*text_files(root, TEXT), *filter(Path.is_file, root.glob("*"))]
+        for path in [
+            *text_files(root, TEXT),
+            *(path for path in root.glob("*") if path.is_file() and path.name != ".git"),
+        ]
         if (match := MACHINE_PATH.search(path.read_bytes()))
     ]
     return found

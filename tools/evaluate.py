@@ -1,7 +1,6 @@
 """`python -m tools.evaluate`: the loss of a checkpoint on held-out documents."""
 
 import dataclasses
-import json
 import tempfile
 from typing import Any
 
@@ -13,8 +12,8 @@ COMMAND = cli.Command(
     name="python -m tools.evaluate",
     description=(
         "Loss, perplexity and bits per byte on the documents that data.holdout kept out of training: those that the run"
-        " evaluates on, or others, by --config.eval. The config is the checkpoint's own; give --config=FILE where that "
-        "has credentials, which are not recorded. Trains nothing, and may look at a run under way."
+        " evaluates on, or others, by --config.eval. The config is the checkpoint's own; give --config=FILE if that "
+        "needs credentials, which are not recorded. Trains nothing, and may inspect a live run."
     ),
     examples=(
         "python -m tools.evaluate --workdir=runs/1b",
@@ -24,8 +23,8 @@ COMMAND = cli.Command(
     flags=(
         cli.Flag(name="workdir", help="the run's work directory"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        cli.Flag(name="by_source", type=bool, default=False, help="each source by itself, too"),
-        cli.Flag(name="json", type=str | None, default=None, help="also write the numbers here, as JSON"),
+        cli.Flag(name="by_source", type=bool, default=False, help="also each source on its own"),
+        cli.JSON,
         cli.IMPORT,
     ),
     config="optional",
@@ -33,68 +32,62 @@ COMMAND = cli.Command(
 
 
 def main(flags: cli.Flags) -> None:
-    # After the command line is known to be right: these import JAX, which takes seconds.
+    # Importing JAX takes seconds: only once the command line is known to be right.
     from jaxtrain.checkpoint import checkpoints
-    from tools import restored
+    from jaxtrain.trainer import restored
 
     saved = checkpoints.load_data(flags.workdir, flags.step)
     if flags.config is None:
-        recorded = cli.override(cli.from_json(saved["config"]), flags.overrides)
-        cli.check(recorded)
+        config = cli.override(cli.from_json(saved["config"]), flags.overrides)
+        cli.check(config)
     else:
-        recorded = flags.load_config()
+        config = flags.load_config()
     held_out = saved["config"]["data"]["holdout"]
-    if recorded.data.holdout != held_out or not held_out:
+    if config.data.holdout != held_out or not held_out:
         raise UserError(
-            f"data.holdout={recorded.data.holdout}, and the run kept {held_out} of its documents out of training: only "
+            f"data.holdout={config.data.holdout}, and the run kept {held_out} of its documents out of training: only "
             "those say anything about other text. " + ("Set it back." if held_out else "Train with data.holdout=0.01.")
         )
     found = restored.restore(flags.workdir, flags.step)
-    mixes = {"all": recorded.eval}
+    mixes = {"all": config.eval}
     if flags.by_source:
-        mixes |= {
-            name: dataclasses.replace(recorded.eval, weights={name: 1.0}) for name in sorted(recorded.data.sources)
-        }
-    numbers = {"step": found.step, "loss": _measure(recorded, saved, found, mixes, flags.workdir)}
+        mixes |= {name: dataclasses.replace(config.eval, weights={name: 1.0}) for name in sorted(config.data.sources)}
+    numbers = {"step": found.step, "loss": _measure(config, saved, found, mixes, flags.workdir)}
     if flags.json is not None:
-        try:
-            with open(flags.json, "w", encoding="utf-8") as out:
-                json.dump(numbers, out, indent=2)
-        except OSError as error:
-            raise UserError(f"--json={flags.json}: {error}") from None
+        cli.write_json(flags.json, numbers)
 
 
 def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdir: str) -> Json:
-    """The numbers of each mix, by its name; they are printed as they come."""
+    """The numbers of each mix by its name, printed as they come."""
+    from jaxtrain.cost import memory
     from jaxtrain.data import pipeline
     from jaxtrain.metrics.monitor import perplexity
     from jaxtrain.trainer import open_data
     from jaxtrain.trainer.evaluate import Evaluator
+    from jaxtrain.trainer.programs import StagePrograms
     from jaxtrain.trainer.step import StepComponents
 
-    plan, mesh = config.plan(), found.model.mesh
-    parts = StepComponents(
-        found.model,
-        config.loss.build(found.tokenizer.vocab_size, mesh),
-        config.optimizer.build(found.model.axes, mesh),
-        mesh,
-        config.clip_norm,
-    )
-    resolved = open_data.resolve(config, saved)
+    plan, mesh, vocab_size = config.plan(), found.model.mesh, found.tokenizer.vocab_size
+    optimizer = config.optimizer.build(found.model.axes, mesh)
+    components = StepComponents(found.model, config.loss.build(vocab_size, mesh), optimizer, mesh, config.clip_norm)
+    limit = memory.limit(mesh, config.memory_gb)
+    sources = open_data.resolve(config, saved)
     threads, numbers = pipeline.pools(config.data), {}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-evaluate-") as scratch:
         for name, mix in mixes.items():
+            mixed = mix.plan(plan, config.data.num_lanes)
+            programs = StagePrograms(components, None, config.micro_batch_tokens, limit, evaluation=mixed.stages[0])
             evaluator = Evaluator(
-                mix,
+                mixed,
                 config.data,
-                plan,
-                resolved,
+                sources,
                 found.tokenizer,
-                parts,
+                mesh,
                 threads,
                 config.seed,
                 open_data.skipped(workdir, saved),
                 scratch,
+                lambda programs=programs: programs.evaluation().executable,
             )
             values = evaluator.run(found.params)
             numbers[name] = {**values, "eval_perplexity": perplexity(values["eval_loss"])}

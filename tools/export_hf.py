@@ -30,10 +30,12 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
     from jaxtrain import hf
-    from tools.restored import restore
+    from jaxtrain.trainer.restored import restore
 
     found = restore(flags.workdir, flags.step)
-    hf.export(found.params, found.model, flags.output, flags.dtype, found.tokenizer, progress=True)
+    hf.export(
+        found.params, found.model, flags.output, flags.dtype, found.tokenizer, add_bos=found.add_bos, progress=True
+    )
     print(f"Wrote step {found.step} ({found.model.num_params:,} parameters, {flags.dtype}) to {flags.output}")
 
 

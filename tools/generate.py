@@ -43,7 +43,7 @@ def main(flags: cli.Flags) -> None:
     prompts = [prompt for prompt in _prompts(flags) for _ in range(_positive(flags.samples))]
     # After the command line is known to be right: these import JAX, which takes seconds.
     from jaxtrain.model.generate import continuation, generate
-    from tools.restored import restore
+    from jaxtrain.trainer.restored import restore
 
     found = restore(flags.workdir, flags.step)
     prompts_ids = [_ids(prompt, found) for prompt in prompts]

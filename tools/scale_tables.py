@@ -12,14 +12,13 @@ from jaxtrain import cli
 from jaxtrain.cost import clusters
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
-from tools import files
 
 COMMAND = cli.Command(
     name="python -m tools.scale_tables",
     description=(
-        "Writes the tables of docs/scale.md: 1B, 4B and 8B on 8 to 512 chips of each kind. Rows that were compiled are "
-        "kept in a file of results; --compile adds those that are missing, minutes each for TPUs, and may be stopped "
-        "and started again. The others are estimated, and say so."
+        "Writes the tables of docs/scale.md: 1B, 4B and 8B on 8 to 512 chips of each kind. Compiled rows are kept in a "
+        "file of results; --compile adds missing ones (minutes each for TPUs), and may be stopped and restarted. The "
+        "other rows are estimates and are marked as such."
     ),
     examples=(
         "python -m tools.scale_tables",
@@ -55,7 +54,7 @@ def main(flags: cli.Flags) -> None:
             key = key_of(config, chip, shape, slices)
             if key not in results:
                 results[key] = compiled(config, f"{chip}:{shape}", slices)
-                files.write_json(flags.results, dict(sorted(results.items())))
+                cli.write_json(flags.results, dict(sorted(results.items())))
     lines = [line for chip in SHAPES for line in table(chip, results)]
     before = page.read_text().partition(MARK)[0] if page.exists() else "# Scale\n\n"
     page.write_text("\n".join([before + MARK, *lines]) + "\n")
@@ -70,7 +69,7 @@ def key_of(config: str, chip: str, shape: str, slices: int) -> str:
 
 
 def compiled(config: str, topology: str, slices: int) -> Json:
-    """What the tool answers, in a process of its own: a compiler's memory is not given back."""
+    """The JSON result of tools.compile_check, in a process of its own, since compilers do not give memory back."""
     print(f"Compiling {config} for {topology}" + (f", {slices} slices" if slices > 1 else ""), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
@@ -120,20 +119,21 @@ def measured(answer: Json) -> list[str]:
 
 
 def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
-    from jaxtrain.cli import files as configs
     from jaxtrain.cost import roofline
-    from tools import advice, estimating
+    from tools.estimate import estimate
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-    loaded: Any = configs.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
-    outlook = estimating.outlook(loaded, cluster, None, 1.0, 0.0)
+    loaded: Any = cli.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
+    outlook = estimate.outlook(loaded, cluster, None, 1.0, 0.0)
     (stage,) = outlook.plan.stages
-    memory = estimating.memory(outlook).numbers
+    memory = estimate.memory(outlook).numbers
     count = memory["micro_batches"][0]
     step = roofline.Shape(
         batch_size=stage.batch_size, seq_len=stage.seq_len, micro_batches=count, mesh=dict(outlook.mesh)
     )
-    best = roofline.roofline(cluster.chip, outlook.parts, step, advice.chunk_tokens(loaded), roofline.Traffic())
+    best = roofline.roofline(
+        cluster.chip, outlook.components, step, roofline.loss_chunk(loaded.loss), roofline.Traffic()
+    )
     cells = [_mesh(outlook.mesh), f"~{count}", f"~{memory['memory_gb']:.1f} of {memory['limit_gb']:.1f}"]
     if not memory["fits"]:
         return [*cells, "~no", "", "", "", ""]

@@ -6,15 +6,14 @@ import os
 from typing import Literal
 
 from jaxtrain import cli
-from jaxtrain.cli import paths
 
 COMMAND = cli.Command(
     name="python -m tools.train_tokenizer",
     description=(
-        "Trains a tokenizer on the documents that the config trains on, in its mix, without those held out. Writes a "
-        "folder with tokenizer.model and tokenizer.vocab (sentencepiece), or tokenizer.json, vocab.json and merges.txt "
-        "(bpe). What a flag does not give is the config's, if its tokenizer is a TrainTokenizer, or that class's "
-        "default. A folder that exists is not written over; what an interrupted run left is."
+        "Trains a tokenizer on the documents that the config trains on, in its mix, without held-out documents. Writes "
+        "a folder with tokenizer.model and tokenizer.vocab (sentencepiece), or tokenizer.json, vocab.json and "
+        "merges.txt (bpe). Settings without a flag are the config's, if its tokenizer is a TrainTokenizer, or that "
+        "class's defaults. A finished folder is never overwritten; an interrupted one is."
     ),
     examples=(
         "python -m tools.train_tokenizer --config=configs/quickstart.py --vocab_size=8000 --output=tokenizers/python",
@@ -28,12 +27,7 @@ COMMAND = cli.Command(
             default=None,
             help="the folder to write; tokenizer in the work directory by default",
         ),
-        cli.Flag(
-            name="workdir",
-            type=str | None,
-            default=None,
-            help="the run's work directory; runs/<config file>[-<arg>] by default",
-        ),
+        cli.WORKDIR,
         cli.Flag(
             name="kind",
             type=Literal["sentencepiece", "bpe"] | None,
@@ -66,13 +60,12 @@ _FIELDS = ("kind", "vocab_size", "max_samples", "model_type", "byte_fallback", "
 
 
 def main(flags: cli.Flags) -> None:
-    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    workdir = cli.workdir_of(flags)
     output = flags.output or os.path.join(workdir, "tokenizer")
-    paths.keep_caches_in(workdir)
     config = flags.load_config()
-    # A run may have the machine's accelerator; nothing here needs one.
+    # A run may be using this machine's accelerator; nothing here needs one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # After the config is known to be right: these import JAX, which takes seconds.
+    # Importing JAX takes seconds: only once the config is known to be right.
     from jaxtrain.checkpoint.workdir import Workdir
     from jaxtrain.data import pipeline
     from jaxtrain.metrics.monitor import console_logging
@@ -85,15 +78,12 @@ def main(flags: cli.Flags) -> None:
     training.check_free(output)
     with console_logging(), contextlib.ExitStack() as held:
         if flags.output is None:
-            # A run that starts there now would train its own.
+            # Without the lock a run that starts there now would train its own.
             held.enter_context(Workdir(workdir))
-        dealers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
-        try:
-            texts = pipeline.texts(config.data, dealers, config.plan(), chosen.max_samples)
-            training.train(chosen, texts, output)
-        finally:
-            for dealer in dealers:
-                dealer.close()
+        readers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
+        for reader in readers:
+            held.callback(reader.close)
+        training.train(chosen, pipeline.texts(config.data, readers, config.plan(), chosen.max_samples), output)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,30 @@ from jaxtrain.cli.record import (
     to_json,
     upgrade,
 )
+from jaxtrain.cli.shared import (
+    JSON,
+    SLICES,
+    VOCAB_SIZE,
+    WORKDIR,
+    WORKER,
+    parse_worker,
+    table,
+    workdir_of,
+    write_json,
+)
 from jaxtrain.cli.tree import check, override
 
 __all__ = [
     "ABSENT",
     "BEFORE",
     "IMPORT",
+    "JSON",
     "KIND",
     "REQUIRED",
+    "SLICES",
+    "VOCAB_SIZE",
+    "WORKDIR",
+    "WORKER",
     "Command",
     "Flag",
     "Flags",
@@ -55,9 +71,13 @@ __all__ = [
     "load",
     "override",
     "parse_flags",
+    "parse_worker",
     "public",
     "run",
     "sealed",
+    "table",
     "to_json",
     "upgrade",
+    "workdir_of",
+    "write_json",
 ]

@@ -9,7 +9,7 @@ from jaxtrain.cli.redaction import redact
 def default_workdir(spec: str) -> str:
     """runs/<config file>[-<arg>], without the credentials and the query of a URL in the argument."""
     path, _, argument = spec.partition(":")
-    name, argument = pathlib.PurePath(path).stem, redact(argument)
+    name, argument = pathlib.PurePath(path).stem, redact(argument).partition("?")[0]
     return os.path.join("runs", f"{name}-{argument}".replace("/", "_") if argument else name)
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from jaxtrain.cli import kinds, tree, typed
+from jaxtrain.cli.redaction import without_secrets
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
@@ -18,12 +19,6 @@ BEFORE = "before"
 _SECRET_FIELD = re.compile(
     r"((hf|api|auth|access|bearer|security|session)_?)?token|(.*_)?(secret|password|passwd|api_?key|credentials?)"
     r"|(access|secret|private|account)_?key(_id)?",
-    re.IGNORECASE,
-)
-# Parameters that sign a URL or open it, and those that change with every new signature of the same object.
-_SECRET_PARAMETER = re.compile(
-    r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
-    r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",
     re.IGNORECASE,
 )
 _REMOVED = "(removed)"
@@ -134,20 +129,7 @@ def public(key: str, value: Any) -> Any:
         return value
     if value and _SECRET_FIELD.fullmatch(key):
         return _REMOVED
-    return _without_secrets(value)
-
-
-def _without_secrets(text: str) -> str:
-    if "://" not in text:
-        return text
-    text = re.sub(r"([a-z][a-z0-9+.-]*://)[^/?#\s]*@", r"\1", text, flags=re.IGNORECASE)
-    return re.sub(r"\?([^\s#]*)", _without_secret_parameters, text)
-
-
-def _without_secret_parameters(query: re.Match[str]) -> str:
-    parameters = query[1].split("&")
-    kept = [part for part in parameters if not _SECRET_PARAMETER.fullmatch(part.partition("=")[0])]
-    return f"?{'&'.join(kept)}" if kept else ""
+    return without_secrets(value)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,39 +1,73 @@
-"""No secret leaves the process: tokens, credentials and signatures are cut out of whatever is shown or written."""
+"""Keeps secrets inside the process: tokens, credentials and signatures are cut out of whatever is shown or logged.
+
+Redaction is for output alone. It is not exact ("hf_..." stands for many tokens), so nothing that it returns may name a
+file, key a cache or be compared. What records hold goes through `without_secrets`, which touches only URLs.
+"""
 
 import logging
 import os
 import re
 from typing import Any
+from urllib.parse import unquote
 
 _SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
 )
 _SHORTEST = 8  # characters of a secret; shorter values of such variables are settings ("true")
-# Where a request's target is shown without its server ("/x.parquet?X-Amz-Signature=...").
+# Query parameters that sign a URL or open it, and those that change with every new signature of the same object.
 _SECRET_PARAMETER = re.compile(
-    r"([?&](?:x-(?:amz|goog)-[\w-]*|[\w-]*(?:sig|signature|token|apikey|api_key|secret|password|credential))=)[^\s&'\"]+",
+    r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
+    r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",
     re.IGNORECASE,
 )
 
 
-def redact(text: str) -> str:
-    """`text` without tokens, without the credentials of its URLs, and without their queries (signatures).
+def unsigned(url: str) -> str:
+    """The URL without user info and without the parameters that sign it; everything else stays as it is.
 
-    Values of environment variables that hold secrets by their names (HF_TOKEN, AWS_SECRET_ACCESS_KEY) go wherever they
-    stand.
+    A path on the Hub (`hf://`) has neither: a `?` in it belongs to the file's name. The same holds for local paths.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "hf":
+        return url
+    rest, hash_mark, fragment = rest.partition("#")
+    rest, question_mark, query = rest.partition("?")
+    server, slash, path = rest.partition("/")
+    parameters = query.split("&")
+    kept = [part for part in parameters if not _SECRET_PARAMETER.fullmatch(unquote(part.partition("=")[0]))]
+    query = question_mark + "&".join(kept) if kept else ""
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path}{query}{hash_mark}{fragment}"
+
+
+def without_secrets(text: str) -> str:
+    """The text with each of its URLs `unsigned`."""
+    return re.sub(r"[a-z][a-z0-9+.-]*://\S*", lambda url: unsigned(url[0]), text, flags=re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """The text without tokens, and without the credentials and signatures of its URLs.
+
+    The values of environment variables that hold secrets by their names (HF_TOKEN, AWS_SECRET_ACCESS_KEY) are cut out
+    wherever they stand.
     """
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_VARIABLE.fullmatch(name):
             text = text.replace(value, "...")
     text = re.sub(r"(\w://)[^/?#\s'\"]*@", r"\1", text)
-    text = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"<>]*", r"\1", text)
-    text = _SECRET_PARAMETER.sub(r"\1...", text)
-    text = re.sub(r"\b(hf_|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
+    text = re.sub(r"\w+://[^\s'\"<>]*", lambda url: unsigned(url[0]), text)
+    # Clients also show a request's target without its server: "/x.parquet?X-Amz-Signature=...".
+    text = re.sub(r"([?&])([\w%-]+)=[^\s&'\"]+", _without_value, text)
+    text = re.sub(r"\b(hf_(?=[A-Za-z0-9]{12})|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
     return re.sub(r"(?i)\b(bearer|basic)\s+\S+", r"\1 ...", text)
 
 
+def _without_value(parameter: re.Match[str]) -> str:
+    is_secret = _SECRET_PARAMETER.fullmatch(unquote(parameter[2]))
+    return f"{parameter[1]}{parameter[2]}=..." if is_secret else parameter[0]
+
+
 def redact_logs() -> None:
-    """From now on no record of any library's logger holds a secret: clients log the addresses that they ask."""
+    """From now on no log record of any library holds a secret: clients log the addresses they request."""
     make = logging.getLogRecordFactory()
 
     def redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -16,6 +16,7 @@ from jaxtrain.cost.hardware import Chip
 from jaxtrain.cost.hlo import Collective
 from jaxtrain.distributed.sharding import is_axes
 from jaxtrain.interfaces import Model
+from jaxtrain.losses.chunks import CHUNK_TOKENS
 from jaxtrain.optim.base import is_matrix
 
 
@@ -111,6 +112,11 @@ def matrices(model: Model) -> list[tuple[int, int]]:
             inputs = sizes[0] if names[-len(sizes)] == "embed" else math.prod(sizes[:-1])
             found += layers * [(inputs, math.prod(sizes) // inputs)]
     return found
+
+
+def loss_chunk(loss: Any) -> int:
+    """Positions whose logits exist at once on a device, by the config of the loss."""
+    return getattr(loss, "chunk_tokens", CHUNK_TOKENS)
 
 
 def width(model: Model) -> int:

@@ -143,7 +143,7 @@ def _store(
         token_store.check(manifest, where, config.sources[name], tokenizer, identity)
     except UserError as error:
         raise UserError(f"source {name!r}: {error}") from None
-    return TokenStore(where, manifest, memory)
+    return TokenStore(where, manifest, memory, identity)
 
 
 def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,15 @@ class Scorer:
         where = sharding.batch_sharding(model.mesh)
         self._where = where
         options = model.compiler_options(rows, context)
-        self._run = jax.jit(functools.partial(_records, model, layout), out_shardings=where, compiler_options=options)
+        self._run: Any = jax.jit(
+            functools.partial(_records, model, layout), out_shardings=where, compiler_options=options
+        )
+
+    def compile(self) -> Any:
+        """Compiles ahead of the first batch and returns the executable, whose memory is then known."""
+        ids = jax.ShapeDtypeStruct((self._rows, self._context), jnp.int32, sharding=self._where)
+        self._run = self._run.lower(self._params, ids, ids, ids).compile()
+        return self._run
 
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         found = [np.empty((len(document), self._layout.width), np.uint8) for document in documents]

@@ -1,7 +1,7 @@
-"""config.json of each supported architecture to and from LlamaConfig, and the names of the tensors.
+"""The config.json and tensor names of each supported architecture, to and from LlamaConfig.
 
-The architectures differ in what their config.json may leave out and in what they cannot express; a row of FAMILIES says
-both. Written from the configuration classes of transformers 5.23. The spelling of its version 5 (`rope_parameters`,
+Architectures differ in what their config.json may leave out and in what they can express; a row of FAMILIES holds
+both. Written from the configuration classes of transformers 5.24. The spelling of its version 5 (`rope_parameters`,
 `dtype`) and that of version 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) are both read and written.
 """
 
@@ -11,15 +11,20 @@ from typing import Any
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model
 from jaxtrain.model.llama import Llama, LlamaConfig
-from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
+from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """architecture: the class in config.json. defaults: of keys that config.json may leave out.
+    """An architecture of transformers.
 
-    biases: which of (attention_bias, attention_output_bias, mlp_bias) the class can have together. The rest: whether it
-    has QK-norm, can have layers without rotary positions, and can have a sliding window.
+    Attributes:
+        architecture: name of the class in config.json.
+        defaults: values of the keys that config.json may leave out.
+        biases: the combinations of (attention_bias, attention_output_bias, mlp_bias) that the class can have.
+        qk_norm: whether it normalizes queries and keys.
+        no_rope: whether layers may go without rotary positions.
+        sliding_window: whether attention may be limited to a window.
     """
 
     architecture: str
@@ -31,34 +36,22 @@ class Family:
 
 
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
+_QWEN = {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _NONE, _QKV, _ATTENTION = (False, False, False), (True, False, False), (True, True, False)
+_ALL = (_NONE, _ATTENTION, (False, False, True), (True, True, True))
 
-# By model_type; the first that can express a model is the one it is exported as.
+# By model_type. A model is exported as the first that can express it.
 FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        _COMMON | {"max_position_embeddings": 2048},
-        (_NONE, _ATTENTION, (False, False, True), (True, True, True)),
-    ),
+    "llama": Family("LlamaForCausalLM", _COMMON | {"max_position_embeddings": 2048}, _ALL),
     "mistral": Family(
         "MistralForCausalLM",
         _COMMON | {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
         (_NONE,),
         sliding_window=True,
     ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        _COMMON | {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "max_window_layers": 28},
-        (_QKV,),
-        sliding_window=True,
-    ),
+    "qwen2": Family("Qwen2ForCausalLM", _COMMON | _QWEN, (_QKV,), sliding_window=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM",
-        _COMMON
-        | {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
-        (_NONE, _ATTENTION),
-        qk_norm=True,
-        sliding_window=True,
+        "Qwen3ForCausalLM", _COMMON | _QWEN | {"head_dim": 128}, (_NONE, _ATTENTION), qk_norm=True, sliding_window=True
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -69,99 +62,162 @@ FAMILIES = {
             "rope_theta": 2_000_000.0,
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
-            "max_window_layers": 0,
         },
-        (_NONE, _ATTENTION, (False, False, True), (True, True, True)),
+        _ALL,
         no_rope=True,
         sliding_window=True,
     ),
 }
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_TYPES: dict[str, type] = {
+    **dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int),
+    **dict.fromkeys(("sliding_window", "max_window_layers", "no_rope_layer_interval"), int),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), float),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool),
+    **dict.fromkeys(("no_rope_layers", "layer_types"), list),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+}
+_ROPE_TYPES: dict[str, type] = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"), float),
+    "original_max_position_embeddings": int,
+}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _check_types(values: Json, types: dict[str, type], where: str) -> None:
+    for key, kind in types.items():
+        value = values.get(key)
+        if value is not None and not (type(value) is kind or (kind is float and type(value) is int)):
+            raise UserError(f"{where}: {key}={value!r} in config.json is not {_TYPE_NAMES[kind]}.")
 
 
 def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
-    """config.json → (config, vocabulary size). where: for messages. UserError names what is not supported."""
+    """Reads a config.json.
+
+    Args:
+        given: its content.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The model's config and the size of its vocabulary.
+
+    Raises:
+        UserError: something is missing, malformed, or not supported; it is named.
+    """
     kind = given.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type={kind!r} is not supported. Supported architectures: "
             f"{', '.join(family.architecture for family in FAMILIES.values())}."
         )
     family = FAMILIES[kind]
-    # A key with null means the same as none.
-    known = family.defaults | {key: value for key, value in given.items() if value is not None}
-    missing = [
-        key
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        if key not in known
-    ]
+    # These three mean "derived" or "none" when they are null; any other key with null is as good as left out.
+    nullable = ("num_key_value_heads", "head_dim", "sliding_window")
+    known: Json = family.defaults | {key: value for key, value in given.items() if value is not None or key in nullable}
+    missing = [key for key in _REQUIRED if key not in known]
     if missing:
         raise UserError(f"{where}: config.json lacks {', '.join(missing)}.")
-    if known["hidden_act"] != "silu":
+    _check_types(known, _TYPES, where)
+    if known["vocab_size"] < 1:
+        raise UserError(f"{where}: vocab_size={known['vocab_size']} in config.json must be at least 1.")
+    if known["hidden_act"] not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act={known['hidden_act']!r} is not supported; the MLP is SwiGLU ('silu').")
-    attention_bias = bool(known.get("attention_bias", False))
+    # Classes without such a key ignore it.
+    attention_bias = known.get("attention_bias", False) and _ATTENTION in family.biases
     theta, scaling = _rope(known, where)
+    kv_heads = known.get("num_key_value_heads")
+    rotates = _rotates(known, where) if family.no_rope else [True] * known["num_hidden_layers"]
     config = LlamaConfig(
         hidden_size=known["hidden_size"],
         intermediate_size=known["intermediate_size"],
         num_layers=known["num_hidden_layers"],
         num_heads=known["num_attention_heads"],
-        num_kv_heads=known.get("num_key_value_heads", known["num_attention_heads"]),
+        num_kv_heads=known["num_attention_heads"] if kv_heads is None else kv_heads,
         head_dim=known.get("head_dim"),
         max_seq_len=known["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=scaling,
-        no_rope_every=_no_rope_every(known, where) if family.no_rope else None,
-        sliding_window=_sliding_window(kind, given, known, where) if family.sliding_window else None,
+        no_rope_every=None if all(rotates) else rotates.index(False) + 1,
+        sliding_window=_sliding_window(kind, known, rotates, where) if family.sliding_window else None,
         norm_eps=known["rms_norm_eps"],
         tie_embeddings=known["tie_word_embeddings"],
         attention_bias=attention_bias or kind == "qwen2",
-        attention_output_bias=attention_bias and kind != "qwen2",
-        mlp_bias=bool(known.get("mlp_bias", False)),
+        attention_output_bias=attention_bias,
+        mlp_bias=known.get("mlp_bias", False) and family.biases == _ALL,
         qk_norm=family.qk_norm,
     )
-    config.check()
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"{where}: config.json asks for a model that cannot be. {error}") from error
     return config, known["vocab_size"]
 
 
-def _rope(known: Json, where: str) -> tuple[float, LinearRopeScaling | Llama3RopeScaling | None]:
-    given = known.get("rope_parameters") or known.get("rope_scaling") or {}
-    theta = given.get("rope_theta", known["rope_theta"])
-    kind = given.get("rope_type") or given.get("type") or "default"
+def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling, with the precedence and the fallbacks of transformers."""
+    given = known.get("rope_scaling") or known.get("rope_parameters") or {}
+    _check_types(given, _ROPE_TYPES, where)
+    nested = [key for key, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise UserError(f"{where}: rotary positions for {', '.join(nested)} alone are not supported; all layers share.")
     partial = given.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; whole heads are rotated.")
+    theta = given.get("rope_theta", known["rope_theta"])
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, LinearRopeScaling(factor=given["factor"])
-    if kind == "llama3":
-        return theta, Llama3RopeScaling(**{f.name: given[f.name] for f in dataclasses.fields(Llama3RopeScaling)})
-    raise UserError(f"{where}: rope_type={kind!r} is not supported. Supported: default, linear, llama3.")
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope_type={kind!r} is not supported. Supported: default, linear, llama3.")
+    original = "original_max_position_embeddings"
+    settings = {original: known["max_position_embeddings"]} | given
+    if known.get(original) is not None:
+        settings[original] = known[original]
+    scaling = LinearRopeScaling if kind == "linear" else Llama3RopeScaling
+    names = [field.name for field in dataclasses.fields(scaling)]
+    missing = [name for name in names if settings.get(name) is None]
+    if missing:
+        raise UserError(f"{where}: rope_type={kind!r} in config.json lacks {', '.join(missing)}.")
+    return theta, scaling(**{name: settings[name] for name in names})
 
 
-def _no_rope_every(known: Json, where: str) -> int | None:
+def _rotates(known: Json, where: str) -> list[bool]:
+    """For each layer, whether it has rotary positions."""
     layers, every = known["num_hidden_layers"], known["no_rope_layer_interval"]
-    rotates = known.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(layers)])
-    if all(rotates):
-        return None
-    every = rotates.index(0) + 1
-    if [bool(r) for r in rotates] != [(i + 1) % every != 0 for i in range(layers)]:
-        raise UserError(f"{where}: no_rope_layers={rotates} is not supported; only every n-th layer may be without.")
-    return every
+    if every < 1:
+        raise UserError(f"{where}: no_rope_layer_interval={every} in config.json must be at least 1.")
+    given = known.get("no_rope_layers", [(i + 1) % every for i in range(layers)])
+    rotates = [bool(r) for r in given[:layers]]
+    every = layers + 1 if all(rotates) else rotates.index(False) + 1
+    if rotates != [(i + 1) % every != 0 for i in range(layers)]:
+        raise UserError(f"{where}: no_rope_layers={given} is not supported; only every n-th layer may be without.")
+    return rotates
 
 
-def _sliding_window(kind: str, given: Json, known: Json, where: str) -> int | None:
-    # Mistral's null means no window, where the missing key means 4,096.
+def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> int | None:
+    window, types = known.get("sliding_window"), known.get("layer_types")
     if kind == "mistral":
-        return given["sliding_window"] if "sliding_window" in given else known["sliding_window"]
-    window = known.get("sliding_window")
-    if not known.get("use_sliding_window", False) or window is None:
+        if window is None:
+            return None
+        enabled, slides = True, [True] * len(rotates)
+    else:
+        enabled = window is not None and known.get("use_sliding_window", False)
+        # SmolLM3 limits the layers without rotary positions, Qwen those from the max_window_layers-th on.
+        slides = [not r if kind == "smollm3" else i >= known["max_window_layers"] for i, r in enumerate(rotates)]
+    if types is not None:
+        slides = [name == "sliding_attention" for name in types]
+        other = [name for name in types if name not in ("sliding_attention", "full_attention")]
+        if other or len(types) != len(rotates) or (any(slides) and not enabled):
+            raise UserError(
+                f"{where}: layer_types={types} with use_sliding_window={known.get('use_sliding_window')} and "
+                f"sliding_window={window} is not supported; each of the {len(rotates)} layers has full_attention or "
+                "sliding_attention, as the other two say."
+            )
+    if kind != "mistral" and not (enabled and any(slides)):
         return None
-    layers, full = known["num_hidden_layers"], known["max_window_layers"]
-    types = known.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    if len(set(types)) > 1:
+    if not all(slides):
         raise UserError(f"{where}: layers with and without a sliding window are not supported; it is all or none.")
-    return window if types[0] == "sliding_attention" else None
+    return window
 
 
 def llama(model: Model) -> Llama:
@@ -175,7 +231,11 @@ def llama(model: Model) -> Llama:
 
 
 def family_of(config: LlamaConfig) -> str:
-    """The model_type that can express the config. UserError if none can."""
+    """Returns the model_type that can express the config.
+
+    Raises:
+        UserError: none can.
+    """
     biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
     for kind, family in FAMILIES.items():
         if (
@@ -183,6 +243,8 @@ def family_of(config: LlamaConfig) -> str:
             and config.qk_norm == family.qk_norm
             and (config.no_rope_every is None or family.no_rope)
             and (config.sliding_window is None or family.sliding_window)
+            # transformers refuses this of the Llama class alone.
+            and (kind != "llama" or config.hidden_size % config.num_heads == 0)
         ):
             return kind
     raise UserError(
@@ -192,29 +254,33 @@ def family_of(config: LlamaConfig) -> str:
     )
 
 
-def to_json(config: LlamaConfig, vocab_size: int, dtype: str, bos_id: int | None, eos_id: int | None) -> Json:
-    """config.json for the model. dtype: of the exported tensors."""
+def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
+    """Returns the model's config.json, without special tokens.
+
+    Args:
+        config: the model.
+        vocab_size: rows of the exported embedding.
+        dtype: of the exported tensors.
+    """
     kind = family_of(config)
     rope: Json = {"rope_type": "default"}
-    if isinstance(config.rope_scaling, LinearRopeScaling):
-        rope = {"rope_type": "linear", **dataclasses.asdict(config.rope_scaling)}
-    elif isinstance(config.rope_scaling, Llama3RopeScaling):
-        rope = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-    layers = config.num_layers
+    if config.rope_scaling is not None:
+        name = "linear" if isinstance(config.rope_scaling, LinearRopeScaling) else "llama3"
+        rope = {"rope_type": name, **dataclasses.asdict(config.rope_scaling)}
+    layers, every = config.num_layers, config.no_rope_every
     extra: dict[str, Any] = {}
     if kind in ("llama", "smollm3", "qwen3"):
         extra["attention_bias"] = config.attention_bias
     if kind in ("llama", "smollm3"):
         extra["mlp_bias"] = config.mlp_bias
-    if kind == "mistral":
+    if kind != "llama":
         extra["sliding_window"] = config.sliding_window
     if kind in ("qwen2", "qwen3", "smollm3"):
         windowed = config.sliding_window is not None
-        extra |= {"use_sliding_window": windowed, "sliding_window": config.sliding_window}
+        extra["use_sliding_window"] = windowed
         extra["max_window_layers"] = 0 if windowed else layers
         extra["layer_types"] = ["sliding_attention" if windowed else "full_attention"] * layers
     if kind == "smollm3":
-        every = config.no_rope_every
         extra["no_rope_layers"] = [int(every is None or (i + 1) % every != 0) for i in range(layers)]
         extra["no_rope_layer_interval"] = every or layers + 1
     return {
@@ -237,10 +303,6 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str, bos_id: int | None
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "torch_dtype": dtype,
         "dtype": dtype,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        # Rows may have padding on either side: no position is lost to it.
-        "pad_token_id": None,
         "use_cache": True,
         **extra,
     }
@@ -248,13 +310,20 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str, bos_id: int | None
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint. transposed: [out, in] there, [in, out] here. vocabulary: one of its axes is."""
+    """A tensor of a checkpoint.
+
+    Attributes:
+        name: in the safetensors files.
+        transposed: [out, in] there, [in, out] in jaxtrain.
+        vocabulary: whether the first axis there is the vocabulary.
+    """
 
     name: str
     transposed: bool
     vocabulary: bool
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = {
     ("attention_norm", "scale"): "input_layernorm.weight",
     ("mlp_norm", "scale"): "post_attention_layernorm.weight",
@@ -267,15 +336,11 @@ _LAYER = {
         for leaf in ("kernel", "bias")
     },
 }
-_FRAME = {
-    ("embedding",): "model.embed_tokens.weight",
-    ("norm", "scale"): "model.norm.weight",
-    ("head",): "lm_head.weight",
-}
+_FRAME = {("embedding",): EMBEDDING, ("norm", "scale"): "model.norm.weight", ("head",): HEAD}
 
 
 def tensors(path: tuple[str, ...], num_layers: int) -> list[Tensor]:
-    """The checkpoint's tensors for the parameter at `path`: one, or one for each layer of a stacked parameter."""
+    """Returns the checkpoint's tensors for the parameter at `path`: one, or one for each layer of a stacked one."""
     transposed = path[-1] in ("kernel", "head")
     if path[0] != "layers":
         return [Tensor(_FRAME[path], transposed, path != ("norm", "scale"))]

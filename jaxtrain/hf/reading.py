@@ -1,11 +1,11 @@
-"""Checkpoints read straight onto the mesh: each process reads what its own devices hold, tensor by tensor."""
+"""Reads checkpoints straight onto the mesh: each process reads what its own devices hold, tensor by tensor."""
 
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,49 @@ from tqdm import tqdm
 from jaxtrain.data.io.retry import classify
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
+from jaxtrain.hf.families import EMBEDDING, HEAD
 from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama, LlamaConfig
 
 logger = logging.getLogger("jaxtrain")
 
-# Tensors that say nothing: old Llama checkpoints keep the rotary frequencies.
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Old Llama checkpoints keep the rotary frequencies, which follow from the config.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int, ...]
 
-INDEX = "model.safetensors.index.json"
-
 
 def config(folder_or_id: str, revision: str | None = None) -> tuple[LlamaConfig, int]:
-    """(config, vocabulary size) of a checkpoint: a local folder or a repository of the Hub.
+    """Reads the config of a checkpoint.
 
-    Raises UserError for a checkpoint that is not there or not supported, TransientError where the network fails.
+    Where config.json says that the output head is the embedding and the checkpoint holds a head of its own, the head
+    counts, as in transformers.
+
+    Args:
+        folder_or_id: a local folder or a repository of the Hub.
+        revision: a branch, tag or commit of the Hub.
+
+    Returns:
+        The model's config and the size of its vocabulary.
+
+    Raises:
+        UserError: the checkpoint does not exist, or is not supported.
+        TransientError: the network fails.
     """
-    return families.from_json(_json(_folder(folder_or_id, revision, ["config.json"]) / "config.json"), folder_or_id)
+    folder = _folder(folder_or_id, revision, [CONFIG, INDEX])
+    found, vocab_size = families.from_json(_json(folder / CONFIG), folder_or_id)
+    if found.tie_embeddings and HEAD in _names(folder_or_id, folder):
+        found.tie_embeddings = _Files(folder_or_id, revision).are_equal(HEAD, EMBEDDING)
+    return found, vocab_size
 
 
 def commit(folder_or_id: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a repository of the Hub is now; None for a local folder. Raises as `config`."""
-    folder = _folder(folder_or_id, revision, ["config.json"])
+    """Returns the commit of a Hub repository's revision, None for a local folder. Raises as `config`."""
+    folder = _folder(folder_or_id, revision, [CONFIG])
     return None if os.path.isdir(folder_or_id) else folder.name
 
 
@@ -56,20 +75,24 @@ def load(
     dtype: str = "float32",
     progress: bool = False,
 ) -> Params:
-    """The checkpoint's parameters for `model`, born sharded.
+    """Reads the checkpoint's parameters for `model`, born sharded. Host memory stays at about one tensor of a layer.
 
-    shardings: tree of shardings like `model.axes`, or one for all. dtype: of the parameters ("bfloat16" suits a
-    teacher). progress: shows a bar. A vocabulary may be larger than the model's: what is beyond is left out.
+    Args:
+        folder_or_id: a local folder or a repository of the Hub.
+        model: its vocabulary may be smaller than the checkpoint's, whose further rows are left out.
+        shardings: a tree of shardings like `model.axes`, or one for all.
+        revision: a branch, tag or commit of the Hub.
+        dtype: of the parameters ("bfloat16" suits a teacher).
+        progress: whether to show a progress bar.
 
-    Host memory stays at about one tensor of one layer. Raises UserError where the checkpoint is not there, not whole,
-    or not this model's: the first tensors that do not fit are named.
+    Raises:
+        UserError: the checkpoint does not exist, is damaged, or is not this model's: what does not fit is named.
+        TransientError: the network fails.
     """
     model = families.llama(model)
-    folder = _folder(folder_or_id, revision, ["config.json", "*.safetensors", INDEX])
-    files = _Files(folder, folder_or_id)
-    paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
-    wanted = {tensor.name for path in paths for tensor in families.tensors(path, model.config.num_layers)}
-    _check_names(files, wanted, model, folder_or_id)
+    files = _Files(folder_or_id, revision)
+    paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
+    files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model.config.num_layers)})
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, model.shapes)
     shapes, tree = jax.tree.flatten(model.shapes)
@@ -82,10 +105,6 @@ def load(
     return tree.unflatten([_leaf(files, path, s.shape, place, model, jnp.dtype(dtype)) for path, s, place in todo])
 
 
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(key.key for key in path)
-
-
 def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Path:
     if os.path.isdir(folder_or_id):
         return Path(folder_or_id)
@@ -93,7 +112,7 @@ def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Pat
         raise UserError(
             f"{folder_or_id} is not a folder. It takes one with config.json and *.safetensors, or a Hub id."
         )
-    # Imported here, as it takes 0.3 s and local checkpoints do without.
+    # Importing it takes 0.3 s, and local checkpoints do without.
     from huggingface_hub import snapshot_download
 
     try:
@@ -105,46 +124,117 @@ def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Pat
 def _json(path: Path) -> Json:
     if not path.exists():
         raise UserError(f"{path.parent} has no {path.name}: it is not a checkpoint in Hugging Face's format.")
-    return json.loads(path.read_text())
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is cut or no JSON ({error}): download or export it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: download or export it again.")
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index of a checkpoint in several files: tensor to file."""
+    found = _json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise UserError(f"{folder / INDEX} names no file for any tensor: download or export it again.")
+    return found
+
+
+def _names(folder_or_id: str, folder: Path) -> Iterable[str]:
+    """The names of the checkpoint's tensors, without a download of the tensors."""
+    if (folder / SINGLE).exists():
+        return _open(folder / SINGLE).keys()
+    if (folder / INDEX).exists():
+        return _weight_map(folder)
+    if folder == Path(folder_or_id):
+        return ()
+    from huggingface_hub import errors, parse_safetensors_file_metadata
+
+    try:
+        return parse_safetensors_file_metadata(folder_or_id, SINGLE, revision=folder.name).tensors
+    except errors.EntryNotFoundError:
+        return ()
+    except Exception as error:
+        raise classify(error, f"the model {folder_or_id}") from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download or export it again.") from error
 
 
 class _Files:
-    """The safetensors files of a folder, as one mapping from names to tensors."""
+    """The safetensors files of a checkpoint, as one mapping from names to tensors."""
 
-    def __init__(self, folder: Path, where: str):
-        if (folder / INDEX).exists():
-            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
+    def __init__(self, folder_or_id: str, revision: str | None):
+        self._folder_or_id = folder_or_id
+        folder = self._folder = _folder(folder_or_id, revision, [CONFIG, "model*.safetensors", INDEX])
+        # transformers, too, prefers the single file.
+        if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+            names = [SINGLE]
         else:
-            names = ["model.safetensors"]
+            names = sorted(set(_weight_map(folder).values()))
+        if not all((folder / name).exists() for name in names):
+            folder = _folder(folder_or_id, revision, names)
         self._where: dict[str, Any] = {}
         for name in names:
             if not (folder / name).exists():
                 raise UserError(
-                    f"{where} has no {name}. Only safetensors are read: save_pretrained of transformers writes them."
+                    f"{folder_or_id} has no {name}. Only safetensors are read: save_pretrained of transformers writes "
+                    "them."
                 )
-            try:
-                opened = safe_open(folder / name, framework="numpy")
-            except SafetensorError as error:
-                raise UserError(f"{folder / name} cannot be read ({error}): download or export it again.") from error
+            opened = _open(folder / name)
             self._where |= dict.fromkeys(opened.keys(), opened)
-        self.names = set(self._where)
 
     def slices(self, name: str) -> Any:
-        """Something with `get_shape()` whose indexing reads only what it gives."""
+        """Something with `get_shape()` whose indexing reads only what it returns."""
         return self._where[name].get_slice(name)
 
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        if other not in self._where or self.slices(name).get_shape() != self.slices(other).get_shape():
+            return False
+        one, two, step = self.slices(name), self.slices(other), 4096
+        return all(np.array_equal(one[i : i + step], two[i : i + step]) for i in range(0, one.get_shape()[0], step))
 
-def _check_names(files: _Files, wanted: set[str], model: Llama, where: str) -> None:
-    spare = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    unknown = sorted(name for name in files.names - wanted - spare if not IGNORED.fullmatch(name))
-    missing = sorted(wanted - files.names)
-    for title, names in (("lacks", missing), ("has tensors that this model does not:", unknown)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise UserError(
-                f"{where} {title} {', '.join(names[:5])}{more}. Is the model's config that of the checkpoint "
-                "(tie_embeddings, biases, qk_norm, num_layers)?"
-            )
+    def check(self, model: Llama, wanted: set[str]) -> None:
+        """Raises UserError if the tensors or the config are not the model's, and warns of other functions."""
+        where = self._folder_or_id
+        for name in sorted(wanted & self._where.keys()):
+            if (dtype := self.slices(name).get_dtype()) not in _DTYPES:
+                raise UserError(
+                    f"{where}: {name} is {dtype}. Quantized checkpoints are not read: save it with weights in "
+                    "bfloat16, float16 or float32."
+                )
+        unknown = sorted(name for name in self._where.keys() - wanted - {HEAD} if not IGNORED.fullmatch(name))
+        for title, names in (
+            ("lacks", sorted(wanted - self._where.keys())),
+            ("has tensors that this model does not:", unknown),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise UserError(
+                    f"{where} {title} {', '.join(names[:5])}{more}. Is the model's config that of the checkpoint "
+                    "(tie_embeddings, biases, qk_norm, num_layers)?"
+                )
+        if HEAD in self._where and HEAD not in wanted and not self.are_equal(HEAD, EMBEDDING):
+            raise UserError(f"{where} has an output head other than its embedding: set model.tie_embeddings=false.")
+        if not (self._folder / CONFIG).exists():
+            return
+        theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
+        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
+            if getattr(model.config, name) != getattr(theirs, name):
+                raise UserError(
+                    f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
+                    f"{getattr(theirs, name)}: its tensors mean something else."
+                )
+        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
+            ours, his = getattr(model.config, name), getattr(theirs, name)
+            if ours != his:
+                logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
 
 
 def _leaf(
@@ -153,9 +243,13 @@ def _leaf(
     tensors = families.tensors(path, model.config.num_layers)
     if path[0] != "layers":
         return _tensor(files, tensors[0], shape, sharding, model, dtype)
+    of_one_layer = sharding
+    if isinstance(sharding, NamedSharding):
+        assert not sharding.spec or sharding.spec[0] is None, sharding
+        of_one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     for layer, tensor in enumerate(tensors):
-        one = _tensor(files, tensor, shape[1:], _of_one_layer(sharding), model, dtype)
+        one = _tensor(files, tensor, shape[1:], of_one_layer, model, dtype)
         stack = _put(sharding)(stack, one, layer)
         # Or the host would read ahead of the device, and hold every layer at once.
         jax.block_until_ready(stack)
@@ -167,17 +261,10 @@ def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]
     return jax.jit(lambda stack, one, layer: stack.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
 
 
-def _of_one_layer(sharding: Sharding) -> Sharding:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    assert not sharding.spec or sharding.spec[0] is None, sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-
-
 def _tensor(
     files: _Files, tensor: families.Tensor, shape: Shape, sharding: Sharding, model: Llama, dtype: np.dtype
 ) -> jax.Array:
-    """One tensor as an array of `shape`, where the vocabulary's padding is zero."""
+    """Reads one tensor as an array of `shape`. The padding of the vocabulary is zero."""
     stored = files.slices(tensor.name)
     size = tuple(stored.get_shape())
     expected = shape[::-1] if tensor.transposed else shape

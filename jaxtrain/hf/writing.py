@@ -1,7 +1,6 @@
-"""Parameters written as a checkpoint that transformers' AutoModelForCausalLM loads."""
+"""Writes parameters as a checkpoint that transformers' AutoModelForCausalLM and AutoTokenizer load."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,21 +12,22 @@ from tqdm import tqdm
 
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
-from jaxtrain.hf.reading import INDEX
+from jaxtrain.hf.reading import CONFIG, INDEX, SINGLE
 from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama
+from jaxtrain.tokenizers.files import GENERATION_CONFIG, TokenizerFiles
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 2_000_000_000  # a file's tensors are in host memory at once
 
 
 class SavedTokenizer(Protocol):
-    """A tokenizer that can write its files for transformers."""
+    """A tokenizer that can be saved for transformers."""
 
     eos_id: int
     bos_id: int | None
 
-    def save(self, folder: Any) -> None: ...
+    def content(self, add_bos: bool | None = None) -> dict[str, bytes]: ...
 
 
 def export(
@@ -37,48 +37,76 @@ def export(
     dtype: str = "bfloat16",
     tokenizer: SavedTokenizer | None = None,
     *,
+    add_bos: bool = False,
     progress: bool = False,
 ) -> None:
     """Writes safetensors (files of at most 2 GB), config.json, generation_config.json, and the tokenizer's files.
 
-    params: whole on this process's devices. progress: shows a bar.
+    config.json comes last: a folder with it is complete, and a second call after an interruption starts over.
 
-    config.json comes last: a folder with it is complete, and a second call after an interruption starts over. Raises
-    UserError for a model that no architecture of transformers expresses.
+    Args:
+        params: whole on this process's devices.
+        model: the model.
+        folder: where to write; created if missing.
+        dtype: of the tensors, "bfloat16" or "float32".
+        tokenizer: its generation settings and stop tokens go into generation_config.json.
+        add_bos: whether documents began with the BOS token in training (data.add_bos); the exported tokenizer does
+            the same.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UserError: no architecture of transformers expresses the model.
     """
+    model = families.llama(model)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
-    model = families.llama(model)
-    eos_id, bos_id = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
-    config = families.to_json(model.config, model.vocab_size, dtype, bos_id, eos_id)
+    content = {} if tokenizer is None else tokenizer.content(add_bos=add_bos)
+    generation = _generation_config(content, tokenizer, model.vocab_size)
+    special = {f"{name}_token_id": generation.get(f"{name}_token_id") for name in ("bos", "eos")}
+    # Rows may have padding on either side: no position is lost to it.
+    config = families.to_json(model.config, model.vocab_size, dtype) | special | {"pad_token_id": None}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    for old in (path / "config.json", path / INDEX, *path.glob("model*.safetensors")):
+    for old in (path / CONFIG, path / INDEX, *path.glob("model*.safetensors")):
         old.unlink(missing_ok=True)
     _write_tensors(params, model, path, np.dtype(DTYPES[dtype]), progress)
-    if tokenizer is not None:
-        tokenizer.save(path)
-    _write_json(path / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
-    _write_json(path / "config.json", config)
+    for name, data in content.items():
+        (path / name).write_bytes(data)
+    _write_json(path / GENERATION_CONFIG, generation)
+    _write_json(path / CONFIG, config)
+
+
+def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | None, vocab_size: int) -> Json:
+    """The settings that came with the tokenizer, where the end of a document stops as all their stop tokens do."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    saved = TokenizerFiles("the tokenizer", content).json(GENERATION_CONFIG)
+    stops = saved.get("eos_token_id")
+    stops = [id for id in (stops if isinstance(stops, list) else [stops]) if type(id) is int and 0 <= id < vocab_size]
+    if tokenizer.eos_id not in stops:
+        stops.insert(0, tokenizer.eos_id)
+    bos = saved.get("bos_token_id") if tokenizer.bos_id is None else tokenizer.bos_id
+    return saved | {"bos_token_id": bos, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, progress: bool) -> None:
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    itemsize = dtype.itemsize
+    # Each tensor with its parameter, and its layer in that.
     files: list[list[tuple[families.Tensor, Any, int | None]]] = [[]]
     room = SHARD_BYTES
-    for tensor, leaf, layer in _tensors(leaves, model):
-        size = itemsize * (leaf.size if layer is None else leaf.size // leaf.shape[0])
-        if size > room and files[-1]:
-            files.append([])
-            room = SHARD_BYTES
-        files[-1].append((tensor, leaf, layer))
-        room -= size
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        names = tuple(key.key for key in path)
+        stacked = names[0] == "layers"
+        size = dtype.itemsize * leaf.size // (leaf.shape[0] if stacked else 1)
+        for layer, tensor in enumerate(families.tensors(names, model.config.num_layers)):
+            if size > room and files[-1]:
+                files.append([])
+                room = SHARD_BYTES
+            files[-1].append((tensor, leaf, layer if stacked else None))
+            room -= size
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
-        one = len(files) == 1
-        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         arrays = {tensor.name: _array(tensor, leaf, layer, model, dtype) for tensor, leaf, layer in tensors}
         # transformers asks for the metadata.
         save_file(arrays, folder / name, metadata={"format": "pt"})
@@ -86,14 +114,6 @@ def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, 
         total += sum(array.nbytes for array in arrays.values())
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _tensors(leaves: list[tuple[Any, Any]], model: Llama) -> Iterator[tuple[families.Tensor, Any, int | None]]:
-    """Each tensor of the checkpoint with its parameter, and its layer in it."""
-    for path, leaf in leaves:
-        names = tuple(key.key for key in path)
-        for layer, tensor in enumerate(families.tensors(names, model.config.num_layers)):
-            yield tensor, leaf, layer if names[0] == "layers" else None
 
 
 def _array(tensor: families.Tensor, leaf: Any, layer: int | None, model: Llama, dtype: np.dtype) -> np.ndarray:

@@ -123,8 +123,8 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
 
     It is differentiable with respect to x and w through sums["loss"]. No gradient passes through the other sums, which
     are for reports, nor to rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw is
-    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary; only [C] statistics and
-    dx are reduced.
+    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary: only [C] statistics
+    and dx are reduced.
 
     Args:
         chunk_fn: What the loss does to a chunk.

@@ -18,8 +18,8 @@ class CrossEntropy:
     Attributes:
         z_loss: Weight of log(Z)², Z the softmax's normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311,
             section 5, uses 1e-4); 0 turns it off.
-        chunk_tokens: The most positions whose logits exist at once on a device. They take about 8 bytes * chunk_tokens
-            * vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32: by the published peaks of an H200 and
+        chunk_tokens: The most positions whose logits exist at once on a device, in about 8 bytes * chunk_tokens *
+            vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32. By the published peaks of an H200 and
             a TPU v5p (an estimate, not measured) that takes as long as the products of some 220 positions, so chunks
             well below 1,000 positions should be slow there.
     """

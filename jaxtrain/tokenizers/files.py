@@ -1,9 +1,9 @@
-"""The files of a tokenizer: from a folder or the Hub, to a folder, and the special tokens that they name."""
+"""Files of a tokenizer: where they come from, the special tokens they name, and how they are saved."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -14,42 +14,63 @@ TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-# Those of the language model: read for their special tokens, not saved again.
-MODEL_CONFIGS = ("config.json", "generation_config.json")
+MODEL_CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+_CONFIGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, MODEL_CONFIG, GENERATION_CONFIG)
 _NAMES = (
     TOKENIZER_JSON,
     SENTENCEPIECE_MODEL,
-    TOKENIZER_CONFIG,
-    SPECIAL_TOKENS_MAP,
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "tokenizer.vocab",
-    *MODEL_CONFIGS,
+    *_CONFIGS,
+)
+# What older models keep in config.json and newer ones in generation_config.json.
+_GENERATION_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p"),
+    "repetition_penalty",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """where: the folder, file or repository, for messages; content: name → bytes; revision: the Hub's commit."""
+    """A tokenizer's files in memory.
+
+    Attributes:
+        where: folder, file or repository, for messages.
+        content: file name to bytes.
+        revision: the Hub's commit.
+    """
 
     where: str
     content: Mapping[str, bytes]
     revision: str | None = None
 
     def json(self, name: str) -> Json:
-        """The content of a JSON file; {} if there is none."""
+        """Returns the object in a JSON file, {} if the file is missing.
+
+        Raises:
+            UserError: the file holds something else.
+        """
         if name not in self.content:
             return {}
         try:
-            return json.loads(self.content[name])
+            value = json.loads(self.content[name])
         except ValueError as error:
             raise UserError(f"{self.where}: {name} is not JSON ({error}); get the file again") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{self.where}: {name} is not a JSON object; get the file again")
+        return value
 
 
 def find(name: str, revision: str | None) -> TokenizerFiles:
-    """The files of a folder or file (local, gs://, s3://), or else of a repository of the Hub. Raises UserError."""
+    """Reads the files of a folder or file (local, gs://, s3://), or else of a repository on the Hub.
+
+    Raises:
+        UserError: there is no such folder, file or repository.
+    """
     path = epath.Path(name).expanduser()
     if path.exists():
         return read(path)
@@ -59,23 +80,25 @@ def find(name: str, revision: str | None) -> TokenizerFiles:
 
 
 def read(path: epath.Path) -> TokenizerFiles:
-    """The files of a folder; or one file, whatever it is called, and the configs next to it."""
-    if path.is_dir():
-        content = {name: (path / name).read_bytes() for name in _NAMES if (path / name).exists()}
-    else:
-        model = TOKENIZER_JSON if path.suffix == ".json" else SENTENCEPIECE_MODEL
-        configs = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, *MODEL_CONFIGS)
-        content = {name: (path.parent / name).read_bytes() for name in configs if (path.parent / name).exists()}
-        content[model] = path.read_bytes()
+    """Reads a folder's files; or one file, whatever its name, and the configs next to it."""
+    try:
+        if path.is_dir():
+            content = {name: (path / name).read_bytes() for name in _NAMES if (path / name).exists()}
+        else:
+            model = TOKENIZER_JSON if path.suffix == ".json" else SENTENCEPIECE_MODEL
+            content = {name: (path.parent / name).read_bytes() for name in _CONFIGS if (path.parent / name).exists()}
+            content[model] = path.read_bytes()
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"the tokenizer cannot be read: {error}") from error
     return TokenizerFiles(os.fspath(path), content)
 
 
 def _download(name: str, revision: str | None) -> TokenizerFiles:
-    # Imported here, as it takes 0.3 s, and most runs bring or train their own tokenizer.
+    # Importing it takes 0.3 s, and most runs bring or train their own tokenizer.
     from huggingface_hub import errors, snapshot_download
 
     try:
-        # Resolves the revision to a commit once, and gives the cached commit where the Hub cannot be reached.
+        # Resolves the revision to a commit once; without a connection it uses the cached commit.
         folder = snapshot_download(name, revision=revision, allow_patterns=list(_NAMES))
     except errors.GatedRepoError as error:
         raise UserError(
@@ -105,14 +128,12 @@ def write(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
 
 
 def is_local(folder: epath.PathLike) -> bool:
-    """Whether it is on a file system, not gs:// or s3://."""
+    """Whether a folder is on a file system, not in a bucket."""
     return "://" not in os.fspath(folder)
 
 
 def publish(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
-    """Writes a new folder such that a kill at any moment leaves either none of it, or (on an object store, which has
-    no renaming) not the last of the files.
-    """
+    """Writes a new folder atomically. On an object store, which cannot rename, the last file comes last instead."""
     folder = epath.Path(folder)
     if not is_local(folder):
         write(content, folder)
@@ -121,65 +142,90 @@ def publish(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
     if partial.exists():
         partial.rmtree()
     write(content, partial)
-    # Onto an empty folder too; one that holds anything is refused by the system.
+    # Also replaces an empty folder; the system refuses to replace one that holds anything.
     os.replace(partial, folder)
 
 
-def special_id(
-    files: TokenizerFiles, kind: str, token: str | None, vocab_size: int, token_to_id: Callable[[str], int | None]
-) -> int | None:
-    """The id of the "eos" or "bos" token, or None if the files name none. Raises UserError for one without an id.
+def special_id(files: TokenizerFiles, name: str, token: str | None, vocabulary: Mapping[str, int]) -> int | None:
+    """Finds the id of a special token.
 
-    token: the user's choice, if any. The tokenizer's own configs come first (null there means that it has none, but an
-    end of document is needed, so it is looked for further); then the ids in the model's configs, of which the first
-    counts if there are several.
+    Order: the user's choice; the tokenizer's configs, where null means that there is none (except for the end of a
+    document, which every tokenizer needs: the search goes on); the ids in the model's configs, the first of several.
+
+    Args:
+        name: "eos_token" or "bos_token".
+        token: the user's choice, if any.
+        vocabulary: token to id.
+
+    Returns:
+        The id, or None if no file names the token.
+
+    Raises:
+        UserError: what a file names is not a token of the vocabulary.
     """
-    name = f"{kind}_token"
     source = f"{name}={token!r}"
-    if token is None:
-        named = {
-            file: files.json(file)[name] for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP) if name in files.json(file)
-        }
-        if kind == "eos":
-            named = {file: value for file, value in named.items() if value is not None}
-        if not named:
-            return _model_config_id(files, name, vocab_size)
-        file, value = next(iter(named.items()))
-        token = value["content"] if isinstance(value, dict) else value
+    for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP) if token is None else ():
+        config = files.json(file)
+        value = config.get(name)
+        if value is None and (name == "eos_token" or name not in config):
+            continue
+        if value is None:
+            return None
+        token = value.get("content") if isinstance(value, dict) else value
         source = f"{file}'s {name} {token!r}"
+        break
     if token is None:
-        return None
-    found = token_to_id(token)
-    if found is None:
+        return _model_config_id(files, f"{name}_id", vocabulary)
+    if not isinstance(token, str) or token not in vocabulary:
         raise UserError(f"{files.where}: {source} is not in its vocabulary; set `{name}` to a token that is")
-    return found
+    return vocabulary[token]
 
 
-def _model_config_id(files: TokenizerFiles, name: str, vocab_size: int) -> int | None:
-    for file in MODEL_CONFIGS:
-        ids = files.json(file).get(f"{name}_id")
-        found = ids[0] if isinstance(ids, list) else ids
-        if found is not None and found >= vocab_size:
-            raise UserError(
-                f"{files.where}: {file}'s {name}_id {found} is not among the {vocab_size} ids; set `{name}`"
-            )
-        if found is not None:
+def _model_config_id(files: TokenizerFiles, key: str, vocabulary: Mapping[str, int]) -> int | None:
+    for file in (MODEL_CONFIG, GENERATION_CONFIG):
+        value = files.json(file).get(key)
+        for found in value if isinstance(value, list) else [value]:
+            if found is None:
+                continue
+            if type(found) is not int or found not in set(vocabulary.values()):
+                raise UserError(
+                    f"{files.where}: {file}'s {key} {found!r} is not among the {len(vocabulary)} ids; "
+                    f"set `{key.removesuffix('_id')}`"
+                )
             return found
     return None
 
 
-def content_to_save(files: TokenizerFiles, tokens: Mapping[str, str | None]) -> dict[str, bytes]:
+def content_to_save(
+    files: TokenizerFiles, tokens: Mapping[str, str | None], add_bos: bool | None = None
+) -> dict[str, bytes]:
     """The tokenizer's files, with a config from which transformers' AutoTokenizer loads the same special tokens.
 
-    tokens: "eos_token" and so on → token.
+    The model's generation settings stay with the tokenizer, as its stop tokens are tokens: exports need them.
+
+    Args:
+        files: what was loaded.
+        tokens: "eos_token", "bos_token", ... to token.
+        add_bos: whether transformers shall begin each text with the BOS token; None to leave that as it is.
     """
-    content = {name: data for name, data in files.content.items() if name not in MODEL_CONFIGS}
+    content = {name: data for name, data in files.content.items() if name != MODEL_CONFIG}
+    generation = {key: value for key, value in files.json(MODEL_CONFIG).items() if key in _GENERATION_KEYS}
+    if generation and GENERATION_CONFIG not in content:
+        content[GENERATION_CONFIG] = _dump(generation)
     config = files.json(TOKENIZER_CONFIG)
-    # The class that takes tokenizer.json and tokenizer.model as they are: those named after models add rules of theirs.
+    # This class takes tokenizer.json and tokenizer.model as they are. Those named after models add their own rules.
     complete = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | config
     for name, token in tokens.items():
         known = config.get(name)
-        if token != (known["content"] if isinstance(known, dict) else known):
+        if token != (known.get("content") if isinstance(known, dict) else known):
             complete[name] = token
-    content[TOKENIZER_CONFIG] = json.dumps(complete, indent=2, ensure_ascii=False).encode() + b"\n"
+    if add_bos is not None:
+        complete |= {"add_bos_token": add_bos, "add_eos_token": False}
+        if TOKENIZER_JSON in content:
+            complete["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content[TOKENIZER_CONFIG] = _dump(complete)
     return content
+
+
+def _dump(value: Json) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

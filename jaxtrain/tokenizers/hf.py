@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -13,7 +16,7 @@ from etils import epath
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.tokenizers import files
-from jaxtrain.tokenizers.identity import identity, well_formed
+from jaxtrain.tokenizers.identity import PROBE, identity, well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
 
 logger = logging.getLogger("jaxtrain")
@@ -21,16 +24,17 @@ logger = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(kw_only=True)
 class HuggingFaceTokenizer:
-    """A tokenizer that exists already: `tokenizer.json`, or else a sentencepiece `tokenizer.model`.
+    """An existing tokenizer: `tokenizer.json`, or else a sentencepiece `tokenizer.model`.
 
-    name: a folder or file (local, gs://, s3://), or the id of a model on the Hub.
-    revision: a branch, tag or commit of the Hub; None for the newest. What counts at a resume is the files' hash.
-    eos_token: the token that ends a document, where the files name none or another; its text, such as "</s>".
-    bos_token: the token that begins a document, likewise.
-    threads: threads that encode a batch; None for all cores of the process. No result depends on it. With
-        tokenizer.json it sets the pool of the whole process, once, unless RAYON_NUM_THREADS is set.
-    vocab_size: how many ids it has, for tools that plan without the network (tools.compile_check, tools.estimate); a
-        run takes what the files say, and warns where that is another number.
+    Attributes:
+        name: a folder or file (local, gs://, s3://), or the id of a model on the Hub.
+        revision: a branch, tag or commit of the Hub; None for the newest. A resume compares the files' hash.
+        eos_token: text of the token that ends a document, such as "</s>", if not the one that the files name.
+        bos_token: text of the token that begins a document, likewise.
+        threads: threads that encode a batch; None for all cores of the process. No result depends on it. For
+            tokenizer.json it sets the thread pool of the whole process, once, unless RAYON_NUM_THREADS is set.
+        vocab_size: number of ids, for tools that plan without the network (tools.compile_check, tools.estimate). A
+            run uses what the files say, and warns if that differs.
     """
 
     name: str
@@ -48,7 +52,11 @@ class HuggingFaceTokenizer:
         check_threads(self.threads)
 
     def build(self, workdir: str) -> "HFTokenizer | SentencePieceTokenizer":
-        """Loads or downloads it; needs nothing of `workdir`. Raises UserError."""
+        """Loads or downloads the tokenizer; `workdir` is not used.
+
+        Raises:
+            UserError: it does not exist, or documents cannot be tokenized with it.
+        """
         found = files.find(self.name, self.revision)
         if files.TOKENIZER_JSON in found.content:
             kind = HFTokenizer
@@ -73,9 +81,9 @@ class HuggingFaceTokenizer:
 class HFTokenizer:
     """Implements interfaces.Tokenizer with the `tokenizers` library.
 
-    Adds no special token, finds none in a text (a document cannot forge its own end; only models of type Unigram, whose
-    vocabulary holds them, do), and ignores the truncation, padding and dropout that some files ask for. `token_bytes`
-    adds up to the text's UTF-8 length for byte-level tokenizers and those with byte fallback that do not normalize.
+    It adds no special token and finds none in a text, so that no document can forge its own end. It ignores the
+    truncation, padding and dropout that some files ask for. `token_bytes` adds up to the text's UTF-8 length for
+    byte-level tokenizers, and for those with byte fallback that do not normalize.
     """
 
     def __init__(
@@ -90,42 +98,56 @@ class HFTokenizer:
         if threads is not None:
             os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         content = tokenizer_files.content[files.TOKENIZER_JSON]
-        spec = tokenizer_files.json(files.TOKENIZER_JSON)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer = self._encoder = _load(content)
         except Exception as error:  # The library raises Exception itself.
             raise UserError(
                 f"{tokenizer_files.where}: {files.TOKENIZER_JSON} cannot be loaded by tokenizers "
                 f"{tokenizers.__version__}: {error}"
             ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if "dropout" in spec["model"]:
-            self._tokenizer.model.dropout = None
-        self._tokenizer.encode_special_tokens = True
+        spec = tokenizer_files.json(files.TOKENIZER_JSON)
+        parts = json.dumps([spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
+        byte_level = '"type": "ByteLevel"' in parts
+        if byte_level and self._tokenizer.decoder is None:
+            self._tokenizer.decoder = tokenizers.decoders.ByteLevel()
         vocabulary = self._tokenizer.get_vocab()
         # Ids may have gaps, so the number of tokens is no bound.
-        self.vocab_size = max(vocabulary.values()) + 1
-        eos_id = files.special_id(tokenizer_files, "eos", eos_token, self.vocab_size, vocabulary.get)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        eos_id = files.special_id(tokenizer_files, "eos_token", eos_token, vocabulary)
         if eos_id is None:
+            special = [token["content"] for token in spec.get("added_tokens", ()) if token["special"]]
             raise UserError(
                 f"{tokenizer_files.where}: no file there names the token that ends a document; set `eos_token`, "
-                f"for example {_likely(spec)}"
+                f"for example {' or '.join(map(repr, special[:5])) or 'one of its tokens'}"
             )
         self.eos_id: int = eos_id
-        self.bos_id = files.special_id(tokenizer_files, "bos", bos_token, self.vocab_size, vocabulary.get)
-        self.token_bytes = self._token_bytes(spec, vocabulary)
+        self.bos_id = files.special_id(tokenizer_files, "bos_token", bos_token, vocabulary)
+        unknown = {vocabulary.get(spec["model"].get("unk_token")), spec["model"].get("unk_id")}
+        self.token_bytes = self._token_bytes(spec, vocabulary, byte_level, unknown)
+        sealed = self._seal(spec, unknown)
         self.identity = identity(
-            self, "tokenizer.json", content, library=tokenizers.__version__, revision=tokenizer_files.revision
+            self,
+            "tokenizer.json",
+            content,
+            sealed=sealed,
+            library=tokenizers.__version__,
+            revision=tokenizer_files.revision,
         )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """texts [N] → (ids int32 [sum of lengths], lengths int64 [N]). Lone surrogates become U+FFFD."""
+        """Encodes texts; lone surrogates become U+FFFD.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            The ids, int32 [sum of lengths], and the lengths, int64 [N].
+        """
         texts = list(texts)
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
-            encodings = self._tokenizer.encode_batch_fast(well_formed(texts), add_special_tokens=False)
+            encodings = self._encoder.encode_batch_fast(well_formed(texts), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         # 44 M tokens/s, of which the library's own lists take half; an array for each text is as fast, array.array
         # slower (28). Encoding itself does 1.5 a core, outside the GIL.
@@ -133,22 +155,36 @@ class HFTokenizer:
         return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; special tokens have none."""
-        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+        """Returns the text of `ids`, without special tokens."""
+        text = [id for id in np.asarray(ids, np.int64).tolist() if id not in (self.eos_id, self.bos_id)]
+        return self._tokenizer.decode(text, skip_special_tokens=True)
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes the tokenizer's files, with a tokenizer_config.json for transformers' AutoTokenizer."""
         files.write(self.content(), folder)
 
-    def content(self) -> dict[str, bytes]:
-        """What `save` writes: name → bytes."""
+    def content(self, add_bos: bool | None = None) -> dict[str, bytes]:
+        """The files to save, name to bytes.
+
+        Args:
+            add_bos: as data.add_bos; transformers then adds exactly what training added. None keeps the files' rules.
+        """
         token = self._tokenizer.id_to_token
         bos = None if self.bos_id is None else token(self.bos_id)
-        return files.content_to_save(self._files, {"eos_token": token(self.eos_id), "bos_token": bos})
+        content = files.content_to_save(self._files, {"eos_token": token(self.eos_id), "bos_token": bos}, add_bos)
+        if add_bos is not None:
+            spec = self._files.json(files.TOKENIZER_JSON)
+            changes = {"post_processor": _post_processor(spec, (bos, self.bos_id) if add_bos else None)}
+            if spec["model"].get("dropout") is not None:
+                changes["model"] = spec["model"] | {"dropout": None}
+            if any(spec.get(name) != value for name, value in changes.items()):
+                content[files.TOKENIZER_JSON] = json.dumps(spec | changes, ensure_ascii=False, indent=2).encode()
+        return content
 
-    def _token_bytes(self, spec: Json, vocabulary: dict[str, int]) -> np.ndarray:
+    def _token_bytes(
+        self, spec: Json, vocabulary: dict[str, int], byte_level: bool, unknown: Collection[int | None]
+    ) -> np.ndarray:
         # A character of a byte-level token is a byte; "▁" is a space where spaces are marked as sentencepiece does.
-        byte_level = "ByteLevel" in _types(spec["decoder"])
         byte_fallback = spec["model"].get("byte_fallback", False)
         count = np.zeros(self.vocab_size, np.int32)
         for token, id in vocabulary.items():
@@ -160,19 +196,95 @@ class HFTokenizer:
                 count[id] = len(token.replace("\u2581", " ").encode())
         for id, added in self._tokenizer.get_added_tokens_decoder().items():
             count[id] = 0 if added.special else len(added.content.encode())
-        unknown = vocabulary.get(spec["model"].get("unk_token")), spec["model"].get("unk_id")
-        special = (self.eos_id, self.bos_id, *unknown)
-        count[[id for id in special if id is not None]] = 0
+        count[[id for id in {self.eos_id, self.bos_id, *unknown} if id is not None]] = 0
         return count
 
+    def _seal(self, spec: Json, unknown: Collection[int | None]) -> bool:
+        """Makes the encoder find no special token in any text; returns whether it did.
 
-def _types(decoder: Json | None) -> set[str]:
-    """The types of a decoder and of those inside it."""
-    if decoder is None:
-        return set()
-    return {decoder["type"]}.union(*(_types(inner) for inner in decoder.get("decoders", [])))
+        The library finds those that are added with `special: false`, and, as text of their own, those in the
+        vocabulary of a WordLevel, WordPiece or Unigram model.
+
+        Raises:
+            UserError: that is impossible, or some texts cannot be encoded at all.
+        """
+        where = self._files.where
+        ends = {id for id in (self.eos_id, self.bos_id) if id is not None}
+        special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        tokens = {id: str(self._tokenizer.id_to_token(id)) for id in (special - {*unknown}) | ends}
+        # Alone, at a text's start and end, inside a word, between spaces, and on a line of its own.
+        texts = [f"{token} a{token}a a {token} a\n{token}\n{token}" for token in tokens.values()]
+        texts += tokens.values()
+        try:
+            self.encode_batch([PROBE])
+            found = tokens.keys() & set(self.encode_batch(texts)[0].tolist())
+        except Exception as error:  # The library raises Exception itself.
+            raise UserError(
+                f"{where}: it cannot encode every text ({error}); give its model an unknown token that is in the "
+                "vocabulary, or choose another tokenizer"
+            ) from error
+        if not found:
+            return False
+        self._encoder = _load(json.dumps(_without(spec, {tokens[id] for id in found})).encode())
+        for id in ends & found:
+            if not len(self.encode_batch([tokens[id]])[0]):
+                raise UserError(
+                    f"{where}: {tokens[id]!r} is ordinary text that no other token can spell, so it cannot end or "
+                    "begin a document; set `eos_token` and `bos_token` to special tokens"
+                )
+        if self.eos_id in self.encode_batch([*texts, PROBE])[0]:
+            raise UserError(
+                f"{where}: {tokens[self.eos_id]!r} stands for unknown text too, so it cannot end a document; set "
+                "`eos_token` to another token"
+            )
+        return True
 
 
-def _likely(spec: Json) -> str:
-    special = [token["content"] for token in spec["added_tokens"] if token["special"]]
-    return " or ".join(map(repr, special[:5])) or "one of its tokens"
+def _load(content: bytes) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _without(spec: Json, tokens: Collection[str]) -> Json:
+    """A tokenizer.json with the same ids that finds `tokens` in no text."""
+    # Renamed, since ids are positions. No document can hold a name that is new in each process.
+    prefix = uuid.uuid4().hex
+
+    def renamed(token: Any) -> Any:
+        return prefix + token if token in tokens else token
+
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed(token): id for token, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[renamed(token), score] for token, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = renamed(model["unk_token"])
+    if "merges" in model:
+        joint = model.get("continuing_subword_prefix") or ""
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b.removeprefix(joint)} & set(tokens)]
+    added = [token | {"content": renamed(token["content"])} for token in spec.get("added_tokens", ())]
+    return spec | {"model": model, "added_tokens": added}
+
+
+def _post_processor(spec: Json, bos: tuple[str | None, int | None] | None) -> Json | None:
+    """The post-processor of a tokenizer.json that adds the BOS token, if given, and no other."""
+    given = spec.get("post_processor")
+    parts = given["processors"] if given and given["type"] == "Sequence" else [given]
+    parts = [part for part in parts if part and part["type"] == "ByteLevel"]  # It trims offsets, and adds nothing.
+    if bos is not None:
+        token, id = bos
+        sequences = [
+            [{"SpecialToken": {"id": token, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+            for type_id, name in enumerate("AB")
+        ]
+        template = {"single": sequences[0], "pair": sequences[0] + sequences[1]}
+        special = {token: {"id": token, "ids": [id], "tokens": [token]}}
+        parts.append({"type": "TemplateProcessing", **template, "special_tokens": special})
+    return {"type": "Sequence", "processors": parts} if len(parts) > 1 else parts[0] if parts else None

@@ -1,7 +1,7 @@
-"""What makes a tokenizer the same one, and the text that it may see.
+"""What makes two tokenizers the same, and which text a tokenizer may see.
 
 Two tokenizers are the same if the bytes of their models, their special tokens and the ids of a fixed probe text agree.
-The probe catches what the bytes cannot: another version of a library that reads the same file differently.
+The probe catches what the bytes cannot: a library version that reads the same file differently.
 """
 
 import hashlib
@@ -19,12 +19,24 @@ PROBE = (
     "</s><s><unk><pad><|endoftext|><0x41> "
 )
 
-# Other entries (the library's version, the commit a file came from) inform only.
+# Other entries (the library's version, the commit a file came from) are informational.
 ENFORCED = ("kind", "hash", "vocab_size", "eos_id", "bos_id", "probe")
 
 
-def identity(tokenizer: Tokenizer, kind: str, content: bytes, **information: str | None) -> Json:
-    """The identity of `tokenizer`, whose ids depend on `content` (the bytes of its model file) alone."""
+def identity(
+    tokenizer: Tokenizer, kind: str, content: bytes, *, sealed: bool, library: str, revision: str | None
+) -> Json:
+    """Describes a tokenizer for checkpoints and stores.
+
+    Args:
+        tokenizer: its ids depend on `content` and the special tokens alone.
+        kind: "tokenizer.json" or "sentencepiece".
+        content: bytes of the model file.
+        sealed: the library alone would find special tokens inside texts, and version 0.1 did. Such tokenizers record
+            `reader` 2, so that what 0.1 tokenized is not continued.
+        library: version of the library.
+        revision: commit on the Hub.
+    """
     return {
         "kind": kind,
         "hash": hashlib.sha256(content).hexdigest(),
@@ -32,32 +44,35 @@ def identity(tokenizer: Tokenizer, kind: str, content: bytes, **information: str
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
         "probe": tokenizer.encode_batch([PROBE])[0].tolist(),
-        **information,
+        **({"reader": 2} if sealed else {}),
+        "library": library,
+        "revision": revision,
     }
 
 
 def mismatch(saved: Json, current: Json) -> str | None:
-    """None if the two identities are of one tokenizer, else the text that shows both sides of what differs."""
+    """Returns None if both identities describe one tokenizer, else a message with both sides of each difference."""
+    if saved.get("reader", 1) < current.get("reader", 1):
+        return (
+            "jaxtrain 0.1 found this tokenizer's special tokens inside texts, so documents could end early. They are "
+            "text now, and ids would change: start a new run, or write the store again."
+        )
     changed = [name for name in ENFORCED if saved[name] != current[name]]
     if not changed:
         return None
     lines = ["the tokenizer has changed, and token ids would mean something else:"]
     lines += [f"  {name}: was {saved[name]}, is {current[name]}" for name in changed]
-    information = sorted((saved.keys() | current.keys()) - set(ENFORCED))
-    lines += [
-        f"  ({name}: was {saved[name]}, is {current[name]})" for name in information if name in saved.keys() & current
-    ]
+    information = sorted((saved.keys() & current.keys()) - {*ENFORCED, "reader"})
+    lines += [f"  ({name}: was {saved[name]}, is {current[name]})" for name in information]
     if changed == ["probe"]:
-        lines.append(
-            "  The files are the same: the tokenizer's library reads them differently. Install the version it was."
-        )
+        lines.append("  The files are the same, but the library reads them differently: install its former version.")
     else:
-        lines.append("  Give the tokenizer that the run began with (for one from the Hub: its `revision`).")
+        lines.append("  Use the tokenizer that the run began with (for one from the Hub: its `revision`).")
     return "\n".join(lines)
 
 
 def well_formed(texts: Sequence[str]) -> list[str]:
-    """The texts with lone surrogates, which have no UTF-8, replaced by U+FFFD. Pairs become their character.
+    """Replaces lone surrogates, which UTF-8 cannot encode, by U+FFFD, and joins pairs into their character.
 
     Such strings come from JSON with escapes like "\\ud83d".
     """

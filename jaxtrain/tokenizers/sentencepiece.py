@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -20,10 +21,11 @@ _KEPT = "  a  \n\n\tﬁ e\u0301 \u00a0Ⅷ\r\n  "
 
 @dataclasses.dataclass(kw_only=True)
 class SentencePiece:
-    """A sentencepiece model that exists already, with the special tokens that it declares.
+    """An existing sentencepiece model, with the special tokens it declares.
 
-    path: the `.model` file (local, gs:// or s3://).
-    threads: threads that encode a batch; None for all cores of the process. No result depends on it.
+    Attributes:
+        path: the `.model` file (local, gs:// or s3://).
+        threads: threads that encode a batch; None for all cores of the process. No result depends on it.
     """
 
     path: str
@@ -33,7 +35,11 @@ class SentencePiece:
         check_threads(self.threads)
 
     def build(self, workdir: str) -> "SentencePieceTokenizer":
-        """Loads it; needs nothing of `workdir`. Raises UserError."""
+        """Loads the model; `workdir` is not used.
+
+        Raises:
+            UserError: there is no such file, or it is not a model.
+        """
         path = epath.Path(self.path).expanduser()
         if path.is_dir() or not path.exists():
             raise UserError(f"path={self.path!r}: no such file; give a sentencepiece .model file")
@@ -44,11 +50,11 @@ class SentencePiece:
 class SentencePieceTokenizer:
     """Implements interfaces.Tokenizer with the sentencepiece library.
 
-    Encodes as the library does, but for one character: with a model that loses nothing else (as trained here: byte
-    fallback, identity normalization, no dummy prefix), U+2581 is spelled in bytes, so that decode(encode(text)) == text
-    for every text. Other models keep their own rules. Control tokens in a text are text.
+    It encodes as the library does, with two exceptions. No text encodes to the tokens that begin and end a document.
+    And with a model that loses nothing else (as trained here: byte fallback, identity normalization, no dummy prefix),
+    U+2581 is spelled in bytes, so that decode(encode(text)) == text for every text.
 
-    `token_bytes` adds up to the text's UTF-8 length for models that lose nothing; a model with a dummy prefix counts
+    `token_bytes` adds up to the text's UTF-8 length for models that lose nothing. A model with a dummy prefix counts
     one byte more for each text, and unknown characters count nothing.
     """
 
@@ -70,16 +76,26 @@ class SentencePieceTokenizer:
                 f"{tokenizer_files.where}: not a sentencepiece model ({error}); give one, or a tokenizer.json"
             ) from error
         self.vocab_size = self._processor.vocab_size()
-        eos_id = files.special_id(tokenizer_files, "eos", eos_token, self.vocab_size, self._id)
-        bos_id = files.special_id(tokenizer_files, "bos", bos_token, self.vocab_size, self._id)
-        eos_id = self._declared(self._processor.eos_id()) if eos_id is None else eos_id
+        self._pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        vocabulary = {piece: id for id, piece in enumerate(self._pieces)}
+        eos_id = files.special_id(tokenizer_files, "eos_token", eos_token, vocabulary)
+        bos_id = files.special_id(tokenizer_files, "bos_token", bos_token, vocabulary)
+        # The library's -1 means none.
+        declared_eos, declared_bos = (
+            id if id >= 0 else None for id in (self._processor.eos_id(), self._processor.bos_id())
+        )
+        eos_id = declared_eos if eos_id is None else eos_id
         if eos_id is None:
             raise UserError(
                 f"{tokenizer_files.where}: the model has no end-of-sentence token; load it with HuggingFaceTokenizer "
                 "and set `eos_token` to the token that ends a document"
             )
         self.eos_id: int = eos_id
-        self.bos_id = self._declared(self._processor.bos_id()) if bos_id is None else bos_id
+        self.bos_id = declared_bos if bos_id is None else bos_id
+        ends = {id for id in (self.eos_id, self.bos_id) if id is not None}
+        found = [id for id in ends if not (self._processor.is_control(id) or self._processor.is_unused(id))]
+        if found:
+            self._processor = self._sealed(model, found)
         self.token_bytes = self._token_bytes()
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARK.encode()]
         lossless = all(map(self._processor.is_byte, mark)) and self._processor.normalize(_KEPT) == _KEPT.replace(
@@ -87,35 +103,62 @@ class SentencePieceTokenizer:
         )
         self._mark_ids = np.array(mark, np.int32) if lossless else None
         self.identity = identity(
-            self, "sentencepiece", model, library=sentencepiece.__version__, revision=tokenizer_files.revision
+            self,
+            "sentencepiece",
+            model,
+            sealed=bool(found),
+            library=sentencepiece.__version__,
+            revision=tokenizer_files.revision,
         )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """texts [N] → (ids int32 [sum of lengths], lengths int64 [N]). Lone surrogates become U+FFFD."""
+        """Encodes texts; lone surrogates become U+FFFD.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            The ids, int32 [sum of lengths], and the lengths, int64 [N].
+        """
         texts = list(texts)
         if self._mark_ids is not None and any(_MARK in text for text in texts):
-            encoded = self._encode_with_marks(texts, self._mark_ids)
+            split = [text.split(_MARK) for text in texts]
+            parts = iter(self._encode([part for parts in split for part in parts]))
+            encoded = []
+            for pieces in split:
+                ids = [next(parts)]
+                for _ in pieces[1:]:
+                    ids += [self._mark_ids, next(parts)]
+                encoded.append(np.concatenate(ids))
         else:
             encoded = self._encode(texts)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.empty(0, np.int32), *encoded]), lengths
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; control tokens have none."""
+        """Returns the text of `ids`, without control tokens."""
         return self._processor.decode(np.asarray(ids, np.int64).tolist())
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes tokenizer.model, tokenizer.vocab and a tokenizer_config.json for transformers' AutoTokenizer.
 
-        That gives the same ids, but for ties between equally probable pieces in a unigram model, and U+2581.
+        AutoTokenizer gives the same ids, except for ties between equally probable pieces in a unigram model, and
+        U+2581.
         """
         files.write(self.content(), folder)
 
-    def content(self) -> dict[str, bytes]:
-        """What `save` writes: name → bytes."""
+    def content(self, add_bos: bool | None = None) -> dict[str, bytes]:
+        """The files to save, name to bytes.
+
+        Args:
+            add_bos: as data.add_bos; transformers then adds exactly what training added. None keeps the files' rules.
+        """
         tokens = {"eos_token": self.eos_id, "bos_token": self.bos_id, "unk_token": self._processor.unk_id()}
-        pieces = {name: None if id is None else self._processor.id_to_piece(id) for name, id in tokens.items()}
-        return files.content_to_save(self._files, pieces) | {"tokenizer.vocab": self._listing()}
+        pieces = {name: None if id is None else self._pieces[id] for name, id in tokens.items()}
+        # Every piece with its score, a line each as spm_train writes them, but with line ends escaped.
+        escaped = (piece.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") for piece in self._pieces)
+        listing = "".join(f"{piece}\t{self._processor.get_score(id):g}\n" for id, piece in enumerate(escaped))
+        return files.content_to_save(self._files, pieces, add_bos) | {"tokenizer.vocab": listing.encode()}
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         # Buffers instead of lists of Python integers: 14.4 M tokens/s instead of 7.8 with lists turned into arrays
@@ -125,40 +168,36 @@ class SentencePieceTokenizer:
         except TypeError:
             return self._processor.encode(well_formed(texts), return_type="numpy", num_threads=self._threads)
 
-    def _encode_with_marks(self, texts: list[str], mark: np.ndarray) -> list[np.ndarray]:
-        split = [text.split(_MARK) for text in texts]
-        parts = iter(self._encode([part for parts in split for part in parts]))
-        encoded = []
-        for pieces in split:
-            ids = [next(parts)]
-            for _ in pieces[1:]:
-                ids += [mark, next(parts)]
-            encoded.append(np.concatenate(ids))
-        return encoded
+    def _sealed(self, model: bytes, ids: Collection[int]) -> sentencepiece.SentencePieceProcessor:
+        """The model with these pieces as control symbols: the library finds pieces of other types in texts.
 
-    def _id(self, piece: str) -> int | None:
-        found = self._processor.piece_to_id(piece)
-        return found if self._processor.id_to_piece(found) == piece else None
+        Raises:
+            UserError: other pieces cannot spell their text.
+        """
+        # Its generated code takes 0.1 s to import, and few models need it.
+        from sentencepiece import sentencepiece_model_pb2
 
-    def _declared(self, id: int) -> int | None:
-        return id if id >= 0 else None
+        message: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009 - made at import, unseen by pyright
+        proto = message.FromString(model)
+        for id in ids:
+            if self._processor.is_unknown(id) or self._processor.is_byte(id):
+                raise UserError(
+                    f"{self._files.where}: {self._pieces[id]!r} stands for text that no other token spells, so it "
+                    "cannot end or begin a document; set `eos_token` and `bos_token` to special tokens"
+                )
+            proto.pieces[id].type = message.SentencePiece.CONTROL
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     def _token_bytes(self) -> np.ndarray:
         processor = self._processor
         count = np.zeros(self.vocab_size, np.int32)
-        for id, piece in enumerate(processor.id_to_piece(list(range(self.vocab_size)))):
+        for id, piece in enumerate(self._pieces):
             if processor.is_byte(id):
                 count[id] = 1
             elif not (processor.is_control(id) or processor.is_unknown(id) or processor.is_unused(id)):
                 count[id] = len(piece.replace(_MARK, " ").encode())
         count[[id for id in (self.eos_id, self.bos_id) if id is not None]] = 0
         return count
-
-    def _listing(self) -> bytes:
-        """Every piece with its score, a line each as spm_train writes them, but with line ends escaped."""
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        escaped = (piece.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") for piece in pieces)
-        return "".join(f"{piece}\t{self._processor.get_score(id):g}\n" for id, piece in enumerate(escaped)).encode()
 
 
 def check_threads(threads: int | None) -> None:

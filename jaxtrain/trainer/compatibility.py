@@ -1,7 +1,7 @@
-"""What a checkpoint says of the data and the model, and whether a config may go on from it."""
+"""What a checkpoint records about data and model, and whether a config may resume from it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain import cli
@@ -14,7 +14,7 @@ from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.identity import mismatch
 
-# Changing one of these changes which tokens are trained on, or what the parameters mean.
+# A change of one of these changes which tokens are trained on, or what the parameters mean.
 _FIXED = (
     "seed",
     "epochs",
@@ -27,14 +27,14 @@ _FIXED = (
     "model",
     f"optimizer.{cli.KIND}",
 )
-# These say how the model is computed, not what it is.
+# How the model is computed, not what it is.
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
 
 
-def identities(config: Config, dealers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
-    """What goes into every checkpoint, besides the lanes' state."""
+def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
+    """What every checkpoint records besides the lanes' positions."""
     return {
-        "sources": {dealer.name: dealer.identity for dealer in dealers},
+        "sources": {reader.name: reader.identity for reader in readers},
         "tokenizer": tokenizer.identity,
         "teacher": None,
         "plan": plan.record(),
@@ -43,24 +43,41 @@ def identities(config: Config, dealers: Sequence[SourceReader], tokenizer: Token
 
 
 def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
-    """Refuse what would change the data or the parameters' meaning. saved, now: `identities`; step: the checkpoint's.
+    """Refuses a resume that would change the data or the meaning of the parameters.
 
-    Returns the differences that are allowed, as lines for the log. Raises UserError with all others, both sides shown.
+    Args:
+        saved, now: `identities` of the checkpoint and of this run.
+        step: the checkpoint's.
+
+    Returns:
+        The allowed differences, as lines for the log.
+
+    Raises:
+        UserError: with all other differences, both sides shown.
     """
     changed = cli.differences(cli.complete(saved["config"]), now["config"])
-    refused = [(path, old, new) for path, old, new in changed if _is_fixed(path)]
+    refused = [row for row in changed if _is_fixed(row[0])]
     lines = [_table(refused, now["config"])] if refused else []
     different = mismatch(saved["tokenizer"], now["tokenizer"])
     if different is not None:
         lines.append(different)
     moved = plan.differences(saved["plan"], step)
     if moved:
-        # What the plan is made of says why: a stage ends elsewhere because of its own tokens or those before it.
+        # The fields that make the plan say why: a stage ends elsewhere because of its own tokens or earlier ones.
         stages = [row for row in changed if _is_below(row[0], ("stages", "total_tokens", "steps"))]
         lines += [*moved, *(["In the config:", _table(stages, now["config"])] if stages else [])]
-    lines += _source_differences(saved["sources"], now["sources"])
-    given_up, taken_back = _skip_differences(saved["sources"], now["sources"])
-    lines += taken_back
+    given_up: list[str] = []
+    # A source may come or go if the plan allows it; one that stays must be the same, but may skip more than before.
+    for name in saved["sources"].keys() & now["sources"].keys():
+        old, new = saved["sources"][name], now["sources"][name]
+        lines += [
+            f"source {name!r}: {field} was {_short(old.get(field))}, is now {_short(new.get(field))}"
+            for field in sorted((old.keys() | new.keys()) - {"skips"})
+            if old.get(field) != new.get(field)
+        ]
+        more, taken_back = skips.compare(name, old["skips"], new["skips"])
+        given_up += more
+        lines += taken_back
     if lines:
         raise UserError(
             f"the checkpoint of step {step} was trained with another config, and going on with this one would not be "
@@ -85,7 +102,7 @@ def _table(rows: Sequence[tuple[str, Any, Any]], config: Json) -> str:
 
 
 def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
-    """Raises UserError, with both sides, if the teacher is not that of the checkpoint of `step`."""
+    """Raises UserError, with both sides, if the teacher is not the one that the checkpoint of `step` records."""
     different = teacher.mismatch(saved, now)
     if different is not None:
         raise UserError(
@@ -101,26 +118,6 @@ def _is_fixed(path: str) -> bool:
 
 def _is_below(path: str, prefixes: Sequence[str]) -> bool:
     return any(path == prefix or path.startswith((prefix + ".", prefix + "[")) for prefix in prefixes)
-
-
-def _source_differences(saved: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
-    """A source may come or go where the plan allows it; one that stays must be the same."""
-    lines = []
-    for name in saved.keys() & now.keys():
-        for field in sorted((saved[name].keys() | now[name].keys()) - {"skips"}):
-            old, new = saved[name].get(field), now[name].get(field)
-            if old != new:
-                lines.append(f"source {name!r}: {field} was {_short(old)}, is now {_short(new)}")
-    return lines
-
-
-def _skip_differences(saved: Mapping[str, Json], now: Mapping[str, Json]) -> tuple[list[str], list[str]]:
-    """(allowed, refused): more may be given up than before, never less."""
-    lines: tuple[list[str], list[str]] = ([], [])
-    for name in saved.keys() & now.keys():
-        for all_lines, some in zip(lines, skips.compare(name, saved[name]["skips"], now[name]["skips"]), strict=True):
-            all_lines += some
-    return lines
 
 
 def _short(value: Any) -> str:

@@ -1,79 +1,114 @@
-"""Loss on held-out documents: always the same ones, in the same rows, whenever and wherever it runs."""
+"""Loss on held-out documents: the same documents in the same rows, whenever and wherever it runs."""
 
 import math
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.config import EvalConfig
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.pipeline import DataConfig, HostBatch, Pools, host_batches
 from jaxtrain.data.skips import Skips
+from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source, Tokenizer
 from jaxtrain.plan import Plan
-from jaxtrain.trainer.step import StepComponents, eval_step
+from jaxtrain.trainer.state import abstract
+from jaxtrain.trainer.step import Batch, StepComponents, abstract_batch, eval_step, split_batch
+
+
+def lower_eval_step(components: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
+    """The evaluation step for one shape, traced; `.compile()` gives the executable.
+
+    (params, batch, token_bytes int32 [V]) → sums over the batch: `nats`, `tokens`, `bytes`.
+    """
+    mesh, model = components.mesh, components.model
+    whole = sharding.replicated(mesh)
+    step = eval_step(components)
+
+    def sums(params: Any, batch: Batch, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
+        if micro_batches == 1:
+            return step(params, batch, token_bytes_V)
+        found = jax.lax.map(lambda part: step(params, part, token_bytes_V), split_batch(batch, micro_batches, mesh))
+        return {name: values.sum(dtype=values.dtype) for name, values in found.items()}
+
+    options = model.compiler_options(batch_size // micro_batches, seq_len)
+    function = jax.jit(sums, out_shardings=whole, compiler_options=options)
+    params = abstract(model, components.optimizer, mesh)["params"]
+    token_bytes = jax.ShapeDtypeStruct((model.vocab_size,), jnp.int32, sharding=whole)
+    return function.lower(params, abstract_batch(mesh, batch_size, seq_len), token_bytes)
 
 
 class Evaluator:
-    """Reads the held-out rows once, in the background, keeps them in the host's memory, and measures the loss on them.
+    """Reads the held-out rows once, in the background, keeps them in host memory, and measures the loss on them.
 
-    An epoch of the held-out documents is the most there is: if they are fewer than `tokens`, the rest is padding.
+    One epoch of the held-out documents is the most there is: if they have fewer tokens than asked for, the rest is
+    padding.
+
+    Args:
+        plan: the evaluation's own, of one stage.
+        resolved: the sources by name.
+        scratch: a local folder for temporary files.
+        executable: returns the compiled evaluation step; called at each evaluation.
     """
 
     def __init__(
         self,
-        config: EvalConfig,
+        plan: Plan,
         data: DataConfig,
-        train: Plan,
         resolved: dict[str, Source],
         tokenizer: Tokenizer,
-        parts: StepComponents,
+        mesh: jax.sharding.Mesh,
         threads: Pools,
         seed: int,
         skips: Skips,
         scratch: str,
+        executable: Callable[[], Any],
     ):
-        self._plan = config.plan(train, data.num_lanes)
-        self._parts, self._data = parts, data
+        self._plan, self._data, self._mesh, self._threads = plan, data, mesh, threads
+        self._executable = executable
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.int32)
-        self._lanes = local_lanes(parts.mesh, data.num_lanes)
-        self._dealers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
-        self._rows, self._threads = data.rows(tokenizer, 1), threads
+        self._lanes = local_lanes(mesh, data.num_lanes)
+        self._readers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
+        self._rows = data.rows(tokenizer, 1)
         self._batches: list[HostBatch] = []
         self._error: BaseException | None = None
         self._reading = threading.Thread(target=self._read, name="jaxtrain-held-out", daemon=True)
-        (stage,) = self._plan.stages
-        options = parts.model.compiler_options(stage.batch_size, stage.seq_len)
-        self._step = jax.jit(eval_step(parts), compiler_options=options)
         self._reading.start()
 
     def _read(self) -> None:
         try:
-            self._batches = list(
-                host_batches(
-                    self._dealers, self._plan, self._rows, self._lanes, self._threads, after=0, states={}, prefetch=1
-                )
+            batches = host_batches(
+                self._readers, self._plan, self._rows, self._lanes, self._threads, after=0, states={}, prefetch=1
             )
+            self._batches = list(batches)
         except BaseException as error:
             self._error = error
 
     def run(self, params: object) -> dict[str, float]:
-        """eval_loss (nats a token), eval_bits_per_byte, eval_tokens. Raises what reading raised, or UserError."""
+        """The loss of these parameters. All processes call it.
+
+        Returns:
+            `eval_loss` (nats per token), `eval_bits_per_byte`, `eval_tokens`.
+
+        Raises:
+            UserError: if no document is held out, and whatever reading raised.
+        """
         self._reading.join()
         if self._error is not None:
             raise self._error
-        sums = np.zeros(3)
-        feed = Feed(iter(self._batches), self._parts.mesh, self._lanes, self._data.num_lanes, ahead=1)
-        for batch in feed:
-            measured = self._step(params, batch.arrays, self._token_bytes)
+        executable, sums = self._executable(), np.zeros(3)
+        for batch in Feed(iter(self._batches), self._mesh, self._lanes, self._data.num_lanes, ahead=1):
+            measured = executable(params, batch.arrays, self._token_bytes)
             sums += [float(measured[name]) for name in ("nats", "tokens", "bytes")]
         nats, tokens, byte_count = sums.tolist()
         if not tokens or not byte_count:
             raise UserError(
-                f"no document is held out: data.holdout={self._data.holdout} of the sources gives none. Set it higher "
-                "(for example 0.01), use a larger source, or eval.every_steps=none and eval.every_tokens=none."
+                f"no document is held out: data.holdout={self._data.holdout} selects none from the sources. Set it "
+                "higher (for example 0.01), use a larger source, or eval.every_steps=none and eval.every_tokens=none."
             )
         bits = nats / math.log(2) / byte_count
         return {"eval_loss": nats / tokens, "eval_bits_per_byte": bits, "eval_tokens": tokens}

@@ -1,8 +1,12 @@
-"""Set-up of a run, then a loop that fits a screen."""
+"""A run: set-up, then a loop that fits a screen."""
 
 import collections
+import contextlib
 import dataclasses
+import gc
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,32 +25,39 @@ from jaxtrain.errors import CorruptError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.monitor import Monitor, Run, console_logging
 from jaxtrain.plan import StepPlan
-from jaxtrain.trainer import dryrun, gc_freeze, state
+from jaxtrain.trainer import state
+from jaxtrain.trainer.dry_run import describe
 from jaxtrain.trainer.session import Session, configure_runtime, open_session, sample
 
 FINISHED, STOPPED = 0, 75
-# The devices always have work, and no more than so many batches wait on them.
+# Steps given to the devices ahead of the host: they always have work, and few batches wait in their memory.
 _STEPS_AHEAD = 2
 
 logger = logging.getLogger("jaxtrain")
 
 
 def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | None = None) -> int:
-    """Train, or go on training, in a work directory. Returns the exit code.
+    """Trains in a work directory, from its newest checkpoint on.
 
-    keep: gets what reads the data. Where nothing holds that any more, Grain waits for its threads, which may wait for a
-    dead network until the deadline of an outage: for programs that end at once (recipe.leave).
+    Args:
+        dry_run: print the plan and train nothing (`--dry_run`).
+        keep: gets the session, for programs that end at once (`cli.leave`). Without it, Grain waits for its threads at
+            the end, which may wait for a dead network until an outage's deadline.
 
-    Raises UserError for what the user must change.
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: for what the user must change.
     """
     processes.join(config.deterministic)
     with console_logging() as console, processes.failures_told(), Workdir(workdir_path) as workdir:
         configure_runtime(config, workdir)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
-            # Before closing, which the others would have to take part in.
+            # Before closing, which the other processes would have to take part in.
             with processes.failures_told():
-                code = _explained(config, workdir, checkpointer, console, dry_run, keep)
+                code = _run(config, workdir, checkpointer, console, dry_run, keep)
         except Exception:
             checkpointer.give_up_others()
             raise
@@ -56,7 +67,7 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
     return code
 
 
-def _explained(
+def _run(
     config: Config,
     workdir: Workdir,
     checkpointer: Checkpointer,
@@ -64,13 +75,13 @@ def _explained(
     dry_run: bool,
     keep: list[object] | None,
 ) -> int:
-    """The run; of what ends it, the devices' memory is explained, and a corrupt file is recorded if that is wanted."""
+    """The run. Explains exhausted memory, and records a corrupt file if the config says to skip it."""
     try:
         session = open_session(config, workdir, checkpointer, fetch=not dry_run)
         if keep is not None:
             keep.append(session)
         if dry_run:
-            dryrun.describe(session, workdir)
+            describe(session, workdir)
             return FINISHED
         return _train(session, workdir, checkpointer, console)
     except jax.errors.JaxRuntimeError as error:
@@ -85,7 +96,7 @@ def _explained(
         recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
-        # The others cannot know. The launcher starts all again, and all read the list.
+        # The others cannot know. The launcher restarts all processes, and all read the list.
         processes.tell(f"{error}\n{recorded}", STOPPED)
         checkpointer.give_up_others()
         return STOPPED
@@ -98,7 +109,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         start_tokens=session.start_tokens,
         total_tokens=plan.total_tokens,
         num_stages=len(plan.stages),
-        flops_per_token=session.parts.flops_per_token,
+        flops_per_token=session.components.flops_per_token,
         peak_flops=peak_flops(),
         log_every=config.log_every,
         config=session.identities["config"],
@@ -110,7 +121,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         workdir.write_config(session.identities["config"])
         train_state = session.train_state(monitor)
         loop = Loop(session, checkpointer, monitor)
-        with gc_freeze.only_new():
+        with only_new_garbage():
             code = loop.run(train_state)
         step = checkpointer.latest_step()
         saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
@@ -120,146 +131,141 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         return code
 
 
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Python's garbage collector ignores what is alive at the beginning.
+
+    Start-up leaves about 230,000 objects that live as long as the process: JAX, libraries, compiled programs. Each full
+    collection would visit all of them (0.25 s), in whichever thread it happens to begin. See `gc.freeze`.
+    """
+    gc.collect()  # else what is garbage now stays, with the arrays it holds
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @dataclasses.dataclass(frozen=True)
-class _Taken:
-    """The step taken last."""
+class _Step:
+    """The step taken last. evaluated: its held-out loss, if it was measured."""
 
     at: StepPlan
     batch: DeviceBatch
+    data_ended: bool
     evaluated: dict[str, float] | None
 
 
-@dataclasses.dataclass
-class _Pending:
-    """A step's line that waits for its numbers: fetched only after the next step is under way."""
-
-    at: StepPlan
-    metrics: dict[str, jax.Array]
-    batch: DeviceBatch
-
-
 class Loop:
-    """Steps of the plan from `session.start_step` + 1 on.
-
-    Invariants: a checkpoint of step N holds the state after N updates and the lanes after the batches trained on up to
-    N, whatever was read ahead; every line of a step is written before a checkpoint of that step.
-    """
+    """The steps of the plan from `session.start_step` + 1 on. `state` is the train state after the last one."""
 
     def __init__(self, session: Session, checkpointer: Checkpointer, monitor: Monitor):
-        self._session = session
-        self._checkpointer = checkpointer
-        self._monitor = monitor
-        self._pending: _Pending | None = None
-        self._taken: _Taken | None = None
-        self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         self.state: state.State = {}
+        self._session, self._checkpointer, self._monitor = session, checkpointer, monitor
+        # A step whose line is not written yet: its numbers are fetched after the next step is under way.
+        self._unlogged: tuple[StepPlan, DeviceBatch, dict[str, jax.Array]] | None = None
+        self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def run(self, train_state: state.State) -> int:
+        """Trains until the plan, the data or a signal ends it. Returns FINISHED or STOPPED."""
         session, plan, monitor = self._session, self._session.plan, self._monitor
+        last: _Step | None = None
         self.state = train_state
-        step, code, ended = session.start_step, FINISHED, False
         monitor.begin()
-        while not ended:
-            step += 1
+        for step in itertools.count(session.start_step + 1):
             at = plan.at(step)
             try:
                 with monitor.span("data"), self._checkpointer.interruptible():
                     batch = next(session.feed)
-            except InterruptedWaitError:
-                return self._stop_waiting()
+            except InterruptedWaitError:  # a signal while waiting for the next batch
+                return self._finish(STOPPED, last)
+            # The feed reads ahead, but its n-th batch is that of step n, and carries the lanes' positions after it.
             assert batch.step == step
-            metrics = self._step(at, batch)
+            metrics = self._update(at, batch)
             monitor.stepped(at)
-            self._flush()
-            data_ended = self._data_ended(batch)
+            self._log()  # the step before; this one keeps the devices busy meanwhile
+            data_ended = session.config.epochs is not None and not any_process(not batch.ended)
             ended = step == plan.last_step or data_ended
             if monitor.due(at) or ended or step == plan.stages[at.stage - 1].last_step:
-                self._pending = _Pending(at, metrics, batch)
-            preempted = self._checkpointer.reached_preemption(step)
-            evaluated = self._evaluate_if_due(at, ended)
-            self._taken = _Taken(at, batch, evaluated)
-            if self._checkpointer.should_save(step) or preempted or ended:
-                self._flush()
-                self._save(at, batch, evaluated, data_ended)
-            if preempted and not ended:
-                code, ended = STOPPED, True
-        self._finish()
-        return code
+                self._unlogged = at, batch, metrics
+            # Every process gets the same answers from here on, so all evaluate, save and stop at the same step.
+            stopped = self._checkpointer.reached_preemption(step)
+            last = _Step(at, batch, data_ended, self._evaluate(at, ended))
+            if ended or stopped:
+                return self._finish(FINISHED if ended else STOPPED, last)
+            if self._checkpointer.should_save(step):
+                self._save(last)
+        raise AssertionError
 
-    def _finish(self) -> None:
-        self._flush()
+    def _finish(self, code: int, last: _Step | None) -> int:
+        if last is not None:
+            self._save(last)
         with self._monitor.span("checkpoint"):
             self._checkpointer.wait()
+        return code
 
-    def _stop_waiting(self) -> int:
-        """A signal came while the next batch was not to be had: what was trained so far is saved."""
-        self._flush()
-        if self._taken is not None:
-            self._save(self._taken.at, self._taken.batch, self._taken.evaluated, data_ended=False)
-        self._finish()
-        return STOPPED
-
-    def _step(self, at: StepPlan, batch: DeviceBatch) -> dict[str, jax.Array]:
-        """One update, given to the devices; and the next stage begins to compile with the first step of this one."""
-        stages = self._session.stages
-        if not stages.ready(at.batch_size, at.seq_len):
+    def _update(self, at: StepPlan, batch: DeviceBatch) -> dict[str, jax.Array]:
+        """Gives one update to the devices, and starts compiling the next stage."""
+        programs = self._session.programs
+        if not programs.ready(at.batch_size, at.seq_len):
             with self._monitor.span("compile"):
-                stages.get(at.batch_size, at.seq_len)
-        executable = stages.get(at.batch_size, at.seq_len)
+                programs.get(at.batch_size, at.seq_len)
+        executable = programs.get(at.batch_size, at.seq_len)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
         self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
-        stages.start(at.stage + 1)  # once the devices have work: tracing is Python's, and would hold this thread up
+        programs.start(at.stage + 1)  # once the devices have work: tracing takes Python's lock
         self._in_flight.append(metrics)
         if len(self._in_flight) > _STEPS_AHEAD:
             jax.block_until_ready(self._in_flight.popleft())
         return metrics
 
-    def _data_ended(self, batch: DeviceBatch) -> bool:
-        """Whether no lane of any host has a token left; only possible where `epochs` bounds the data."""
-        return self._session.config.epochs is not None and not any_process(not batch.ended)
-
-    def _flush(self) -> None:
-        """Write the line that waits. Fetching its numbers waits for its step, not for the one under way."""
-        if self._pending is None:
+    def _log(self) -> None:
+        """Writes the line that waits, if there is one."""
+        if self._unlogged is None:
             return
-        pending, self._pending = self._pending, None
-        numbers = {name: value for name, value in jax.device_get(pending.metrics).items() if name != "fingerprint"}
-        metrics: Json = {name: float(value) for name, value in numbers.items()}
-        metrics |= {name: int(numbers[name]) for name in ("skipped", "skipped_in_a_row")}
-        metrics["fingerprint"] = fingerprint.text(np.asarray(jax.device_get(pending.metrics["fingerprint"])))
-        given = ledger.by_source(self._session.gather(pending.batch), self._session.plan.source_names)
-        self._session.stage_ends.note(pending.at.step, given)
+        (at, batch, arrays), self._unlogged = self._unlogged, None
+        session, values = self._session, jax.device_get(arrays)
+        given = ledger.by_source(session.gather(batch), session.plan.source_names)
+        session.stage_ends.note(at.step, given)
+        metrics: Json = {name: float(value) for name, value in values.items() if name != "fingerprint"}
+        metrics |= {name: int(values[name]) for name in ("skipped", "skipped_in_a_row")}
+        metrics["fingerprint"] = fingerprint.text(np.asarray(values["fingerprint"]))
         metrics["sources"] = given
-        metrics["stage_sources"] = self._session.stage_ends.in_stage(pending.at.step, given)
-        cache = self._session.cache
-        metrics["disk_cache_gb"] = None if cache is None else cache.used_bytes() / 1e9
-        self._monitor.log_step(pending.at, metrics)
+        metrics["stage_sources"] = session.stage_ends.in_stage(at.step, given)
+        metrics["disk_cache_gb"] = None if session.cache is None else session.cache.used_bytes() / 1e9
+        self._monitor.log_step(at, metrics)
         in_a_row = metrics["skipped_in_a_row"]
-        if in_a_row >= self._session.config.max_skipped_steps:
+        if in_a_row >= session.config.max_skipped_steps:
             raise FloatingPointError(
-                f"{in_a_row} updates in a row had non-finite gradients, the last at step {pending.at.step}: see the "
-                "losses before it in metrics.jsonl. Lower the learning rate or resume from an earlier checkpoint."
+                f"{in_a_row} updates in a row had non-finite gradients, the last at step {at.step}: see the losses "
+                "before it in metrics.jsonl. Lower the learning rate or resume from an earlier checkpoint."
             )
 
-    def _evaluate_if_due(self, at: StepPlan, ended: bool) -> dict[str, float] | None:
+    def _evaluate(self, at: StepPlan, ended: bool) -> dict[str, float] | None:
         evaluator = self._session.evaluator
         if evaluator is None or not (ended or self._session.config.eval.due(at)):
             return None
-        self._flush()
+        self._log()
         with self._monitor.span("evaluation"):
             values = evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
         return values
 
-    def _save(self, at: StepPlan, batch: DeviceBatch, evaluated: dict[str, float] | None, data_ended: bool) -> None:
+    def _save(self, last: _Step) -> None:
+        """A checkpoint of step N: the state after N updates, and the lanes after the N batches trained on.
+
+        Every line up to N is written first, so that metrics.jsonl never lacks what a checkpoint contains.
+        """
+        session, step = self._session, last.at.step
+        self._log()
         with self._monitor.span("checkpoint"):
             data = {
-                **self._session.identities,
-                "step": at.step,
-                "tokens": at.tokens_after,
-                "data_ended": data_ended,
-                "lanes": ledger.to_json(self._session.gather(batch), self._session.plan.source_names),
-                # Complete: a stage's last step is logged, and every line is written before a checkpoint.
-                "stage_ends": self._session.stage_ends.to_json(),
+                **session.identities,
+                "step": step,
+                "tokens": last.at.tokens_after,
+                "data_ended": last.data_ended,
+                "lanes": ledger.to_json(session.gather(last.batch), session.plan.source_names),
+                # Complete: a stage's last step is always logged.
+                "stage_ends": session.stage_ends.to_json(),
             }
-            self._checkpointer.save(at.step, self.state, data, evaluated)
+            self._checkpointer.save(step, self.state, data, last.evaluated)

@@ -1,25 +1,23 @@
-"""The executables of a run's stages: compiled ahead of time from shapes alone, the next one while this one trains.
+"""The run's executables: one per shape of a stage and one for evaluation, compiled ahead of time from shapes alone.
 
-In how many micro-batches a device takes its rows is found here, from the compiler's account of memory.
+While a stage trains, the next one compiles. The number of micro-batches is chosen here, by the compiler's account of
+memory.
 """
 
 import dataclasses
+import functools
 import logging
-import math
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-import jax
 
 from jaxtrain.cost import memory
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.plan import Plan
-from jaxtrain.trainer.state import abstract
+from jaxtrain.plan.plan import StagePlan
+from jaxtrain.trainer.evaluate import lower_eval_step
 from jaxtrain.trainer.step import StepComponents, accumulation, lower_train_step
-
-_Key = tuple[int, int]  # batch size, sequence length
 
 logger = logging.getLogger("jaxtrain")
 
@@ -30,45 +28,75 @@ class DoesNotFitError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An executable (state, batch, learning_rate, rows_before) → (state, metrics), and its micro-batches."""
+    """An executable and its micro-batches.
+
+    Attributes:
+        executable: (state, batch, learning_rate, rows_before[, teaching]) → (state, metrics), or for evaluation
+            (params, batch, token_bytes) → sums.
+        beside: bytes on a device that are no argument of it.
+    """
 
     executable: Any
     micro_batches: int
     batch_size: int
     seq_len: int
+    beside: int = 0
 
     def describe(self, limit: int | None) -> str:
         rows, count = self.batch_size // self.micro_batches, self.micro_batches
         text = f"{count} micro-batch{'es' * (count > 1)} of {rows:,} x {self.seq_len:,} tokens"
-        needed, arrays = memory.needed(self.executable), memory.held(self.executable)
-        if needed is None or arrays is None:
+        needed, held = memory.needed(self.executable), memory.held(self.executable)
+        if needed is None or held is None:
             return text
         most = "" if limit is None else f" of {limit / 1e9:.3g}"
         return (
-            f"{text}: {needed / 1e9:.3g}{most} GB a device (state and batch {arrays / 1e9:.3g}, temporary "
-            f"{(needed - arrays) / 1e9:.3g})"
+            f"{text}: {(needed + self.beside) / 1e9:.3g}{most} GB a device (state and batch "
+            f"{(held + self.beside) / 1e9:.3g}, temporary {(needed - held) / 1e9:.3g})"
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    batch_size: int
+    seq_len: int
+    evaluates: bool = False
+
+
 class StagePrograms:
-    """Executables of the train step by shape. Construction checks that every stage's batch can be shared by the mesh.
+    """Executables by shape; stages of one shape share one.
 
-    Stages of one shape share an executable. They compile in threads; `get` and `settle` are for the main thread, on all
-    processes at the same step.
+    They compile in a thread. `get`, `program`, `evaluation` and `settle` are for the main thread, on all processes at
+    the same step, since processes agree on the number of micro-batches.
 
-    micro_batch_tokens: the most tokens that a device takes at once. limit: the most bytes that a step may take on a
-    device; micro-batches get smaller until it fits. None: what micro_batch_tokens gives.
+    Args:
+        plan: its stages are compiled; None: only the evaluation.
+        micro_batch_tokens: the most tokens that a device takes at once.
+        limit: bytes of a device that a step may take; micro-batches get smaller until it fits. None: no limit.
+        evaluation: the rows of an evaluation; None: there are none.
+        beside: bytes that training keeps on a device during an evaluation, without the parameters.
+
+    Raises:
+        UserError: if the mesh does not divide a stage's batch.
     """
 
-    def __init__(self, parts: StepComponents, plan: Plan, micro_batch_tokens: int | None, limit: int | None = None):
-        self._parts = parts
-        self._stages = [stage for stage in plan.stages if stage.has_steps]
+    def __init__(
+        self,
+        components: StepComponents,
+        plan: Plan | None,
+        micro_batch_tokens: int | None,
+        limit: int | None = None,
+        evaluation: StagePlan | None = None,
+        beside: int = 0,
+    ):
         self.limit = limit
+        self._components = components
+        self._beside = beside
+        self._stages = [] if plan is None else [stage for stage in plan.stages if stage.has_steps]
+        self._evaluation = evaluation and _Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
+        keys = [_Key(stage.batch_size, stage.seq_len) for stage in self._stages]
         self._fewest = {
-            (stage.batch_size, stage.seq_len): accumulation(
-                parts.mesh, stage.batch_size, stage.seq_len, micro_batch_tokens
-            )
-            for stage in self._stages
+            key: accumulation(components.mesh, key.batch_size, key.seq_len, micro_batch_tokens)
+            for key in (*keys, *((self._evaluation,) if self._evaluation else ()))
         }
         self._compiling: dict[_Key, Future[Program]] = {}
         self._programs: dict[_Key, Program] = {}
@@ -76,134 +104,131 @@ class StagePrograms:
         self._lock = threading.Lock()
 
     @property
-    def shapes(self) -> list[_Key]:
+    def shapes(self) -> list[tuple[int, int]]:
         """(batch size, sequence length) of all stages that have steps, each once."""
-        return list(self._fewest)
+        return [(key.batch_size, key.seq_len) for key in self._fewest if not key.evaluates]
 
     def begin(self, stage: int) -> None:
-        """Begin to compile what the run needs before its first step, of the `stage`-th stage, without waiting."""
+        """Starts compiling what the run needs before its first step, in the `stage`-th stage, without waiting."""
         self.start(stage)
         if self.limit is not None:
-            self._begin(self._longest(stage))
+            self._submit(self._longest(stage))
+            if self._evaluation is not None:
+                self._submit(self._evaluation)
 
     def start(self, stage: int) -> None:
-        """Begin to compile the `stage`-th stage (1-based), without waiting. Does nothing past the last."""
+        """Starts compiling the `stage`-th stage (1-based), without waiting. Does nothing past the last."""
         for found in self._stages:
             if found.index >= stage:
-                self._begin((found.batch_size, found.seq_len))
+                self._submit(_Key(found.batch_size, found.seq_len))
                 return
 
     def settle(self, stage: int) -> None:
-        """Before the first step, of the `stage`-th stage: UserError if that stage or a later one cannot fit.
+        """Before the first step, in the `stage`-th stage: checks that this and all later stages and evaluations fit.
 
-        Micro-batches may get as small as a row a device, so what cannot fit depends on the length of the rows: the
-        longest are tried. Nothing is compiled for it where there is no limit.
+        Micro-batches may be as small as one row per device, so whether a stage fits depends on the length of its rows:
+        the longest are tried. Without a limit nothing is compiled for this.
+
+        Raises:
+            DoesNotFitError: if one cannot fit.
         """
         if self.limit is not None:
-            self.program(*self._longest(stage))
-
-    def _longest(self, stage: int) -> _Key:
-        seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
-        return batch_size, seq_len
+            self._program(self._longest(stage))
+            if self._evaluation is not None:
+                self.evaluation()
 
     def ready(self, batch_size: int, seq_len: int) -> bool:
         """Whether the executable is there already."""
-        future = self._compiling.get((batch_size, seq_len))
+        future = self._compiling.get(_Key(batch_size, seq_len))
         return future is not None and future.done()
 
     def get(self, batch_size: int, seq_len: int) -> Any:
-        """The executable (state, batch, learning_rate, rows_before) → (state, metrics); waits for it."""
+        """The train step's executable; waits for it."""
         return self.program(batch_size, seq_len).executable
 
     def program(self, batch_size: int, seq_len: int) -> Program:
-        """As `get`. Raises UserError if it does not fit into the memory of a device."""
-        key = (batch_size, seq_len)
-        if key not in self._programs:
-            self._programs[key] = self._agreed(key)
-            logger.info("%s: %s", self._names(key), self._programs[key].describe(self.limit))
-        return self._programs[key]
+        """The train step for a shape; waits for it. Raises DoesNotFitError if it does not fit into a device."""
+        return self._program(_Key(batch_size, seq_len))
 
-    def _agreed(self, key: _Key) -> Program:
-        """The program that all processes take: the one that fits everywhere."""
-        failure, program, count = None, None, self._candidates(key)[-1] + 1
+    def evaluation(self) -> Program:
+        """The evaluation step; waits for it. Raises DoesNotFitError if it does not fit into a device."""
+        assert self._evaluation is not None
+        return self._program(self._evaluation)
+
+    def _longest(self, stage: int) -> _Key:
+        seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
+        return _Key(batch_size, seq_len)
+
+    def _program(self, key: _Key) -> Program:
+        """The program that fits on all processes."""
+        if key in self._programs:
+            return self._programs[key]
+        failure, program, fewest = None, None, self._counts(key)[-1] + 1
         try:
-            program = self._begin(key).result()
-            count = program.micro_batches
+            program = self._submit(key).result()
+            fewest = program.micro_batches
         except UserError as error:
             failure = error
-        most = consensus.largest(count)
-        if most > self._candidates(key)[-1]:
+        count = consensus.largest(fewest)
+        if count > self._counts(key)[-1]:
             raise failure or UserError(
-                f"{self._names(key)} does not fit into another process's device: see its message"
+                f"{self._name(key)} does not fit into a device of another process: see its message"
             )
         assert program is not None
-        return program if most == count else self._compiler.submit(self._compile, key, most).result()
+        if count != fewest:
+            program = self._compiler.submit(self._compiled, key, count).result()
+        logger.info("%s: %s", self._name(key), program.describe(self.limit))
+        self._programs[key] = program
+        return program
 
-    def _begin(self, key: _Key) -> Future[Program]:
+    def _submit(self, key: _Key) -> Future[Program]:
         with self._lock:
             if key not in self._compiling:
                 self._compiling[key] = self._compiler.submit(self._fitting, key)
             return self._compiling[key]
 
-    def _compile(self, key: _Key, micro_batches: int) -> Program:
-        return Program(lower_train_step(self._parts, *key, micro_batches).compile(), micro_batches, *key)
+    def _fitting(self, key: _Key) -> Program:
+        """The program with the fewest micro-batches that fits this process's devices."""
+        beside = self._beside if key.evaluates else 0
+        try:
+            count, executable = memory.fit(self._counts(key), functools.partial(self._compile, key), self.limit, beside)
+        except memory.NothingFitsError as error:
+            raise DoesNotFitError(self._misfit(key, error.needs)) from None
+        return Program(executable, count, key.batch_size, key.seq_len, beside)
 
-    def _candidates(self, key: _Key) -> list[int]:
+    def _compile(self, key: _Key, count: int) -> Any:
+        lower = lower_eval_step if key.evaluates else lower_train_step
+        return lower(self._components, key.batch_size, key.seq_len, count).compile()
+
+    def _compiled(self, key: _Key, count: int) -> Program:
+        beside = self._beside if key.evaluates else 0
+        return Program(self._compile(key, count), count, key.batch_size, key.seq_len, beside)
+
+    def _counts(self, key: _Key) -> list[int]:
         """Numbers of micro-batches, ascending, that divide a device's rows, from what micro_batch_tokens gives."""
-        mesh = self._parts.mesh
-        rows = key[0] // (mesh.shape["data"] * mesh.shape["fsdp"])
+        mesh = self._components.mesh
+        rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
         return [count for count in sharding.divisors(rows) if count >= self._fewest[key]]
 
-    def _fitting(self, key: _Key) -> Program:
-        """The program with the fewest micro-batches that fits. Raises UserError if none does."""
-        counts = self._candidates(key)
-        if self.limit is None:
-            return self._compile(key, counts[0])
-        tried: dict[int, Program] = {}
-        said = ""
-
-        def measure(count: int) -> int | None:
-            nonlocal said
-            try:
-                tried[count] = self._compile(key, count)
-            except jax.errors.JaxRuntimeError as error:
-                if memory.is_exhausted(error):
-                    said = memory.used(error)
-                    return None
-                raise
-            # A compiler that does not say how much it needs has no limit either.
-            return memory.needed(tried[count].executable) or 0
-
-        count = memory.fewest(counts, measure, self.limit, lambda: self._at_least(tried))
-        if count is None:
-            raise DoesNotFitError(self._misfit(key, tried.get(counts[-1]), said))
-        return tried[count]
-
-    def _at_least(self, tried: dict[int, Program]) -> int:
-        """Bytes that do not depend on micro-batches, estimated: the arrays, the gradients and the sum of them."""
-        params = abstract(self._parts.model, self._parts.optimizer, self._parts.mesh)["params"]
-        sizes = (
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
-        )
-        return (memory.held(next(iter(tried.values())).executable) or 0) + 2 * sum(sizes)
-
-    def _names(self, key: _Key) -> str:
-        named = [f"{stage.index} ({stage.name})" for stage in self._stages if (stage.batch_size, stage.seq_len) == key]
+    def _name(self, key: _Key) -> str:
+        if key.evaluates:
+            return "Evaluation"
+        named = [
+            f"{s.index} ({s.name})" for s in self._stages if (s.batch_size, s.seq_len) == (key.batch_size, key.seq_len)
+        ]
         return f"Stage{'s' * (len(named) > 1)} {', '.join(named)}"
 
-    def _misfit(self, key: _Key, smallest: Program | None, said: str) -> str:
-        """said: what the compiler wrote of the memory, where it gave up."""
+    def _misfit(self, key: _Key, needs: str) -> str:
         assert self.limit is not None
-        mesh = self._parts.mesh
-        needs = f"more than the compiler could place{said}"
-        if smallest is not None:
-            needs = f"{(memory.needed(smallest.executable) or 0) / 1e9:.3g} GB"
-        fixes = [*self._parts.model.memory_advice(), "a smaller model", "shorter rows (seq_len)"]
+        mesh = self._components.mesh
+        fixes = ["a smaller model", f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})"]
+        if not key.evaluates:
+            fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
             fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
         return (
-            f"{self._names(key)} does not fit: with one row of {key[1]:,} tokens at a time a device needs {needs}, and "
-            f"there are {self.limit / 1e9:.3g} GB (memory_gb, or what the device says less a reserve). What helps: "
-            f"{', '.join(fixes)}."
+            f"{self._name(key)} does not fit: with one row of {key.seq_len:,} tokens at a time a device needs {needs}, "
+            f"and may take {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). What "
+            f"helps: {', '.join(fixes)}."
         )

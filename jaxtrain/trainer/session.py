@@ -1,10 +1,10 @@
-"""From a config and a work directory to everything that a loop needs."""
+"""From a config and a work directory to everything that a run is made of."""
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from jaxtrain.checkpoint.checkpoints import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
-from jaxtrain.data import ledger, pipeline, skips
+from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import DeviceBatch, Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.lanes import Pools
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
+from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
@@ -38,20 +38,19 @@ logger = logging.getLogger("jaxtrain")
 
 
 def compiler_effort(platform: str) -> None:
-    """XLA's default of O3-like effort costs minutes on scanned models on GPUs (docs/benchmarks.md)."""
+    """XLA's default effort, close to O3, costs minutes for scanned models on GPUs (docs/benchmarks.md)."""
     if platform == "gpu":
         jax.config.update("jax_optimization_level", "O1")
 
 
 def configure_runtime(config: Config, workdir: Workdir) -> None:
-    """Settings of JAX that outlive a compile: the persistent cache is in the work directory, if JAX's own environment
-    variable does not say where."""
+    """Sets up JAX's persistent compilation cache: in the work directory, unless the environment names another place."""
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_compilation_cache_dir", chosen or os.fspath(workdir.cache / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if jax.default_backend() != "gpu":
-        # The folder of GPUs' autotuning results is part of every key: a work directory that moves would miss them all.
+        # The path of GPUs' autotuning results is part of every cache key: a work directory that moves would miss all.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     compiler_effort(jax.default_backend())
     logger.info(
@@ -59,23 +58,37 @@ def configure_runtime(config: Config, workdir: Workdir) -> None:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Session:
-    """Everything that a run is made of. start_step: the restored step, 0 for a new run. cache: None if no source has
-    one. scratch: a local folder for what need not last. saved_teacher: what the checkpoint says of its teacher.
+    """Everything that a run is made of.
+
+    Attributes:
+        plan: step → stage, shapes, learning rate, source of each row.
+        components, programs: what a step is made of, and the compiled steps.
+        identities: what every checkpoint records about data and model (see `compatibility`).
+        sources, modes: by source name: where documents come from, and how they are read.
+        cache: the disk cache; None if no source uses one.
+        scratch: a local folder for temporary files.
+        start_step, start_tokens: of the restored checkpoint; 0 for a new run.
+        lane_states: the position of each lane after start_step.
+        prefetch: batches that this host makes ahead.
+        evaluator: None until `train_state`, and if the config evaluates nothing.
+        frozen, cached: the teacher, if it runs along or if its cache is read.
+        saved_teacher: the teacher that the checkpoint records.
     """
 
     config: Config
     plan: Plan
+    eval_plan: Plan | None
     tokenizer: Tokenizer
-    dealers: list[SourceReader]
-    parts: StepComponents
-    stages: StagePrograms
+    readers: list[SourceReader]
+    components: StepComponents
+    programs: StagePrograms
+    limit: int | None
     checkpointer: Checkpointer
     identities: Json
-    threads: Pools
-    prefetch: int
-    resolved: dict[str, Source]
+    threads: pipeline.Pools
+    sources: dict[str, Source]
     modes: dict[str, str]
     cache: DiskCache | None
     scratch: str
@@ -84,119 +97,141 @@ class Session:
     is_complete: bool
     lane_states: dict[int, np.ndarray]
     stage_ends: ledger.StageEnds
-    skips: skips.Skips
+    skips: dict[str, dict[str, int]]
+    prefetch: int
     frozen: teacher.Frozen | None
     cached: teacher.Cached | None
     saved_teacher: Json | None
+    evaluator: Evaluator | None = None
+    teacher_params: Any = None
 
-    def __post_init__(self) -> None:
-        self.evaluator: Evaluator | None = None
-        self._feed: Feed | None = None
-        self._teacher: Any = None
-
-    @property
+    @functools.cached_property
     def feed(self) -> Feed:
-        if self._feed is None:
-            data, mesh = self.config.data, self.parts.mesh
-            lanes = local_lanes(mesh, data.num_lanes)
-            rows = data.rows(self.tokenizer, self.config.epochs)
-            if self.cached is not None:
-                rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
-            batches = pipeline.host_batches(
-                self.dealers,
-                self.plan,
-                rows,
-                lanes,
-                self.threads,
-                after=self.start_step,
-                states=self.lane_states,
-                prefetch=self.prefetch,
-            )
-            self._feed = Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
-        return self._feed
+        """The run's batches as device arrays, from start_step + 1 on."""
+        data, mesh = self.config.data, self.components.mesh
+        lanes = local_lanes(mesh, data.num_lanes)
+        rows = data.rows(self.tokenizer, self.config.epochs)
+        if self.cached is not None:
+            rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
+        batches = pipeline.host_batches(
+            self.readers,
+            self.plan,
+            rows,
+            lanes,
+            self.threads,
+            after=self.start_step,
+            states=self.lane_states,
+            prefetch=self.prefetch,
+        )
+        return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
 
     def gather(self, batch: DeviceBatch) -> np.ndarray:
-        """Where all lanes of the run stand after a batch: int64 [V, S, F]. All processes call it."""
+        """The positions of all lanes of the run after a batch: int64 [V, S, F]. All processes call it."""
         return ledger.gather(batch.states, self.config.data.num_lanes)
 
     def train_state(self, monitor: Monitor) -> state.State:
-        """Restored, or fresh; reading and compiling go on meanwhile. UserError if a stage to come does not fit."""
+        """Restores or creates the train state, while data is read and programs compile in the background.
+
+        Raises:
+            UserError: if a stage to come or an evaluation does not fit into a device, or the teacher has changed.
+        """
+        components, config = self.components, self.config
         first = self.plan.at(self.start_step + 1).stage
-        self.stages.begin(first)
+        self.programs.begin(first)
         self.feed.begin()
-        parts, config = self.parts, self.config
         self._load_teacher(monitor)
         if self.start_step:
             with monitor.span("checkpoint"):
-                wanted = state.abstract(parts.model, parts.optimizer, parts.mesh)
+                wanted = state.abstract(components.model, components.optimizer, components.mesh)
                 restored = self.checkpointer.restore(self.start_step, wanted)
             monitor.message(f"Resumed from step {self.start_step:,} ({self.start_tokens:,} tokens).")
         elif config.init_from:
-            restored = state.create_from(_params_from(config, parts), parts.model, parts.optimizer, parts.mesh)
+            restored = state.create_from(
+                _initial_params(config, components), components.model, components.optimizer, components.mesh
+            )
             monitor.message(f"Starting with the parameters of {config.init_from}.")
         else:
-            restored = state.create(parts.model, parts.optimizer, parts.mesh, config.seed)
-        if config.eval.is_on:
+            restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
+        if self.eval_plan is not None:
             self.evaluator = Evaluator(
-                config.eval,
+                self.eval_plan,
                 config.data,
-                self.plan,
-                self.resolved,
+                self.sources,
                 self.tokenizer,
-                parts,
+                components.mesh,
                 self.threads,
                 config.seed,
                 self.skips,
                 self.scratch,
+                lambda: self.programs.evaluation().executable,
             )
         with monitor.span("compile"):
-            self.stages.settle(first)
+            self.programs.settle(first)
         return restored
 
     def _load_teacher(self, monitor: Monitor) -> None:
-        """Raises UserError if it is not the one that the checkpoint was trained with."""
         if self.frozen is not None:
-            self._teacher = self.frozen.load()
-            self.identities["teacher"] = self.frozen.identity(self._teacher)
+            self.teacher_params = self.frozen.load()
+            self.identities["teacher"] = self.frozen.identity(self.teacher_params)
             monitor.message(f"Distilling from {self.frozen.config.model}.")
         elif self.cached is not None:
-            self._teacher = ()
+            self.teacher_params = ()
             self.identities["teacher"] = self.cached.identity
             monitor.message(f"Distilling from {self.cached.summary}.")
         if self.start_step:
             compatibility.check_teacher(self.saved_teacher, self.identities["teacher"], self.start_step)
 
     def teaching(self, at: StepPlan) -> tuple[Teaching, ...]:
-        """What a step takes besides its usual arguments: nothing without a teacher."""
-        if self.parts.distilled is None:
+        """A step's extra argument with a teacher; () without one."""
+        if self.components.distilled is None:
             return ()
-        return ((self._teacher, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
+        return ((self.teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
 def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
-    """Resolve everything, and find where to go on. Raises UserError for what cannot go together.
+    """Resolves everything and finds where to continue.
 
-    fetch: whether sources of mode "download" are fetched now; without, they are read as streams.
+    Args:
+        fetch: whether sources of mode "download" are fetched now; without it they are read as streams.
+
+    Raises:
+        UserError: for settings that cannot go together, or a checkpoint that this config may not resume.
     """
     plan = config.plan()
+    eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
     start = checkpointer.latest_step() or 0
     saved = checkpointer.restore_data(start) if start else None
     mesh = config.mesh.build()
+
+    # The data: tokenizer, sources, and their units.
     scratch = os.fspath(workdir.cache)
     cache = config.data.cache(os.path.join(scratch, "data"))
-    given_up = open_data.skipped(workdir.path, saved)
+    skips = open_data.skipped(workdir.path, saved)
     tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
-    resolved = {name: one.source for name, one in opened.items()}
+    sources = {name: one.source for name, one in opened.items()}
     stored = all(one.mode == "pretokenized" for one in opened.values())
     if not any(one.mode == "download" or pipeline.wants_cache(one.source) for one in opened.values()):
         cache = None
     if cache is not None:
-        _prepare(cache)
-    dealers = open_data.build(config, resolved, given_up, scratch)
-    frozen, cached = _teacher(config, resolved, tokenizer, mesh)
+        _clean_up(cache)
+    readers = open_data.build(config, sources, skips, scratch)
+    for reader in readers:
+        logger.info("Source %s", reader.summary)
+
+    # The model, and what its steps need.
+    frozen, cached = None, None
+    if config.teacher is not None and config.teacher.cache is None:
+        frozen = config.teacher.build(tokenizer, mesh)
+    elif config.teacher is not None:
+        cached = config.teacher.open_cache(config.data, sources, tokenizer)
     limit = memory.limit(mesh, config.memory_gb)
-    parts = make_parts(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
-    identities = compatibility.identities(config, dealers, tokenizer, plan)
+    components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
+    _report(components, plan, eval_plan)
+    evaluation = None if eval_plan is None else eval_plan.stages[0]
+    beside = beside_params(components)
+
+    # Where to continue.
+    identities = compatibility.identities(config, readers, tokenizer, plan)
     lane_states: dict[int, np.ndarray] = {}
     stage_ends = ledger.StageEnds(plan)
     if saved is not None:
@@ -204,21 +239,21 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
             logger.info("Changed since the checkpoint: %s", line)
         lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
         given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
-        # Checkpoints of the first versions have no ends of stages.
+        # The first versions recorded no ends of stages.
         stage_ends.restore(saved.get("stage_ends", []), start, given)
-    _report(parts, plan, dealers)
     return Session(
         config=config,
         plan=plan,
+        eval_plan=eval_plan,
         tokenizer=tokenizer,
-        dealers=dealers,
-        parts=parts,
-        stages=StagePrograms(parts, plan, config.micro_batch_tokens, limit),
+        readers=readers,
+        components=components,
+        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside),
+        limit=limit,
         checkpointer=checkpointer,
         identities=identities,
         threads=pipeline.pools(config.data, stored),
-        prefetch=config.data.threads(stored)[1],
-        resolved=resolved,
+        sources=sources,
         modes={name: one.mode for name, one in opened.items()},
         cache=cache,
         scratch=scratch,
@@ -227,24 +262,15 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         is_complete=saved is not None and (start == plan.last_step or saved["data_ended"]),
         lane_states=lane_states,
         stage_ends=stage_ends,
-        skips=given_up,
+        skips=skips,
+        prefetch=config.data.threads(stored)[1],
         frozen=frozen,
         cached=cached,
-        saved_teacher=None if saved is None else saved.get("teacher"),  # older checkpoints do not say
+        saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions recorded none
     )
 
 
-def _teacher(
-    config: Config, resolved: dict[str, Source], tokenizer: Tokenizer, mesh: jax.sharding.Mesh
-) -> tuple[teacher.Frozen | None, teacher.Cached | None]:
-    if config.teacher is None:
-        return None, None
-    if config.teacher.cache is None:
-        return config.teacher.build(tokenizer, mesh), None
-    return None, config.teacher.open_cache(config.data, resolved, tokenizer)
-
-
-def make_parts(
+def make_components(
     config: Config,
     vocab_size: int,
     plan: Plan,
@@ -253,9 +279,11 @@ def make_parts(
     limit: int | None,
     layout: Layout | None = None,
 ) -> StepComponents:
-    """What the config's steps are made of, on this mesh. limit: bytes of a device that a step may take.
+    """What the config's steps are made of, on this mesh.
 
-    layout: of the records that come with each batch, where the teacher is cached.
+    Args:
+        limit: bytes of a device that a step may take; None for no limit.
+        layout: of the records that come with each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
     optimizer = config.optimizer.build(model.axes, mesh)
@@ -272,57 +300,67 @@ def make_parts(
     return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
-def _report(parts: StepComponents, plan: Plan, dealers: Sequence[SourceReader]) -> None:
-    for dealer in dealers:
-        logger.info("Source %s", dealer.summary)
-    model, mesh = parts.model, parts.mesh
-    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+def beside_params(components: StepComponents) -> int:
+    """Bytes that training keeps on each device besides the model's parameters: optimizer state, teacher."""
+    made = state.abstract(components.model, components.optimizer, components.mesh)
+    distilled = () if components.distilled is None else components.distilled.abstract
+    return bytes_per_device(made) - bytes_per_device(made["params"]) + bytes_per_device(distilled)
+
+
+def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> None:
+    model, mesh, distilled = components.model, components.mesh, components.distilled
     logger.info(
         "Model: %s parameters (%s without embeddings); mesh %s",
         f"{model.num_params:,}",
         f"{model.num_params_non_embedding:,}",
-        shape,
+        " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
-    if parts.distilled is not None and parts.distilled.teacher is not None:
-        logger.info("Teacher: %s parameters", f"{parts.distilled.teacher.num_params:,}")
-    if isinstance(model, AttentionModel):
-        for stage in plan.stages:
+    # Asked here, since processes agree on each choice: compiling, in a thread, then finds it made.
+    teacher = None if distilled is None else distilled.teacher
+    for stage in plan.stages:
+        if isinstance(model, AttentionModel):
             choice = model.attention_choice(stage.batch_size, stage.seq_len)
             logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
+        if isinstance(teacher, AttentionModel):
+            teacher.attention_choice(stage.batch_size, stage.seq_len)
+    if eval_plan is not None and isinstance(model, AttentionModel):
+        for stage in eval_plan.stages:
+            model.attention_choice(stage.batch_size, stage.seq_len)
+    if teacher is not None:
+        logger.info("Teacher: %s parameters", f"{teacher.num_params:,}")
 
 
-def _prepare(cache: DiskCache) -> None:
-    """Clear up after killed processes, and say what the cache may grow to."""
+def _clean_up(cache: DiskCache) -> None:
+    """Removes what killed processes left in the disk cache, and reports how far it may grow."""
     cache.trim()
     used, free = cache.used_bytes(), shutil.disk_usage(cache.directory).free
     logger.info("Disk cache: at most %.2f GB in %s, %.2f used", cache.limit / 1e9, cache.directory, used / 1e9)
     if cache.limit - used > free:
-        logger.warning("The disk of the cache has only %.2f GB free: set data.max_disk_gb to less.", free / 1e9)
+        logger.warning("The disk of the cache has only %.2f GB free: lower data.max_disk_gb.", free / 1e9)
 
 
-def _params_from(config: Config, parts: StepComponents) -> Any:
-    """The parameters of `init_from`: a checkpoint of jaxtrain's, or a Hugging Face model."""
-    where = config.init_from
-    wanted = state.abstract(parts.model, parts.optimizer, parts.mesh)["params"]
-    if checkpoints.is_checkpoint(where):
-        return checkpoints.restore_params(where, wanted)
-    return hf.load(where, parts.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+def _initial_params(config: Config, components: StepComponents) -> Any:
+    """The parameters of `init_from`: a jaxtrain checkpoint, or a Hugging Face model."""
+    wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
+    if checkpoints.is_checkpoint(config.init_from):
+        return checkpoints.restore_params(config.init_from, wanted)
+    return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
-def sample(made: Session, params: Any, monitor: Monitor) -> None:
+def sample(session: Session, params: Any, monitor: Monitor) -> None:
     """Continues the config's prompts. All processes call it."""
-    prompts = made.config.sample_prompts
-    ids, lengths = made.tokenizer.encode_batch(prompts)
-    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    prompts, tokenizer = session.config.sample_prompts, session.tokenizer
+    ids, lengths = tokenizer.encode_batch(prompts)
+    prompts_ids = [piece.tolist() for piece in np.split(ids, np.cumsum(lengths)[:-1])]
     texts = generate(
-        made.parts.model,
+        session.components.model,
         params,
-        [piece.tolist() for piece in pieces],
+        prompts_ids,
         max_new_tokens=_SAMPLE_TOKENS,
         temperature=0.8,
         top_k=50,
-        seed=made.config.seed,
-        eos_id=made.tokenizer.eos_id,
+        seed=session.config.seed,
+        eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(prompts, pieces, texts, strict=True):
-        monitor.message(f"Sample: {prompt}{continuation(made.tokenizer, prompt_ids.tolist(), new)}")
+    for prompt, prompt_ids, new in zip(prompts, prompts_ids, texts, strict=True):
+        monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")

@@ -148,20 +148,25 @@ def _gradients(
     if count == 1:
         return differentiate(params, batch)
 
-    def split(x_BT: jax.Array) -> jax.Array:
-        """[B, T] -> [count, B / count, T]. Micro-batch a is rows a::count, so that each device splits its own rows."""
-        x = x_BT.reshape(-1, count, *x_BT.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(x, parts.mesh, (None, "batch", "sequence"))
-
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
 
-    micro_batches = {name: split(x_BT) for name, x_BT in batch.items()}
+    micro_batches = split_batch(batch, count, parts.mesh)
     shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
     grads, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # XLA would replicate the zeros, and with them the sum.
     grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(parts.mesh, parts.model.axes))
     return jax.lax.scan(add, (grads, sums), micro_batches)[0]
+
+
+def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """[B, T] -> [count, B / count, T]. Micro-batch a is rows a::count, so that each device splits its own rows."""
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x = x_BT.reshape(-1, count, *x_BT.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, mesh, (None, "batch", "sequence"))
+
+    return {name: split(x_BT) for name, x_BT in batch.items()}
 
 
 def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:

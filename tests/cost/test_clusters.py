@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxtrain.cost import clusters, gpu_targets, hardware
+from jaxtrain.cost import clusters, hardware
 from jaxtrain.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_names(text: str, slices: int, chips: int, island: int) -> None:
         ("v5e:", 1, "the shape is missing"),
         ("v5e:2x", 1, "not of the form"),
         ("v5e:0x4", 1, "no slice v5e:0x4"),
-        ("h100:2x17", 1, "1 to 16 GPUs a host"),
+        ("h100:2x17", 1, "1 to 16 GPUs per host"),
         ("h100:0x8", 1, "hosts x GPUs"),
         ("h100:1x2x8", 1, "hosts x GPUs"),
         ("h100:8", 2, "--slices=2"),
@@ -65,7 +65,7 @@ def test_every_gpu_of_the_table_has_a_target() -> None:
     for chip in hardware.CHIPS:
         if chip.platform != "gpu":
             continue
-        text = gpu_targets.target_config(chip)
+        text = clusters.target_config(chip)
         kind = re.search(r'device_description_str: "(.*)"', text)
         assert kind is not None
         assert hardware.of_kind(kind[1]) is chip
@@ -77,7 +77,7 @@ def test_every_slice_of_the_table_can_be_compiled_for() -> None:
     """In processes of their own, since what the compiler wants to know comes before JAX; two may be under way."""
     pytest.importorskip("libtpu")
     script = (
-        "from tools import clusters\n"
+        "from jaxtrain.cost import clusters\n"
         "clusters.prepare_environment()\n"
         "for kind, shapes in clusters._SHAPES.items():\n"
         "    for shape in shapes:\n"

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.errors import UserError
-from jaxtrain.trainer import dryrun
+from jaxtrain.trainer import dry_run
 from tests.data.io.test_disk_cache import watching
 from tests.data.sources.tars import COMPRESS, shard
 from tests.e2e.runs import Run, assert_equal, documents, environment
@@ -65,7 +65,7 @@ def test_what_cannot_fit_is_refused(shards: tuple[str, int], tokenizer: pathlib.
     dry = Run(tmp_path / "dry", f"{CONFIG}:{tokenizer}|{pattern}|1000000", environment({}))("--dry_run")
     assert "disk cache: at most 0.00 GB, 0.00 used" in dry.output  # all shards are that small
     with pytest.raises(UserError, match=r"GB free, both need 1000000000\.0: lower data\.max_disk_gb, or give"):
-        dryrun._check_free(str(tmp_path), 10**18, "both need", "data.max_disk_gb")
+        dry_run._check_free(str(tmp_path), 10**18, "both need", "data.max_disk_gb")
 
 
 def test_80m_takes_shards() -> None:

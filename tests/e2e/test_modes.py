@@ -43,11 +43,11 @@ def test_modes_may_change_at_every_resume(make_run: MakeRun, reference: Run, dat
     assert "max_samples MUST be specified for streaming datasets!" in said
     run("--config.data.mode=pretokenized", code=2)
     assert "there is no token store" in run.output
-    assert "others' are not yet" in pretokenize(run, "--all", "--worker=1/2")
+    assert "other workers' are not yet" in pretokenize(run, "--all", "--worker=1/2")
     run("--config.data.mode=pretokenized", code=2)
     assert "is not finished: run tools.pretokenize again" in run.output
     assert "Source code: 300 documents" in pretokenize(run, "--all", "--worker=0/2")
-    assert "All bytes are as they were written" in pretokenize(run, "--verify")
+    assert "All bytes match their checksums" in pretokenize(run, "--verify")
     asked = datasets.count("/datasets/e2e/")
     stop_at(run, 22, "--config.data.mode=pretokenized")
     assert datasets.count("/datasets/e2e/") == asked

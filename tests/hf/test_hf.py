@@ -18,7 +18,7 @@ from jaxtrain.hf import families, reading, writing
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.model.rope import Llama3RopeScaling
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -13,13 +13,13 @@ from jaxtrain.tokenizers.identity import mismatch
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.hub import TOKEN, LoopbackHub
 
-VOCABULARY = {"a": 0, "b": 1, "</s>": 2, "<s>": 3, "<|im_end|>": 4}
+VOCABULARY = {"<|zero|>": 0, "b": 1, "</s>": 2, "<s>": 3, "<|im_end|>": 4, "a": 5}
 
 
 @pytest.fixture
 def tokenizer_json() -> bytes:
     tokenizer = tokenizers.Tokenizer(models.BPE(VOCABULARY, []))
-    tokenizer.add_special_tokens(["</s>", "<s>", "<|im_end|>"])
+    tokenizer.add_special_tokens(["</s>", "<s>", "<|im_end|>", "<|zero|>"])
     return tokenizer.to_str().encode()
 
 
@@ -54,23 +54,23 @@ def test_special_tokens(configs, eos, bos, tokenizer_json, tmp_path):
         tokenizer = HuggingFaceTokenizer(name=str(name)).build("")
         assert (tokenizer.eos_id, tokenizer.bos_id) == (eos, bos)
         assert (tokenizer.identity["eos_id"], tokenizer.identity["bos_id"]) == (eos, bos)
-        assert tokenizer.token_bytes.tolist() == [0 if eos == 0 else 1, 1, 0, 0, 0]
+        assert tokenizer.token_bytes.tolist() == [0, 1, 0, 0, 0, 1]
     # What was found in the model's configs is still known where only the tokenizer was saved.
     tokenizer.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.json").exists()
     again = HuggingFaceTokenizer(name=str(tmp_path / "saved")).build("")
     assert mismatch(tokenizer.identity, again.identity) is None
-    chosen = HuggingFaceTokenizer(name=str(tmp_path), eos_token="<s>", bos_token="b").build("")
-    assert (chosen.eos_id, chosen.bos_id) == (3, 1)
+    chosen = HuggingFaceTokenizer(name=str(tmp_path), eos_token="<s>", bos_token="<|zero|>").build("")
+    assert (chosen.eos_id, chosen.bos_id) == (3, 0)
     assert mismatch(tokenizer.identity, chosen.identity) is not None
 
 
 @pytest.mark.parametrize(
     ("configs", "eos_token", "message"),
     [
-        ({}, None, r"names the token that ends a document; set `eos_token`, for example '</s>' or '<s>'"),
+        ({}, None, r"names the token that ends a document; set `eos_token`, for example '<.zero.>' or '</s>' or '<s>'"),
         ({"config.json": {"vocab_size": 5}}, None, "set `eos_token`"),
-        ({"config.json": {"eos_token_id": 5}}, None, "eos_token_id 5 is not among the 5 ids; set `eos_token`"),
+        ({"config.json": {"eos_token_id": 6}}, None, "eos_token_id 6 is not among the 6 ids; set `eos_token`"),
         ({}, "<eos>", "eos_token='<eos>' is not in its vocabulary"),
         (
             {"tokenizer_config.json": {"eos_token": "<eos>"}},

@@ -187,9 +187,9 @@ def test_dropout_truncation_and_padding_are_off(workdirs, tmp_path):
 
 
 def test_ids_may_have_gaps(tmp_path):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 9}, []))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"<a>": 0, "b": 9}, []))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = HuggingFaceTokenizer(name=str(tmp_path), eos_token="a").build("")
+    loaded = HuggingFaceTokenizer(name=str(tmp_path), eos_token="<a>").build("")
     assert loaded.vocab_size == 10
     assert loaded.token_bytes.tolist() == [0] * 9 + [1]
 

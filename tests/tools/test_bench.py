@@ -12,8 +12,8 @@ from jaxtrain.data import units
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.sentencepiece import available_cores
 from jaxtrain.tokenizers.training import TrainTokenizer
-from tools import bench
-from tools.benches import checkpoint, corpus, gpu, gpu_parts, jax_step, resume, simulate, stream
+from tools.bench import __main__ as bench
+from tools.bench import checkpoint, corpus, gpu, gpu_parts, jax_step, resume, simulate, stream
 
 TINY_STEP = (
     "step --batch_size=2 --seq_len=32 --hidden_size=32 --intermediate_size=48 --num_layers=2 --num_heads=2 "
@@ -303,7 +303,7 @@ def test_torch_takes_the_same_step(tied):
     pytest.importorskip("torch")
     import jax
 
-    from tools.benches import torch_step
+    from tools.bench import torch_step
 
     model = LlamaConfig(
         hidden_size=32,

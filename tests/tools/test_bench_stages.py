@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from jaxtrain.trainer import loop
-from tools import bench
-from tools.benches import curriculum, stages
-from tools.benches.stages import _Listener, _of_stage, _Step
+from tools.bench import __main__ as bench
+from tools.bench import curriculum, stages
+from tools.bench.stages import _Listener, _of_stage, _Step
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from jaxtrain.data.stores import teacher_store
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tests.hub import LoopbackHub, jsonl_bytes
-from tools import cache_teacher
+from tools.cache_teacher import __main__ as cache_teacher
 
 CONFIG = """
 from jaxtrain.config import Config
@@ -86,7 +86,7 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
     assert run(config, *flags, "--worker=1/2") == 0
     out = capsys.readouterr().out
     assert re.search(r"Source web: 350 documents of about \d+ tokens \(by the first 256\), 28 bytes each: about", out)
-    assert "Source web: this worker's documents are done, others' are not yet." in out
+    assert "Source web: this worker's documents are done, other workers' are not yet." in out
     assert run(config, *flags, "--worker=0/2") == 0
     out = capsys.readouterr().out
     folder = tmp_path / "run" / "teacher"
@@ -97,7 +97,7 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
     assert made.teacher["dtype"] == "float32"
     assert [part.rows for part in made.parts[0]] == [256, 44]
     assert run(config, "--verify") == 0
-    assert "All bytes are as they were written" in capsys.readouterr().out
+    assert "All bytes match their checksums" in capsys.readouterr().out
     assert run(config, "--max_samples=350", "--k=6", "--batch_tokens=64", "--temperatures=2,1") == 2
     assert "layout: the cache has {'vocab_size': 300, 'k': 5" in capsys.readouterr().err
 
@@ -124,17 +124,15 @@ def test_refusals(config: pathlib.Path, capsys: Any, arguments: list[str], arg: 
 def test_too_little_room_is_refused_before_anything_is_computed(
     config: pathlib.Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.teacher_caching.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr("tools.cache_teacher.write.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     assert run(config, "--max_samples=350") == 2
     assert "less than 1.5 times as much. Take another disk" in capsys.readouterr().err
 
 
 def test_the_launcher_says_which_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import workers
-
-    assert workers.parse(None) == (0, 1)
-    assert workers.parse("3/4") == (3, 4)
+    assert cli.parse_worker(None) == (0, 1)
+    assert cli.parse_worker("3/4") == (3, 4)
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "8")
-    assert workers.parse(None) == (2, 8)
-    assert workers.parse("0/1") == (0, 1)
+    assert cli.parse_worker(None) == (2, 8)
+    assert cli.parse_worker("0/1") == (0, 1)

@@ -13,7 +13,7 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.cost import clusters
 from jaxtrain.errors import UserError
-from tools import compile_check
+from tools.compile_check import __main__ as compile_check
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -71,6 +71,15 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
         assert said in printed
     for said in ("fits on v5e:2x4", "Roofline", "TFLOP a chip", "a vocabulary of 512 (config.tokenizer.vocab_size)"):
         assert said in printed
+
+
+def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048")
+    assert code == 0
+    assert answer["evaluation"]["fits"]
+    # Moments of AdamW stay on the chips meanwhile: two thirds of the state.
+    assert answer["evaluation"]["needed_bytes"] > answer["state_bytes"]
+    assert "Evaluation: 1 micro-batch of 16 x 32 tokens" in capsys.readouterr().out
 
 
 def test_a_config_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,14 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.cli import files
-from jaxtrain.cost import clusters
+from jaxtrain.cost import clusters, memory_formula
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.trainer import session, state
-from tools import advice, estimate, estimating, scale_tables
+from tools import scale_tables
+from tools.compile_check import advice
+from tools.estimate import __main__ as estimate
+from tools.estimate import estimate as sections
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -33,18 +36,18 @@ def numbers(tmp_path: pathlib.Path, *flags: str) -> dict:
 def test_state_is_what_the_mesh_gives_a_device(mesh: dict[str, int]) -> None:
     config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
     made = MeshConfig(**{"data": 1, "fsdp": 1, **mesh}).build()
-    parts = session.make_parts(config, 1000, config.plan(), made, None, None)
-    arrays = bytes_per_device(state.abstract(parts.model, parts.optimizer, made))
+    components = session.make_components(config, 1000, config.plan(), made, None, None)
+    arrays = bytes_per_device(state.abstract(components.model, components.optimizer, made))
     counters = 4 + 8 + 4 + 4  # step, fingerprint, two counts of skipped steps
-    assert advice.state_bytes(parts, made.shape) == arrays - counters
+    assert memory_formula.state_bytes(components.model, components.optimizer, made.shape) == arrays - counters
 
 
 @pytest.mark.parametrize(("topology", "unrolls"), [("a100:1x8", True), ("a100:1x1", False), ("v5e:2x4", False)])
 def test_advice_about_loops_is_for_several_gpus(topology: str, unrolls: bool) -> None:
     config = files.load(str(ROOT / "configs/pretrain.py:tiny"), ())
     cluster = clusters.parse(topology, "topology", 1)
-    parts = session.make_parts(config, 1000, config.plan(), MeshConfig().build(), None, None)
-    said = "\n".join(advice.lines(parts, cluster, 10**9, [{"seq_len": 512, "batch_size": 16}]))
+    components = session.make_components(config, 1000, config.plan(), MeshConfig().build(), None, None)
+    said = "\n".join(advice.lines(components, cluster, 10**9, [{"seq_len": 512, "batch_size": 16}]))
     assert "more chips" in said
     assert (advice.NO_UNROLLING in said) == unrolls
 
@@ -74,7 +77,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
     assert sum(stage["tokens"] for stage in found["stages"]) == 1_000_000_000
     assert sum(stage["hours"] for stage in found["stages"]) == pytest.approx(found["hours"])
     assert found["token_store_gb"] == pytest.approx(1.0)  # half of each row is the row's before it
-    assert found["dollars"] == pytest.approx(found["hours"] * estimating.PRICES["rtx4090"])
+    assert found["dollars"] == pytest.approx(found["hours"] * sections.PRICES["rtx4090"])
     found = numbers(tmp_path, f"--config={ROOT}/configs/8b.py", "--hardware=h100:1")
     assert not found["fits"]
     assert found["state_gb"] > 96
@@ -98,7 +101,7 @@ def test_mistakes(flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixtu
 
 
 def test_prices_of_all() -> None:
-    assert estimating.PRICES.keys() == clusters.hardware.BY_NAME.keys()
+    assert sections.PRICES.keys() == clusters.hardware.BY_NAME.keys()
     assert jax.default_backend() == "cpu"
 
 
@@ -141,7 +144,7 @@ def test_memory_is_near_what_compilers_say(chip: str) -> None:
         (stage,) = answer["stages"]
         config = files.load(str(ROOT / f"configs/{name}.py"), (f"--config.mesh.data={slices}",))
         cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-        found = estimating.memory(estimating.outlook(config, cluster, None, 1.0, 0.0)).numbers
+        found = sections.memory(sections.outlook(config, cluster, None, 1.0, 0.0)).numbers
         assert stage["fits"] or not found["fits"], (name, shape)
         if stage["fits"] and found["fits"]:
             assert found["micro_batches"] == [stage["micro_batches"]]

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from jaxtrain.model.generate import continuation, generate
+from jaxtrain.trainer.restored import restore
 from tests.tools.test_hf_tools import folder, run
 from tools import generate as tool
 from tools import import_hf
-from tools.restored import restore
 
 assert folder  # a fixture
 

@@ -16,7 +16,9 @@ from jaxtrain.trainer import compatibility
 from tests.e2e.conftest import WIKI, fill
 from tests.e2e.runs import documents
 from tests.hub import LoopbackHub, parquet_bytes
-from tools import inspect_stream, inspection, pretokenize
+from tools.inspect_stream import __main__ as inspect_stream
+from tools.inspect_stream import inspect
+from tools.pretokenize import __main__ as pretokenize
 
 CONFIG = """
 from jaxtrain.data.sources.text_files import TextFiles
@@ -77,12 +79,12 @@ def text_of(source: str, file: str, row: int) -> str:
 def run_of(spec: str, workdir: pathlib.Path, last_step: int) -> list[pipeline.HostBatch]:
     """The batches of training, and a checkpoint of each step's data state in the work directory."""
     config = cli.load(spec, [])
-    made = inspection.connect(config, str(workdir))
+    made = inspect.connect(config, str(workdir))
     plan, lanes = made.plan, range(config.data.num_lanes)
-    batches = pipeline.host_batches(made.dealers, plan, made.rows, lanes, made.threads, after=0, states={}, prefetch=2)
+    batches = pipeline.host_batches(made.readers, plan, made.rows, lanes, made.threads, after=0, states={}, prefetch=2)
     found = [next(batches) for _ in range(last_step)]
     batches.close()
-    identities = compatibility.identities(config, made.dealers, made.tokenizer, plan)
+    identities = compatibility.identities(config, made.readers, made.tokenizer, plan)
     for batch in found:
         states = ledger.gather(batch.states, config.data.num_lanes)
         at = plan.at(batch.step)
@@ -225,7 +227,7 @@ def test_stages_and_transitions(answer):
 
 
 def test_data_that_ends_and_long_replays(answer, monkeypatch):
-    monkeypatch.setattr(inspection, "_LOGGED_STEPS", 2)
+    monkeypatch.setattr(inspect, "_LOGGED_STEPS", 2)
     few = [f"--config.data.sources.{name}.max_samples=3" for name in ("web", "wiki", "code", "lines")]
     code, out, err, found = answer("--transitions", "--config.epochs=1", "--config.data.num_lanes=1", *few)
     assert code == 0, err

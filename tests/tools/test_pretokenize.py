@@ -9,7 +9,7 @@ from jaxtrain import cli
 from jaxtrain.data import modes, pipeline
 from jaxtrain.data.stores import token_store
 from tests.hub import LoopbackHub, jsonl_bytes
-from tools import pretokenize
+from tools.pretokenize import __main__ as pretokenize
 
 CONFIG = """
 from jaxtrain.config import Config
@@ -58,7 +58,7 @@ def run(config: pathlib.Path, *arguments: str) -> int:
 def test_writes_what_training_reads(config, tmp_path, capsys):
     """The tokenizer is trained where the run would train it; --verify finds a byte that has changed."""
     assert run(config, "--all", "--worker=0/2") == 0
-    assert "Source web: this worker's files are done, others' are not yet." in capsys.readouterr().out
+    assert "Source web: this worker's files are done, other workers' are not yet." in capsys.readouterr().out
     assert run(config, "--all", "--worker=1/2") == 0
     assert "Source web: 1,200 documents" in capsys.readouterr().out
     assert run(config, "--verify") == 0
@@ -99,7 +99,10 @@ def test_max_samples_bounds_it(config, tmp_path, capsys):
     for worker in (1, 0):
         assert run(config, flag, f"--worker={worker}/2", f"--output={tmp_path / 'out'}") == 0
     said = capsys.readouterr().out
-    assert "Source web: worker 0 does it alone, as only reading tells which files hold the first 700 documents" in said
+    assert (
+        "Source web: worker 0 does it alone: which files hold the first 700 documents is only known by reading them"
+        in said
+    )
     assert "Source web: 700 documents" in said
 
 
@@ -109,8 +112,8 @@ def test_max_samples_bounds_it(config, tmp_path, capsys):
         ([], r"max_samples MUST be specified for streaming datasets! Nothing bounds source 'web' \(org/web\)"),
         (["--all", "--worker=2/2"], "--worker=2/2: give I/N with I from 0 to N - 1"),
         (["--all", "--worker=1"], "give I/N"),
-        (["--all", "--output=gs://bucket/tokens"], "are written to local paths"),
-        (["--all", "--output="], "may not be empty"),
+        (["--all", "--output=gs://bucket/tokens"], "give a local path"),
+        (["--all", "--output="], "--output= is empty"),
         (["--verify"], "there is no token store"),
     ],
 )

@@ -14,8 +14,8 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxtrain import cli
-from tools import report
-from tools.reporting.series import Series, Thinned
+from tools.report import __main__ as report
+from tools.report.series import Series, Thinned
 
 WEIGHTS = ({"web": 0.75, "code": 0.25}, {"web": 0.25, "code": 0.75})
 STAGES = (("short", 8, 16, 40), ("long & <wide>", 32, 8, 30))  # name, seq_len, batch_size, steps

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from jaxtrain.cli.redaction import unsigned
 from jaxtrain.data.io import rate_limit, retry
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.errors import TransientError, UserError
@@ -91,15 +92,14 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
-        what = retry.redact(url)
-        raise UserError(f"{what}: {error}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
+        raise UserError(f"{unsigned(url)}: {error}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
 
 
 class BucketBytes:
     """A file of a bucket (s3://, gs://, or any other file system that fsspec knows)."""
 
     def __init__(self, url: str):
-        self.what = retry.redact(url)
+        self.what = unsigned(url)
         self.fs, self.path = file_system(url)
         self.known_size: int | None = None
 
@@ -150,7 +150,7 @@ class HttpBytes:
 
     def __init__(self, url: str, what: str | None = None):
         self.url = url
-        self.what = what or retry.redact(url)
+        self.what = what or unsigned(url)
         self.known_size: int | None = None
         self.etag: str | None = None
         self.signed: str | None = None  # where the last answer came from, if redirected

@@ -1,11 +1,12 @@
-"""Names of files: patterns to lists, and lasting names to readable bytes.
+"""Where files are: patterns to addresses, and addresses to readable bytes.
 
-A lasting name is what stands in checkpoints and logs: a path inside a Hub dataset, a local path as the user wrote it,
-or a URL without credentials and query. A name on the Hub (`hf://...`) holds the commit's sha.
+An address is what a file is read by: a local path, or a URL with its credentials and signature. On the Hub
+(`hf://...`) it holds the commit's sha. See names.py for what is recorded of it.
 """
 
 import concurrent.futures
 import glob
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from urllib.parse import quote, unquote
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, file_system
+from jaxtrain.data.io.names import lasting_name, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
@@ -24,25 +26,19 @@ def expand(patterns: Sequence[str]) -> dict[str, str]:
 
     Raises UserError for a pattern without a file, TransientError where the listing cannot be had now.
     """
-    found: dict[str, str] = {}
+    found: list[str] = []
     for pattern in patterns:
         try:
             addresses = _expand(pattern)
         except Exception as error:
-            fault = retry.classify(error, retry.redact(pattern))
+            fault = retry.classify(error, lasting_name(pattern))
             if fault is error:
                 raise
             raise fault from None
         if not addresses:
-            raise UserError(f"no file matches {retry.redact(pattern)!r}. Check the path or the pattern.")
-        for address in addresses:
-            name = retry.redact(address)
-            if found.setdefault(name, address) != address:
-                raise UserError(
-                    f"data_files: two addresses of {name} differ in query or credentials alone, which no name "
-                    "may hold. Give each file an address with a path of its own."
-                )
-    return found
+            raise UserError(f"no file matches {lasting_name(pattern)!r}. Check the path or the pattern.")
+        found += addresses
+    return named(found)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -89,6 +85,14 @@ def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
     from huggingface_hub import constants
 
     return HubBytes(f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}", what)
+
+
+def cache_key(address: str, stamp: Json | None) -> str:
+    """Names a file and its version among the files of all sources, for ever.
+
+    By the address, since names of version 0.1 may stand for several files. stamp: see `stamps`.
+    """
+    return json.dumps([lasting_name(address), stamp], sort_keys=True)
 
 
 def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:

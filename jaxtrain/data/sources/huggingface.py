@@ -13,7 +13,8 @@ from typing import Any
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes
-from jaxtrain.data.io.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.samples import sample_blocks
 from jaxtrain.data.sources.streams import BUILDER_KWARGS, stream_blocks
@@ -101,7 +102,7 @@ class HuggingFace:
         if identity is not None:
             return self._resume(identity)
         found = self._look_up_files() if self.name in BUILDERS else self._look_up_dataset()
-        source = HuggingFaceSource(self, found.identity, found.files)
+        source = HuggingFaceSource(self, found.identity, found.addresses, found.files)
         source.check_schema(found.features)
         return source
 
@@ -120,35 +121,46 @@ class HuggingFace:
         located = [locate(address) for address in files.values()]
         identity = {
             **self._about(),
+            "naming": NAMING,
             "revision": None,
             "files": list(files),
             "stamps": stamps(list(files), located),
             "builder": self.name,
             "builder_kwargs": BUILDER_KWARGS.get(self.name, {}),
         }
-        return _Found(identity, located, None)
+        return _Found(identity, list(files.values()), located, None)
 
     def _look_up_dataset(self) -> "_Found":
         sha = self._sha()
         builder = self._builder(sha)
-        by_split = builder.config.data_files or {}
-        if self.split not in by_split:
-            splits = ", ".join(repr(str(split)) for split in by_split)
-            raise UserError(f"dataset {self.name} has no split {self.split!r}. It has {splits or 'no files'}.")
-        prefix = f"hf://datasets/{self.name}@{sha}/"
-        names = [retry.redact(str(address)).removeprefix(prefix) for address in by_split[self.split]]
-        files = [locate(str(address)) for address in by_split[self.split]]
+        addresses = self._split(builder)
+        named(addresses)  # refuses two files of one name
+        files = [locate(address) for address in addresses]
+        names = [lasting_name(address).removeprefix(self._root(sha)) for address in addresses]
         features = builder.config.features if hasattr(builder.config, "features") else None
         features = features or builder.info.features
         identity = {
             **self._about(),
+            "naming": NAMING,
             "revision": sha,
             "files": names,
             "stamps": stamps(names, files),
             "builder": builder.name,
             "builder_kwargs": _builder_kwargs(builder, features),
         }
-        return _Found(identity, files, features)
+        return _Found(identity, addresses, files, features)
+
+    def _root(self, sha: str) -> str:
+        """What the addresses of the dataset's own files begin with."""
+        return f"hf://datasets/{self.name}@{sha}/"
+
+    def _split(self, builder: Any) -> list[str]:
+        """The addresses of the split's files."""
+        by_split = builder.config.data_files or {}
+        if self.split not in by_split:
+            splits = ", ".join(repr(str(split)) for split in by_split)
+            raise UserError(f"dataset {self.name} has no split {self.split!r}. It has {splits or 'no files'}.")
+        return [str(address) for address in by_split[self.split]]
 
     def _sha(self) -> str:
         """The commit that `revision` names now."""
@@ -220,26 +232,30 @@ class HuggingFace:
         for key, now in self._about().items():
             if identity[key] != now:
                 raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
-        names: list[str] = identity["files"]
-        if identity["revision"] is None:
-            # Credentials and signatures are in the config alone.
-            secret = {retry.redact(pattern): pattern for pattern in self.data_files if pattern.startswith("http")}
-            files = [locate(secret.get(name, name)) for name in names]
-        else:
-            self._check_sha(identity["revision"])
-            root = f"hf://datasets/{self.name}@{identity['revision']}/"
-            files = [locate(name if "://" in name else root + name) for name in names]
-        check_unchanged(identity["stamps"], names, files)
-        return HuggingFaceSource(self, identity, files)
+        # Credentials and signatures are in the config alone.
+        known = [pattern for pattern in self.data_files if pattern.startswith("http")]
+        sha, root = identity["revision"], ""
+        if sha is not None:
+            root = self._root(sha)
+            paths = [root + path for path in self._paths(sha)]
+            if versioned(identity)["naming"] == 1 and any(lasting_name(path, 1) != path for path in paths):
+                known += self._split(self._builder(sha))
+        elif not is_exact(identity):
+            known += expand(self.data_files).values()
+        found = addresses(identity, known, root)
+        files = [locate(address) for address in found]
+        check_unchanged(identity["stamps"], identity["files"], files)
+        return HuggingFaceSource(self, identity, found, files)
 
-    def _check_sha(self, sha: str) -> None:
-        """Raises UserError if the Hub no longer has a checkpoint's commit."""
+    def _paths(self, sha: str) -> list[str]:
+        """Of all files at a checkpoint's commit. Raises UserError if the Hub no longer has it."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RevisionNotFoundError
 
         what = f"dataset {self.name}"
         try:
-            HfApi().dataset_info(self.name, revision=sha, timeout=_TIMEOUT)
+            info = HfApi().dataset_info(self.name, revision=sha, timeout=_TIMEOUT)
+            return [file.rfilename for file in info.siblings or ()]
         except RevisionNotFoundError:
             raise UserError(
                 f"{what}: the checkpoint's revision {sha} is gone from the Hub; {self.revision or 'main'} is now "
@@ -252,6 +268,7 @@ class HuggingFace:
 @dataclasses.dataclass(frozen=True)
 class _Found:
     identity: Json
+    addresses: list[str]
     files: list[Bytes]
     features: Any  # datasets.Features, if the dataset's card has them
 
@@ -259,7 +276,8 @@ class _Found:
 class HuggingFaceSource:
     """A resolved `HuggingFace`. Implements interfaces.Source. Safe for several threads."""
 
-    def __init__(self, config: HuggingFace, identity: Json, files: Sequence[Bytes]):
+    def __init__(self, config: HuggingFace, identity: Json, addresses: Sequence[str], files: Sequence[Bytes]):
+        self.addresses = addresses
         self.config = config
         self.identity = versioned(identity)
         self.files: list[str] = identity["files"]
@@ -318,12 +336,11 @@ class HuggingFaceSource:
 
     def through(self, cached: Callable[[Bytes, str], Bytes]) -> "HuggingFaceSource":
         """The same, its files read as `cached` makes them; but for those of this machine."""
-        about, files = self.identity, []
-        root = f"{about['name']}@{about['revision']}" if about["revision"] else "files"
-        for name, file in zip(self.files, self._files, strict=True):
-            key = f"huggingface {root} {name} {about['stamps'].get(name, '')}"
+        files = []
+        for name, address, file in zip(self.files, self.addresses, self._files, strict=True):
+            key = cache_key(address, self.identity["stamps"].get(name))
             files.append(file if isinstance(file, LocalBytes) else cached(file, key))
-        made = HuggingFaceSource(self.config, about, files)
+        made = HuggingFaceSource(self.config, self.identity, self.addresses, files)
         # A footer read through a cache brings its whole file there, maybe one that is not wanted.
         made._parquet.rows = self._parquet.rows
         return made

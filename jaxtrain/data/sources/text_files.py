@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.locations import expand
+from jaxtrain.data.io.names import NAMING, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
@@ -63,12 +64,14 @@ class TextFiles:
         Raises UserError if no file matches, or if the files are not the checkpoint's.
         """
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        naming = NAMING if identity is None else versioned(identity)["naming"]
         if self.patterns:
-            paths = {name: name for name in expand(self.patterns)}
+            paths = named(expand(self.patterns), naming)
         else:
             paths = {name: str(root / name) for name in _standard_library(root)}
         now = {
             "kind": "text_files",
+            "naming": naming,
             "document": self.document,
             "encoding": self.encoding,
             "python": None if self.patterns else platform.python_version(),

@@ -14,9 +14,9 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes
-from jaxtrain.data.io.locations import check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.io.tar import BrokenError, members
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
@@ -72,40 +72,42 @@ class WebDataset:
 
         Raises UserError for shards that are not there, that have changed, or whose documents have no text.
         """
+        naming = NAMING if identity is None else versioned(identity)["naming"]
         about = {
             "kind": "webdataset",
-            "urls": [retry.redact(url) for url in self.urls],
+            "urls": [lasting_name(url, naming) for url in self.urls],
             "column": self.column,
             "members": list(self.members),
         }
         if identity is not None:
             return self._resume(identity, about)
-        shards = {name: address for url in self.urls for name, address in self._expand(url).items()}
+        shards = named(self._addresses())
         files = [locate(address) for address in shards.values()]
-        found = {**about, "files": list(shards), "stamps": stamps(list(shards), files)}
-        source = WebDatasetSource(self, found, files)
+        found = {**about, "naming": NAMING, "files": list(shards), "stamps": stamps(list(shards), files)}
+        source = WebDatasetSource(self, found, list(shards.values()), files)
         # A stage that needs it may be days away. Whether damage is there to stay, its readers find out.
         with contextlib.suppress(CorruptError):
             next(source.open(0, 0), None)
         return source
 
-    def _expand(self, url: str) -> dict[str, str]:
-        """Lasting name → address. Only wildcards are looked up here: a missing shard is found by its stamp."""
-        addresses = braces(url)
-        if url.startswith("hf://") or (not url.startswith("http") and re.search(r"[*?\[]", url)):
-            return expand(addresses)
-        return {retry.redact(address): address for address in addresses}
+    def _addresses(self) -> Iterator[str]:
+        """Of all shards. Only wildcards are looked up here: a missing shard is found by its stamp."""
+        for url in self.urls:
+            if url.startswith("hf://") or (not url.startswith("http") and re.search(r"[*?\[]", url)):
+                yield from expand(braces(url)).values()
+            else:
+                yield from braces(url)
 
     def _resume(self, identity: Json, about: Json) -> "WebDatasetSource":
         for key, now in about.items():
             if identity.get(key) != now:
                 raise UserError(f"source {key}: the checkpoint has {identity.get(key)!r}, the config has {now!r}.")
         # Credentials and signatures are in the config alone.
-        secret = {retry.redact(address): address for url in self.urls for address in braces(url)}
-        names: list[str] = identity["files"]
-        files = [locate(secret.get(name, name)) for name in names]
-        check_unchanged(identity["stamps"], names, files)
-        return WebDatasetSource(self, identity, files)
+        known = (address for url in self.urls for address in braces(url))
+        found = addresses(identity, known if is_exact(identity) else self._addresses())
+        files = [locate(address) for address in found]
+        check_unchanged(identity["stamps"], identity["files"], files)
+        return WebDatasetSource(self, identity, found, files)
 
 
 class WebDatasetSource:
@@ -114,7 +116,8 @@ class WebDatasetSource:
     random_access = False
     needs_cache = True
 
-    def __init__(self, config: WebDataset, identity: Json, files: Sequence[Bytes]):
+    def __init__(self, config: WebDataset, identity: Json, addresses: Sequence[str], files: Sequence[Bytes]):
+        self.addresses = addresses
         self.identity = versioned(identity)
         self.files: list[str] = identity["files"]
         self._config = config
@@ -128,8 +131,8 @@ class WebDatasetSource:
 
     def through(self, cached: Callable[[Bytes, str], Bytes]) -> "WebDatasetSource":
         known = self.identity["stamps"]
-        keys = [json.dumps([name, known.get(name)], sort_keys=True) for name in self.files]
-        return WebDatasetSource(self._config, self.identity, list(map(cached, self._files, keys)))
+        keys = [cache_key(at, known.get(name)) for name, at in zip(self.files, self.addresses, strict=True)]
+        return WebDatasetSource(self._config, self.identity, self.addresses, list(map(cached, self._files, keys)))
 
     def row_groups(self, file: int) -> list[int]:
         raise AssertionError("tar archives have no index")
@@ -239,9 +242,9 @@ def braces(pattern: str) -> list[str]:
             pieces.append(_alternatives(inside, pattern))
             count *= len(pieces[-1])
     if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
-        raise UserError(f"{retry.redact(pattern)!r}: its braces do not pair, or one is within another.")
+        raise UserError(f"{lasting_name(pattern)!r}: its braces do not pair, or one is within another.")
     if count >= _MOST_SHARDS:
-        raise UserError(f"{retry.redact(pattern)!r} stands for {count:,} shards; check its range.")
+        raise UserError(f"{lasting_name(pattern)!r} stands for {count:,} shards; check its range.")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
@@ -249,13 +252,13 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if bounds is None:
         if "," not in inside:
-            raise UserError(f"{retry.redact(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
+            raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
         return inside.split(",")
     first, last = int(bounds[1]), int(bounds[2])
     if last - first >= _MOST_SHARDS:
-        raise UserError(f"{retry.redact(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
+        raise UserError(f"{lasting_name(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
     if last < first:
-        raise UserError(f"{retry.redact(pattern)!r}: {{{inside}}} ends before it begins.")
+        raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} ends before it begins.")
     padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
     width = max(map(len, bounds.groups())) if padded else 0
     return [str(number).zfill(width) for number in range(first, last + 1)]

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxtrain.data.io import names
 from jaxtrain.data.source_reader import describe
 from jaxtrain.data.stores import record_store, token_store
 from jaxtrain.data.stores.record_store import ArrayRecords
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer, versioned
+from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer
 from jaxtrain.losses.cached import Layout
 
 MANIFEST = "cache.json"
@@ -183,8 +184,9 @@ def _named(manifest: Manifest) -> Iterator[tuple[str, Part]]:
 def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
     lines = record_store.differences(
-        "cache", manifest, versioned(manifest.source), versioned(source.identity), config, tokenizer
+        "cache", manifest, names.comparable(manifest.source), names.comparable(source.identity), config, tokenizer
     )
+    lines += names.inexact(manifest.source)
     if lines:
         raise UserError(
             f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import cli
-from jaxtrain.data.io import retry
+from jaxtrain.data.io import names
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
@@ -130,9 +130,12 @@ def settings_of(config: SourceConfig) -> Json:
     """What of a source's config decides which documents there are, without credentials."""
     full = config.full_name() if isinstance(config, HuggingFace) else config
     assert dataclasses.is_dataclass(full)
-    names = [field.name for field in dataclasses.fields(full)]
-    said = {name: retry.redact(repr(getattr(full, name))) for name in names if name not in _FREE}
-    return {cli.KIND: cli.kind_of(type(config)), **said}
+    said = {field.name: getattr(full, field.name) for field in dataclasses.fields(full) if field.name not in _FREE}
+    return {cli.KIND: cli.kind_of(type(full)), **{name: repr(_public(name, value)) for name, value in said.items()}}
+
+
+def _public(name: str, value: Any) -> Any:
+    return tuple(_public(name, item) for item in value) if isinstance(value, tuple) else cli.public(name, value)
 
 
 _FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared by themselves
@@ -169,10 +172,11 @@ class TokenStore:
     row groups are those of the source that it was written from. Safe for several threads.
     """
 
-    def __init__(self, folder: str, manifest: Manifest, cache: RamCache | None = None):
+    def __init__(self, folder: str, manifest: Manifest, cache: RamCache | None = None, identity: Json | None = None):
+        """identity: the source's, from a checkpoint that the store was checked against."""
         self.folder = folder
         self.manifest = manifest
-        self.identity = versioned(manifest.source)
+        self.identity = versioned(identity or manifest.source)
         self.files = manifest.names
         self.random_access = manifest.random_access
         self._dtype = dtype_of(manifest.vocab_size)
@@ -255,10 +259,15 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Toke
 
     identity: of the source, from a checkpoint; None if the config alone says what is wanted.
     """
-    wanted, has = settings_of(config), manifest.settings
     if identity is not None:
-        wanted, has = versioned(identity), versioned(manifest.source)
+        wanted, has = names.comparable(identity), names.comparable(manifest.source)
+    else:
+        # Version 0.1 redacted its settings: those that lost something differ from today's.
+        wanted, has = settings_of(config), manifest.settings
+        before = cli.complete({cli.KIND: wanted[cli.KIND]})
+        wanted = {name: text for name, text in wanted.items() if name in has or text != repr(before.get(name))}
     lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
+    lines += names.inexact(manifest.source)
     if lines:
         raise UserError(
             f"the token store {folder} is not of this run:\n" + "\n".join(lines) + "\nWrite another with "

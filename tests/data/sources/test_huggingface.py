@@ -50,7 +50,8 @@ def test_hundreds_of_faults_change_nothing(hub: LoopbackHub, suffix):
         for file in (0, 1):
             row = passes * 37 % 700
             passes += 1
-            fresh = HuggingFaceSource(HuggingFace(name="org/web", fetch_rows=50), source.identity, source._files)
+            config = HuggingFace(name="org/web", fetch_rows=50)
+            fresh = HuggingFaceSource(config, source.identity, source.addresses, source._files)
             fresh._parquet.forget(file)
             blocks = retry.retrying(lambda at, f=file, s=fresh: s.open(f, at), row, what="x", deadline=1e6)
             assert texts(blocks) == wanted[file * 750 + row : (file + 1) * 750]

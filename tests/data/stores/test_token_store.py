@@ -20,7 +20,7 @@ from jaxtrain.data.stores.token_store import RamCache, TokenStore
 from jaxtrain.data.stores.token_store_writer import Job
 from jaxtrain.data.token_arrays import ragged
 from jaxtrain.errors import CorruptError, TransientError, UserError
-from jaxtrain.interfaces import Source
+from jaxtrain.interfaces import Source, versioned
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
 from tests.data.runs import Case, Drop, batches_of, random_case
 
@@ -107,7 +107,7 @@ def test_one_record_for_each_row_in_order(tmp_path):
         for first in range(len(rows) + 1):
             assert ids_of(store, number, first) == expected[first:]
         assert store.row_groups(number) == source.row_groups(number)
-    assert store.identity == source.identity
+    assert store.identity == versioned(source.identity)
 
 
 def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_another_tokenizer_or_commit_is_refused(folder, monkeypatch):
 
 def test_less_than_the_store_has_may_be_read(folder):
     source = dataclasses.replace(SOURCE, max_samples=7)
-    assert stored(folder, data_of({"a": source}))["a"].identity == source.identity
+    assert stored(folder, data_of({"a": source}))["a"].identity == versioned(source.identity)
 
 
 def test_what_is_not_whole_is_refused(folder, tmp_path):

@@ -1,0 +1,72 @@
+"""What several commands share: flags and what they mean, tables, JSON results."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtrain.cli import paths
+from jaxtrain.cli.command import Flag, Flags
+from jaxtrain.errors import UserError
+
+WORKDIR = Flag(
+    name="workdir",
+    type=str | None,
+    default=None,
+    help="the run's work directory, for its checkpoints and its tokenizer, which is trained there if the config trains "
+    "its own and none exists yet; runs/<config file>[-<arg>] by default",
+)
+WORKER = Flag(
+    name="worker",
+    type=str | None,
+    default=None,
+    help="I/N: this is worker I (from 0) of N workers that share the work; set by launch/local.sh, otherwise 0/1",
+)
+JSON = Flag(name="json", type=str | None, default=None, help="a file to write the result to, as JSON")
+SLICES = Flag(name="slices", type=int, default=1, help="number of TPU slices of that shape")
+VOCAB_SIZE = Flag(
+    name="vocab_size",
+    type=int | None,
+    default=None,
+    help="size of the vocabulary, if neither the config (tokenizer.vocab_size) nor a local file gives it",
+)
+
+
+def workdir_of(flags: Flags) -> str:
+    """The work directory that `--workdir` or the config's name gives. Keeps the Hub client's caches inside it.
+
+    Raises:
+        UserError: for an empty `--workdir=`.
+    """
+    if flags.workdir == "":
+        raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
+    workdir = flags.workdir or paths.default_workdir(flags.config or "")
+    paths.keep_caches_in(workdir)
+    return workdir
+
+
+def parse_worker(text: str | None) -> tuple[int, int]:
+    """(this worker, from 0; number of workers) by `--worker`, or by launch/local.sh's environment, or (0, 1)."""
+    if text is None:
+        return int(os.environ.get("JAX_PROCESS_ID", "0")), int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise UserError(f"--worker={text}: give I/N with I from 0 to N - 1, for example --worker=0/4")
+    return int(first), int(second)
+
+
+def write_json(path: str, result: Any) -> None:
+    """Writes what `--json=FILE` asks for. Raises UserError if the file cannot be written."""
+    try:
+        pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error}") from error
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells as aligned columns, indented by two spaces."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,111 @@
+"""Lasting names of files, and how version 0.1 made them.
+
+A file's name keys the shuffle, the holdout, skips, stores and caches, so it is an exact function of where the file is:
+a path inside a Hub dataset, a local path as the user wrote it, or a URL without user info and without the parameters
+that sign it. Two files of a source never share a name: whoever makes names refuses that.
+
+Version 0.1 ("naming 1") passed the names through the redaction meant for output, which cut out whatever looked like a
+token and all queries of URLs. Its runs and stores go on under those names if they told the files apart, and are refused
+otherwise: another name would reorder the data and train on held-out documents.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from jaxtrain.cli.redaction import unsigned
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, versioned
+
+NAMING = 2  # how new names are made; recorded in a source's identity
+
+
+def lasting_name(address: str, naming: int = NAMING) -> str:
+    """The name of the file at an address, or of the files of a pattern. naming: the version that makes it."""
+    return unsigned(address) if naming >= 2 else _redacted(address)
+
+
+def named(addresses: Iterable[str], naming: int = NAMING) -> dict[str, str]:
+    """Lasting name -> address, in order; an address that is listed again is left out.
+
+    Raises:
+        UserError: Two addresses share a name.
+    """
+    found: dict[str, str] = {}
+    for address in addresses:
+        name = lasting_name(address, naming)
+        if found.setdefault(name, address) != address:
+            if naming < NAMING:
+                raise UserError(_not_told_apart([name]))
+            raise UserError(
+                f"two addresses of {name} differ only in credentials or in parameters that sign them, which no name "
+                "may hold. Give each file an address of its own."
+            )
+    return found
+
+
+def addresses(identity: Json, candidates: Iterable[str], root: str = "") -> list[str]:
+    """Where the files of a recorded identity are.
+
+    Args:
+        identity: Its `files` are the names, made as its `naming` says.
+        candidates: Addresses that the config gives today. They hold what a name leaves out.
+        root: What every file's address begins with, unless its name is an address. Names leave it out.
+
+    Raises:
+        UserError: One name stands for several addresses.
+    """
+    naming = versioned(identity)["naming"]
+    found: dict[str, set[str]] = {}
+    for address in candidates:
+        found.setdefault(lasting_name(address, naming).removeprefix(root), set()).add(address)
+    names: Sequence[str] = identity["files"]
+    shared = [name for name in names if len(found.get(name, ())) > 1]
+    if shared:
+        raise UserError(_not_told_apart(shared))
+    return [next(iter(found[name])) if name in found else name if "://" in name else root + name for name in names]
+
+
+def is_exact(identity: Json) -> bool:
+    """Whether a recorded identity names its files as this version does. Version 0.1 left "..." where it cut."""
+    files: Sequence[str] = identity.get("files", ())
+    return versioned(identity)["naming"] >= 2 or not any("..." in name for name in files)
+
+
+def comparable(identity: Json) -> Json:
+    """The identity, under this version's naming if its names are those that this version makes."""
+    return {**versioned(identity), **({"naming": NAMING} if is_exact(identity) else {})}
+
+
+def inexact(identity: Json) -> list[str]:
+    """Lines that refuse a store whose files cannot be told from others by their names; none for most stores."""
+    return [] if is_exact(identity) else [f"  source files: {_not_told_apart(identity['files'])}"]
+
+
+def _not_told_apart(names: Sequence[str]) -> str:
+    few = ", ".join(list(dict.fromkeys(names))[:3])
+    return (
+        f"version 0.1 gave several files one name ({few}), and shuffle and holdout follow the name, so this cannot go "
+        "on. Start a new run in another --workdir, and write its stores and caches again."
+    )
+
+
+# What follows is frozen: names of version 0.1 are made with it again.
+_SECRET_VARIABLE = re.compile(
+    r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
+)
+_SECRET_PARAMETER = re.compile(
+    r"([?&](?:x-(?:amz|goog)-[\w-]*|[\w-]*(?:sig|signature|token|apikey|api_key|secret|password|credential))=)[^\s&'\"]+",
+    re.IGNORECASE,
+)
+
+
+def _redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    for name, value in environment.items():
+        if len(value) >= 8 and value in text and _SECRET_VARIABLE.fullmatch(name):
+            text = text.replace(value, "...")
+    text = re.sub(r"(\w://)[^/?#\s'\"]*@", r"\1", text)
+    text = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"<>]*", r"\1", text)
+    text = _SECRET_PARAMETER.sub(r"\1...", text)
+    text = re.sub(r"\b(hf_|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
+    return re.sub(r"(?i)\b(bearer|basic)\s+\S+", r"\1 ...", text)

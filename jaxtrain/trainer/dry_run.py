@@ -1,0 +1,120 @@
+"""What `--dry_run` prints: the whole run, compiled and with one batch read, but nothing trained."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.data import ledger, pipeline
+from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import CacheableSource
+from jaxtrain.trainer import state
+from jaxtrain.trainer.session import Session
+
+logger = logging.getLogger("jaxtrain")
+
+
+def describe(session: Session, workdir: Workdir) -> None:
+    """Prints plan, parameters, memory, disk and data.
+
+    Raises:
+        UserError: if a stage does not fit into a device, or checkpoints and caches do not fit on the disk.
+    """
+    model = session.components.model
+    logger.info(session.plan.table())
+    logger.info(f"\nParameters: {model.num_params:,} ({model.num_params_non_embedding:,} without embeddings)")
+    mesh = dict(session.components.mesh.shape)
+    logger.info(f"Mesh: {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    _describe_memory(session)
+    _describe_disk(session, workdir)
+    _describe_data(session)
+
+
+def _describe_memory(session: Session) -> None:
+    """Compiles every stage and the evaluation. Raises UserError that names all that do not fit."""
+    logger.info("\nMemory of each device, by the compiler's analysis:")
+    compiles: list[Callable[[], Any]] = [
+        lambda s=shape: session.programs.program(*s) for shape in session.programs.shapes
+    ]
+    if session.eval_plan is not None:
+        compiles.append(session.programs.evaluation)
+    misfits: dict[str, None] = {}
+    for compile in compiles:
+        try:
+            compile()
+        except UserError as error:
+            misfits[str(error)] = None
+    if misfits:
+        raise UserError("\n".join(misfits))
+
+
+def _describe_disk(session: Session, workdir: Workdir) -> None:
+    config, parts, cache = session.config.checkpoint, session.components, session.cache
+    arrays = jax.tree.leaves(state.abstract(parts.model, parts.optimizer, parts.mesh))
+    size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays)
+    kept = config.most_at_once(session.plan.last_step)
+    logger.info(f"\nDisk: a checkpoint has {size / 1e9:.2f} GB, at most {kept} at once: {size * kept / 1e9:.2f} GB")
+    growth = 0
+    if cache is not None:
+        most, used = _cache_bytes(session, cache), cache.used_bytes()
+        growth = max(most - used, 0)
+        logger.info(f"  disk cache: at most {most / 1e9:.2f} GB, {used / 1e9:.2f} used ({cache.directory})")
+        if not workdir.is_local:
+            _check_free(session.scratch, growth, "the disk cache needs", "data.max_disk_gb")
+    if workdir.is_local:
+        what = "the checkpoints need" if cache is None else "checkpoints and disk cache need"
+        fields = "checkpoint.keep" if cache is None else "checkpoint.keep or data.max_disk_gb"
+        _check_free(os.fspath(workdir.path), size * kept + growth, what, fields)
+
+
+def _check_free(folder: str, needed: int, what: str, fields: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, {what} {needed / 1e9:.1f}: lower {fields}, or give a --workdir on "
+            "a larger disk"
+        )
+
+
+def _cache_bytes(session: Session, cache: DiskCache) -> int:
+    """The most that the disk cache will hold: its limit, or all files if they are smaller."""
+    total = 0
+    for name, source in session.sources.items():
+        if session.modes[name] == "download" or pipeline.wants_cache(source):
+            assert isinstance(source, CacheableSource)
+            if source.file_bytes is None:
+                return cache.limit
+            total += sum(source.file_bytes)
+    return min(total, cache.limit)
+
+
+def _describe_data(session: Session) -> None:
+    """Reads one batch, which shows that every source is in reach and how long documents are."""
+    plan, names = session.plan, session.plan.source_names
+    if session.is_complete:
+        logger.info(f"\nThe run is complete: step {session.start_step:,}. No batch is left to read.")
+        return
+    batch = next(session.feed)
+    given = ledger.by_source(session.gather(batch), names)
+    tokens = None if plan.last_step is None else plan.source_tokens_before(plan.last_step + 1)
+    logger.info(f"\nData ({session.config.data.mode}), one batch read:")
+    for index, name in enumerate(names):
+        if tokens is None:
+            logger.info(f"  {name}: until the data ends")
+            continue
+        line, now = f"  {name}: {int(tokens[index]):,} tokens", given[name]
+        if now["documents"]:
+            length = now["unique_tokens"] / now["documents"]
+            documents = int(tokens[index]) / length
+            line += f", about {documents:,.0f} documents (by the first {now['documents']:,}, of {length:,.0f} tokens)"
+            rows = session.readers[index].rows
+            if rows is not None:
+                line += f", {documents / max(rows, 1):,.2f} epochs of {rows:,} documents"
+        logger.info(line)

@@ -1,0 +1,241 @@
+"""`bench data`: the data path on one core, with two kinds of tokenizers and without any.
+
+Everything is measured over the same whole epoch: nothing is read ahead of it or past its end. Shares are of CPU
+seconds, which do not count what else the machine does:
+
+    whole        the data path: read, tokenize, pack, batch
+    reading      the same files through the source alone
+    tokenizing   the same documents through the tokenizer alone, in pieces as large as the data path's
+    prepared     the data path with a tokenizer that returns arrays it has already
+    cutting      those arrays cut for the same documents, by that tokenizer alone
+    machinery    prepared - reading - cutting; or, by subtraction, whole - reading - tokenizing
+
+Beside them, where torch is installed, `plain`: the usual way to the same rows, see plain.py.
+And the three modes with each tokenizer: see data_modes.py.
+"""
+
+import dataclasses
+import gc
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.data.lanes import STATE_FIELDS
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Block, Json, Tokenizer
+from jaxtrain.tokenizers.training import TrainTokenizer
+from tools.bench import corpus, data_modes, plain, stream
+from tools.bench.common import (
+    Spent,
+    Stopwatch,
+    at_least_one,
+    median,
+    one_core,
+    progress,
+    ratio,
+    result,
+    rounds_flag,
+    short,
+)
+
+_KINDS = ("sentencepiece", "bpe")
+
+COMMAND = Command(
+    name="python -m tools.bench data",
+    description="The data path's tokens/s on one core, from local parquet files of the Python standard library, with a "
+    "sentencepiece and a BPE tokenizer that are trained on it first; and which share of its time is machinery, "
+    "neither reading nor tokenizing.",
+    examples=("python -m tools.bench data", "python -m tools.bench data --megabytes=12 --vocab_size=8000 --rounds=1"),
+    flags=(
+        Flag(name="megabytes", type=float, default=48.0, help="millions of characters of an epoch"),
+        Flag(name="vocab_size", type=int, default=32_000, help="tokens of both tokenizers"),
+        Flag(name="train_megabytes", type=float, default=8.0, help="how much of it the tokenizers are trained on"),
+        Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
+        Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
+        Flag(name="num_lanes", type=int, default=8, help="lanes that are read side by side"),
+        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE takes the longest"),
+        rounds_flag(3),
+    ),
+    config="none",
+)
+
+_GROUPS_PER_LANE = 8  # row groups: enough of them that they are dealt to the lanes, as in a large dataset
+_FILES = 4
+
+
+def measure(flags: Flags) -> Json:
+    at_least_one(rounds=flags.rounds, num_lanes=flags.num_lanes)
+    if not flags.tokenizers or set(flags.tokenizers) - set(_KINDS):
+        raise UserError(f"--tokenizers={','.join(flags.tokenizers)}: give one or both of {', '.join(_KINDS)}")
+    with tempfile.TemporaryDirectory() as folder, one_core() as pinned:
+        paths = corpus.write(folder, flags.megabytes, files=_FILES, groups=_GROUPS_PER_LANE * flags.num_lanes)
+        data = stream.config(paths, num_lanes=flags.num_lanes, workers=1)
+        found: Json = {"one_core": pinned, "settings": {flag.name: getattr(flags, flag.name) for flag in COMMAND.flags}}
+        for kind in flags.tokenizers:
+            begun = time.perf_counter()
+            tokenizer = _train(kind, flags, f"{folder}/{kind}")
+            progress(f"{kind}: trained {tokenizer.vocab_size:,} tokens in {time.perf_counter() - begun:.0f} s")
+            measured = _Measured(data, tokenizer, flags)
+            found[kind] = measured.numbers(kind, flags.rounds)
+            tokens = found[kind]["tokens"]
+            found[kind]["modes"] = data_modes.measure(
+                paths, data, measured.plan, tokenizer, tokens, f"{folder}/{kind}", flags.rounds
+            )
+    return result("data", found, device=False)
+
+
+def _train(kind: str, flags: Flags, workdir: str) -> Tokenizer:
+    trainer = TrainTokenizer(kind=kind, vocab_size=flags.vocab_size, sample_mb=flags.train_megabytes)
+    trainer.check()
+    trainer.train(corpus.documents(flags.train_megabytes), workdir, progress=False)
+    return trainer.build(workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+    """One epoch through the data path. resident_mb: the most that the process held at the end of a batch."""
+
+    spent: Spent
+    tokens: int
+    documents: int
+    first_batch_seconds: float
+    resident_mb: float | None
+
+
+class _Measured:
+    """The parts of the data path with one tokenizer, in turns."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, flags: Flags):
+        self._data, self._tokenizer = data, tokenizer
+        self.plan = stream.endless_plan(data, seq_len=flags.seq_len, batch_size=flags.batch_size)
+        characters, tokens, _ = self._tokenize(tokenizer)
+        self._characters = characters
+        self._prepared = stream.Prepared(characters / tokens, tokenizer.vocab_size)
+
+    def numbers(self, kind: str, rounds: int) -> Json:
+        before = resident_mb()
+        whole: list[_Epoch] = []
+        bare: list[_Epoch] = []
+        reading: list[float] = []
+        tokenizing: list[float] = []
+        cutting: list[float] = []
+        usual: list[float] = []  # tokens per CPU second
+        for number in range(1, rounds + 1):
+            whole.append(self._epoch(self._tokenizer))
+            bare.append(self._epoch(self._prepared))
+            reading.append(self._read())
+            tokenizing.append(self._tokenize(self._tokenizer)[2])
+            cutting.append(self._tokenize(self._prepared)[2])
+            if plain.is_installed():
+                spent, given = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
+                usual.append(given / spent.cpu)
+            progress(
+                f"{kind}, round {number} of {rounds}: {whole[-1].tokens / whole[-1].spent.wall:,.0f} tokens/s; CPU "
+                f"seconds: whole {whole[-1].spent.cpu:.2f}, tokenizing {tokenizing[-1]:.2f}, prepared "
+                f"{bare[-1].spent.cpu:.2f}, reading {reading[-1]:.2f}"
+            )
+        cpu = [epoch.spent.cpu for epoch in whole]
+        machinery = [epoch.spent.cpu - read - cut for epoch, read, cut in zip(bare, reading, cutting, strict=True)]
+        left = [all_ - read - own for all_, read, own in zip(cpu, reading, tokenizing, strict=True)]
+        tokens = whole[0].tokens
+        residents = [epoch.resident_mb for epoch in whole if epoch.resident_mb is not None]
+        return {
+            "vocab_size": self._tokenizer.vocab_size,
+            "tokens": tokens,
+            "documents": whole[0].documents,
+            "characters_per_token": short(self._characters / tokens),
+            "tokens_per_second": median([tokens / epoch.spent.wall for epoch in whole]),
+            "tokens_per_cpu_second": median([tokens / each for each in cpu]),
+            "tokenizer_tokens_per_cpu_second": median([tokens / each for each in tokenizing]),
+            "prepared_tokens_per_cpu_second": median([epoch.tokens / epoch.spent.cpu for epoch in bare]),
+            "plain_tokens_per_cpu_second": median(usual) if usual else None,
+            "times_plain": ratio([tokens / each for each in cpu], usual) if usual else None,
+            "share_tokenizing": _share(tokenizing, cpu),
+            "share_reading": _share(reading, cpu),
+            "share_machinery": _share(machinery, cpu),
+            "share_machinery_by_subtraction": _share(left, cpu),
+            "first_batch_seconds": median([epoch.first_batch_seconds for epoch in whole]),
+            "resident_before_mb": before,
+            "resident_mb": short(max(residents)) if residents else None,
+        }
+
+    def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
+        gc.collect()
+        gc.freeze()  # as a run does: see trainer.loop.only_new_garbage
+        watch = Stopwatch()
+        first, resident, states = None, 0.0, {}
+        with stream.batches(self._data, self.plan, tokenizer) as batches:
+            for batch in batches:
+                first, states = first or watch.spent().wall, batch.states
+                resident = max(resident, resident_mb() or 0.0)
+                if batch.ended:
+                    break
+            spent = watch.spent()
+        gc.unfreeze()
+        assert first is not None
+        # Each lane's is [1, STATE_FIELDS].
+        counts = np.concatenate(list(states.values())).sum(axis=0)
+        tokens, documents = (int(counts[STATE_FIELDS.index(name)]) for name in ("tokens", "documents"))
+        return _Epoch(spent, tokens, documents, first, resident or None)
+
+    def _blocks(self) -> Iterator[Block]:
+        (config,) = self._data.sources.values()
+        source = config.resolve()
+        for file in range(len(source.files)):
+            yield from source.open(file, 0)
+
+    def _paths(self) -> list[str]:
+        (config,) = self._data.sources.values()
+        return list(config.resolve().files)
+
+    def _read(self) -> float:
+        """CPU seconds."""
+        watch = Stopwatch()
+        for _ in self._blocks():
+            pass
+        return watch.spent().cpu
+
+    def _tokenize(self, tokenizer: Tokenizer) -> tuple[int, int, float]:
+        """(characters, tokens with one for the end of each document, CPU seconds of the tokenizer alone)."""
+        characters, tokens, seconds = 0, 0, 0.0
+        for texts in _chunks(self._blocks()):
+            watch = Stopwatch()
+            ids, lengths = tokenizer.encode_batch(texts)
+            seconds += watch.spent().cpu
+            characters += sum(map(len, texts))
+            tokens += len(ids) + len(lengths)
+        return characters, tokens, seconds
+
+
+def _chunks(blocks: Iterator[Block]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for block in blocks:
+        for text in block["text"]:
+            chunk.append(text)
+            size += len(text)
+            if size >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _share(part: Sequence[float], whole: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(part, whole, strict=True)), 4)
+
+
+def resident_mb() -> float | None:
+    """What the process holds in memory now, 10^6 bytes; None where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    return short(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)

@@ -1,0 +1,95 @@
+"""`bench gpu`: all that needs a GPU, in one run within minutes, each part in a process of its own.
+
+So a part that fails, aborts or hangs costs its own numbers only, and the memory of one is free for the next. Every
+part's result goes to stderr as it comes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from jaxtrain.cli import Command, Flag, Flags
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from tools.bench.common import progress, result
+
+# Part → the most seconds that it may take. The order is that of importance, after what all others need.
+PARTS = {
+    "device": 60,
+    "attention": 150,
+    "loss": 90,
+    "step": 180,
+    "torch": 240,
+    "step_dots": 120,
+    "step_no_remat": 120,
+    "step_xla_attention": 120,
+}
+_LEAST_SECONDS = 10  # in less no part can be begun
+COMMAND = Command(
+    name="python -m tools.bench gpu",
+    description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
+    "backward), the loss's memory and values, the 1B train step's time, memory and MFU, and the same step in torch "
+    "where that has CUDA. StepComponents that fail are reported as errors; those that no time is left for are null.",
+    examples=("python -m tools.bench gpu", "python -m tools.bench gpu --tiny --parts=device,loss"),
+    flags=(
+        Flag(name="tiny", type=bool, default=False, help="sizes that a CPU can do, to check the script itself"),
+        Flag(name="parts", type=tuple[str, ...], default=tuple(PARTS), help="which parts to run, after `device`"),
+        Flag(name="minutes", type=float, default=8.0, help="after how long no further part is begun or left running"),
+        Flag(name="only", type=str | None, default=None, help="run this one part, in this process"),
+    ),
+    config="none",
+)
+
+
+def measure(flags: Flags) -> Json | None:
+    for name in (*flags.parts, *([flags.only] if flags.only else [])):
+        if name not in PARTS:
+            raise UserError(f"there is no part {name!r}; the parts are {', '.join(PARTS)}")
+    if flags.only:
+        return _one(flags.only, flags.tiny)
+    deadline = time.monotonic() + 60 * flags.minutes
+    found: dict[str, Any] = dict.fromkeys(PARTS)
+    # Without it the other numbers mean little, and it sees whether there is a GPU.
+    for name in ("device", *(name for name in flags.parts if name != "device")):
+        left = deadline - time.monotonic()
+        if left < _LEAST_SECONDS:
+            progress(f"{name}: no time left")
+            continue
+        begun = time.monotonic()
+        found[name] = _in_child(name, flags.tiny, min(left, PARTS[name]))
+        progress(f"{name} ({time.monotonic() - begun:.0f} s): {json.dumps(found[name])}")
+        if name == "device" and not flags.tiny and _on_cpu(found[name]):
+            raise UserError("JAX finds no GPU here (pip install 'jaxtrain[gpu]'); --tiny checks the script on a CPU")
+    return result("gpu", {"tiny": flags.tiny, **found}, device=False)
+
+
+def _on_cpu(device: Json | None) -> bool:
+    return device is not None and device.get("platform") == "cpu"
+
+
+def _one(name: str, tiny: bool) -> Json | None:
+    """A part in this process; what it raises becomes its result."""
+    # JAX may take the whole GPU when it is first used: not before this process is known to be the one.
+    from tools.bench import gpu_parts
+
+    try:
+        return gpu_parts.run(name, tiny)
+    except Exception as error:
+        return gpu_parts.failure(error)
+
+
+def _in_child(name: str, tiny: bool, seconds: float) -> Json | None:
+    command = [sys.executable, "-m", "tools.bench", "gpu", f"--only={name}", *(["--tiny"] if tiny else [])]
+    # JAX is only a library to the torch part, and must leave it the GPU's memory.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"} if name == "torch" else None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {seconds:.0f} s"}
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return {"error": f"its process ended with exit code {done.returncode}; see stderr"}
+    return json.loads(lines[-1])

@@ -1,0 +1,190 @@
+"""Writes and verifies the teacher caches of a config's sources."""
+
+import dataclasses
+import os
+import shutil
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxtrain.config import Config
+from jaxtrain.cost import memory
+from jaxtrain.data.stores import teacher_store, teacher_store_writer
+from jaxtrain.data.stores.teacher_store_writer import Job, Writer
+from jaxtrain.distill.scorer import Scorer
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Model, Params
+from jaxtrain.losses.cached import Layout
+from jaxtrain.trainer import open_data
+
+# Documents of one part of a file: a kill loses at most one part, 70 MB for documents of 1,000 tokens with k = 64.
+PART_ROWS = 256
+# Free space over the estimate, which is by the first documents: others may be longer.
+_MARGIN = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The command line's. context, stride: None for the defaults. batch_tokens: the most that a device takes."""
+
+    k: int
+    temperatures: tuple[float, ...]
+    context: int | None
+    stride: int | None
+    batch_tokens: int
+
+    def sizes(self, config: Config, longest: int) -> tuple[int, int]:
+        """(context, stride). longest: the teacher's max_seq_len."""
+        context = self.context or min(max(stage.seq_len for stage in config.plan().stages), longest)
+        if context > longest:
+            raise UserError(f"--context={context}: the teacher sees {longest} tokens at most")
+        stride = self.stride or max(context // 2, 1)
+        if stride > context:
+            raise UserError(f"--stride={stride}: windows of {context} tokens would leave some out; give that or less")
+        return context, stride
+
+
+def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
+    """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
+    assert config.teacher is not None
+    begun = {name: teacher_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
+    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    config.data.rows(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
+    if settings.k > tokenizer.vocab_size:
+        raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
+    mesh = config.mesh.build()
+    frozen = config.teacher.build(tokenizer, mesh)
+    context, stride = settings.sizes(config, frozen.model.config.max_seq_len)
+    layout = Layout(tokenizer.vocab_size, settings.k, settings.temperatures)
+    print(f"Reading the teacher {config.teacher.model}...", flush=True)
+    params = frozen.load()
+    identity = frozen.identity(params)
+    writers: dict[str, Writer] = {}
+    for name, source in sources.items():
+        manifest = teacher_store.manifest_of(
+            source,
+            config.data.sources[name],
+            tokenizer,
+            add_bos=config.data.add_bos,
+            teacher=identity,
+            layout=layout,
+            context=context,
+            stride=stride,
+            part_rows=PART_ROWS,
+        )
+        folder, retry = os.path.join(output, name), 60 * config.data.retry_minutes
+        job = Job(name, folder, config.data.sources[name], source, tokenizer, manifest, retry)
+        writers[name] = Writer(job, worker, workers)
+    documents = _check_space(writers, output, layout)
+    limit = memory.limit(mesh, config.memory_gb)
+    scorer = make_scorer(frozen.model, params, layout, context, stride, settings.batch_tokens, limit)
+    for name, writer in writers.items():
+        if writer.complete or _write_source(name, writer, scorer, documents[name], workers):
+            print(f"Source {name}: {_summary(writer.job.folder)}", flush=True)
+        else:
+            print(f"Source {name}: this worker's documents are done, other workers' are not yet.", flush=True)
+    print(
+        f"Train from it with --config.teacher.cache={output} --config.distillation.divergence.k={layout.k} (k only if "
+        "the config distils with TopK).",
+        flush=True,
+    )
+
+
+def make_scorer(
+    model: Model, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
+) -> Scorer:
+    """The scorer with the largest batches that fit: at most `batch_tokens` per device, and `limit` bytes of it.
+
+    Raises:
+        UserError: if even one row per device does not fit.
+    """
+    assert model.mesh is not None
+    devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    most = max(batch_tokens // context, 1)
+    scorers: dict[int, Scorer] = {}
+
+    def compile(count: int) -> Any:
+        scorers[count] = Scorer(model, params, layout, context, stride, -(-most // count) * devices)
+        return scorers[count].compile()
+
+    try:
+        count, _ = memory.fit([1 << power for power in range((most - 1).bit_length() + 1)], compile, limit)
+    except memory.NothingFitsError as error:
+        assert limit is not None
+        raise UserError(
+            f"the teacher does not fit: with one row of {context:,} tokens at a time a device needs {error.needs}, and "
+            f"may take {limit / 1e9:.3g} GB. Use more devices (mesh.fsdp), a shorter --context or a smaller teacher."
+        ) from None
+    return scorers[count]
+
+
+def _write_source(name: str, writer: Writer, scorer: Scorer, documents: int | None, workers: int) -> bool:
+    """Whether the source is complete."""
+    mine = None if documents is None else documents // workers
+    with tqdm(total=mine, desc=f"Caching {name}", unit=" documents", unit_scale=True, disable=None) as bar:
+        total = 0
+
+        def progress(documents: int, tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
+            bar.update(documents)
+
+        return writer.write(scorer, progress)
+
+
+def _check_space(writers: dict[str, Writer], output: str, layout: Layout) -> dict[str, int | None]:
+    """Documents left of each source; None if that is only known by reading it.
+
+    Raises:
+        UserError: if the disk has less than `_MARGIN` times their estimated size free.
+    """
+    left: dict[str, int | None] = {}
+    needed = 0.0
+    for name, writer in writers.items():
+        if writer.complete:
+            left[name] = 0
+            continue
+        sampled, tokens, documents = writer.sample()
+        done, _, written = writer.done()
+        left[name] = None if documents is None else max(documents - done, 0)
+        if documents is None or not sampled:
+            print(f"Source {name}: the number of documents is only known by reading it.", flush=True)
+            continue
+        mean = tokens / sampled
+        parts = max(min(len(writer.job.source.files), documents), -(-documents // PART_ROWS))
+        size = teacher_store.size_of(round(mean * documents), documents, parts, layout)
+        needed += max(size - written, 0)
+        print(
+            f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (by the first {sampled:,}), "
+            f"{layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
+            flush=True,
+        )
+    free = shutil.disk_usage(output).free
+    if free < _MARGIN * needed:
+        raise UserError(
+            f"--output={output}: the cache needs about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB are free "
+            f"there, less than {_MARGIN} times as much. Take another disk, fewer documents (--max_samples) or fewer "
+            "tokens (--k); or leave out teacher.cache: the teacher then runs as the student trains, and nothing is "
+            "stored."
+        )
+    return left
+
+
+def verify(config: Config, output: str) -> None:
+    """Compares every cache with its checksums. Raises UserError for one that is incomplete or damaged."""
+    for name in config.data.sources:
+        folder = os.path.join(output, name)
+        teacher_store.verify(folder)
+        print(f"Source {name}: {_summary(folder)} All bytes match their checksums.", flush=True)
+
+
+def _summary(folder: str) -> str:
+    made = teacher_store.load(folder)
+    rows = sum(part.rows for parts in made.parts for part in parts)
+    temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
+    return (
+        f"{rows:,} documents, {made.tokens:,} tokens, {made.bytes / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
+        f"likely tokens by {made.teacher['found']}, for temperatures {temperatures}."
+    )

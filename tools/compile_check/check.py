@@ -1,0 +1,230 @@
+"""What `tools.compile_check` prints: stages compiled for a cluster that is not there."""
+
+import collections
+import logging
+import math
+
+import jax
+import numpy as np
+
+from jaxtrain import cli
+from jaxtrain.config import Config
+from jaxtrain.cost import clusters, hlo, memory, roofline
+from jaxtrain.cost.clusters import Cluster
+from jaxtrain.distill.teacher import bytes_per_device
+from jaxtrain.distributed import sharding
+from jaxtrain.interfaces import AttentionModel, Json
+from jaxtrain.trainer import offline, session, state
+from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
+from jaxtrain.trainer.step import StepComponents
+from tools.compile_check import advice
+
+logger = logging.getLogger("jaxtrain")
+
+
+def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Json:
+    """Compiles every stage and the evaluation, prints what it finds and returns it; "fits" says whether all fit.
+
+    Raises:
+        UserError: for settings that cannot go together, such as a mesh that does not divide the model.
+    """
+    session.compiler_effort(cluster.chip.platform)
+    plan = config.plan()
+    vocab_size, source = offline.vocabulary(config, given_vocab_size)
+    mesh = config.mesh.build(clusters.devices(cluster))
+    limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
+    components = offline.components(config, vocab_size, mesh, limit)
+    evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
+    beside = session.beside_params(components)
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside)
+    _describe(components, cluster, limit, vocab_size, source)
+    answer: Json = {
+        "cluster": str(cluster),
+        "chips": cluster.num_chips,
+        "mesh": dict(mesh.shape),
+        "remat": roofline.remat(components.model),
+        "parameters": components.model.num_params,
+        "vocab_size": vocab_size,
+        "limit_bytes": limit,
+        "state_bytes": bytes_per_device(state.abstract(components.model, components.optimizer, mesh)),
+        "stages": [],
+    }
+    for batch_size, seq_len in stages.shapes:
+        names = [s.name for s in plan.stages if s.has_steps and (s.batch_size, s.seq_len) == (batch_size, seq_len)]
+        shown = {"names": names, "batch_size": batch_size, "seq_len": seq_len}
+        answer["stages"].append(shown | _stage(config, cluster, components, stages, shown))
+    answer["fits"] = all(stage["fits"] for stage in answer["stages"])
+    if not answer["fits"]:
+        for line in advice.lines(
+            components, cluster, limit, [stage for stage in answer["stages"] if not stage["fits"]]
+        ):
+            logger.info(line)
+    elif evaluation is not None:
+        logger.info(f"\nEvaluation: {evaluation.batch_size:,} rows of {evaluation.seq_len:,} tokens")
+        try:
+            program = stages.evaluation()
+            needed = memory.needed(program.executable)
+            answer["evaluation"] = {
+                "fits": True,
+                "micro_batches": program.micro_batches,
+                "needed_bytes": needed and needed + beside,
+            }
+        except DoesNotFitError as error:
+            logger.info(f"  DOES NOT FIT. {error}")
+            answer["evaluation"] = {"fits": False, "error": str(error)}
+        answer["fits"] = answer["evaluation"]["fits"]
+    return answer
+
+
+def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_size: int, source: str) -> None:
+    model, mesh, chip = components.model, components.mesh, cluster.chip
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    logger.info(f"{cluster}: {cluster.num_chips:,} chips, mesh {sizes}")
+    logger.info(f"Model: {model.num_params:,} parameters, a vocabulary of {vocab_size:,} ({source})")
+    why = "less a reserve"
+    if chip.platform == "gpu":
+        why = f"less what XLA does not take ({memory.SHARE_VARIABLE}, {memory.GPU_SHARE} unless set) and a reserve"
+    logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may take {limit / 1e9:.1f} of it ({why})")
+    made = state.abstract(model, components.optimizer, mesh)
+    rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB a chip")]
+    axes = jax.tree.leaves(model.axes, is_leaf=sharding.is_axes)
+    for (path, leaf), names in zip(jax.tree_util.tree_flatten_with_path(made["params"])[0], axes, strict=True):
+        part = leaf.sharding.shard_shape(leaf.shape)
+        rows.append(
+            (
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                "x".join(map(str, leaf.shape)),
+                " ".join(str(name or "-") for name in names),
+                " ".join("+".join(split) if isinstance(split, tuple) else split or "-" for split in leaf.sharding.spec),
+                "x".join(map(str, part)),
+                f"{math.prod(part) * leaf.dtype.itemsize / 1e9:.4f}",
+            )
+        )
+    logger.info("\nSharding of the parameters (fp32):")
+    logger.info(cli.table(rows))
+    params, opt = bytes_per_device(made["params"]), bytes_per_device(made["opt"])
+    logger.info(f"  parameters {params / 1e9:.3f} GB a chip, optimizer state {opt / 1e9:.3f}")
+    if components.distilled is not None:
+        logger.info(f"  teacher {bytes_per_device(components.distilled.abstract) / 1e9:.3f} GB a chip")
+
+
+def _stage(config: Config, cluster: Cluster, components: StepComponents, stages: StagePrograms, shown: Json) -> Json:
+    batch_size, seq_len = shown["batch_size"], shown["seq_len"]
+    logger.info(f"\nStage {', '.join(shown['names'])}: {batch_size:,} rows of {seq_len:,} tokens a step")
+    found: Json = {"attention": None, "attention_reason": None}
+    if isinstance(components.model, AttentionModel):
+        choice = components.model.attention_choice(batch_size, seq_len)
+        blocks = "; queries in blocks of 128, no [T, T] tensor" if choice.name == "xla" else ""
+        logger.info(f"  Attention: {choice.name} ({choice.reason}{blocks})")
+        found = {"attention": choice.name, "attention_reason": choice.reason}
+    try:
+        _check_arrays(components, stages.limit)
+        program = stages.program(batch_size, seq_len)
+    except DoesNotFitError as error:
+        logger.info(f"  DOES NOT FIT. {error}")
+        return found | {"fits": False, "error": str(error)}
+    text = program.executable.as_text()
+    kernels = sorted(
+        name for name in hlo.custom_calls(text) if "tpu_custom_call" in name or "fmha" in name or "triton" in name
+    )
+    logger.info(f"  Kernels in the program: {', '.join(kernels) or 'none besides XLA'}")
+    moved = hlo.collectives(text, components.mesh.size)
+    islands = _islands(cluster, components.mesh)
+    traffic = roofline.traffic(moved, islands)
+    found |= _speed(config, cluster, components, program, traffic)
+    found["collectives"] = _collectives(moved, islands, components.mesh.devices.shape)
+    needed, held = memory.needed(program.executable), memory.held(program.executable)
+    return found | {
+        "fits": True,
+        "kernels": kernels,
+        "micro_batches": program.micro_batches,
+        "needed_bytes": needed,
+        "held_bytes": held,
+        "sent_links_bytes": traffic.links,
+        "sent_network_bytes": traffic.network,
+    }
+
+
+def _check_arrays(components: StepComponents, limit: int | None) -> None:
+    """Raises DoesNotFitError where no compile is needed to know. (Gradients are fp32, as the parameters.)"""
+    made = state.abstract(components.model, components.optimizer, components.mesh)
+    held, gradients = bytes_per_device(made), bytes_per_device(made["params"])
+    if limit is not None and held + gradients > limit:
+        raise DoesNotFitError(
+            f"State and gradients alone take {(held + gradients) / 1e9:.1f} GB of a chip's {limit / 1e9:.1f}; nothing "
+            "was compiled."
+        )
+
+
+def _speed(
+    config: Config, cluster: Cluster, components: StepComponents, program: Program, traffic: roofline.Traffic
+) -> Json:
+    shape = roofline.Shape(
+        batch_size=program.batch_size,
+        seq_len=program.seq_len,
+        micro_batches=program.micro_batches,
+        mesh=dict(components.mesh.shape),
+    )
+    flops = components.flops_per_token(shape.seq_len)
+    again = roofline.recomputed_flops_per_token(components.model, shape.seq_len)
+    best = roofline.roofline(cluster.chip, components, shape, roofline.loss_chunk(config.loss), traffic)
+    per_chip = shape.tokens / shape.chips / 1e12
+    logger.info(
+        f"  FLOPs: {flops * per_chip:,.2f} TFLOP a chip and step by the model's formula, and {again * per_chip:,.2f} "
+        f"computed again (remat={roofline.remat(components.model)})"
+    )
+    times = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in best.seconds.items())
+    logger.info(
+        f"  Roofline, a bound: {best.tokens_per_sec:,.0f} tokens/s ({best.tokens_per_sec / shape.chips:,.0f} a chip, "
+        f"MFU {best.mfu:.0%}), bound by {best.bound_by}; ms a step: {times}"
+    )
+    return {
+        "flops_per_token": flops,
+        "recomputed_flops_per_token": again,
+        "roofline_tokens_per_sec": best.tokens_per_sec,
+        "roofline_mfu": best.mfu,
+        "roofline_seconds": best.seconds,
+        "bound_by": best.bound_by,
+    }
+
+
+def _islands(cluster: Cluster, mesh: jax.sharding.Mesh) -> list[int]:
+    name = "process_index" if cluster.chip.platform == "gpu" else "slice_index"
+    return [getattr(device, name, 0) or 0 for device in mesh.devices.flat]
+
+
+def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tuple[int, ...]) -> list[Json]:
+    """Prints and returns them by kind and mesh axes: how often in a step, and bytes that each chip sends."""
+    sums: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    for one in moved:
+        links, network = roofline.sent(one, islands)
+        entry = sums[one.kind, axes_of(one, mesh_shape)]
+        for index, value in enumerate((1, links, network)):
+            entry[index] += value * one.times
+    found = [
+        {"kind": kind, "axes": axes, "times": int(times), "links_bytes": links, "network_bytes": network}
+        for (kind, axes), (times, links, network) in sorted(sums.items(), key=lambda item: -sum(item[1][1:]))
+    ]
+    logger.info("  Collectives of a step, as each chip sends them:" if found else "  No collectives.")
+    rows = [("collective", "over", "times", "GB by links", "GB by network")]
+    for one in found:
+        sizes = (f"{one['links_bytes'] / 1e9:,.4f}", f"{one['network_bytes'] / 1e9:,.4f}")
+        rows.append((one["kind"], one["axes"], f"{one['times']:,}", *sizes))
+    if found:
+        logger.info("  " + cli.table(rows).replace("\n", "\n  "))
+    unknown = sum(not one.exact for one in moved)
+    if unknown:
+        logger.info(f"  {unknown} of them are in loops whose turns the program does not tell: counted for one turn.")
+    return found
+
+
+def axes_of(one: hlo.Collective, mesh_shape: tuple[int, ...]) -> str:
+    """The mesh axes along which its devices differ, such as "fsdp" or "data+fsdp"."""
+    if not one.groups:
+        return "slices"
+    groups = one.groups if one.kind == "collective-permute" else one.groups[:1]
+    known = np.asarray([group for group in groups if max(group) < math.prod(mesh_shape)])
+    if not known.size:
+        return "slices"
+    differs = [bool(np.ptp(axis, axis=1).any()) for axis in np.unravel_index(known, mesh_shape)]
+    return "+".join(name for name, yes in zip(sharding.MESH_AXES, differs, strict=True) if yes) or "itself"

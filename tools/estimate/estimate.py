@@ -1,0 +1,216 @@
+"""The sections of an estimate: memory, disk, time and cost."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jaxtrain import cli
+from jaxtrain.config import Config
+from jaxtrain.cost import memory_formula, roofline
+from jaxtrain.cost.clusters import Cluster
+from jaxtrain.cost.memory import limit_of_chip
+from jaxtrain.data.sources.webdataset import WebDataset
+from jaxtrain.data.stores import token_store
+from jaxtrain.distributed import sharding
+from jaxtrain.interfaces import Json
+from jaxtrain.plan import Plan
+from jaxtrain.plan.plan import StagePlan
+from jaxtrain.trainer import offline
+from jaxtrain.trainer.step import StepComponents, accumulation
+
+# Dollars per chip-hour, on demand: Google Cloud's list for TPUs (us-central), Lambda's and RunPod's for GPUs, as of
+# 2025. They move: --price.
+PRICES = {
+    "v4": 3.22,
+    "v5e": 1.20,
+    "v5p": 4.20,
+    "v6e": 2.70,
+    "a100-40gb": 1.29,
+    "a100": 1.79,
+    "h100-pcie": 2.49,
+    "h100": 2.99,
+    "h200": 3.59,
+    "l40s": 0.86,
+    "rtx4090": 0.69,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What the sections have in common.
+
+    Attributes:
+        components: on a mesh of one device; their shapes are those on any mesh.
+        mesh: sizes by axis on the cluster.
+        price: dollars per chip-hour.
+    """
+
+    config: Config
+    plan: Plan
+    cluster: Cluster
+    components: StepComponents
+    mesh: Mapping[str, int]
+    mfu: float
+    price: float
+
+    @property
+    def stages(self) -> list[StagePlan]:
+        return [stage for stage in self.plan.stages if stage.has_steps]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Lines to print, and the numbers in them."""
+
+    lines: list[str]
+    numbers: Json
+
+
+def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Outlook:
+    """Raises UserError as `estimate` does. vocab_size, price: None for what is known or listed."""
+    ids, _ = offline.vocabulary(config, vocab_size)
+    one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
+    return Outlook(
+        config=config,
+        plan=config.plan(),
+        cluster=cluster,
+        components=offline.components(config, ids, one, None),
+        mesh=dict(zip(sharding.MESH_AXES, config.mesh.sizes(cluster.num_chips), strict=True)),
+        mfu=mfu,
+        price=PRICES[cluster.chip.name] if price is None else price,
+    )
+
+
+def estimate(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Section:
+    """All sections together.
+
+    Raises:
+        UserError: for a mesh that does not fit the model, or an unknown vocabulary or teacher.
+    """
+    given = outlook(config, cluster, vocab_size, mfu, price)
+    model, sizes = given.components.model, " ".join(f"{axis}={size}" for axis, size in given.mesh.items())
+    lines = [
+        f"{model.num_params:,} parameters, a vocabulary of {model.vocab_size:,}, on {cluster}: "
+        f"{cluster.num_chips:,} chips, mesh {sizes}",
+        given.plan.table(),
+    ]
+    numbers: Json = {"parameters": model.num_params, "hardware": str(cluster), "chips": cluster.num_chips}
+    for section in (memory(given), disk(given), time_and_cost(given)):
+        lines += ["", *section.lines]
+        numbers |= section.numbers
+    return Section(lines, numbers)
+
+
+def memory(given: Outlook) -> Section:
+    """Memory of a chip for each stage: state, teacher, gradients, activations."""
+    components, config = given.components, given.config
+    limit = limit_of_chip(given.cluster.chip, config.memory_gb)
+    held = memory_formula.state_bytes(components.model, components.optimizer, given.mesh)
+    teacher, distilled = 0.0, components.distilled
+    if distilled is not None and distilled.teacher is not None:
+        teacher = memory_formula.tree_bytes(distilled.teacher.axes, distilled.abstract, given.mesh)
+    lines = ["Memory of a chip (an estimate; tools.compile_check asks the compiler):"]
+    lines.append(f"  state {held / 1e9:.2f} GB" + (f", teacher {teacher / 1e9:.2f} GB" if teacher else ""))
+    worst, chosen = 0.0, []
+    mesh: Any = AbstractMesh(tuple(given.mesh.values()), tuple(given.mesh))
+    for stage in given.stages:
+        fewest = accumulation(mesh, stage.batch_size, stage.seq_len, config.micro_batch_tokens)
+        rows = stage.batch_size // (given.mesh["data"] * given.mesh["fsdp"])
+        count, needed = 1, 0.0
+        for count in (count for count in sharding.divisors(rows) if count >= fewest):
+            tokens = rows // count * stage.seq_len / given.mesh["context"]
+            needed = held + teacher
+            needed += memory_formula.temporary_bytes(
+                components.model, given.cluster.chip, given.mesh, roofline.loss_chunk(config.loss), tokens, count
+            )
+            if needed <= limit:
+                break
+        worst = max(worst, needed)
+        chosen.append(count)
+        lines.append(
+            f"  stage {stage.index} ({stage.name}): {count} micro-batch{'es' * (count > 1)}, {needed / 1e9:.2f} GB of "
+            f"the {limit / 1e9:.2f} that a step may take: {'fits' if needed <= limit else 'DOES NOT FIT'}"
+        )
+    numbers: Json = {"state_gb": held / 1e9, "memory_gb": worst / 1e9, "limit_gb": limit / 1e9}
+    return Section(lines, numbers | {"fits": worst <= limit, "micro_batches": chosen})
+
+
+def disk(given: Outlook) -> Section:
+    """Disk for checkpoints, the data's cache or store, and the teacher."""
+    config, components, data = given.config, given.components, given.config.data
+    one = memory_formula.state_bytes(components.model, components.optimizer, dict.fromkeys(given.mesh, 1)) / 1e9
+    kept = config.checkpoint.most_at_once(given.plan.last_step)
+    lines = ["Disk:", f"  checkpoints: {one:.2f} GB each, at most {kept} at once: {one * kept:.2f} GB"]
+    numbers: Json = {"checkpoint_gb": one, "checkpoints_gb": one * kept, "disk_cache_gb": 0.0}
+
+    tars = [name for name, source in data.sources.items() if isinstance(source, WebDataset)]
+    if data.disk_gb and (tars or data.mode == "download"):
+        why = "mode=download" if data.mode == "download" else f"tar shards of {', '.join(tars)}"
+        lines.append(f"  disk cache: at most {data.disk_gb:.2f} GB on each host ({why}; data.max_disk_gb)")
+        numbers["disk_cache_gb"] = data.disk_gb
+    else:
+        lines.append(f"  disk cache: none (data.mode={data.mode} reads ranges and keeps nothing)")
+
+    # Tokens that stores hold, if the data never repeats: of each row, `overlap` tokens belong to the row before it.
+    unique = None
+    if given.plan.total_tokens is not None:
+        unique = sum(((s.last_token or 0) - s.first_token) * s.stride / s.seq_len for s in given.stages)
+    itemsize = token_store.dtype_of(components.model.vocab_size).itemsize
+    numbers["token_store_gb"] = None if unique is None else unique * itemsize / 1e9
+    if unique is None:
+        lines.append("  token store: as large as the data, which alone ends the run")
+    else:
+        note = "needed by" if data.mode in ("pretokenized", "auto") else "not used by"
+        fewer = "" if config.epochs is None else "; less if the data has fewer tokens"
+        lines.append(
+            f"  token store: at most {unique * itemsize / 1e9:.2f} GB, {itemsize} bytes a token ({note} "
+            f"data.mode={data.mode}{fewer})"
+        )
+
+    teacher, distilled = config.teacher, components.distilled
+    if teacher is None:
+        return Section(lines, numbers)
+    if distilled is not None and distilled.teacher is not None and not teacher.is_checkpoint:
+        size = 2 * distilled.teacher.num_params / 1e9  # published weights have 2 bytes a parameter
+        lines.append(f"  teacher's weights: about {size:.2f} GB ({teacher.model}) in Hugging Face's cache on each host")
+        numbers["teacher_download_gb"] = size
+    layout = offline.teacher_layout(config, components.model.vocab_size)
+    size = None if unique is None else unique * layout.width / 1e9
+    much = "as large as the data makes it" if size is None else f"at most {size:,.1f} GB (1.5 times as much free)"
+    note = "teacher.cache" if teacher.cache is not None else "not used: the teacher runs as the student trains"
+    lines.append(f"  teacher's cache: {much}, {layout.width} bytes a token with k={layout.k} ({note})")
+    return Section(lines, numbers | {"teacher_cache_gb": size, "teacher_cache_bytes_per_token": layout.width})
+
+
+def time_and_cost(given: Outlook) -> Section:
+    """Hours and dollars of each stage, at the assumed MFU."""
+    chips = given.cluster.num_chips
+    peak = given.cluster.chip.flops * chips
+
+    def money(hours: float) -> tuple[str, str, str]:
+        return f"{hours:,.2f}", f"{hours * chips:,.1f}", f"{hours * chips * given.price:,.2f}"
+
+    rows: list[tuple[str, ...]] = [("stage", "tokens", "TFLOP a token", "tokens/s", "hours", "chip-hours", "dollars")]
+    hours, stages = 0.0, []
+    for stage in given.stages:
+        flops = given.components.flops_per_token(stage.seq_len)
+        speed = given.mfu * peak / flops
+        shown = (f"{flops / 1e12:.4f}", f"{speed:,.0f}")
+        if stage.last_token is None:
+            rows.append((stage.name, "until the data ends", *shown, "?", "?", "?"))
+            continue
+        tokens = stage.last_token - stage.first_token
+        took = tokens / speed / 3600
+        hours += took
+        stages.append({"name": stage.name, "tokens": tokens, "tokens_per_sec": speed, "hours": took})
+        rows.append((stage.name, f"{tokens:,}", *shown, *money(took)))
+    rows.append(("all", f"{given.plan.total_tokens or 0:,}", "", "", *money(hours)))
+    lines = [
+        f"Time and cost at an MFU of {given.mfu:.0%} (--mfu) and {given.price:.2f} dollars a chip-hour (--price):",
+        cli.table(rows),
+    ]
+    dollars = hours * chips * given.price
+    return Section(lines, {"hours": hours, "chip_hours": hours * chips, "dollars": dollars, "stages": stages})

@@ -1,0 +1,297 @@
+"""What `tools.inspect_stream` shows: each function prints lines and returns them as JSON."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.config import Config
+from jaxtrain.data import ledger, pipeline
+from jaxtrain.data.lanes import Pools
+from jaxtrain.data.provenance import Measured, Origin, Watched
+from jaxtrain.data.source_reader import SourceReader
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.tokenizing import Rows
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Tokenizer
+from jaxtrain.plan import Plan, StagePlan, StepPlan
+from jaxtrain.trainer import compatibility, open_data
+
+_PREVIEWS = 3
+_PREVIEW_CHARACTERS = 160
+_LOGGED_STEPS = 100  # the fewest steps between two lines of progress
+_AROUND = 2  # steps on each side of a stage's boundary
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A config's data path, ready to read."""
+
+    config: Config
+    plan: Plan
+    readers: list[SourceReader]
+    tokenizer: Tokenizer
+    rows: Rows
+    threads: Pools
+    workdir: str
+
+    def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> Watched:
+        return Watched(self.readers, self.plan, self.rows, self.threads, after=after, states=states)
+
+
+def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
+    """Opens everything as a run in this work directory would, in the same modes: token stores, downloads, cache.
+
+    Args:
+        workdir: may be that of a live run.
+        saved: a checkpoint's data state, to read the commits that it names.
+    """
+    plan, data = config.plan(), config.data
+    hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
+    print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
+    paths = Workdir(workdir)  # without its lock
+    skips = open_data.skipped(paths.path, saved)
+    cache = data.cache(os.fspath(paths.cache / "data"))
+    tokenizer, opened = open_data.open_all(config, paths, saved, cache, fetch=True, is_tool=True)
+    readers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=skips)
+    for reader in readers:
+        commit = reader.source.identity.get("revision")
+        print(f"  {reader.summary}" + (f", commit {commit}" if commit else ""))
+    print("HuggingFace streaming ready", flush=True)
+    rows = data.rows(tokenizer, config.epochs)
+    stored = all(one.mode == "pretokenized" for one in opened.values())
+    return Inputs(config, plan, readers, tokenizer, rows, pipeline.pools(data, stored), workdir)
+
+
+def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
+    """Samples, mix and speed of some stages (numbers from 1), and the data path's time for the whole run."""
+    plan, speeds, described = found.plan, {}, []
+    for number in numbers:
+        stage = plan.stages[number - 1]
+        # From the sources' beginning: reaching where training will be takes reading everything before. Shapes, mix and
+        # speed are the stage's.
+        with found.watch(after=stage.first_step - 1) as stream:
+            measured = stream.measure(samples, stage.last_step)
+        speeds[number] = measured.tokens_per_second
+        described.append(_stage(found, stage, measured))
+    seconds = _estimate(plan, speeds)
+    if seconds is None:
+        print("\nThe run ends with its data: how long that takes is only known by reading it.")
+    else:
+        print(
+            f"\nTime estimate: the data path alone takes {_duration(seconds)} for the run's {plan.total_tokens:,} "
+            "tokens, on one host like this one. Training is slower if the model is."
+        )
+    return {"stages": described, "total_tokens": plan.total_tokens, "estimate_seconds": seconds}
+
+
+def _stage(found: Inputs, stage: StagePlan, measured: Measured) -> Json:
+    last = "the end" if stage.last_step is None else f"{stage.last_step:,}"
+    print(
+        f"\nStage {stage.index}/{len(found.plan.stages)} ({stage.name}): steps {stage.first_step:,} to {last}, "
+        f"{stage.batch_size:,} rows x {stage.seq_len:,} tokens, each row {stage.overlap_tokens:,} tokens over the next"
+    )
+    if stage.index > 1:
+        print("  (read from the sources' beginning; training will be further on by then)")
+    for number, (origin, text) in enumerate(_previews(found.tokenizer, measured), 1):
+        piece = origin.pieces[0]
+        print(f"  Sample {number} ({origin.source}, {piece.file} row {piece.row:,}): {text!r}")
+    mix = {}
+    for name, given in measured.sources.items():
+        target = float(stage.weights.get(name, 0))
+        if given["tokens"] or target:
+            mix[name] = {"target": target, **given}
+            print(
+                f"  {name}: {given['share']:.2%} of the tokens (target {target:.2%}), {given['tokens']:,} tokens of "
+                f"{given['documents']:,} documents"
+            )
+    length = measured.tokens / max(measured.documents, 1)
+    print(
+        f"  Speed: {measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first "
+        f"batch after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens a document",
+        flush=True,
+    )
+    return {
+        "stage": stage.index,
+        "name": stage.name,
+        "seq_len": stage.seq_len,
+        "batch_size": stage.batch_size,
+        "steps_read": measured.steps,
+        "documents": measured.documents,
+        "tokens_per_document": length,
+        "first_batch_seconds": measured.first_batch_seconds,
+        "documents_per_second": measured.documents_per_second,
+        "tokens_per_second": measured.tokens_per_second,
+        "sources": mix,
+    }
+
+
+def _previews(tokenizer: Tokenizer, measured: Measured) -> Iterator[tuple[Origin, str]]:
+    """Rows of the first batch, each with the text of its first document: one row of each source, then others."""
+    rows = [row for row, origin in enumerate(measured.origins) if origin.pieces]
+    rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # those that begin with a document first
+    first = dict.fromkeys(measured.origins[row].source for row in rows)
+    leading = [next(row for row in rows if measured.origins[row].source == name) for name in first]
+    others = [row for row in rows if row not in leading]
+    for row in [*leading, *others][: max(_PREVIEWS, len(leading))]:
+        origin = measured.origins[row]
+        piece = origin.pieces[0]
+        text = tokenizer.decode(measured.first.batch["tokens"][row, : piece.end - piece.first].tolist())
+        yield origin, text[:_PREVIEW_CHARACTERS]
+
+
+def _estimate(plan: Plan, speeds: dict[int, float]) -> float | None:
+    """Seconds for all tokens of the run: each stage at its own speed, or at the lowest measured one."""
+    if plan.total_tokens is None:
+        return None
+    lowest = min(speeds.values())
+    return sum(
+        (stage.last_token - stage.first_token) / speeds.get(stage.index, lowest)
+        for stage in plan.stages
+        if stage.last_token is not None and stage.has_steps
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def transitions(found: Inputs) -> Json:
+    """The steps around each stage's beginning, planned and read."""
+    plan, described = found.plan, []
+    starts = [stage for stage in plan.stages if stage.has_steps][1:]
+    if not starts:
+        print("\nThe run has one stage: there is no transition.")
+    for stage in starts:
+        before = next(one for one in reversed(plan.stages[: stage.index - 1]) if one.has_steps)
+        print(f"\nStage {before.index} ({before.name}) to stage {stage.index} ({stage.name}):")
+        print(f"  mix {_mix(before)} before, {_mix(stage)} after")
+        first = max(stage.first_step - _AROUND, 1)
+        last = stage.first_step + _AROUND - 1
+        if plan.last_step is not None:
+            last = min(last, plan.last_step)
+        steps = []
+        with found.watch(after=first - 1) as stream:
+            for step in range(first, last + 1):
+                if stream.ended:
+                    print("  (the data ends here, read from its beginning)")
+                    break
+                at, (batch, origins) = plan.at(step), stream.next_with_origins()
+                steps.append(_transition_step(at, batch.batch["tokens"].shape, origins))
+        described.append({"from": before.index, "to": stage.index, "steps": steps})
+    return {"transitions": described}
+
+
+def _transition_step(at: StepPlan, shape: tuple[int, ...], origins: Sequence[Origin]) -> Json:
+    rows: dict[str, int] = {}
+    for origin in origins:
+        rows[origin.source] = rows.get(origin.source, 0) + 1
+    shown = ", ".join(f"{name} {count:,}" for name, count in sorted(rows.items()))
+    print(
+        f"  step {at.step:,} (stage {at.stage}): {at.tokens_before:,} to {at.tokens_after:,} tokens, {shape[0]:,} rows "
+        f"x {shape[1]:,} tokens, stride {at.stride:,}, learning rate {at.learning_rate:.3g}; rows: {shown}",
+        flush=True,
+    )
+    return {
+        "step": at.step,
+        "stage": at.stage,
+        "tokens_before": at.tokens_before,
+        "tokens_after": at.tokens_after,
+        "shape": list(shape),
+        "stride": at.stride,
+        "learning_rate": at.learning_rate,
+        "rows": rows,
+    }
+
+
+def _mix(stage: StagePlan) -> str:
+    return ", ".join(f"{name} {float(weight):.4g}" for name, weight in stage.weights.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a replay starts. saved: the data state of a checkpoint of the same run, if there is one."""
+
+    step: int
+    saved: Json | None
+
+
+def start_before(step: int, workdir: str) -> Start:
+    """The nearest checkpoint before a step; else the beginning of the run, with the commits of a later checkpoint."""
+    steps = checkpoints.steps(workdir)
+    if not steps:
+        return Start(0, None)
+    nearest = max((found for found in steps if found < step), default=None)
+    saved = checkpoints.load_data(workdir, min(steps) if nearest is None else nearest)
+    if nearest is not None and saved["data_ended"]:
+        raise UserError(f"step {step:,} is past the end of the run: its data ended with step {nearest:,}")
+    return Start(nearest or 0, saved)
+
+
+def at_step(found: Inputs, step: int, start: Start) -> Json:
+    """Source, file, row and token range of every row of a step."""
+    plan, at = found.plan, found.plan.at(step)
+    states: dict[int, np.ndarray] = {}
+    if start.saved is not None:
+        now = compatibility.identities(found.config, found.readers, found.tokenizer, plan)
+        compatibility.check(start.saved, now, plan, min(start.saved["step"], step))
+        if start.step:
+            states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)
+    where = f"the checkpoint of step {start.step:,} in {found.workdir}" if start.step else "the beginning of the run"
+    print(f"Reading on from {where}: {step - 1 - start.step:,} steps before step {step:,}.", flush=True)
+    with found.watch(after=start.step, states=states) as stream:
+        with _progress(step - 1 - start.step) as on_step:
+            stream.go_to(step, on_step)
+        _, origins = stream.next_with_origins()
+    print(
+        f"\nStep {step:,}: stage {at.stage}/{len(plan.stages)} ({at.stage_name}), {at.batch_size:,} rows x "
+        f"{at.seq_len:,} tokens, {at.tokens_before:,} to {at.tokens_after:,} trained tokens"
+    )
+    print("[a, b) are tokens of the document, including its end-of-document token.")
+    rows = [_row(number, origin, at.seq_len) for number, origin in enumerate(origins)]
+    fields = ("step", "stage", "stage_name", "seq_len", "batch_size", "stride", "tokens_before", "tokens_after")
+    described = {name: getattr(at, name) for name in fields}
+    return {**described, "from_checkpoint": start.step or None, "rows": rows}
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after each step. Shows a bar on a terminal, otherwise a line for each tenth."""
+    done = itertools.count(1)
+    # None: hidden unless the output is a terminal.
+    with tqdm(total=steps, desc="Replay", unit=" steps", disable=None) as bar:
+
+        def on_step() -> None:
+            bar.update()
+            number = next(done)
+            if bar.disable and number % max(steps // 10, _LOGGED_STEPS) == 0:
+                print(f"  {number:,} of {steps:,} steps", flush=True)
+
+        yield on_step
+
+
+def _row(number: int, origin: Origin, seq_len: int) -> Json:
+    pieces = "; ".join(f"{piece.file} row {piece.row:,} [{piece.first:,}, {piece.end:,})" for piece in origin.pieces)
+    notes = ""
+    if origin.tokens < seq_len:
+        notes += f" (then {seq_len - origin.tokens:,} of padding: the data has ended)"
+    if origin.counted < seq_len:
+        counts = f"only its first {origin.counted:,} tokens count" if origin.counted else "masked"
+        notes += f" ({counts}: the run ends here)"
+    print(f"row {number} (lane {origin.lane}, {origin.source}): {pieces or 'nothing'}{notes}")
+    return {
+        "row": number,
+        "lane": origin.lane,
+        "source": origin.source,
+        "counted": origin.counted,
+        "documents": [dataclasses.asdict(piece) for piece in origin.pieces],
+    }

@@ -1,0 +1,55 @@
+"""Writes and verifies the token stores of a config's sources."""
+
+import os
+
+from tqdm import tqdm
+
+from jaxtrain.config import Config
+from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores.token_store_writer import Job
+from jaxtrain.trainer import open_data
+
+
+def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
+    """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
+    begun = {name: token_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
+    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    for name, source in sources.items():
+        folder = os.path.join(output, name)
+        bound = config.data.sources[name].max_samples
+        if worker and bound is not None and not source.random_access:
+            print(
+                f"Source {name}: worker 0 does it alone: which files hold the first {bound:,} documents is only known "
+                "by reading them.",
+                flush=True,
+            )
+        job = Job(name, folder, config.data.sources[name], source, 60 * config.data.retry_minutes)
+        with tqdm(desc=f"Pretokenizing {name}", unit=" documents", unit_scale=True, disable=None) as bar:
+            total = 0
+
+            def progress(documents: int, tokens: int, bar: tqdm = bar) -> None:
+                nonlocal total
+                total += tokens
+                bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
+                bar.update(documents)
+
+            complete = token_store_writer.write(job, tokenizer, worker, workers, progress)
+        if complete:
+            print(f"Source {name}: {_summary(folder)} Read it with data.mode=pretokenized or auto.", flush=True)
+        else:
+            print(f"Source {name}: this worker's files are done, other workers' are not yet.", flush=True)
+
+
+def verify(config: Config, output: str) -> None:
+    """Compares every store with its checksums. Raises UserError for one that is incomplete or damaged."""
+    for name in config.data.sources:
+        folder = os.path.join(output, name)
+        token_store.verify(folder)
+        print(f"Source {name}: {_summary(folder)} All bytes match their checksums.", flush=True)
+
+
+def _summary(folder: str) -> str:
+    files = token_store.load(folder).files
+    rows, tokens, size = (sum(getattr(file, field) for file in files) for field in ("rows", "tokens", "size"))
+    return f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}."

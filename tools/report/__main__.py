@@ -1,0 +1,59 @@
+"""`python -m tools.report`: what a run did, as one page to look at, to send, or to keep."""
+
+import os
+
+from etils import epath
+
+from jaxtrain import cli
+from jaxtrain.errors import UserError
+
+COMMAND = cli.Command(
+    name="python -m tools.report",
+    description=(
+        "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, throughput, "
+        "memory and mix against tokens, with the stages shaded; what each stage took of each source; where the time "
+        "went. One page that needs no network and runs no script. Several work directories are drawn on the same axes, "
+        "with what their configs differ in, into the first one. May look at a run under way."
+    ),
+    examples=(
+        "python -m tools.report runs/quickstart",
+        "python -m tools.report runs/baseline runs/muon --output=compared.html",
+        "python -m tools.report gs://bucket/runs/1b --output=1b.html",
+    ),
+    flags=(
+        cli.Flag(name="workdir", type=tuple[str, ...], help="work directories of runs, local or URLs", positional=True),
+        cli.Flag(
+            name="output",
+            type=str | None,
+            default=None,
+            help="the file to write; report.html in the first work directory by default",
+        ),
+    ),
+    config="none",
+)
+
+
+def main(flags: cli.Flags) -> None:
+    if flags.output == "":
+        raise UserError("--output= is empty: give a file, or leave it out for report.html in the work directory")
+    # After the command line is known to be right: these import JAX, which takes seconds.
+    from jaxtrain.checkpoint.workdir import write_atomically
+    from tools.report import reading
+    from tools.report.page import page
+
+    runs = [reading.read(path) for path in dict.fromkeys(flags.workdir)]
+    reading.tell_apart(runs)
+    output = epath.Path(flags.output or epath.Path(flags.workdir[0]) / "report.html").expanduser()
+    if output.is_dir():
+        raise UserError(f"--output={output} is a directory: give a file, for example {output / 'report.html'}")
+    try:
+        write_atomically(output, page(runs))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}. Give another file with --output=FILE.") from error
+    for run in runs:
+        print(f"{run.name}: step {run.last['step']:,}, {run.last['tokens']:,} tokens, {len(run.stages)} stage(s)")
+    print(f"Wrote {os.fspath(output)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, COMMAND)

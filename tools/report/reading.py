@@ -1,0 +1,307 @@
+"""A work directory's logs, read once from beginning to end: what the report shows of a run."""
+
+import bisect
+import difflib
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxtrain import cli
+from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.cli.redaction import redact
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.metrics.monitor import SPANS
+from tools.report.series import Series, Thinned, number
+
+# Curves against tokens, by their keys in metrics.jsonl.
+CURVES = (
+    *("loss", "ce_loss", "kd_loss", "learning_rate", "grad_norm", "tokens_per_sec", "data_wait", "mfu"),
+    *("memory_gb", "disk_cache_gb"),
+)
+EVALUATED = ("eval_loss", "eval_bits_per_byte")
+STEPS, LOST = "steps", "lost"
+_SPANS = (STEPS, *SPANS, LOST)
+_SHAPE = {"stage", "seq_len", "batch_size"}
+_PARAMETERS = re.compile(r"Model: ([\d,]+ parameters \([\d,]+ without embeddings\))")
+
+
+class StageLog:
+    """What the lines of one stage say. first_token, first_step: by the line before the stage's first one."""
+
+    def __init__(self, line: Json, first_token: int, steps_before: int):
+        self.number: int = line["stage"]
+        self.first_token, self.first_step = first_token, steps_before + 1
+        self.last: Json = line
+        self._rates: Thinned[float] = Thinned(2000)
+        self._seconds, self._waited = 0.0, 0.0
+
+    def add(self, line: Json, tokens: int) -> None:
+        """tokens: since the line before."""
+        self.last = line
+        rate = number(line.get("tokens_per_sec"))
+        if rate:
+            self._rates.add(rate)
+            self._seconds += tokens / rate
+            self._waited += tokens / rate * (number(line.get("data_wait")) or 0.0)
+
+    @property
+    def last_token(self) -> int:
+        return self.last["tokens"]
+
+    @property
+    def median_rate(self) -> float | None:
+        """Tokens a second: the median over the logged lines."""
+        return statistics.median(rates) if (rates := self._rates.items()) else None
+
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the stage's time that steps waited for data."""
+        return self._waited / self._seconds if self._seconds else None
+
+    @property
+    def given(self) -> dict[str, Json] | None:
+        """What the stage took of each source; None where the run's version did not log it, or it is not known."""
+        found = self.last.get("stage_sources")
+        return found if isinstance(found, dict) else None
+
+
+class RunLog:
+    """A run, from its work directory's files. `add` takes the lines of metrics.jsonl in order.
+
+    Attributes:
+        last: the line of the last step; empty before the first one.
+        evaluation: the last evaluation's line; empty without one.
+        best: (step, lowest eval_loss).
+        unreadable: lines that are none of jaxtrain's, such as one that a kill cut short.
+        lines: some of them, for mix and tooltips, with the last one of every stage.
+        without_loss: logged steps whose loss was not finite, and the first of them.
+    """
+
+    def __init__(self, name: str, path: str, config: Json | None = None, parameters: str | None = None):
+        self.name, self.path, self.config, self.parameters = name, path, config, parameters
+        self.curves = {key: Series() for key in CURVES}
+        self.evaluations: dict[str, list[tuple[float, float, int]]] = {key: [] for key in EVALUATED}
+        self.lines: Thinned[Json] = Thinned(300)
+        self.stages: list[StageLog] = []
+        self.last: Json = {}
+        self.evaluation: Json = {}
+        self.best: tuple[int, float] | None = None
+        self.unreadable, self.without_loss, self.first_without_loss = 0, 0, 0
+        self._ended_processes: list[tuple[float, dict[str, float]]] = []
+        self._waiting: list[Json] = []  # evaluations of steps whose tokens the next line tells
+
+    def add(self, line: Json) -> None:
+        step, tokens = number(line.get("step")), number(line.get("tokens"))
+        if step is not None and any(key in line for key in EVALUATED):
+            self._add_evaluation({**line, "step": int(step)})
+        elif step is None or tokens is None or step <= self.last.get("step", 0) or not _SHAPE.issubset(line):
+            self.unreadable += 1
+        else:
+            self._add_step({**line, "step": int(step), "tokens": int(tokens)})
+
+    def _add_step(self, line: Json) -> None:
+        tokens, before = line["tokens"], self.last
+        self._place_evaluations(line)
+        for key, curve in self.curves.items():
+            curve.add(tokens, number(line.get(key)))
+        if number(line.get("loss")) is None:
+            self.first_without_loss = self.first_without_loss or line["step"]
+            self.without_loss += 1
+        if not self.stages or self.stages[-1].number != line["stage"]:
+            self.lines.pin()
+            self.stages.append(StageLog(line, before.get("tokens", 0), before.get("step", 0)))
+        self.stages[-1].add(line, tokens - before.get("tokens", 0))
+        self.lines.add(line)
+        # Each process counts its time from nothing, with a start of its own.
+        if before and _start(before) != _start(line):
+            self._ended_processes.append(_process_time(before))
+        self.last = line
+
+    def _add_evaluation(self, line: Json) -> None:
+        self.evaluation = line
+        loss = number(line.get("eval_loss"))
+        if loss is not None and (self.best is None or loss < self.best[1]):
+            self.best = (line["step"], loss)
+        if line["step"] == self.last.get("step"):
+            self._place(line, self.last["tokens"])
+        else:
+            self._waiting.append(line)
+
+    def _place_evaluations(self, line: Json) -> None:
+        """Between two lines, of one stage, tokens grow by as many each step."""
+        before = self.last or {"step": 0, "tokens": 0}
+        for waiting in self._waiting:
+            part = (waiting["step"] - before["step"]) / (line["step"] - before["step"])
+            self._place(waiting, round(before["tokens"] + part * (line["tokens"] - before["tokens"])))
+        self._waiting = []
+
+    def _place(self, line: Json, tokens: int) -> None:
+        for key, points in self.evaluations.items():
+            if (value := number(line.get(key))) is not None:
+                points.append((tokens, value, line["step"]))
+
+    def finish(self) -> None:
+        """After the last line: an evaluation of a step that is not logged yet stands where steps go on as they did."""
+        step_tokens = (number(self.last.get("seq_len")) or 0) * (number(self.last.get("batch_size")) or 0)
+        for waiting in self._waiting:
+            self._place(waiting, int(self.last["tokens"] + (waiting["step"] - self.last["step"]) * step_tokens))
+        self._waiting = []
+
+    @property
+    def restarts(self) -> int:
+        return len(self._ended_processes)
+
+    def time_spent(self) -> dict[str, float]:
+        """Seconds: of steps, of each span, and "lost", which no line tells of: what was trained again after a kill."""
+        spent = {STEPS: 0.0}
+        for steps, spans in (*self._ended_processes, _process_time(self.last)):
+            spent[STEPS] += steps
+            for span, seconds in spans.items():
+                spent[span] = spent.get(span, 0.0) + seconds
+        total = number(self.last.get("time")) or 0.0
+        spent[LOST] = max(total - sum(spent.values()), 0.0)
+        return {span: seconds for span in _SPANS if (seconds := spent.get(span, 0.0)) > 0.0005 * total}
+
+    @property
+    def sources(self) -> list[str]:
+        """In the config's order."""
+        return list(self.last.get("sources") or {})
+
+    def stage_config(self, stage: int) -> Mapping[str, Any]:
+        """As configured; empty where that is not known."""
+        stages = (self.config or {}).get("stages") or []
+        return stages[stage - 1] if stage <= len(stages) else {}
+
+    def stage_name(self, stage: int) -> str:
+        return str(self.stage_config(stage).get("name", f"stage {stage}"))
+
+    def targets(self, stage: int) -> dict[str, float] | None:
+        """Share of the tokens that each source is to have; None where it is not known."""
+        found = self.stage_config(stage)
+        if not found:
+            return None
+        if found["weights"] is None:
+            return dict.fromkeys(self.sources[:1], 1.0)
+        return {name: float(found["weights"].get(name, 0.0)) for name in self.sources}
+
+    @property
+    def total_tokens(self) -> int | None:
+        """The target; None if there is none, or `steps` sets it."""
+        config = self.config or {}
+        if config.get("total_tokens") is not None:
+            return config["total_tokens"]
+        tokens = [stage["tokens"] for stage in config.get("stages") or []]
+        return sum(tokens) if tokens and all(tokens) and config.get("steps") is None else None
+
+    def nearest_line(self, tokens: float) -> Json | None:
+        """The logged line nearest to a token count, of those kept; None past the run's end."""
+        kept = self.lines.items()
+        if not kept or tokens > self.last["tokens"]:
+            return None
+        at = bisect.bisect_left(kept, tokens, key=lambda line: line["tokens"])
+        return min(kept[max(at - 1, 0) : at + 1], key=lambda line: abs(line["tokens"] - tokens))
+
+
+def given(line: Json) -> dict[str, int]:
+    """The tokens that every source had given in all by a logged step."""
+    return {name: int(number(source.get("tokens")) or 0) for name, source in (line.get("sources") or {}).items()}
+
+
+def _start(line: Json) -> Any:
+    spans = line.get("seconds")
+    return spans.get("start") if isinstance(spans, dict) else None
+
+
+def _seconds(line: Json) -> dict[str, float]:
+    spans = line.get("seconds")
+    return {name: number(value) or 0.0 for name, value in spans.items()} if isinstance(spans, dict) else {}
+
+
+def _process_time(line: Json) -> tuple[float, dict[str, float]]:
+    """Seconds of steps, and of each span, by the last line of a process: goodput is the steps' share."""
+    spans, goodput = _seconds(line), number(line.get("goodput")) or 0.0
+    return sum(spans.values()) * goodput / max(1 - goodput, 1e-9), spans
+
+
+def read(path: str) -> RunLog:
+    """Raises UserError where there is no work directory, or no step was logged yet."""
+    workdir = Workdir(path)
+    if not workdir.metrics.exists():
+        raise _nothing_at(path, workdir)
+    run = RunLog(workdir.path.name, redact(os.fspath(workdir.path)), _config(workdir), _parameters(workdir))
+    for line in _lines(workdir):
+        if line is None:
+            run.unreadable += 1
+        else:
+            run.add(line)
+    if not run.last:
+        raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Give this again when the first one is.")
+    run.finish()
+    return run
+
+
+def tell_apart(runs: Sequence[RunLog]) -> None:
+    """Runs of one name get those of their parents too, or their whole paths."""
+    for depth in (1, 2, 3):
+        names = ["/".join(run.path.rstrip("/").split("/")[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = [run.path for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
+
+
+def _lines(workdir: Workdir) -> Iterator[Json | None]:
+    """The objects of metrics.jsonl; None for what is none. A live run may be writing its last line."""
+    size = workdir.metrics.stat().length
+    # None: hidden unless the output is a terminal.
+    with (
+        workdir.metrics.open("rb") as file,
+        tqdm(total=size, desc=workdir.path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        for text in file:
+            bar.update(len(text))
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            yield line if isinstance(line, dict) else None
+
+
+def _config(workdir: Workdir) -> Json | None:
+    try:
+        return cli.upgrade(json.loads(workdir.config.read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _parameters(workdir: Workdir) -> str | None:
+    """As the run's log says it near its beginning."""
+    if not workdir.log.exists():
+        return None
+    with workdir.log.open("rb") as file:
+        lines = (line.decode(errors="replace") for line in file)
+        return next((found[1] for line in lines if (found := _PARAMETERS.search(line))), None)
+
+
+def _nothing_at(path: str, workdir: Workdir) -> UserError:
+    if workdir.path.is_file():
+        return UserError(f"{path} is a file: give the work directory that holds metrics.jsonl")
+    if workdir.path.exists():
+        return UserError(
+            f"{path} holds no metrics.jsonl: either no run has logged a step there yet, or it is no work directory"
+        )
+    parent = workdir.path.parent
+    beside = sorted(one.name for one in parent.iterdir() if one.is_dir()) if parent.exists() else []
+    near = difflib.get_close_matches(workdir.path.name, beside)
+    hint = f" Did you mean {' or '.join(os.fspath(parent / name) for name in near)}?" if near else ""
+    if not near and beside:
+        hint = f" {parent} has {', '.join(beside[:10])}{', ...' if len(beside) > 10 else ''}."
+    return UserError(f"{path}: there is no such directory.{hint}")
