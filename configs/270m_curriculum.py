@@ -10,7 +10,7 @@ tables, most rows of which hardly occur in a billion tokens (Press & Wolf 2017; 
 
 from configs import _curriculum
 from configs._base import fineweb_edu
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace

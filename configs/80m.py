@@ -7,7 +7,7 @@ shell has braces of its own), through a disk cache of at most 35 GB (`--config.d
 run prints the true count. 64 rows are taken 8 at a time on one device.
 """
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace

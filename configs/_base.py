@@ -1,6 +1,6 @@
 """What the configs of this folder share."""
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace

@@ -9,7 +9,7 @@ import pathlib
 import sysconfig
 
 from configs import _curriculum
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles

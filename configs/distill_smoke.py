@@ -14,7 +14,7 @@ Each command given again goes on where it stopped. All read the teacher's tokeni
 runs/distill_smoke-teacher: start them in the same folder as the first.
 """
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles

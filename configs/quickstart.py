@@ -3,7 +3,7 @@
 Its tokenizer is trained on the same stream first, and kept in the work directory.
 """
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import pathlib
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.distributed.sharding import MeshConfig

@@ -1,12 +1,16 @@
-"""What can go wrong, by what has to follow: each class has one way out of the program."""
+"""The kinds of failure. Each has one way out of the program."""
 
 
 class UserError(ValueError):
-    """What the user must change (config, usage, missing dataset or credentials). Exit code 2, no traceback."""
+    """The user must change something: config, usage, dataset, credentials. One message, exit code 2."""
 
 
 class TransientError(Exception):
-    """A fault that time may cure (5xx, 429, resets, time-outs, short reads); `retry_after` in seconds if known."""
+    """A fault that may pass: 5xx, 429, resets, timeouts, short reads.
+
+    Attributes:
+        retry_after: Seconds that the server asked to wait, if it did.
+    """
 
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
@@ -14,13 +18,16 @@ class TransientError(Exception):
 
 
 class FollowedError(Exception):
-    """Raised since another process failed: that one says why."""
+    """Raised because another process failed; that process says why."""
 
 
 class CorruptError(Exception):
-    """Bytes that arrived whole and cannot be read; `file` and `row` (the first bad one) say where.
+    """Bytes that arrived whole and cannot be read.
 
-    source: the source's name in `data.sources`, "" where it is not known (yet).
+    Attributes:
+        file: The file's name in its source.
+        row: The first bad row.
+        source: The source's name in `data.sources`, "" if not known (yet).
     """
 
     def __init__(self, message: str, file: str, row: int, source: str = ""):

@@ -1,23 +1,26 @@
 """`python -m jaxtrain.main`: flags, environment, exit codes."""
 
+import contextlib
 import os
 import signal
 
 
 def _stop_at_once(number: int, frame: object) -> None:
-    """For signals before the first step is taken (consensus.StopRequest then takes over).
+    """Handles signals before the first step is taken; consensus.StopRequest then takes over.
 
-    Not by an exception, which gets lost where the interpreter is in a callback (of the garbage collector's).
+    Does not raise: an exception is lost if the interpreter is in a callback, for example of the garbage collector.
     """
-    os.write(2, b"\nStopped: no step is under way, so there is nothing to save.\n")
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, b"\nStopped: no step is under way, so there is nothing to save.\n")
     os._exit(75)
 
 
 if __name__ == "__main__":
-    # Before the other imports, which take 0.3 s: only a signal to an interpreter that is just starting (some 20 ms)
-    # ends it as signals do, with 130 or 143.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _stop_at_once)
+    # Before the other imports, which take 0.3 s: only in the interpreter's own start (20 ms) do signals still end it
+    # with 130 or 143. `nohup` ignores SIGHUP, and that stays so.
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if _number != signal.SIGHUP or signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, _stop_at_once)
 
 from jaxtrain import cli  # noqa: E402
 from jaxtrain.cli import paths  # noqa: E402
@@ -26,7 +29,7 @@ from jaxtrain.errors import UserError  # noqa: E402
 
 COMMAND = cli.Command(
     name="python -m jaxtrain.main",
-    description="Train a language model from a config. Give the same command again to go on where it stopped.",
+    description="Trains a language model from a config. Run the same command again to resume.",
     examples=(
         "python -m jaxtrain.main --config=configs/quickstart.py",
         "python -m jaxtrain.main --config=configs/1b.py --workdir=runs/1b --config.optimizer.learning_rate=2e-4",
@@ -37,7 +40,7 @@ COMMAND = cli.Command(
             name="workdir",
             type=str | None,
             default=None,
-            help="where checkpoints, metrics and caches go; runs/<config file>[-<arg>] by default; gs:// and s3:// too",
+            help="where checkpoints, metrics and caches go, also gs:// or s3://; default: runs/<config file>[-<arg>]",
         ),
         cli.Flag(
             name="dry_run",
@@ -49,16 +52,16 @@ COMMAND = cli.Command(
             name="coordinator",
             type=str | None,
             default=None,
-            help="HOST:PORT of process 0, where no launcher or cluster says it; with --num_processes and --process_id",
+            help="HOST:PORT of process 0, if no launcher or cluster sets it; with --num_processes and --process_id",
         ),
-        cli.Flag(name="num_processes", type=int | None, default=None, help="how many there are of this command"),
-        cli.Flag(name="process_id", type=int | None, default=None, help="0, 1, ...: which of them this is"),
+        cli.Flag(name="num_processes", type=int | None, default=None, help="how many processes run this command"),
+        cli.Flag(name="process_id", type=int | None, default=None, help="which of them this is: 0, 1, ..."),
     ),
     resumes=True,
 )
 
 
-# To the end of the process, which must not wait for readers: see train.run.
+# Kept until the process ends, which must not wait for readers: see loop.run.
 _kept: list[object] = []
 
 
@@ -67,7 +70,7 @@ def main(flags: cli.Flags) -> int:
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
     workdir = flags.workdir or paths.default_workdir(flags.config or "")
     paths.keep_caches_in(workdir)
-    # As launchers give them.
+    # As launchers set them.
     for name, value in (
         ("JAX_COORDINATOR_ADDRESS", flags.coordinator),
         ("JAX_NUM_PROCESSES", flags.num_processes),
@@ -76,14 +79,14 @@ def main(flags: cli.Flags) -> int:
         if value is not None:
             os.environ[name] = str(value)
     config = flags.load_config()
-    # Importing JAX takes seconds: not before the config is known to be right.
+    # Importing JAX takes seconds: only once the config is known to be right.
     from jaxtrain.trainer import loop
 
     return loop.run(config, workdir, flags.dry_run, _kept)
 
 
 def exit_code(argv: list[str] | None = None) -> int:
-    """Runs the command; every way out has its code: 0, 2 (the user's), 75 (stopped and saved), 1 (anything else)."""
+    """Runs the command. Returns 0, 2 (the user must change something), 75 (stopped and saved) or 1 (anything else)."""
     return cli.exit_code(main, COMMAND, argv)
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 
 
 def state_at(step: int, mesh: jax.sharding.Mesh) -> dict:

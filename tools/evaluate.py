@@ -33,10 +33,10 @@ COMMAND = cli.Command(
 
 def main(flags: cli.Flags) -> None:
     # Importing JAX takes seconds: only once the command line is known to be right.
-    from jaxtrain.checkpoint import checkpoints
+    from jaxtrain.checkpoint import restore
     from jaxtrain.trainer import restored
 
-    saved = checkpoints.load_data(flags.workdir, flags.step)
+    saved = restore.load_data(flags.workdir, flags.step)
     if flags.config is None:
         config = cli.override(cli.from_json(saved["config"]), flags.overrides)
         cli.check(config)

@@ -32,12 +32,13 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     # After the command line is known to be right: these import JAX, which takes seconds.
     from jaxtrain import hf
-    from jaxtrain.checkpoint import checkpoints
+    from jaxtrain.checkpoint import restore
+    from jaxtrain.checkpoint.checkpointer import CheckpointConfig
     from jaxtrain.distributed import sharding
     from jaxtrain.errors import UserError
     from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
-    if checkpoints.is_checkpoint(flags.output):
+    if restore.is_checkpoint(flags.output):
         raise UserError(f"{flags.output} holds a checkpoint already: remove it, or give another --output.")
     config, _ = hf.config(flags.model, flags.revision)
     tokenizer = HuggingFaceTokenizer(name=flags.model, revision=flags.revision).build(flags.output)
@@ -49,7 +50,7 @@ def main(flags: cli.Flags) -> None:
     params = hf.load(
         flags.model, model, sharding.tree_shardings(mesh, model.axes), revision=flags.revision, progress=True
     )
-    checkpointer = checkpoints.CheckpointConfig().build(os.path.join(flags.output, "checkpoints"))
+    checkpointer = CheckpointConfig().build(os.path.join(flags.output, "checkpoints"))
     try:
         about = {"model": cli.to_json(config), "tokenizer": cli.to_json(kept)}
         checkpointer.save(0, {"params": params}, {"config": about, "tokenizer": tokenizer.identity})

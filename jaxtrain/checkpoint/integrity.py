@@ -1,74 +1,112 @@
-"""`files.json`: what files a folder holds, so that a later process can tell cheaply whether it is whole.
+"""`files.json`: the size and CRC-32 of every file of a checkpoint, from which a later start tells whether it is whole.
 
-TensorStore reads a changed byte in array data without an error (measured: a flipped byte in a chunk gives other
-numbers), and a missing file as zeros in some layouts; Orbax checks nothing. Sizes are kept for all files and CRC-32 for
-those up to 1 MiB, which covers all metadata: a CRC of everything would read 12 GB at each start of a 1B model.
+TensorStore reads a changed byte of array data without an error, and in some layouts a missing file as zeros; Orbax
+checks nothing. Each process checksums the files that it wrote, after writing and in the background. At a start the
+processes share the reading. Lists of version 0.1 hold no CRC (-1) for files above 1 MiB: only their sizes are compared.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent import futures
 
 from etils import epath
 
-_NAME = "files.json"
-_CRC_BYTES = 1 << 20
-# Object stores take about 50 ms for each request.
-_THREADS = 16
+_LIST = "files.json"
+_CHUNK_BYTES = 1 << 22
+# Object stores answer in about 50 ms. On local disks a few threads saturate the disk and leave the cores to the data.
+_REMOTE_THREADS, _LOCAL_THREADS = 16, 4
 
 
-def write(folder: epath.Path, skip: str) -> None:
-    """Lists every file of the folder, at any depth, in its `files.json`, but for the name `skip`."""
-    names = sorted(name for name in _walk(folder) if name != skip)
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-        entries = dict(zip(names, pool.map(lambda name: _size_and_crc(folder / name), names), strict=True))
-    (folder / _NAME).write_text(json.dumps(entries))
+def write_share(folder: epath.Path, process: int) -> None:
+    """Lists what one of several processes wrote, for `write` to collect.
+
+    Args:
+        folder: The unfinished checkpoint.
+        process: Orbax puts the arrays of process N into `ocdbt.process_N` of each item.
+    """
+    names = [name for name in _walk(folder) if f"/ocdbt.process_{process}/" in name]
+    _share(folder, process).write_text(json.dumps(_checksums(folder, names)))
 
 
-def copy(folder: epath.Path, target: epath.Path) -> None:
-    """All files of a folder; in a bucket, where a rename would be the same and fsspec's fails on what is no object."""
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda name: (folder / name).copy(target / name), _walk(folder)))
+def write(folder: epath.Path, num_processes: int, skip: str) -> None:
+    """Lists all files of a folder in its `files.json`.
+
+    Args:
+        folder: The unfinished checkpoint.
+        num_processes: How many called `write_share`; 1 if none did.
+        skip: A file name to leave out.
+    """
+    listed: dict[str, list[int]] = {}
+    for process in range(num_processes) if num_processes > 1 else ():
+        share = _share(folder, process)
+        listed |= json.loads(share.read_text())
+        share.unlink()
+    listed |= _checksums(folder, [name for name in _walk(folder) if name != skip and name not in listed])
+    (folder / _LIST).write_text(json.dumps(dict(sorted(listed.items()))))
 
 
-def is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
+def is_listed(folder: epath.Path) -> bool:
+    """Whether the folder has a list of its files."""
+    return (folder / _LIST).exists()
+
+
+def problem(folder: epath.Path, process: int = 0, num_processes: int = 1) -> str | None:
+    """Compares a folder with its list.
+
+    Args:
+        folder: A checkpoint.
+        process: This process reads its share of the files.
+        num_processes: How many share the reading.
+
+    Returns:
+        The first difference, as a sentence without its period; None if the share is as it was written.
+    """
+    try:
+        listed = json.loads((folder / _LIST).read_text())
+        by_size = sorted(listed, key=lambda name: (listed[name][0], name))
+        mine = {name: listed[name] for name in by_size[process::num_processes]}
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        return f"{folder / _LIST} cannot be read ({error})"
+
+    def check(name: str) -> str | None:
+        path, (size, crc) = folder / name, mine[name]
+        try:
+            found, found_crc = (_size(path), -1) if crc == -1 else _size_and_crc(path)
+        except FileNotFoundError:
+            return f"{path} is missing"
+        if found != size:
+            return f"{path} has {found} of {size} bytes"
+        return None if found_crc == crc else f"{path} was changed"
+
+    with futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+        return next(filter(None, pool.map(check, mine)), None)
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
-    """Renames a damaged folder, so that nothing takes it for a whole one; returns its new place."""
+    """Renames a damaged folder to `<step>.corrupt`, so that nothing takes it for a whole one; returns its new path."""
     target, n = folder.parent / f"{folder.name}.corrupt", 1
     while target.exists():
         n += 1
         target = folder.parent / f"{folder.name}.corrupt-{n}"
     if is_remote(folder):
-        copy(folder, target)
+        # A bucket renames by copying anyway, and fsspec's rename fails on folders, which are no objects.
+        with futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+            list(pool.map(lambda name: (folder / name).copy(target / name), _walk(folder)))
         folder.rmtree()
     else:
         folder.rename(target)
     return target
 
 
-def problem(folder: epath.Path) -> str | None:
-    """What is wrong with a folder that was listed, in one line; None if all is as it was written."""
+def is_remote(path: epath.Path) -> bool:
+    """Whether the path is a URL of an object store."""
+    return "://" in str(path)
 
-    def check(entry: tuple[str, list[int]]) -> str | None:
-        path, expected = folder / entry[0], entry[1]
-        try:
-            found = _size_and_crc(path)
-        except FileNotFoundError:
-            return f"{path} is missing"
-        if found == expected:
-            return None
-        return f"{path} was changed" if found[0] == expected[0] else f"{path} has {found[0]} of {expected[0]} bytes"
 
-    try:
-        entries = json.loads((folder / _NAME).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        return f"{folder / _NAME} cannot be read ({error})"
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(check, entries.items())), None)
+def _share(folder: epath.Path, process: int) -> epath.Path:
+    return folder / f"files.process_{process}.json"
 
 
 def _walk(folder: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -79,7 +117,20 @@ def _walk(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield prefix + path.name
 
 
+def _checksums(folder: epath.Path, names: list[str]) -> dict[str, list[int]]:
+    with futures.ThreadPoolExecutor(_REMOTE_THREADS if is_remote(folder) else _LOCAL_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _size_and_crc(folder / name), names), strict=True))
+
+
+def _size(path: epath.Path) -> int:
+    """Local files by `os`: etils also looks up the owner's name, and fails if there is none (containers, NFS)."""
+    return path.stat().length if is_remote(path) else os.path.getsize(path)
+
+
 def _size_and_crc(path: epath.Path) -> list[int]:
-    """[bytes, CRC-32]; the latter is -1 for large files."""
-    size = path.stat().length
-    return [size, zlib.crc32(path.read_bytes()) if size <= _CRC_BYTES else -1]
+    """[bytes, CRC-32]. Both `read` and `crc32` release the GIL for chunks of this size."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]

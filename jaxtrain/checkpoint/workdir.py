@@ -1,9 +1,9 @@
-"""The work directory: its paths, and that one run at a time uses it, from processes that all see the same files.
+"""The work directory: its paths, and a lock so that one run at a time uses it, from processes that all see it.
 
-Local directories are locked with `flock`, which the kernel releases however the process ends. Where that does not
-exist (gs://, s3://, some network file systems) a lease is kept instead: `lock` names the holder and is rewritten every
-30 s. Whoever finds one watches it for 75 s: if it changes, the holder lives and the directory is refused. No clocks of
-two machines are compared.
+Local directories are locked with `flock`, which the kernel releases however the process ends. Where that is missing
+(gs://, s3://, some network file systems), a lease takes its place: `lock` names the holder, which rewrites it every
+30 s. A run that finds one watches it for 75 s: if it changes, the holder is alive and the directory is refused. Clocks
+of different machines are never compared.
 """
 
 import contextlib
@@ -38,23 +38,28 @@ logger = logging.getLogger("jaxtrain")
 
 
 class _ElsewhereUserError(UserError, FollowedError):
-    """Process 0 raises the UserError."""
+    """Raised on the other processes when process 0 raises the UserError."""
 
 
 class Workdir:
-    """A run's directory, local or a gs:// or s3:// URL. All processes make one; use it as a context manager.
+    """A run's directory, local or a gs:// or s3:// URL. All processes make one and use it as a context manager.
 
     `with Workdir(path) as workdir:` creates the directory, refuses one that not all processes share, and locks it.
+
+    Raises:
+        UserError: It cannot be used, or another run uses it.
     """
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
         self.is_local = "://" not in os.fspath(path)
+        if not self.is_local and not os.fspath(path).startswith(("gs://", "s3://")):
+            raise UserError(f"--workdir={path}: give a local directory, or a gs:// or s3:// URL.")
+        self.path = epath.Path(path)
         if self.is_local:
             # Orbax refuses relative paths.
             self.path = epath.Path(os.path.abspath(self.path.expanduser()))
         else:
-            # What another process has written, or TensorStore in this one, is not in a listing that is remembered.
+            # A cached listing lacks what other processes, or TensorStore in this one, have written since.
             for protocol in ("s3", "gcs"):
                 fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
         self.checkpoints = self.path / "checkpoints"
@@ -63,6 +68,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
         self.tensorboard = self.path / "tensorboard"
+        self.wandb_id = self.path / "wandb_id.txt"
         self.cache = self.path / "cache" if self.is_local else _local_cache(os.fspath(path))
         # Token stores are only read from local paths.
         self.tokens = self.path / "tokens" if self.is_local else self.cache / "tokens"
@@ -76,23 +82,15 @@ class Workdir:
                 self.cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise _refused(self.cache, error) from error
-            # Keeps the lock when all went well.
+            # All went well: keep the lock.
             self._lock = self._lock.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._lock.close()
 
-    def _create(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise UserError(f"--workdir={self.path} is a file; give a directory.") from error
-        except OSError as error:
-            raise UserError(f"--workdir={self.path} cannot be made: {error}. Give one that you may write.") from error
-
     def _check_shared(self) -> None:
-        """Process 0 writes a file, and all must see it."""
+        """Process 0 writes a file that all must see."""
         if jax.process_count() == 1:
             return
         number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(30))))
@@ -114,36 +112,41 @@ class Workdir:
             )
 
     def _lock_for_all(self) -> None:
-        """Process 0 makes the directory and takes the lock; all raise if it cannot."""
+        """Process 0 creates the directory and takes the lock; all raise if it cannot."""
         refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
-                self._create()
+                self.path.mkdir(parents=True, exist_ok=True)
                 self._lock.enter_context(_lock_file(self.path / "lock", self.is_local))
             except UserError as error:
                 refusal = error
+            except FileExistsError:
+                refusal = UserError(f"--workdir={self.path} is a file; give a directory.")
             except OSError as error:
                 refusal = _refused(self.path, error)
-            except Exception as error:  # clients of buckets have errors of their own
+            except Exception as error:  # bucket clients raise errors of their own
                 refusal = _unreachable(self.path, error)
         if int(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))):
-            raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see what process 0 says.")
+            raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see process 0's message.")
 
     def write_config(self, config: Json) -> None:
         """Writes `config.json`, on process 0."""
         if jax.process_index() == 0:
-            write_atomically(self.config, json.dumps(config, indent=2) + "\n")
+            try:
+                write_atomically(self.config, json.dumps(config, indent=2) + "\n")
+            except OSError as error:
+                raise _refused(self.config, error) from error
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Replaces a file so that a reader or a kill sees the old one or the new one."""
+def write_atomically(path: epath.Path, content: str | bytes) -> None:
+    """Replaces a file so that a reader, also after a kill, sees either the old or the new one."""
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 
 def _local_cache(url: str) -> epath.Path:
-    """Where a run with a remote work directory keeps what must be local (compiled programs, tokenizers, buffers)."""
+    """Where a run with a remote work directory keeps local files: compiled programs, tokenizers, buffers."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return epath.Path(root) / "jaxtrain" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
@@ -153,12 +156,12 @@ def _unreachable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, ImportError):
         return UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].")
     if "Credentials" in type(error).__name__:
-        return UserError(f"{what}. Set the bucket's credentials as the cloud's own tools want.")
+        return UserError(f"{what}. Set the bucket's credentials as the cloud's own tools expect.")
     return TransientError(what)
 
 
 def _refused(path: epath.Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written to: {error}. Give a --workdir that you may write.")
+    return UserError(f"{path} cannot be written: {error}. Give a --workdir that you may write.")
 
 
 def _holder() -> Json:
@@ -168,13 +171,13 @@ def _holder() -> Json:
 def _in_use(path: epath.Path, holder: str) -> UserError:
     return UserError(
         f"{path.parent} is used by another run ({holder.strip() or 'holder unknown'}). "
-        "Wait for it or stop it, or give another --workdir."
+        "Wait for it, stop it, or give another --workdir."
     )
 
 
 @contextlib.contextmanager
 def _lock_file(path: epath.Path, is_local: bool):
-    """Holds `path` as a lock while the context lasts."""
+    """Holds `path` as a lock inside the context."""
     lock = _try_flock(path) if is_local else None
     if lock is not None:
         with lock:
@@ -185,7 +188,7 @@ def _lock_file(path: epath.Path, is_local: bool):
 
 
 def _try_flock(path: epath.Path) -> IO[str] | None:
-    """The locked file, which unlocks when it is closed; None where the file system has no locks."""
+    """The locked file, which unlocks when closed; None if the file system has no locks."""
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +207,7 @@ def _try_flock(path: epath.Path) -> IO[str] | None:
 
 
 class _Lease:
-    """A file that its holder keeps rewriting."""
+    """A lock file that its holder keeps rewriting."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -216,7 +219,7 @@ class _Lease:
     def __enter__(self) -> "_Lease":
         found = self._read()
         if found:
-            logger.warning("%s is there: watching for %.0f s whether its run lives.", self._path, _WATCH_SECONDS)
+            logger.warning("%s exists: watching for %.0f s whether its run is alive.", self._path, _WATCH_SECONDS)
             deadline = time.monotonic() + _WATCH_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(_WATCH_SECONDS / 30)
@@ -226,7 +229,7 @@ class _Lease:
                 if not now:
                     break
         self._write()
-        # Of two that took it together the last writer has it.
+        # If two took it at once, the last writer has it.
         time.sleep(_WATCH_SECONDS / 30)
         if not self._is_mine():
             raise _in_use(self._path, self._read())
@@ -256,8 +259,8 @@ class _Lease:
         while not self._stop.wait(_HEARTBEAT_SECONDS):
             try:
                 if not self._is_mine():
-                    # This process stood still for over a minute and another run took over: two must not write.
-                    logger.error("The lease %s was taken by another run; this one ends.", self._path)
+                    # This process was suspended for over a minute and another run took over: two must not write.
+                    logger.error("Another run has taken the lease %s; this one ends.", self._path)
                     os._exit(1)
                 self._write()
             except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 
-from jaxtrain.cli import files, record, tree, typed
+from jaxtrain.cli import files, output, record, tree, typed
 from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import CorruptError, TransientError, UserError
 
@@ -141,6 +141,7 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
     """
     # Grain's worker processes read flags of absl's, which refuses that before they are parsed. We have none there.
     absl_flags.FLAGS.mark_as_parsed()
+    output.protect()
     try:
         code = main(parse_flags(command, sys.argv[1:] if argv is None else argv))
     except UserError as error:

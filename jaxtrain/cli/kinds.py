@@ -16,7 +16,7 @@ BUILT_IN = {
     "stage": "jaxtrain.plan.stages:Stage",
     "data": "jaxtrain.data.pipeline:DataConfig",
     "mesh": "jaxtrain.distributed.sharding:MeshConfig",
-    "checkpoint": "jaxtrain.checkpoint.checkpoints:CheckpointConfig",
+    "checkpoint": "jaxtrain.checkpoint.checkpointer:CheckpointConfig",
     "eval": "jaxtrain.config:EvalConfig",
     "monitor": "jaxtrain.metrics.monitor:MonitorConfig",
     "teacher": "jaxtrain.distill.teacher:Teacher",

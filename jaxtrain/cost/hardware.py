@@ -1,7 +1,7 @@
-"""What accelerators have: memory, arithmetic, bandwidths. For utilisation, estimates and compile checks.
+"""Accelerators: memory, arithmetic, bandwidths. For utilization, estimates and compile checks.
 
-Numbers are the makers' published ones, for one JAX device (a TPU v4 or v5p chip is one): cloud.google.com/tpu/docs for
-TPUs, NVIDIA's data sheets for GPUs, whose memory is what CUDA reports (the data sheet's less what the driver keeps).
+Numbers are published ones for one JAX device (a TPU v4 or v5p chip is one device), from cloud.google.com/tpu/docs and
+NVIDIA's data sheets. A GPU's memory is what CUDA reports: the data sheet's less what the driver keeps.
 """
 
 import dataclasses
@@ -13,13 +13,17 @@ GiB = 1 << 30
 class Chip:
     """One kind of accelerator.
 
-    name: what flags call it. kinds: JAX's device kind contains one of them. platform: JAX's.
-    memory: bytes of a device. flops: dense bf16 FLOP/s with fp32 accumulation. bandwidth: of its memory, bytes/s.
-    links: bytes/s that a chip sends to the others of its slice (TPU) or host (GPU), all links together, one direction.
-    network: bytes/s that a chip's share of the network sends to other slices or hosts, one direction. For GPUs that
-        is not the chip's but the cluster's; it is what is usual: 400 Gb/s for a Hopper, 200 for an A100, and a host's
-        100 Gb/s shared by 8 for the others.
-    compute_capability: of an NVIDIA GPU.
+    Attributes:
+        name: as in flags.
+        kinds: JAX's device kind contains one of them.
+        platform: JAX's.
+        memory: bytes.
+        flops: dense bf16 FLOP/s with fp32 accumulation.
+        bandwidth: of its memory, bytes/s.
+        links: bytes/s that a chip sends within its slice (TPU) or host (GPU), all links together, one direction.
+        network: bytes/s that a chip sends to other slices or hosts, one direction. For GPUs it depends on the cluster;
+            these are usual: 400 Gb/s for a Hopper, 200 for an A100, a host's 100 Gb/s shared by 8 for the others.
+        compute_capability: of an NVIDIA GPU.
     """
 
     name: str
@@ -71,7 +75,7 @@ def _gpu(
     )
 
 
-# In this order the first one counts whose kind a device's contains: "TPU v5" is a v5p, "TPU v5 lite" a v5e.
+# The first match counts: "TPU v5 lite" is a v5e, "TPU v5" a v5p.
 CHIPS = (
     _tpu("v4", ("TPU v4",), 32, 275.0, 1228, 300, 6.25),
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 819, 200, 3.125),
@@ -89,5 +93,5 @@ BY_NAME = {chip.name: chip for chip in CHIPS}
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
+    """The chip of a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
     return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)

@@ -1,6 +1,6 @@
-"""Collectives of a compiled program, read from its HLO text: what kind, how many bytes, among which devices, how often.
+"""Collectives of a compiled program, read from its HLO text: kind, bytes, devices, and how often each runs.
 
-XLA's own cost analysis counts a loop's body once. Here a body counts as often as its loop turns: by the compiler's
+XLA's own cost analysis counts a loop's body once. Here it counts once per iteration: by the compiler's
 `known_trip_count`, or else by the loop's condition (`i < constant`), start and step, as JAX's scans compile for TPUs.
 """
 
@@ -23,7 +23,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line. shape, operands: as written. attributes: what follows the operands."""
+    """One line of HLO. shape, operands: as written. attributes: the text after the operands."""
 
     name: str
     shape: str
@@ -36,10 +36,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """size: bytes of the whole array that a group handles: gathered, or before it is scattered, or reduced, or what
-    one device hands on. groups: device numbers, in the order of the mesh; pairs (from, to) for a collective-permute.
-    Kind "send" is a TPU's share of a collective between slices, which goes through the hosts: no groups are known.
-    times: in one run of the program. exact: False where a loop around it turns an unknown number of times, counted 1.
+    """A collective operation.
+
+    Attributes:
+        kind: one of KINDS, or "send": a TPU's share of a collective between slices, which goes through the hosts.
+        size: bytes of a group's whole array: after gathering, before scattering, reduced, or what one device passes on.
+        groups: device numbers, in the mesh's order; pairs (from, to) for a collective-permute, none for a send.
+        times: how often it runs in one run of the program.
+        exact: False if a loop around it has an unknown number of iterations, counted as 1.
     """
 
     kind: str
@@ -50,19 +54,21 @@ class Collective:
 
     @property
     def ways(self) -> int:
-        """Devices of a group; 2 for a collective-permute and a send."""
+        """Devices in a group; 2 for a collective-permute and a send."""
         return len(self.groups[0]) if self.groups else 2
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Of a program as `executable.as_text()` gives it; those among one device alone are left out."""
+    """Collectives among several devices, of a program's text (`executable.as_text()`)."""
     program = _Program(text)
-    found = [_collective(instruction, times, exact, num_devices) for instruction, times, exact in program.walk()]
+    found = [
+        _collective(instruction, times, exact, num_devices) for instruction, times, exact in program.walk(program.entry)
+    ]
     return [one for one in found if one.ways > 1]
 
 
 def custom_calls(text: str) -> set[str]:
-    """Targets of custom calls: "tpu_custom_call" is a Pallas kernel, "__cudnn$fmha..." cuDNN's attention."""
+    """Targets of custom calls: "tpu_custom_call" is a Pallas kernel, "__cudnn$fmha..." is cuDNN's attention."""
     return set(re.findall(r'custom_call_target="([^"]+)"', text))
 
 
@@ -79,25 +85,22 @@ class _Program:
             elif line.startswith("  ") and " = " in line and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
 
-    def walk(self) -> Iterator[tuple[Instruction, int, bool]]:
-        """Collectives with how often they run."""
-        yield from self._walk(self.entry, 1, True)
-
-    def _walk(self, name: str, times: int, exact: bool) -> Iterator[tuple[Instruction, int, bool]]:
+    def walk(self, name: str, times: int = 1, exact: bool = True) -> Iterator[tuple[Instruction, int, bool]]:
+        """(collective, how often it runs, whether that is exact) for each one in a computation and those it calls."""
         seen: set[tuple[str, str]] = set()
         for instruction in self.computations[name].values():
             if _communicates(instruction):
                 yield instruction, times, exact
             elif instruction.opcode == "while":
-                turns = self._turns(name, instruction)
+                count = self._iterations(name, instruction)
                 body = _attribute(instruction, "body")
-                yield from self._walk(body, times * (1 if turns is None else turns), exact and turns is not None)
+                yield from self.walk(body, times * (1 if count is None else count), exact and count is not None)
             elif instruction.opcode == "conditional":
                 yield from self._largest_branch(instruction, times, exact)
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 for called in _CALLS.findall(instruction.attributes):
-                    for one, often, known in self._walk(called, times, exact):
-                        # A TPU spreads a collective over several fusions, to compute meanwhile: each holds a copy.
+                    for one, often, known in self.walk(called, times, exact):
+                        # TPUs spread a collective over several fusions to overlap it: each holds a copy.
                         channel = re.search(r"channel_id=(\d+)", one.attributes)
                         key = (one.opcode, channel[1] if channel else one.name)
                         if instruction.opcode != "fusion" or key not in seen:
@@ -107,11 +110,11 @@ class _Program:
     def _largest_branch(self, instruction: Instruction, times: int, exact: bool) -> list[tuple[Instruction, int, bool]]:
         named = _BRANCHES.search(instruction.attributes)
         names = re.findall(r"[\w.\-]+", named[1]) if named else _CALLS.findall(instruction.attributes)
-        branches = [list(self._walk(branch, times, exact)) for branch in names]
+        branches = [list(self.walk(branch, times, exact)) for branch in names]
         return max(branches, key=lambda found: sum(_bytes(one.shape) * often for one, often, _ in found))
 
-    def _turns(self, parent: str, loop: Instruction) -> int | None:
-        """How often a while loop turns; None if its text does not tell."""
+    def _iterations(self, parent: str, loop: Instruction) -> int | None:
+        """Iterations of a while loop; None if its text does not tell."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations[_attribute(loop, "condition")]
@@ -132,7 +135,7 @@ class _Program:
         initial = self.computations[parent].get(loop.operands[0])
         if initial is not None and initial.opcode == "tuple":
             start = self._constant(self.computations[parent], initial.operands[index])
-        # JAX's loops begin at 0 and go up by 1, where fusions hide both.
+        # If fusions hide them: JAX's loops start at 0 and step by 1.
         return max(0, math.ceil((bound - (start or 0)) / (step or 1)))
 
     def _constant(self, computation: dict[str, Instruction], name: str) -> int | None:
@@ -189,7 +192,7 @@ def _bytes(shape: str) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-    """The parts of a tuple's shape."""
+    """The elements of a tuple's shape."""
     parts, depth, begin = [], 0, 1
     for index, sign in enumerate(shape):
         depth += (sign in "([{") - (sign in ")]}")
@@ -206,13 +209,12 @@ def _collective(instruction: Instruction, times: int, exact: bool, num_devices: 
         return Collective(kind, _bytes(_elements(shape)[0]), (), times, exact)
     if instruction.opcode != kind and kind != "all-reduce" and shape.startswith("("):
         shape = _elements(shape)[1]  # (operands, results, ...)
-    groups = _pairs(instruction) if kind == "collective-permute" else _groups(instruction, num_devices)
+    if kind == "collective-permute":
+        groups = _nested(re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes))
+    else:
+        groups = _groups(instruction, num_devices)
     size = _bytes(shape) * (len(groups[0]) if kind == "reduce-scatter" else 1)
     return Collective(kind, size, groups, times, exact)
-
-
-def _pairs(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
-    return _nested(re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes))
 
 
 def _nested(found: re.Match[str] | None) -> tuple[tuple[int, ...], ...]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import cli, hf
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint import restore
 from jaxtrain.data import fingerprint
 from jaxtrain.data.io import retry
 from jaxtrain.data.pipeline import PATIENCE_AT_START, DataConfig
@@ -135,18 +135,18 @@ class Teacher:
 
     @property
     def is_checkpoint(self) -> bool:
-        return checkpoints.is_checkpoint(self.model)
+        return restore.is_checkpoint(self.model)
 
     def _shape(self) -> tuple[ModelConfig, int]:
         if not self.is_checkpoint:
             return hf.config(self.model, self.revision)
-        saved = checkpoints.load_data(self.model)
+        saved = restore.load_data(self.model)
         return cli.from_json(saved["config"]["model"]), saved["tokenizer"]["vocab_size"]
 
     def _other_tokenizer(self, ours: Tokenizer) -> str | None:
         """None if the teacher's ids mean what the run's do, else how they differ, a line each."""
         if self.is_checkpoint and self.tokenizer is None:
-            theirs = checkpoints.load_data(self.model)["tokenizer"]
+            theirs = restore.load_data(self.model)["tokenizer"]
             return None if theirs["hash"] == ours.identity["hash"] else _differences(ours.identity, theirs)
         name = self.tokenizer or self.model
         revision = self.revision if self.tokenizer is None else None
@@ -223,7 +223,7 @@ class Frozen:
         """The parameters, born sharded; all processes call it. Raises UserError, or TransientError, as `build`."""
         config = self.config
         if config.is_checkpoint:
-            return checkpoints.restore_params(config.model, self.abstract)
+            return restore.restore_params(config.model, self.abstract)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         # Weights are gigabytes: their download has its own retries, and may take longer than PATIENCE_AT_START.
         return hf.load(config.model, self.model, places, revision=config.revision, dtype=config.dtype)

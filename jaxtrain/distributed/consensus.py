@@ -1,4 +1,4 @@
-"""Decisions that all processes take alike: to stop at a step (SIGTERM, SIGINT), and that a time has passed."""
+"""Decisions every process must make identically: to stop at a step, and that a time has passed."""
 
 import contextlib
 import json
@@ -12,26 +12,27 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A terminal's Ctrl-C reaches the whole process group, and a launcher may pass it on: not the user's second one.
+# A terminal's Ctrl-C reaches the whole process group, and a launcher may forward it: that is not the user's second one.
 _SAME_REQUEST_SECONDS = 1.0
-# A look at process 0's clock is a broadcast, which waits for the steps in flight.
+# Reading process 0's clock is a broadcast, which waits for the steps in flight.
 _LOOK_SECONDS = 30.0
 
 
 class InterruptedWaitError(Exception):
-    """A signal asked to stop while the run waited, inside `StopRequest.interruptible`."""
+    """A signal asked to stop during a wait inside `StopRequest.interruptible`."""
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT from the first call of `reached` to `close`. Main thread only.
+    """Listens for SIGTERM, SIGINT and SIGHUP from the first call of `reached` to `close`. Main thread only.
 
     One process: Python handlers set a flag. Several: JAX's preemption service catches SIGTERM on any process and makes
-    all agree on a step (the highest count of calls that a process has made, plus one); SIGINT, which that service does
-    not know, is passed to it as a SIGTERM to oneself. That works only after `jax.distributed.initialize`.
+    all agree on a step (the highest count of calls that a process has made, plus one). It does not know the other
+    signals, which are forwarded to it as a SIGTERM to oneself. That requires `jax.distributed.initialize`.
 
-    Before that nothing is worth saving, and the handlers that were there decide (main.py's end the process at once,
+    Before the first call nothing is worth saving, and the earlier handlers decide (main.py's end the process at once,
     with 75; with several processes SIGTERM waits for the first step, since JAX's service holds the signal). After it,
-    the first signal asks for a stop, and a second SIGINT kills the process at once.
+    the first signal asks for a stop, and a second SIGINT kills the process at once. An ignored SIGHUP (`nohup`) stays
+    ignored; otherwise a closed terminal stops the run as SIGTERM does.
     """
 
     def __init__(self):
@@ -42,15 +43,19 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def _listen(self) -> None:
-        # A handler of Python's would replace the preemption service's own, so SIGTERM is left alone there.
-        signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT]
+        if not self._several:  # a Python handler would replace the preemption service's own
+            signals.append(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
     def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self._received_at is None:
-            # os.write, since logging is not safe in a signal handler.
-            os.write(2, b"\nStopping after this step and saving. Ctrl-C again aborts at once.\n")
+            # Logging is not safe in a signal handler; and the terminal may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this step and saving. Ctrl-C again aborts at once.\n")
             self._received_at = now
             if self._several:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -63,8 +68,8 @@ class StopRequest:
     def reached(self) -> bool:
         """Whether to save and stop after the step just taken: the same answer on all processes.
 
-        Call it once for each step. The service compares counts by equality and starts from 0, so it is given the
-        number of this process's calls and not the step (from a resumed step it would never answer yes).
+        Call it once per step. The service compares counts for equality, starting from 0, so it gets the number of this
+        process's calls and not the step: from a resumed step it would never answer yes.
         """
         if self._calls == 0:
             self._listen()
@@ -75,10 +80,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """For waits that may take minutes, with nothing under way that must be finished.
+        """For waits that may take minutes and can be abandoned: a signal inside raises InterruptedWaitError.
 
-        A signal raises InterruptedWaitError. With several processes it does not, since all must take the same steps:
-        the wait has to end first.
+        Not with several processes, which must all take the same steps: there the wait has to end first.
         """
         self._waiting = not self._several
         try:
@@ -89,15 +93,15 @@ class StopRequest:
             self._waiting = False
 
     def close(self) -> None:
-        """Puts the former handlers back."""
+        """Restores the former handlers."""
         for number, handler in self._previous.items():
-            # None: it was not installed from Python and cannot be put back.
+            # None: it was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
 
 class Timer:
-    """Says when `minutes` have passed on process 0's clock: the same answer on all processes, with few broadcasts."""
+    """Whether `minutes` have passed on process 0's clock: the same answer on all processes, with few broadcasts."""
 
     def __init__(self, minutes: float | None):
         self._minutes = minutes
@@ -109,7 +113,7 @@ class Timer:
         self._started_at = time.monotonic()
 
     def is_due(self) -> bool:
-        """Call it once for each step, on every process."""
+        """Call it once per step, on every process."""
         if self._minutes is None:
             return False
         self._calls += 1
@@ -117,7 +121,7 @@ class Timer:
             return False
         now = time.monotonic()
         left = max(self._started_at + 60 * self._minutes - now, 0.0)
-        # The next look is agreed on as a number of calls, by process 0's measure of the time between two.
+        # All agree on the next look as a number of calls, from the time between two calls on process 0.
         rate = (self._calls - self._last_look) / max(now - self._last_look_at, 1e-6)
         skip = min(int(min(left, _LOOK_SECONDS) * rate), 10_000) if jax.process_count() > 1 else 0
         due, skip = (int(x) for x in broadcast([left == 0, skip]))
@@ -141,14 +145,14 @@ def broadcast_json(value: Any) -> Any:
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is true on at least one process."""
+    """Whether the value is true on at least one process."""
     if jax.process_count() == 1:
         return value
     return bool(np.any(multihost_utils.process_allgather(np.array([value]))))
 
 
 def largest(value: int) -> int:
-    """The largest of all processes' values (int32)."""
+    """The largest value of all processes (int32)."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array([value], np.int32))))

@@ -1,16 +1,19 @@
-"""How the run's processes find each other, and how the failure of one ends them all.
+"""How the processes of a run find each other, and how the failure of one ends them all.
 
-Built on JAX's coordination service, which process 0 hosts. A process that fails writes why into the service's store,
-where a thread of every other process waits for it: all end within a second, whatever they wait for, in place of
-hanging in a collective operation until some time-out. A process that dies without a word, or stops to run, is noticed
-by the service's heartbeats: JAX then aborts the others (SIGABRT), with every thread's stack by faulthandler.
+Built on JAX's coordination service, which process 0 hosts. A process that fails writes the reason into the service's
+store, where a thread of every other process waits for it: all end within a second, whatever they are doing, instead of
+hanging in a collective operation until a timeout. A process that dies silently or stalls is noticed by the service's
+heartbeats: JAX then aborts the others (SIGABRT), and faulthandler prints every thread's stack.
 """
 
 import contextlib
 import faulthandler
 import json
 import logging
+import mmap
 import os
+import pathlib
+import re
 import socket
 import threading
 import time
@@ -19,18 +22,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jaxlib
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
 from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import CorruptError, FollowedError, TransientError, UserError
 
-# Without heartbeats of a process for so long all others end. JAX's default of 100 s costs that of every restart; a
-# process sends one every third of it, from a thread of its own that neither Python nor a compilation holds up.
+# Without a process's heartbeat for this long all others end. JAX's default of 100 s would be lost at every restart. A
+# heartbeat is sent every third of it, from a thread that neither Python nor a compilation blocks.
 HEARTBEAT_SECONDS = 30
-# Seconds that a process has to say its own message and to leave, before it is ended where it stands.
+# A process has this long to print its own message and exit before it is killed.
 LEAVE_SECONDS = 5.0
-# A collective operation also fails since another process did: that one's message is given time to arrive.
+# A collective operation also fails because another process did: that one's message gets time to arrive.
 _ECHO_SECONDS = 2.0
 _LISTEN_MILLISECONDS = 3_600_000
 _KEY, _HEARD = "jaxtrain/failed", "jaxtrain/heard/"
@@ -45,30 +49,67 @@ logger = logging.getLogger("jaxtrain")
 
 
 def join(deterministic: bool) -> None:
-    """Join the run's other processes: by JAX_COORDINATOR_ADDRESS, or as the cluster says.
+    """Joins the run's other processes, by JAX_COORDINATOR_ADDRESS or as the cluster says.
 
-    Clusters are those that JAX knows: SLURM steps, Open MPI, TPU pods by GKE's variables or by Google Cloud's metadata,
-    indexed jobs of Kubernetes. A process that is alone joins nothing: its own signal handlers do what JAX's
-    pre-emption service is needed for with several (consensus.StopRequest), and more.
+    Clusters are those that JAX detects: SLURM steps, Open MPI, TPU pods (GKE's variables or Google Cloud's metadata),
+    indexed Kubernetes jobs. A single process joins nothing: its own signal handlers (consensus.StopRequest) do more
+    than JAX's preemption service.
 
-    deterministic: only deterministic operations on GPUs. Results of autotuning are kept in the compilation cache.
-    Raises UserError if an environment says that there are several processes and not how they meet.
+    Args:
+        deterministic: Use only deterministic operations on GPUs. The compilation cache keeps the results of autotuning.
+
+    Raises:
+        UserError: The environment says that there are several processes and not how they meet, names a platform that
+            is not there, or an XLA flag that does not exist.
     """
+    _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     if deterministic:
         # XLA reads its flags once, when the first device is looked up.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     arguments = given(os.environ) or _in_cluster(os.environ)
-    if arguments is None:
+    if arguments is not None:
+        faulthandler.enable()
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        _Alarm.start()
+    _find_devices(os.environ.get("JAX_PLATFORMS", ""))
+
+
+def _check_xla_flags(flags: str) -> None:
+    """Refuses unknown flags: XLA aborts the process for one, with a C++ stack.
+
+    XLA has no list of its flags to ask for. Their names are strings of its library.
+    """
+    if flags and not flags.lstrip().startswith("-"):
+        if not os.path.isfile(flags):
+            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else is a file, and there is none.")
         return
-    faulthandler.enable()
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    _Alarm.start()
+    names = [re.split(r"[= ]", flag)[0].lstrip("-") for flag in flags.split()]
+    library = pathlib.Path(jaxlib.__file__).parent / "libjax_common.so"
+    if not names or not library.exists():
+        return
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        unknown = [name for name in names if content.find(name.encode() + b"\0") < 0]
+    if unknown:
+        raise UserError(f"XLA_FLAGS={flags}: this version of XLA has no flag --{unknown[0]}; remove or correct it.")
+
+
+def _find_devices(platforms: str) -> None:
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without a platform named, or if one is there and fails (a driver, a device in use), a restart may help.
+        if platforms and re.search(r"not in the list of known|no supported devices|Failed to open|^$", str(error)):
+            reason = f": {error}" if str(error) else f", and no {platforms} device or plugin is installed here"
+            raise UserError(
+                f"JAX_PLATFORMS={platforms}{reason}. Install jax[cuda13] or jax[tpu], or set JAX_PLATFORMS=cpu."
+            ) from error
+        raise
 
 
 def given(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What jax.distributed.initialize is told where JAX_COORDINATOR_ADDRESS is set. None: not set, or one process.
+    """Arguments of jax.distributed.initialize from JAX_COORDINATOR_ADDRESS. None: not set, or one process.
 
-    The number of processes and this one's may be a launcher's, as in `mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT`.
+    The count and index may also be a launcher's, as in `mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT`.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     if not address:
@@ -82,7 +123,7 @@ def given(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if count == 1:
         return None
     arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    # Detection would still tell the processes of a host which GPU is whose; elsewhere it asks a network for nothing.
+    # Detection still assigns a host's GPUs to its processes; elsewhere it would query a network for nothing.
     if "SLURM_LOCALID" not in environment and "OMPI_COMM_WORLD_LOCAL_RANK" not in environment:
         arguments["cluster_detection_method"] = "deactivate"
     return arguments
@@ -100,14 +141,14 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The cluster that started this process with others; None where it is alone."""
+    """The cluster that started this process with others; None if it is alone."""
     for cluster in ClusterEnv._cluster_types:
-        # JAX takes every pod of Kubernetes for a part of a job, and fails in those that are not.
+        # JAX takes every Kubernetes pod for part of a job, and fails in those that are not.
         is_pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment
         if cluster.opt_in_only_method or is_pod or not cluster.is_env_present():
             continue
         return {"cluster_detection_method": cluster.name} if cluster.get_process_count() > 1 else None
-    # Open MPI 5 no longer says where its first process is.
+    # Open MPI 5 no longer sets the address of its first process.
     fixes = {
         "JAX_NUM_PROCESSES": "--coordinator=HOST:PORT",
         "OMPI_COMM_WORLD_SIZE": "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT",
@@ -115,25 +156,31 @@ def _in_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     for name, fix in fixes.items():
         if environment.get(name, "1") != "1":
             raise UserError(
-                f"{name}={environment[name]}, and nothing says where the first process is: give {fix}, its host with "
-                "a port that is free there."
+                f"{name}={environment[name]}, but the first process's address is not set: give {fix}, its host with a "
+                "free port there."
             )
+    if "JAX_PROCESS_ID" in environment and "JAX_NUM_PROCESSES" not in environment:
+        raise UserError(
+            f"JAX_PROCESS_ID={environment['JAX_PROCESS_ID']} is set without JAX_NUM_PROCESSES and "
+            "JAX_COORDINATOR_ADDRESS: set all three (or --process_id, --num_processes, --coordinator), or none if this "
+            "is the only process."
+        )
     return None
 
 
 def leave_together() -> None:
-    """Waits until all have come to the end: process 0 hosts the service, and the others cannot be without it."""
+    """Waits until all have reached the end: process 0 hosts the service, which the others need."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
 def failures_told() -> Iterator[None]:
-    """An exception inside ends the other processes too, with its message."""
+    """An exception inside also ends the other processes, which print its message."""
     try:
         yield
     except Exception as error:
-        # Its place in the program is in the traceback that this process prints.
+        # This process prints the traceback.
         known = isinstance(error, UserError | TransientError | CorruptError | FloatingPointError)
         lines = [str(error)] if known else traceback.format_exception_only(error)
         message = "\n".join([*lines, *(getattr(error, "__notes__", ()) if known else ())]).strip()
@@ -143,15 +190,19 @@ def failures_told() -> Iterator[None]:
 
 
 def _client() -> Any:
-    """Of JAX's coordination service; None where a process is alone. The public API has no store."""
+    """The client of JAX's coordination service, None for a single process. The public API has no store."""
     return distributed.global_state.client
 
 
 def tell(message: str, code: int, is_echo: bool = False) -> None:
-    """Ends all other processes with `code`, and this one in LEAVE_SECONDS if it does not leave by itself.
+    """Ends all other processes with `code`, and this one after LEAVE_SECONDS if it has not exited.
 
-    Returns when the others have heard it. The first process to tell counts; a second one is ended as the others are.
-    is_echo: it may be another process's failure that this one saw.
+    Returns once the others have heard. The first process to tell counts; a second one ends as the others do.
+
+    Args:
+        message: Why, for the others to print.
+        code: The exit code.
+        is_echo: This process may only have seen another one's failure.
     """
     client = _client()
     if client is None or _Alarm.told:
@@ -163,13 +214,13 @@ def tell(message: str, code: int, is_echo: bool = False) -> None:
     try:
         client.key_value_set(_KEY, json.dumps(told))
     except jax.errors.JaxRuntimeError:
-        time.sleep(LEAVE_SECONDS)  # another was first, and the alarm ends this process meanwhile
+        time.sleep(LEAVE_SECONDS)  # another was first, and the alarm ends this process
         return
     _wait_until_heard(told["process"])
 
 
 def _wait_until_heard(failed: int) -> None:
-    """On process 0, without which nobody hears anything."""
+    """Keeps process 0, which hosts the store, until the others have read it."""
     if jax.process_index() != 0:
         return
     wanted = jax.process_count() - (1 if failed == 0 else 2)
@@ -180,7 +231,7 @@ def _wait_until_heard(failed: int) -> None:
 
 
 class _Alarm:
-    """The thread that waits for the failure of another process. told: whether this process has failed itself."""
+    """A thread that waits for the failure of another process. told: whether this process itself has failed."""
 
     told = False
 
@@ -195,12 +246,12 @@ class _Alarm:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 _Alarm._listen()
-            return  # the service has ended, after the run or with process 0: then JAX ends this process
+            return  # the service has ended, after the run or with process 0, in which case JAX ends this process
         _Alarm._end(json.loads(text))
 
     @staticmethod
     def _end(told: dict[str, Any]) -> None:
-        """Ends this process where it stands: the main thread may wait for what can no longer come."""
+        """Ends this process at once: the main thread may wait for what can no longer come."""
         index, failed = jax.process_index(), told["process"]
         if index == failed:
             time.sleep(LEAVE_SECONDS)

@@ -179,6 +179,12 @@ class Monitor:
         if jax.process_index() == 0:
             try:
                 self._open(config, workdir)
+            except OSError as error:
+                self._close_files()
+                raise UserError(
+                    f"{error.filename or workdir.path} cannot be written: {error.strerror or error}. It may belong to "
+                    "another user: change its owner, move it away, or give another --workdir."
+                ) from error
             except BaseException:
                 self._close_files()
                 raise
@@ -200,7 +206,7 @@ class Monitor:
         if config.tensorboard:
             self._writers.append(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
         for tracker in config.trackers:
-            self._writers.append(Tracker(tracker, config.project, workdir.path.name, self._run.config))
+            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config))
 
     def __enter__(self) -> "Monitor":
         return self

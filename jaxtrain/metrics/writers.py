@@ -1,7 +1,7 @@
 """Where metrics and messages go: the terminal, log.txt, metrics.jsonl, TensorBoard, W&B or Trackio.
 
-An object store cannot append. For a remote work directory the files are written to a local folder instead and copied
-up whole when they have changed, once a minute and at the end: a kill loses at most the last minute of the log there.
+An object store cannot append. For a remote work directory the files are written to a local folder and uploaded whole
+when they have changed, once a minute and at the end: a kill loses at most the last minute of the log there.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pathlib
+import secrets
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
 _UPLOAD_SECONDS = 60.0
-# Their classes are made at run time, unseen by type checkers.
+# Their classes are made at run time: type checkers do not see them.
 _EVENT: Any = event_pb2
 _SUMMARY: Any = summary_pb2
 
@@ -35,7 +36,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class Writer(Protocol):
-    """Takes the values of one step: finite numbers, strings, None, and nested mappings of them."""
+    """Takes the values of one step: finite numbers, strings, None, and nested mappings of these."""
 
     def write(self, step: int, values: Json) -> None: ...
 
@@ -43,35 +44,42 @@ class Writer(Protocol):
 
 
 def finite(value: Any) -> Any:
-    """The value with what is not a finite number as None, since JSON has no NaN."""
+    """The value with None for every number that is not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object for each line, cut back at a resume to what belongs to the steps before it."""
+    """metrics.jsonl: one JSON object per line, cut back at a resume to the steps up to the checkpoint.
+
+    Attributes:
+        seconds: How long the run has taken before, including steps that were lost.
+    """
 
     def __init__(self, path: epath.Path, start_step: int):
-        """start_step: lines of later steps are dropped, and one that a kill cut short."""
-        self.seconds = 0.0  # the time that the run has taken before, also in steps that were lost
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        """Drops the lines of later steps, and those that a kill or a damaged disk left unreadable."""
+        self.seconds = 0.0
+        kept, dropped = [], 0
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for line in lines:
             try:
                 values = json.loads(line)
-            except ValueError:
+                step, seconds = int(values["step"]), float(values.get("time") or 0.0)
+            except (ValueError, OverflowError, TypeError, LookupError, AttributeError):
+                dropped += 1
                 continue
-            if not isinstance(values, dict) or "step" not in values:
-                continue
-            self.seconds = max(self.seconds, values.get("time") or 0.0)
-            if values["step"] <= start_step:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
-        # Open as long as the run, and unbuffered: where the disk is full nothing is left for `close` to write.
+            self.seconds = max(self.seconds, seconds)
+            if step <= start_step:
+                kept.append(line.removesuffix(b"\n") + b"\n")
+        if dropped:
+            logger.warning("%d unreadable line(s) of %s were dropped.", dropped, path)
+        write_atomically(path, b"".join(kept))
+        # Open for the whole run and unbuffered: on a full disk nothing is left for `close` to write.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: int, values: Json) -> None:
-        # One write call for each line, so that a reader of the file sees whole lines.
+        # One call per line, so that a reader of the file sees whole lines.
         self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
@@ -82,7 +90,7 @@ class TensorBoard:
     """The same scalars; nested ones as `sources/web/tokens`."""
 
     def __init__(self, folder: epath.Path, start_step: int):
-        # Not a SummaryWriter: its thread ends silently where the disk is full, and then its queue is never emptied.
+        # Not a SummaryWriter: its thread ends silently on a full disk, and its queue is then never emptied.
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         # Hides what an earlier process wrote after the restored step.
@@ -96,25 +104,52 @@ class TensorBoard:
         self._events.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was told when it was written to
+        with contextlib.suppress(OSError):  # `write` has reported a full disk
             self._events.close()
 
 
 class Tracker:
-    """Weights & Biases or Trackio: both have `init`, `log` and `finish`."""
+    """Weights & Biases or Trackio, which both have `init`, `log` and `finish`. What they raise never ends the run."""
 
-    def __init__(self, module: str, project: str, run: str, config: Json):
+    def __init__(self, module: str, project: str, workdir: Workdir, config: Json):
+        """Continues the work directory's run of the tracker, if it has one.
+
+        Raises:
+            UserError: The package is not installed.
+        """
         try:
             self._module = importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"trackers=({module!r},): the package is not installed; pip install {module}.") from error
-        self._module.init(project=project, name=run, config=config, resume="allow")
+        self._name, self._failed = module, False
+        # Trackio continues a run by its name, W&B by its id.
+        run = {"id": _wandb_id(workdir)} if module == "wandb" else {}
+        self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
 
     def write(self, step: int, values: Json) -> None:
-        self._module.log(scalars(values), step=step)
+        self._call("log", scalars(values), step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        self._call("finish")
+
+    def _call(self, function: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            getattr(self._module, function)(*args, **kwargs)
+        except Exception as error:
+            if not self._failed:
+                problem = f"{type(error).__name__}: {error}"
+                logger.warning("%s.%s failed, the run continues: %s. Reported once.", self._name, function, problem)
+            self._failed = True
+
+
+def _wandb_id(workdir: Workdir) -> str:
+    """The id of the work directory's W&B run, made at its first start and kept in `wandb_id.txt`."""
+    path = workdir.wandb_id
+    found = path.read_text().strip() if path.exists() else ""
+    if not found:
+        found = secrets.token_hex(4)
+        write_atomically(path, found + "\n")
+    return found
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -129,13 +164,13 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Console(logging.Handler):
-    """Prints the messages of the logger `jaxtrain`; on a terminal above a live progress bar with the time left.
+    """Prints the messages of the logger `jaxtrain`, on a terminal above a live progress bar with the time left.
 
-    Only the coordinating process prints all; the others print warnings, with their number.
+    Process 0 prints everything; the others print warnings, with their number.
 
     Attributes:
-        started_at: when it was made (`time.monotonic`), for the program's start.
-        before_log_file: what was printed so far, kept until log.txt can be opened; None from then on.
+        started_at: When it was made (`time.monotonic`), for the program's start.
+        before_log_file: What was printed so far, kept until log.txt is open; None from then on.
     """
 
     def __init__(self, process: int):
@@ -148,13 +183,13 @@ class Console(logging.Handler):
 
     def start_bar(self, tokens: int, total_tokens: int | None) -> None:
         """Shows progress from `tokens` on, if this process prints and its output is a terminal."""
-        if self._process == 0 and sys.stdout.isatty():
+        if self._process == 0 and sys.stdout is not None and sys.stdout.isatty():
             self._bar = tqdm.tqdm(
                 initial=tokens, total=total_tokens, unit="tok", unit_scale=True, dynamic_ncols=True, file=sys.stdout
             )
 
     def advance(self, tokens: int, loss: float | None = None) -> None:
-        """tokens: trained so far; loss: the last one known."""
+        """Moves the bar to the tokens trained so far, and shows the last known loss."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix_str(f"Loss={loss:.4f}", refresh=False)
@@ -166,10 +201,12 @@ class Console(logging.Handler):
         text = self.format(record)
         if self._process:
             text = f"[process {self._process}] {text}"
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text, file=sys.stdout)
+        # Output must never end a run. Our commands' stdout takes everything (cli/output.py); other programs' may not.
+        with contextlib.suppress(OSError, ValueError):
+            if self._bar is None:
+                print(text, flush=True)
+            else:
+                self._bar.write(text, file=sys.stdout)
 
     def stop_bar(self) -> None:
         if self._bar is not None:
@@ -185,7 +222,7 @@ class _Formatter(logging.Formatter):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """What the disk has no room for is on the console, and metrics.jsonl ends the run with a message."""
+        """A full disk: the line is on the console, and writing metrics.jsonl ends the run with a message."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -200,7 +237,7 @@ def log_file(path: epath.Path) -> logging.Handler:
 
 
 class Mirror:
-    """The folder that the writers use: the work directory itself, or for a remote one a local copy of it."""
+    """The folder the writers use: the work directory itself, or a local copy of a remote one."""
 
     def __init__(self, workdir: Workdir):
         self._remote = None if workdir.is_local else workdir.path
@@ -231,7 +268,7 @@ class Mirror:
             try:
                 (self._remote / name).parent.mkdir(parents=True, exist_ok=True)
                 (self._remote / name).write_bytes(path.read_bytes())
-            except Exception as error:  # clients of buckets have errors of their own
+            except Exception as error:  # bucket clients raise errors of their own
                 logger.warning("%s could not be copied to %s: %s", path, self._remote, error)
             else:
                 self._uploaded[name] = min(changed, started)

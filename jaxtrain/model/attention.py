@@ -83,6 +83,8 @@ def _cudnn_obstacle(shape: Shape) -> str | None:
         return f"cuDNN's attention computes in bfloat16, not in {shape.dtype}"
     if shape.head_dim > 256 or shape.head_dim % 8:
         return f"cuDNN's attention needs heads of a multiple of 8 up to 256, not {shape.head_dim}"
+    if shape.seq_len * shape.num_heads * shape.head_dim >= 1 << 31:
+        return "a single row's queries have 2^31 elements or more, beyond cuDNN's int32 offsets in JAX"
     return None
 
 

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from jaxtrain.distributed import sharding
 from jaxtrain.model.attention_xla import attend_xla
 
 # Documents of a row that the kernel is compiled for. It keeps softmax statistics of MAX_DOCUMENTS * H * T fp32 numbers
 # for each row (17 MB at H=32, T=2,048), so that it cannot be T. A batch with more documents in a row goes through XLA.
 MAX_DOCUMENTS = 64
+# The largest offset, in elements of the queries, that JAX's wrapper can represent (int32).
+MAX_OFFSET = (1 << 31) - 1
 # Grouped queries are wrong, silently, in jax before 0.11.2 (jax PR 39521).
 GROUPS_ARE_RIGHT = jax.__version_info__ >= (0, 11, 2)
 
@@ -27,6 +30,12 @@ def attend_cudnn(
 
     In bfloat16.
     """
+    parts = row_parts(q_BTHh.shape)
+    if parts > 1:
+        arrays = (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+        split = tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays)
+        x = jax.lax.map(lambda part: attend_cudnn(*part, sliding_window=sliding_window), split)
+        return x.reshape(q_BTHh.shape)
     starts_BM, lengths_BM, count_B = documents(segment_ids_BT, min(MAX_DOCUMENTS, segment_ids_BT.shape[1]))
 
     def packed(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
@@ -51,6 +60,16 @@ def attend_cudnn(
         return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
 
     return jax.lax.cond(jnp.all(count_B <= starts_BM.shape[1] - 1), packed, general, q_BTHh, k_BTKh, v_BTKh)
+
+
+def row_parts(shape_BTHh: tuple[int, ...]) -> int:
+    """The fewest equal parts of the rows in which no offset reaches 2^31.
+
+    JAX's wrapper multiplies the offsets of documents, up to B * T, by H * h in int32 (`_fix_seqlen_offsets`), so larger
+    queries would wrap silently. The caller has ruled out a single row of that size (`attention.choose`).
+    """
+    rows, *row = shape_BTHh
+    return next(parts for parts in sharding.divisors(rows) if rows // parts * math.prod(row) <= MAX_OFFSET)
 
 
 def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:

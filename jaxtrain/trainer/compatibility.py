@@ -14,8 +14,8 @@ from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.identity import mismatch
 
-# A change of one of these changes which tokens are trained on, or what the parameters mean.
-_FIXED = (
+# Changing one of these changes which tokens are trained on, or what the parameters mean.
+FIXED = (
     "seed",
     "epochs",
     "data.num_lanes",
@@ -40,6 +40,22 @@ def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Token
         "plan": plan.record(),
         "config": cli.to_json(config),
     }
+
+
+def is_complete(saved: Json, config: Config, plan: Plan, step: int) -> bool:
+    """Whether a checkpoint ends the run that this config describes.
+
+    Opens no source, so that a complete run is complete even if its files have changed since.
+
+    Args:
+        saved: the checkpoint's data.
+        step: the checkpoint's.
+    """
+    if step != plan.last_step and not saved["data_ended"]:
+        return False
+    changed = cli.differences(cli.complete(saved["config"]), cli.to_json(config))
+    fixed = any(_is_fixed(path) or _is_below(path, ("data.sources", "tokenizer", "teacher")) for path, _, _ in changed)
+    return not fixed and not plan.differences(saved["plan"], step)
 
 
 def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
@@ -113,7 +129,7 @@ def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
 
 
 def _is_fixed(path: str) -> bool:
-    return _is_below(path, _FIXED) and not _is_below(path, _FREE)
+    return _is_below(path, FIXED) and not _is_below(path, _FREE)
 
 
 def _is_below(path: str, prefixes: Sequence[str]) -> bool:

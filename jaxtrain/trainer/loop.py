@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint.checkpoints import Checkpointer
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
@@ -25,7 +25,7 @@ from jaxtrain.errors import CorruptError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.monitor import Monitor, Run, console_logging
 from jaxtrain.plan import StepPlan
-from jaxtrain.trainer import state
+from jaxtrain.trainer import compatibility, state
 from jaxtrain.trainer.dry_run import describe
 from jaxtrain.trainer.session import Session, configure_runtime, open_session, sample
 
@@ -76,6 +76,12 @@ def _run(
     keep: list[object] | None,
 ) -> int:
     """The run. Explains exhausted memory, and records a corrupt file if the config says to skip it."""
+    step = checkpointer.latest_step()
+    if step and not dry_run:  # a model imported from Hugging Face is step 0
+        saved = checkpointer.restore_data(step)
+        if compatibility.is_complete(saved, config, config.plan(), step):
+            logger.info("The run is complete: step %s, %s tokens. Nothing to do.", f"{step:,}", f"{saved['tokens']:,}")
+            return FINISHED
     try:
         session = open_session(config, workdir, checkpointer, fetch=not dry_run)
         if keep is not None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import jax
 from etils import epath
 
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import modes, pipeline
@@ -187,8 +187,8 @@ def for_writing(config: Config, workdir: str, begun: Mapping[str, Json]) -> tupl
         begun: identities of sources that a worker has already recorded; a checkpoint in the work directory comes first.
     """
     known: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
-    if checkpoints.is_checkpoint(workdir):
-        known |= known_sources(config, checkpoints.load_data(workdir)) or {}
+    if restore.is_checkpoint(workdir):
+        known |= known_sources(config, restore.load_data(workdir)) or {}
     sources = pipeline.resolve(config.data, known)
     with contextlib.ExitStack() as reading:
         readers = []

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxtrain import cli
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.restore import load_data, restore_params, step_folder
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Model, Params
@@ -35,7 +35,7 @@ def restore(workdir: str, step: int | None = None) -> Restored:
     Raises:
         UserError: if there is none, if it is damaged, or if the tokenizer's files have changed since.
     """
-    saved = checkpoints.load_data(workdir, step)
+    saved = load_data(workdir, step)
     mesh = sharding.MeshConfig().build()
     tokenizer = cli.from_json(saved["config"]["tokenizer"]).build(workdir)
     if tokenizer.identity["hash"] != saved["tokenizer"]["hash"]:
@@ -46,9 +46,9 @@ def restore(workdir: str, step: int | None = None) -> Restored:
         model.shapes,
         sharding.tree_shardings(mesh, model.axes),
     )
-    params = checkpoints.restore_params(workdir, wanted, step)
+    params = restore_params(workdir, wanted, step)
     return Restored(
-        step=int(checkpoints.step_folder(workdir, step).name),
+        step=int(step_folder(workdir, step).name),
         add_bos="data" in saved["config"] and saved["config"]["data"]["add_bos"],  # tools.import_hf records no data
         model=model,
         tokenizer=tokenizer,

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxtrain import hf
-from jaxtrain.checkpoint import checkpoints
-from jaxtrain.checkpoint.checkpoints import Checkpointer
+from jaxtrain.checkpoint import restore
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
@@ -342,8 +342,8 @@ def _clean_up(cache: DiskCache) -> None:
 def _initial_params(config: Config, components: StepComponents) -> Any:
     """The parameters of `init_from`: a jaxtrain checkpoint, or a Hugging Face model."""
     wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
-    if checkpoints.is_checkpoint(config.init_from):
-        return checkpoints.restore_params(config.init_from, wanted)
+    if restore.is_checkpoint(config.init_from):
+        return restore.restore_params(config.init_from, wanted)
     return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 

@@ -39,6 +39,12 @@ def test_remote_paths_stay_urls(tmp_path, monkeypatch):
     assert first.cache != second.cache
 
 
+@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a"])
+def test_other_protocols_are_refused(path):
+    with pytest.raises(UserError, match=f"--workdir={path}: give a local directory, or a gs:// or s3:// URL"):
+        Workdir(path)
+
+
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"), Workdir(tmp_path / "file"):

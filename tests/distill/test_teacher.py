@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from jaxtrain import cli, hf
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.data import fingerprint
 from jaxtrain.distill.teacher import Frozen, Teacher, mismatch
 from jaxtrain.distributed import sharding
@@ -57,7 +57,7 @@ def exported(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFacto
 def workdir(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The same as jaxtrain saves it."""
     folder = tmp_path_factory.mktemp("workdir")
-    checkpointer = checkpoints.CheckpointConfig().build(folder / "checkpoints")
+    checkpointer = CheckpointConfig().build(folder / "checkpoints")
     data = {"config": {"model": cli.to_json(MODEL)}, "tokenizer": tokenizer.identity}
     checkpointer.save(7, {"params": params}, data)
     checkpointer.close()

@@ -1,5 +1,6 @@
 """How processes find each other; how the failure of one ends the others (whole runs: tests/e2e/test_failures.py)."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from jaxtrain.distributed.processes import _in_cluster, given
+from jaxtrain.distributed.processes import _check_xla_flags, _in_cluster, given
 from jaxtrain.errors import UserError
 from tests.e2e.runs import LOCAL, ROOT, environment
 from tests.tiers import nightly_but
@@ -56,6 +57,38 @@ def test_what_is_given_is_not_enough(environment: dict[str, str], message: str) 
         given(environment)
 
 
+def test_a_process_id_alone() -> None:
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=1 is set without JAX_NUM_PROCESSES"):
+        _in_cluster({"JAX_PROCESS_ID": "1"})
+    assert _in_cluster({}) is None
+
+
+def test_xla_flags() -> None:
+    _check_xla_flags("")
+    _check_xla_flags("--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true --xla_dump_to=x")
+    with pytest.raises(UserError, match="no flag --xla_gpu_deterministic_op;"):
+        _check_xla_flags("--xla_dump_to=x --xla_gpu_deterministic_op=true")
+    with pytest.raises(UserError, match="anything else is a file, and there is none"):
+        _check_xla_flags("xla_dump_to=x")
+
+
+@pytest.mark.parametrize("platform", ["foo", "cuda"])
+def test_a_platform_that_is_not_there(platform: str) -> None:
+    script = """
+from jaxtrain.distributed import processes
+from jaxtrain.errors import UserError
+try:
+    processes.join(deterministic=False)
+except UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=variables)
+    assert found.stdout.startswith(f"JAX_PLATFORMS={platform}"), found.stderr
+    assert "set JAX_PLATFORMS=cpu" in found.stdout
+
+
 class _Cluster:
     """One that JAX might detect."""
 
@@ -101,7 +134,7 @@ def test_jax_knows_the_clusters() -> None:
 @pytest.mark.parametrize("environment", [OPEN_MPI, OURS])
 def test_several_processes_that_cannot_meet(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClusterEnv, "_cluster_types", [])
-    with pytest.raises(UserError, match=r"nothing says where the first process is.*HOST:PORT"):
+    with pytest.raises(UserError, match=r"the first process's address is not set.*HOST:PORT"):
         _in_cluster(environment)
 
 

@@ -142,7 +142,7 @@ def test_gated(command: Command, hub: LoopbackHub, monkeypatch: pytest.MonkeyPat
 def test_workdir(command: Command, tmp_path: pathlib.Path, hub: LoopbackHub) -> None:
     (tmp_path / "file").touch()
     command(workdir=tmp_path / "file").is_error(2, "is a file", "directory")
-    command(workdir=pathlib.Path("/dev/null/x")).is_error(2, "/dev/null/x", "cannot be made")
+    command(workdir=pathlib.Path("/dev/null/x")).is_error(2, "/dev/null/x", "cannot be written")
     with Workdir(tmp_path / "busy"):
         command(workdir=tmp_path / "busy").is_error(2, "used by another run", str(os.getpid()), "--workdir")
 

@@ -35,7 +35,7 @@ def forget_stage_ends(run: Run) -> None:
     del data["stage_ends"]
     path.write_text(json.dumps(data))
     (folder / "files.json").unlink()
-    integrity.write(epath.Path(folder), skip="_CHECKPOINT_METADATA")
+    integrity.write(epath.Path(folder), 1, skip="_CHECKPOINT_METADATA")
 
 
 @pytest.fixture(scope="module")

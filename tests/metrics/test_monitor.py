@@ -161,6 +161,35 @@ def test_a_resume_cuts_back_and_time_goes_on(clock, tmp_path):
     assert [line["step"] for line in lines_of(tmp_path)] == [10]
 
 
+def test_damaged_lines_of_metrics_are_dropped(tmp_path, capsys):
+    log(tmp_path, [10, 20])
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    damaged = [
+        b'{"step": null}\n',
+        b'\xff\xfe{"step": 12}\n',
+        b"\0" * 40 + b"\n",
+        b"[]\n",
+        b'{"step": Infinity}\n',
+        b'{"st',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(first + b"".join(damaged[:5]) + second + damaged[5])
+    log(tmp_path, [], start_step=20)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    assert "6 unreadable line(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["log.txt", "tensorboard", "metrics.jsonl"])
+def test_a_file_that_cannot_be_written_is_one_message(tmp_path, name):
+    """As root may write any file: a folder in place of a file, a file in place of a folder."""
+    if name == "tensorboard":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}\S* cannot be written: .*change its owner"):
+        log(tmp_path, [10], config=MonitorConfig(watchdog_minutes=None))
+
+
 def test_the_log_keeps_what_came_before(tmp_path):
     log(tmp_path, [10])
     log(tmp_path, [20], start_step=10)
@@ -201,10 +230,37 @@ def test_trackers(tmp_path, monkeypatch):
     config = MonitorConfig(tensorboard=False, trackers=("trackio",), project="p", watchdog_minutes=None)
     (tmp_path / "name").mkdir()
     log(tmp_path / "name", [10], config=config)
+    assert not (tmp_path / "name/wandb_id.txt").exists()
     assert calls == [{"project": "p", "name": "name", "config": {"seed": 0}, "resume": "allow"}, (10, 4.5421), "finish"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         log(tmp_path, [10], config=dataclasses.replace(config, trackers=("wandb",)))
+
+
+def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
+    ids = []
+    fake = types.SimpleNamespace(init=lambda **kwargs: ids.append(kwargs["id"]), log=print, finish=print)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = MonitorConfig(tensorboard=False, trackers=("wandb",), watchdog_minutes=None)
+    for folder, start_step in (("a", 0), ("a", 10), ("b", 0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log(tmp_path / folder, [start_step + 10], start_step=start_step, config=config)
+    assert ids[0] == ids[1] == (tmp_path / "a/wandb_id.txt").read_text().strip()
+    assert ids[2] != ids[0]
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_tracker_that_raises_does_not_end_the_run(tmp_path, monkeypatch, fails, capsys):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    fake = types.SimpleNamespace(**dict.fromkeys(("init", "log", "finish"), lambda *args, **kwargs: None))
+    setattr(fake, fails, fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = MonitorConfig(tensorboard=False, trackers=("wandb",), watchdog_minutes=None)
+    log(tmp_path, [10, 20, 30], config=config)
+    assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 30]
+    assert capsys.readouterr().out.count(f"wandb.{fails} failed, the run continues: ConnectionError: no route") == 1
 
 
 @pytest.mark.parametrize("wrong", [{"trackers": ("mlflow",)}, {"watchdog_minutes": 0.0}])

@@ -105,6 +105,43 @@ def test_cudnn_is_told_where_the_documents_are(most, window, monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((256, 2048, 32, 128), 2),  # 2^31 exactly: the offset of the end wraps
+        ((255, 2048, 32, 128), 1),
+        ((512, 2048, 32, 128), 4),
+        ((6, 131_072, 32, 128), 2),
+        ((7, 131_072, 32, 128), 7),
+        ((1, 524_287, 32, 128), 1),
+    ],
+)
+def test_no_offset_of_cudnn_wraps(shape, parts):
+    """JAX's wrapper multiplies offsets up to B * T by H * h in int32."""
+    assert attention_cudnn.row_parts(shape) == parts
+    rows, seq_len, heads, width = shape
+    with np.errstate(over="ignore"):
+        end = np.int32(rows // parts * seq_len) * np.int32(heads * width)
+        whole = np.int32(rows * seq_len) * np.int32(heads * width)
+    assert end == rows // parts * seq_len * heads * width
+    assert (whole == rows * seq_len * heads * width) == (parts == 1)
+
+
+def test_cudnn_takes_many_rows_in_parts(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention_cudnn, "MAX_OFFSET", 2 * 40 * 4 * 8)
+    monkeypatch.setattr(
+        attention_cudnn.cudnn,
+        "dot_product_attention",
+        lambda *a, **k: (calls.append(a[0].shape[0]), as_documented(*a, **k))[1],
+    )
+    arrays, segments, dx = problem(6, 40, 4, 2, 8)
+    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="cudnn")
+    want = reference.attention(arrays, segments, None, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+    assert set(calls) == {2}
+
+
 def test_documents_of_rows():
     segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 4, 5, 5], [7, 7, 7, 7, 7, 7]], np.int32)
     starts, lengths, count = attention_cudnn.documents(jnp.asarray(segments), 3)
@@ -173,6 +210,7 @@ def test_the_choice_and_its_reason(asked, changes, name, reason):
         ("splash", {}, "attention='splash' needs a TPU, and this is a GPU"),
         ("cudnn", {"platform": "cpu"}, "attention='cudnn' needs a GPU, and this is a CPU"),
         ("cudnn", {"dtype": "float32"}, "not in float32. Use 'auto' or 'xla'"),
+        ("cudnn", {"seq_len": 1 << 20, "num_heads": 32, "head_dim": 128}, "beyond cuDNN's int32 offsets"),
     ],
 )
 def test_an_implementation_that_cannot_run_is_refused(asked, changes, message):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxtrain import cli
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.data.stores import teacher_store
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.training import TrainTokenizer
@@ -57,7 +57,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     tokenizer = TrainTokenizer(kind="bpe", vocab_size=300).train(TEXTS, folder, progress=False)
     tokenizer.save(folder)
     params = MODEL.build(tokenizer.vocab_size, None).init(jax.random.key(0))
-    checkpointer = checkpoints.CheckpointConfig().build(folder / "checkpoints")
+    checkpointer = CheckpointConfig().build(folder / "checkpoints")
     data = {"config": {"model": cli.to_json(MODEL)}, "tokenizer": tokenizer.identity}
     checkpointer.save(7, {"params": params}, data)
     checkpointer.close()

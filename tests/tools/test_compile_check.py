@@ -74,7 +74,7 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048")
+    code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048", "--config.data.holdout=0.01")
     assert code == 0
     assert answer["evaluation"]["fits"]
     # Moments of AdamW stay on the chips meanwhile: two thirds of the state.

@@ -9,7 +9,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from jaxtrain import cli, hf
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint import restore
 from tests.hf.test_hf import GOLDEN
 from tools import export_hf, import_hf
 
@@ -40,7 +40,7 @@ def folder(tmp_path):
 def test_in_and_out(folder, tmp_path, capsys):
     imported, exported = str(tmp_path / "imported"), tmp_path / "exported"
     assert run(import_hf, str(folder), f"--output={imported}") == 0
-    assert checkpoints.is_checkpoint(imported)
+    assert restore.is_checkpoint(imported)
     printed = capsys.readouterr().out
     assert "qk_norm=True" in printed
     assert f"init_from='{imported}'" in printed

@@ -13,7 +13,7 @@ from jaxtrain.trainer import programs, state
 from jaxtrain.trainer.evaluate import lower_eval_step
 from jaxtrain.trainer.programs import DoesNotFitError, StagePrograms
 from jaxtrain.trainer.session import beside_params
-from tests.cost.test_memory import Fake, make_parts, make_plan
+from tests.trainer.test_programs import Fake, make_components, make_plan
 
 TRAINED = make_plan(("only", 8, 16))
 
@@ -32,7 +32,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def test_any_number_of_micro_batches_gives_the_same_sums() -> None:
-    components, rng = make_parts(fsdp=2), np.random.default_rng(0)
+    components, rng = make_components(fsdp=2), np.random.default_rng(0)
     ids = rng.integers(0, 100, (2, 8, 16)).astype(np.int32)
     batch = {
         "tokens": ids[0],
@@ -59,9 +59,9 @@ def test_any_number_of_micro_batches_gives_the_same_sums() -> None:
 
 def test_what_training_keeps_counts(fake: Fake) -> None:
     """16 rows of 64 tokens need 103,400 bytes at once, 26,600 in four parts."""
-    made = StagePrograms(make_parts(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
+    made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
     assert made.evaluation().micro_batches == 4
-    made = StagePrograms(make_parts(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), beside=10_000)
+    made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), beside=10_000)
     assert made.evaluation().micro_batches == 8
     assert "2.38e-05 of 3e-05 GB a device (state and batch 1.1e-05, temporary 1.28e-05)" in made.evaluation().describe(
         30_000
@@ -69,7 +69,7 @@ def test_what_training_keeps_counts(fake: Fake) -> None:
 
 
 def test_an_evaluation_that_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
-    made = StagePrograms(make_parts(), TRAINED, None, limit=20_000, evaluation=evaluation(16, 64), beside=13_000)
+    made = StagePrograms(make_components(), TRAINED, None, limit=20_000, evaluation=evaluation(16, 64), beside=13_000)
     made.begin(1)
     with pytest.raises(DoesNotFitError, match=r"Evaluation does not fit: with one row of 64 .* needs 2.04e-05 GB") as e:
         made.settle(1)
@@ -78,24 +78,24 @@ def test_an_evaluation_that_will_not_fit_is_named_before_the_first_step(fake: Fa
 
 
 def test_without_a_limit_it_is_compiled_when_it_is_due(fake: Fake) -> None:
-    made = StagePrograms(make_parts(), TRAINED, None, evaluation=evaluation(16, 64))
+    made = StagePrograms(make_components(), TRAINED, None, evaluation=evaluation(16, 64))
     made.begin(1)
     made.settle(1)
     made.get(8, 16)
     assert (16, 64, 1) not in fake.compiles
     assert made.evaluation().micro_batches == 1
-    assert StagePrograms(make_parts(), None, 128, evaluation=evaluation(16, 64)).evaluation().micro_batches == 8
+    assert StagePrograms(make_components(), None, 128, evaluation=evaluation(16, 64)).evaluation().micro_batches == 8
 
 
 def test_processes_agree_on_an_evaluations_micro_batches(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs.consensus, "largest", lambda value: max(value, 8))
-    made = StagePrograms(make_parts(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
+    made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
     assert made.evaluation().micro_batches == 8
 
 
 def test_bytes_beside_the_parameters() -> None:
     """AdamW's two moments, step, fingerprint and two counters, on each of two devices."""
-    components: Any = make_parts(fsdp=2)
+    components: Any = make_components(fsdp=2)
     params = sum(leaf.size * 4 for leaf in jax.tree.leaves(components.model.shapes))
     # Norms are not sharded; everything else is halved.
     whole = sum(

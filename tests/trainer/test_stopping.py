@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -128,7 +128,20 @@ def test_signals_are_taken_from_the_first_step_on_and_given_back(tmp_path):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_run_that_nohup_did_not_start(tmp_path, ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    checkpointer = CheckpointConfig().build(tmp_path)
+    try:
+        assert not checkpointer.reached_preemption(1)
+        signal.raise_signal(signal.SIGHUP)
+        assert checkpointer.reached_preemption(2) != ignored
+    finally:
+        checkpointer.close()
+        assert signal.signal(signal.SIGHUP, before) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_with_75_wherever_it_falls(tmp_path, number):
     # Inside a callback of the garbage collector exceptions are printed and forgotten: so was SystemExit.
     config = f"import gc, os\ngc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\ngc.collect()\n"

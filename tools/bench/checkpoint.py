@@ -1,4 +1,4 @@
-"""`bench checkpoint`: how long an asynchronous save blocks the training, and what the rest takes, by size."""
+"""`bench checkpoint`: by size, how long an asynchronous save blocks training, and how long it takes in all."""
 
 import tempfile
 import time
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.distributed.sharding import MeshConfig, replicated
 from jaxtrain.interfaces import Json
@@ -23,7 +23,7 @@ COMMAND = Command(
     ),
     flags=(
         Flag(name="megabytes", type=tuple[int, ...], default=(16, 128, 512), help="sizes of the states"),
-        Flag(name="folder", type=str | None, default=None, help="where to write; a temporary folder without it"),
+        Flag(name="folder", type=str | None, default=None, help="where to write; a temporary folder by default"),
         rounds_flag(3),
     ),
     config="none",

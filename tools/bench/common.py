@@ -1,4 +1,4 @@
-"""What the benchmarks share: measuring in turns, medians, and what they ran on."""
+"""Shared by the benchmarks: interleaved measurements, medians, and a description of the machine."""
 
 import contextlib
 import dataclasses
@@ -34,12 +34,12 @@ _PACKAGES = (
 
 
 def progress(message: str) -> None:
-    """A line for who waits; the result alone goes to the output."""
+    """Prints a line of progress to stderr; stdout gets the result alone."""
     print(message, file=sys.stderr, flush=True)
 
 
 def rounds_flag(default: int) -> Flag:
-    return Flag(name="rounds", type=int, default=default, help="how often each thing is measured, in turns")
+    return Flag(name="rounds", type=int, default=default, help="interleaved rounds of measurements")
 
 
 def at_least_one(**values: int) -> None:
@@ -51,14 +51,14 @@ def at_least_one(**values: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What a run took: `wall` seconds, and `cpu` seconds of all threads of this process."""
+    """Elapsed seconds, and CPU seconds of all threads of this process."""
 
     wall: float
     cpu: float
 
 
 class Stopwatch:
-    """Starts when made."""
+    """Starts when it is created."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Spent]]:
-    """What each run takes, `rounds` times one after the other, so that a load of the machine meets all of them."""
+    """The times of each run, `rounds` times in turns, so that other load on the machine affects all of them."""
     spent: dict[str, list[Spent]] = {name: [] for name in runs}
     for number in range(1, rounds + 1):
         for name, run in runs.items():
@@ -91,7 +91,7 @@ def cpus(spent: Sequence[Spent]) -> list[float]:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[bool]:
-    """Threads that are started inside run on one core. Yields whether the system can do that."""
+    """Threads started inside run on one core. Yields whether the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield False
         return
@@ -104,12 +104,12 @@ def one_core() -> Iterator[bool]:
 
 
 def median(values: Sequence[float]) -> float:
-    """With four significant digits."""
+    """The median, to four significant digits."""
     return short(statistics.median(values))
 
 
 def ratio(these: Sequence[float], those: Sequence[float]) -> float:
-    """The median of this round's by that round's, so that a load that comes and goes cancels out."""
+    """The median of the rounds' ratios, so that changing load cancels out."""
     return median([a / b for a, b in zip(these, those, strict=True)])
 
 
@@ -118,12 +118,12 @@ def short(value: float) -> float:
 
 
 def result(benchmark: str, numbers: Json, *, device: bool) -> Json:
-    """The object to print. device: describe JAX's too."""
+    """The object to print. device: whether to describe JAX's devices."""
     return {"benchmark": benchmark, **numbers, "versions": versions(), "machine": _machine(device)}
 
 
 def versions() -> Json:
-    """Of Python and of the packages that matter; null for what is not installed."""
+    """Versions of Python and of the packages that matter; null if not installed."""
     found: Json = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -138,7 +138,7 @@ def _machine(device: bool) -> Json:
         "system": platform.system(),
         "processor": platform.machine(),
         "cores": available_cores(),
-        # Above 0: others compete. CPU seconds on one core are little changed by that, seconds are.
+        # Above 0, other programs compete: CPU seconds on one core hardly change, elapsed seconds do.
         "load_before": short(_LOAD_BEFORE),
     }
     return about | {"device": device_name(), "devices": _devices()} if device else about

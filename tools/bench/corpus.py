@@ -1,4 +1,4 @@
-"""Text that every machine has: the standard library of Python, cut into documents, in local parquet files."""
+"""Text available everywhere: Python's standard library, cut into documents, in local parquet files."""
 
 import pathlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _LEAST_CHARACTERS = 100
 
 
 def documents(megabytes: float) -> Iterator[str]:
-    """About `megabytes` million characters; the library is read again, cut elsewhere, as often as it takes."""
+    """About `megabytes` million characters. The library is reread and cut at other places as often as needed."""
     rng = np.random.default_rng(0)
     source = TextFiles().resolve()
     left = megabytes * 1e6

@@ -57,7 +57,7 @@ COMMAND = Command(
         "python -m tools.bench curriculum --stages=1,2 --data_tokens=0",
     ),
     flags=(
-        Flag(name="stages", type=tuple[int, ...], default=tuple(range(1, 11)), help="which, from 1"),
+        Flag(name="stages", type=tuple[int, ...], default=tuple(range(1, 11)), help="stages to measure, from 1"),
         Flag(name="size", type=Literal["small", "270m"], default="small", help="the model: 12.6M or 270M parameters"),
         Flag(name="tokens_per_batch", type=int, default=4096, help="tokens of a step, at least a row"),
         Flag(name="dtype", type=Literal["float32", "bfloat16"], default="float32", help="of activations"),
@@ -68,12 +68,10 @@ COMMAND = Command(
         Flag(
             name="data_tokens", type=int, default=524_288, help="tokens of a batch of the data path; 0: do not measure"
         ),
-        Flag(name="data_batches", type=int, default=4, help="of them, for each stage"),
+        Flag(name="data_batches", type=int, default=4, help="batches of the data path for each stage"),
         Flag(name="data_vocab_size", type=int, default=8000, help="tokens of the data path's tokenizer"),
         Flag(name="megabytes", type=float, default=16.0, help="millions of characters that the data path has"),
-        Flag(
-            name="one_core", type=bool, default=False, help="use one core, whose CPU seconds other load hardly changes"
-        ),
+        Flag(name="one_core", type=bool, default=False, help="use one core: other load hardly changes its CPU seconds"),
         rounds_flag(3),
     ),
     config="none",
@@ -138,7 +136,7 @@ def _step(flags: Flags, seq_len: int) -> Json:
     for run in runs.values():
         run()  # compiles
     spent = in_turns(runs, flags.rounds)
-    # What a processor's other programs take does not count as this one's seconds.
+    # CPU seconds leave out what other programs take.
     of = cpus if jax.default_backend() == "cpu" else walls
     shares = {name: count * ratio(of(spent[name]), of(spent["step"])) for name, (count, _) in parts.items()}
     whole = statistics.median(of(spent["step"]))
@@ -158,7 +156,7 @@ def _step(flags: Flags, seq_len: int) -> Json:
 
 
 def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], object]]]:
-    """The parts of a step, each compiled alone, forward and backward: how often it is there, and what runs it.
+    """The parts of a step, compiled alone, forward and backward: how often each occurs, and a function that runs it.
 
     With remat="full" a layer's forward pass is there twice; the parts count it once, so layers' shares are low.
     """
@@ -198,7 +196,7 @@ def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], ob
 def _layer_parts(
     model: Llama, layer: Any, x_ND: jax.Array, arrays: Mapping[str, jax.Array]
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Those that each layer has. layer: its parameters."""
+    """The parts of each layer. layer: its parameters."""
     config, dtype = model.config, x_ND.dtype
     shape_BT, head_dim = arrays["tokens"].shape, config.resolved_head_dim
     implementation = model.attention_choice(*shape_BT).name
@@ -234,7 +232,7 @@ def _layer_parts(
 
 
 def _both(function: Callable[..., jax.Array], *arguments: Any, through: int = 1) -> Callable[[], object]:
-    """Runs it forward and backward, with gradients of the first `through` arguments."""
+    """Runs a function forward and backward, with gradients for the first `through` arguments."""
 
     def run(*arguments: Any) -> Any:
         y, pull = jax.vjp(lambda *given: function(*given, *arguments[through:]), *arguments[:through])
@@ -249,14 +247,14 @@ def _waiting(function: Callable[..., Any], *arguments: Any) -> Callable[[], obje
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A tokenizer that is ready, with the name of what is measured with it."""
+    """A trained tokenizer, with the name of what it measures."""
 
     name: str
     tokenizer: Any
 
 
 def _data(flags: Flags, stages: Mapping[int, Json]) -> None:
-    """Adds tokens/s of the data path, counted as trained: with a sentencepiece tokenizer, and with prepared ids."""
+    """Adds the data path's tokens/s, counted as trained: with a sentencepiece tokenizer, and with prepared ids."""
     with tempfile.TemporaryDirectory() as folder:
         paths = corpus.write(folder, flags.megabytes, files=4, groups=64)
         data = stream.config(paths, num_lanes=8, workers=2)
@@ -282,7 +280,7 @@ def _rows(flags: Flags, seq_len: int) -> int:
 
 
 def _rate(flags: Flags, data: Any, tokenizer: Any, seq_len: int) -> tuple[float, float]:
-    """Tokens/s, and by CPU seconds of all threads, from the first batch on."""
+    """Tokens per second, and per CPU second of all threads, from the first batch on."""
     rows = _rows(flags, seq_len)
     plan = build_plan(
         (Stage(seq_len=seq_len, batch_size=rows, overlap=0.5),),

@@ -57,11 +57,11 @@ COMMAND = Command(
     flags=(
         Flag(name="megabytes", type=float, default=48.0, help="millions of characters of an epoch"),
         Flag(name="vocab_size", type=int, default=32_000, help="tokens of both tokenizers"),
-        Flag(name="train_megabytes", type=float, default=8.0, help="how much of it the tokenizers are trained on"),
+        Flag(name="train_megabytes", type=float, default=8.0, help="millions of characters to train the tokenizers on"),
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
-        Flag(name="num_lanes", type=int, default=8, help="lanes that are read side by side"),
-        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE takes the longest"),
+        Flag(name="num_lanes", type=int, default=8, help="lanes read in parallel"),
+        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE is slower"),
         rounds_flag(3),
     ),
     config="none",
@@ -101,7 +101,7 @@ def _train(kind: str, flags: Flags, workdir: str) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """One epoch through the data path. resident_mb: the most that the process held at the end of a batch."""
+    """One epoch through the data path. resident_mb: the largest resident size at the end of a batch."""
 
     spent: Spent
     tokens: int
@@ -111,7 +111,7 @@ class _Epoch:
 
 
 class _Measured:
-    """The parts of the data path with one tokenizer, in turns."""
+    """Measures the parts of the data path with one tokenizer, interleaved."""
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, flags: Flags):
         self._data, self._tokenizer = data, tokenizer
@@ -181,7 +181,7 @@ class _Measured:
             spent = watch.spent()
         gc.unfreeze()
         assert first is not None
-        # Each lane's is [1, STATE_FIELDS].
+        # Each lane's state is [1, STATE_FIELDS].
         counts = np.concatenate(list(states.values())).sum(axis=0)
         tokens, documents = (int(counts[STATE_FIELDS.index(name)]) for name in ("tokens", "documents"))
         return _Epoch(spent, tokens, documents, first, resident or None)
@@ -204,7 +204,7 @@ class _Measured:
         return watch.spent().cpu
 
     def _tokenize(self, tokenizer: Tokenizer) -> tuple[int, int, float]:
-        """(characters, tokens with one for the end of each document, CPU seconds of the tokenizer alone)."""
+        """(characters, tokens including one end-of-document token each, CPU seconds of the tokenizer alone)."""
         characters, tokens, seconds = 0, 0, 0.0
         for texts in _chunks(self._blocks()):
             watch = Stopwatch()
@@ -234,7 +234,7 @@ def _share(part: Sequence[float], whole: Sequence[float]) -> float:
 
 
 def resident_mb() -> float | None:
-    """What the process holds in memory now, 10^6 bytes; None where the system does not say."""
+    """Resident memory of the process in 10^6 bytes; None if the system does not report it."""
     statm = pathlib.Path("/proc/self/statm")
     if not statm.exists():
         return None

@@ -18,7 +18,7 @@ VOCABULARIES = (49_152, 196_608)
 
 
 def compare(size: Size, teacher_times: int, rounds: int) -> Json:
-    """Times of the three, `over_both` the first by the sum of the others; memory at two sizes of the vocabulary."""
+    """Times of the three, the first over the sum of the others (`over_both`), and memory at two vocabulary sizes."""
     teacher = _teacher(size.model, teacher_times)
     student, distilled = JaxStep(size), JaxStep(size, teacher=teacher)
     forward = _forward(distilled, size)
@@ -61,7 +61,7 @@ def _forward(step: JaxStep, size: Size) -> Any:
 
 
 def _over_both(spent: dict[str, list[Spent]], kind: str) -> Json:
-    """Median and smallest over the rounds: what shares the machine only ever adds."""
+    """Median and smallest over the rounds: other load only ever adds."""
     rounds = zip(spent["distilled"], spent["student"], spent["teacher_forward"], strict=True)
     ratios = [getattr(a, kind) / (getattr(b, kind) + getattr(c, kind)) for a, b, c in rounds]
     least = {name: min(getattr(one, kind) for one in all_rounds) for name, all_rounds in spent.items()}

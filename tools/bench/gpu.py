@@ -1,4 +1,4 @@
-"""`bench gpu`: all that needs a GPU, in one run within minutes, each part in a process of its own.
+"""`bench gpu`: everything that needs a GPU, within minutes, each part in its own process.
 
 So a part that fails, aborts or hangs costs its own numbers only, and the memory of one is free for the next. Every
 part's result goes to stderr as it comes.
@@ -16,7 +16,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from tools.bench.common import progress, result
 
-# Part → the most seconds that it may take. The order is that of importance, after what all others need.
+# Part → its time limit in seconds. The first is needed by all others, which follow by importance.
 PARTS = {
     "device": 60,
     "attention": 150,
@@ -27,7 +27,7 @@ PARTS = {
     "step_no_remat": 120,
     "step_xla_attention": 120,
 }
-_LEAST_SECONDS = 10  # in less no part can be begun
+_MIN_SECONDS = 10  # no part is started with less time left
 COMMAND = Command(
     name="python -m tools.bench gpu",
     description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
@@ -37,8 +37,8 @@ COMMAND = Command(
     flags=(
         Flag(name="tiny", type=bool, default=False, help="sizes that a CPU can do, to check the script itself"),
         Flag(name="parts", type=tuple[str, ...], default=tuple(PARTS), help="which parts to run, after `device`"),
-        Flag(name="minutes", type=float, default=8.0, help="after how long no further part is begun or left running"),
-        Flag(name="only", type=str | None, default=None, help="run this one part, in this process"),
+        Flag(name="minutes", type=float, default=8.0, help="time limit of all parts together"),
+        Flag(name="only", type=str | None, default=None, help="run only this part, in this process"),
     ),
     config="none",
 )
@@ -52,10 +52,10 @@ def measure(flags: Flags) -> Json | None:
         return _one(flags.only, flags.tiny)
     deadline = time.monotonic() + 60 * flags.minutes
     found: dict[str, Any] = dict.fromkeys(PARTS)
-    # Without it the other numbers mean little, and it sees whether there is a GPU.
+    # It detects the GPU, and the other numbers mean little without it.
     for name in ("device", *(name for name in flags.parts if name != "device")):
         left = deadline - time.monotonic()
-        if left < _LEAST_SECONDS:
+        if left < _MIN_SECONDS:
             progress(f"{name}: no time left")
             continue
         begun = time.monotonic()
@@ -71,8 +71,8 @@ def _on_cpu(device: Json | None) -> bool:
 
 
 def _one(name: str, tiny: bool) -> Json | None:
-    """A part in this process; what it raises becomes its result."""
-    # JAX may take the whole GPU when it is first used: not before this process is known to be the one.
+    """Runs a part in this process. An exception becomes its result."""
+    # JAX takes the GPU's memory at its first use, so only a process that runs a part may import it.
     from tools.bench import gpu_parts
 
     try:
@@ -83,7 +83,7 @@ def _one(name: str, tiny: bool) -> Json | None:
 
 def _in_child(name: str, tiny: bool, seconds: float) -> Json | None:
     command = [sys.executable, "-m", "tools.bench", "gpu", f"--only={name}", *(["--tiny"] if tiny else [])]
-    # JAX is only a library to the torch part, and must leave it the GPU's memory.
+    # The torch part needs the GPU's memory; JAX is only a library there.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"} if name == "torch" else None
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""The parts of `bench gpu`: each a function of the sizes that returns its numbers."""
+"""The parts of `bench gpu`: functions of the sizes that return numbers."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ from tools.bench import jax_step, loss
 from tools.bench.common import device_name, median, progress, short
 from tools.bench.jax_step import JaxStep, Size
 
-_DOCUMENT_TOKENS = 512  # of packed documents, on average
+_DOCUMENT_TOKENS = 512  # mean length of packed documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured; calls: repetitions between two looks at the clock."""
+    """What is measured. calls: repetitions between two readings of the clock."""
 
     step: Size
     attention_batch: int
@@ -63,7 +63,7 @@ def full() -> Sizes:
 
 
 def tiny() -> Sizes:
-    """Of the same kind, for a CPU."""
+    """Sizes for a CPU."""
     config = full().step.model
     model = dataclasses.replace(
         config, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=64
@@ -83,7 +83,7 @@ def tiny() -> Sizes:
 
 
 def run(name: str, is_tiny: bool) -> Json | None:
-    """The numbers of one part; None for what is not there to be measured."""
+    """The numbers of one part; None if it cannot be measured here."""
     if name != "torch" and jax.default_backend() == "gpu":
         jax.config.update("jax_optimization_level", "O1")  # as jaxtrain.trainer.session does
     return _PARTS[name](tiny() if is_tiny else full())
@@ -96,7 +96,7 @@ def failure(error: Exception) -> Json:
 
 
 def guarded(function: Callable[[], Json]) -> Json:
-    """Its result, or {"error": ...}: the others go on."""
+    """Its result, or {"error": ...}, so that the others continue."""
     try:
         return function()
     except Exception as error:
@@ -104,7 +104,7 @@ def guarded(function: Callable[[], Json]) -> Json:
 
 
 def _device(sizes: Sizes) -> Json:
-    """What it is, and what a large matrix product reaches: the ceiling of all below."""
+    """The device, and the speed of a large matrix product: the ceiling of everything below."""
     about: Json = {
         "name": device_name(),
         "platform": jax.default_backend(),
@@ -113,7 +113,7 @@ def _device(sizes: Sizes) -> Json:
     }
     n = sizes.matmul
     if about["platform"] == "cpu" and n > tiny().matmul:
-        return about  # it would take minutes, only to say that this is no GPU
+        return about  # the product would take minutes
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     product = jax.jit(jnp.dot)
     seconds = median(_seconds(lambda: product(a, a), sizes))

@@ -23,7 +23,7 @@ LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the batch that it is measured with."""
+    """A model and the batch it is measured with."""
 
     model: LlamaConfig
     vocab_size: int
@@ -36,7 +36,7 @@ class Size:
 
 
 def batch(size: Size, document_tokens: int | None = None) -> dict[str, np.ndarray]:
-    """Random tokens. document_tokens: how long documents are on average; None: a row is one."""
+    """Random tokens. document_tokens: mean length of documents; None: each row is one."""
     rng = np.random.default_rng(0)
     shape = (size.batch_size, size.seq_len)
     tokens = rng.integers(0, size.vocab_size, (size.batch_size, size.seq_len + 1)).astype(np.int32)
@@ -97,7 +97,7 @@ class JaxStep:
         return Distilled(model, shapes, Distillation().build(vocab_size, mesh, CrossEntropy()))
 
     def use(self, arrays: dict[str, np.ndarray]) -> None:
-        """Train on this batch from now on."""
+        """Trains on this batch from now on."""
         self.batch = {name: jax.device_put(array, self._layout) for name, array in arrays.items()}
 
     def run(self, steps: int = 1) -> float:
@@ -113,12 +113,12 @@ class JaxStep:
         return loss
 
     def memory(self) -> Json:
-        """The compiler's own account, MB: the arrays that go in, and what the step needs besides."""
+        """The compiler's account in MB: the arrays that go in, and what the step needs besides."""
         return memory(self.compiled)
 
 
 def memory(compiled: Any) -> Json:
-    """MB of an executable's arguments and temporaries; null where the compiler does not say."""
+    """MB of an executable's arguments and temporaries; null if the compiler does not report them."""
     analysis = compiled.memory_analysis()
     names = {"arguments_mb": "argument_size_in_bytes", "temporaries_mb": "temp_size_in_bytes"}
     # Not its peak: on CPU that leaves out what is freed on the way (measured).

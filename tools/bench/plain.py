@@ -13,12 +13,12 @@ from jaxtrain.interfaces import Tokenizer
 from jaxtrain.plan import StagePlan
 from tools.bench.common import Spent, Stopwatch
 
-_DOCUMENTS = 1000  # in one call of a map: datasets' default
+_DOCUMENTS = 1000  # per call of a map: the default of `datasets`
 _BUFFER = 4096  # documents: 8 lanes' windows of 512
 
 
 def is_installed() -> bool:
-    """Whether torch is: it is in the extra `parity`."""
+    """Whether torch is installed (extra `parity`)."""
     try:
         import torch  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -35,12 +35,12 @@ class RangeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Says nothing about clients that disconnect."""
 
 
 @contextlib.contextmanager
 def serving(folder: str) -> Iterator[RangeServer]:
-    """The server, while the context lasts; a proxy in the environment is not asked for it."""
+    """The server, for as long as the context lasts. Proxies in the environment are bypassed."""
     kept = {name: os.environ.get(name) for name in ("NO_PROXY", "no_proxy")}
     os.environ.update(dict.fromkeys(kept, "127.0.0.1"))
     server = RangeServer(folder)
@@ -62,7 +62,7 @@ def serving(folder: str) -> Iterator[RangeServer]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # headers and body leave together: else each answer waits 40 ms for an acknowledgement
+    wbufsize = -1  # sends headers and body together: else each response waits 40 ms for an acknowledgement
     server: RangeServer  # pyright: ignore[reportIncompatibleVariableOverride] - the base class knows no subclass
 
     def log_message(self, format: str, *args: Any) -> None:

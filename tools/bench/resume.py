@@ -1,4 +1,4 @@
-"""`bench resume`: what it costs to go on at a depth of a parquet stream, and to restore a checkpoint.
+"""`bench resume`: what it costs to resume at a depth of a parquet stream, and to restore a checkpoint.
 
 A file is served on this machine, so requests and bytes are counted. The stream is read once to its end; then it is
 started again from where it stood at several depths, until the first batch is there, which must be the one it was.
@@ -32,16 +32,16 @@ COMMAND = Command(
             name="depths",
             type=tuple[float, ...],
             default=(0.0, 0.25, 0.5, 0.75, 0.9),
-            help="where to resume, as parts of the epoch",
+            help="where to resume, as fractions of the epoch",
         ),
-        Flag(name="num_lanes", type=int, default=8, help="lanes that are read side by side"),
+        Flag(name="num_lanes", type=int, default=8, help="lanes read in parallel"),
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="checkpoint_megabytes", type=int, default=128, help="size of the train state that is restored"),
         rounds_flag(3),
     ),
     config="none",
 )
-_GROUPS_PER_LANE = 8  # row groups of the one file; by default of 950 rows each, about as web data has
+_GROUPS_PER_LANE = 8  # by default row groups of 950 rows, as is usual for web data
 _CHARACTERS_PER_TOKEN = 4.0
 
 
@@ -71,22 +71,22 @@ def depths_in(steps: int, depths: Sequence[float]) -> list[int]:
     """Steps after which to resume, in an epoch of `steps`. Raises UserError."""
     for depth in depths:
         if not 0 <= depth < 1:
-            raise UserError(f"--depths: {depth} is a part of the epoch: give 0 or more, below 1")
+            raise UserError(f"--depths: {depth} is a fraction of the epoch: give 0 or more, below 1")
     return sorted({int(depth * steps) for depth in depths})
 
 
 class _Epoch:
-    """One epoch of the file, and how to go on in it."""
+    """One epoch of the file, and how to resume in it."""
 
     def __init__(self, data: DataConfig, plan: Plan, server: RangeServer):
         self._data, self._plan, self._server = data, plan, server
         self._tokenizer = stream.Prepared(_CHARACTERS_PER_TOKEN, 50_000)
-        # After each step from 0 on: where the lanes stand, and a digest of the batch that follows.
+        # After each step from 0 on: the lanes' positions, and a digest of the next batch.
         self._states: list[Mapping[int, np.ndarray]] = [{}]
         self._following: list[int] = []
 
     def read(self) -> int:
-        """Notes every step of the epoch; returns how many there are."""
+        """Records every step of the epoch and returns their number."""
         with stream.batches(self._data, self._plan, self._tokenizer) as batches:
             for batch in batches:
                 self._following.append(_digest(batch))
@@ -96,7 +96,7 @@ class _Epoch:
         return len(self._following)
 
     def resumed(self, after: int, rounds: int) -> Json:
-        """Medians of what it takes until the batch after step `after` is there."""
+        """Medians of the costs until the batch after step `after` arrives."""
         seconds, requests, size, same = [], [], [], True
         for _ in range(rounds):
             self._server.reset()
@@ -106,7 +106,7 @@ class _Epoch:
             ) as batches:
                 batch = next(batches)
                 seconds.append(watch.spent().wall)
-            # Counted when all readers have stopped: with what they read ahead meanwhile.
+            # Counted once all readers have stopped, so it includes what they read ahead.
             requests.append(self._server.requests)
             size.append(self._server.bytes)
             same = same and _digest(batch) == self._following[after]

@@ -49,7 +49,7 @@ _WINDOW = 512  # DataConfig.shuffle_window's default
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """A source of which only the sizes exist. sizes: rows of each file."""
+    """A source without content. sizes: rows of each file."""
 
     sizes: np.ndarray
     random_access: bool
@@ -57,7 +57,7 @@ class Files:
 
     @property
     def files(self) -> range:
-        """Only their number is looked at."""
+        """Only their number matters."""
         return range(len(self.sizes))
 
 
@@ -85,7 +85,7 @@ def sizes_of(files: int, rows: int) -> np.ndarray:
 
 
 def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: int) -> Json:
-    """One source: how it is cut, and in `_EPOCHS` epochs who reads what. AssertionError if a unit is not read once."""
+    """One source: how it is cut, and which lane reads what in `_EPOCHS` epochs. Asserts that each unit is read once."""
     source: Any = Files(sizes, random_access)
     footers = 0
 
@@ -124,7 +124,7 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
 
 
 def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
-    """Rows that each lane reads in an epoch, [V]; AssertionError unless every unit is read exactly once."""
+    """Rows that each lane reads in an epoch, [V]. Asserts that every unit is read exactly once."""
     read_U = np.zeros(len(rows_U), np.int64)
     rows_V = np.zeros(num_lanes, np.int64)
     for lane in range(num_lanes):
@@ -151,7 +151,7 @@ def striped_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.nd
 
 
 def hosts(count: int, devices: int, num_lanes: int, sources: int) -> Json:
-    """Lanes of each host where every device has its own rows. AssertionError if some lane is read by nobody."""
+    """Lanes of each host if every device has its own rows. Asserts that every lane is read by some host."""
     shards = count * devices
     # As feed.local_lanes, of a batch of num_lanes x shards rows, which shows every boundary.
     found, seconds = timed(
@@ -174,7 +174,7 @@ def hosts(count: int, devices: int, num_lanes: int, sources: int) -> Json:
 
 
 def mix(sources: int, batch_size: int) -> Json:
-    """CPU seconds for the sources of one step's rows, and the farthest that a source ever is from its share."""
+    """CPU seconds to choose the sources of one step's rows, and the largest deviation of a source from its share."""
     weights = [Fraction(index + 1, sources * (sources + 1) // 2) for index in range(sources)]
     stage, steps = mixing.Mix(weights, batch_size), 50
     begun = time.process_time()
@@ -187,7 +187,7 @@ def mix(sources: int, batch_size: int) -> Json:
 
 
 def state(num_lanes: int, sources: int) -> Json:
-    """The lanes' state: its size, and what it costs to join, write and read."""
+    """The lanes' state: its size, and the cost of gathering, writing and reading it."""
     names = [f"source{index}" for index in range(sources)]
     words = stable_hash.philox("simulate state").random_raw(num_lanes * sources * len(STATE_FIELDS))
     # Numbers of the size that cursors and counts have in a long run.
@@ -210,7 +210,7 @@ def state(num_lanes: int, sources: int) -> Json:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the CPU seconds that it took: the machine may have others to serve."""
+    """Its result and CPU seconds, since other programs may share the machine."""
     begun = time.process_time()
     found = function()
     return found, time.process_time() - begun

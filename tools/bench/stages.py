@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.config import Config
 from jaxtrain.data.pipeline import DataConfig
@@ -47,13 +47,13 @@ COMMAND = Command(
     flags=(
         Flag(name="seq_lens", type=tuple[int, ...], default=(16, 64, 256), help="tokens of a row, by stage"),
         Flag(name="tokens_per_batch", type=int, default=1024, help="tokens of a batch"),
-        Flag(name="steps", type=int, default=300, help="of each stage; several times as long as a compile"),
+        Flag(name="steps", type=int, default=300, help="steps of each stage; several times as long as a compile"),
         Flag(name="hidden_size", type=int, default=64, help="width of the model"),
         Flag(name="num_layers", type=int, default=2, help="layers of the model"),
         Flag(name="vocab_size", type=int, default=1024, help="tokens of the tokenizer"),
-        Flag(name="milliseconds", type=int, default=100, help="the pause before every answer, as of a far server"),
+        Flag(name="milliseconds", type=int, default=100, help="delay of every response, as from a distant server"),
         Flag(name="megabytes", type=float, default=12.0, help="millions of characters of all sources"),
-        Flag(name="train_megabytes", type=float, default=1.0, help="how much of it the tokenizer is trained on"),
+        Flag(name="train_megabytes", type=float, default=1.0, help="millions of characters to train the tokenizer on"),
     ),
     config="none",
 )
@@ -100,7 +100,7 @@ def measure(flags: Flags) -> Json:
 
 
 class _Listener(logging.Handler):
-    """When the stages' programs were traced and compiled, and when steps were logged: time.monotonic."""
+    """Records when stages were traced and compiled and when steps were logged (time.monotonic)."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -131,7 +131,7 @@ class _Listener(logging.Handler):
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A logged step: when its numbers were there, how long after those of the step before, what of it was waiting."""
+    """A logged step: when its numbers arrived, how long after the previous ones, and how much of that was waiting."""
 
     stage: int
     seq_len: int
@@ -176,7 +176,7 @@ def _run(
 
 @contextlib.contextmanager
 def _quiet(listener: _Listener) -> Iterator[None]:
-    """The run's own lines are progress, not the result; and its settings of JAX end with it, the cache among them."""
+    """Sends the run's lines to stderr, and undoes its settings of JAX afterwards, the compilation cache among them."""
     names = (
         *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
         *("jax_persistent_cache_min_entry_size_bytes", "jax_persistent_cache_enable_xla_caches"),
@@ -184,7 +184,7 @@ def _quiet(listener: _Listener) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in names}
     logger = logging.getLogger("jaxtrain")
     logger.addHandler(listener)
-    compilation_cache.reset_cache()  # once open, it stays where it is
+    compilation_cache.reset_cache()  # an open cache keeps its folder
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -196,7 +196,7 @@ def _quiet(listener: _Listener) -> Iterator[None]:
 
 
 def _config(flags: Flags, urls: Sequence[str], trainer: TrainTokenizer, steps: int) -> Config:
-    """Rows get longer and fewer, `code` comes in with the second half of the stages, the mix moves with each."""
+    """Rows get longer and fewer, `code` joins in the second half of the stages, and the mix changes with each."""
     stages = []
     for number, seq_len in enumerate(flags.seq_lens):
         late = number >= len(flags.seq_lens) / 2
@@ -243,8 +243,8 @@ def _config(flags: Flags, urls: Sequence[str], trainer: TrainTokenizer, steps: i
 
 def _of_stage(number: int, steps: Sequence[_Step], listener: _Listener) -> Json:
     here = [step for step in steps if step.stage == number]
-    # The numbers of the last step before a change are fetched once the first step after it is under way, so that what
-    # this one waited for is in that one's seconds.
+    # The numbers of the last step before a change are fetched after the first step of the new stage was dispatched, so
+    # its seconds include what that step waited for.
     before = [step for step in steps if step.stage == number - 1][-1:]
     after, usual = [*before, *here][:_AFTER], statistics.median(step.seconds for step in here)
     limit = max(1.5 * usual, usual + 0.25)
@@ -269,7 +269,7 @@ def _waiting(steps: Sequence[_Step]) -> float:
 
 
 def _during(steps: Sequence[_Step], spans: Sequence[tuple[float, float]]) -> Mapping[str, float] | None:
-    """Of the steps that were under way then: how many, their median, the largest."""
+    """Steps in flight at that time: how many, their median, the largest."""
     met = [
         step.seconds
         for step in steps

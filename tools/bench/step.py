@@ -1,4 +1,4 @@
-"""`bench step`: a whole train step, jaxtrain's and torch's in turns."""
+"""`bench step`: a whole train step in jaxtrain and in torch, interleaved."""
 
 import contextlib
 import importlib.util
@@ -51,9 +51,7 @@ COMMAND = Command(
             name="dtype", type=Literal["float32", "bfloat16"], default="float32", help="bfloat16 is autocast in torch"
         ),
         Flag(name="remat", type=Literal["none", "dots", "full"], default="full", help="see jaxtrain.model.llama"),
-        Flag(
-            name="one_core", type=bool, default=False, help="use one core, whose CPU seconds other load hardly changes"
-        ),
+        Flag(name="one_core", type=bool, default=False, help="use one core: other load hardly changes its CPU seconds"),
         Flag(
             name="distill", type=bool, default=False, help="with a teacher, against the student and the teacher alone"
         ),
@@ -125,7 +123,7 @@ def _size(flags: Flags) -> Size:
 
 
 def _makers(size: Size, baselines: tuple[str, ...]) -> dict[str, Callable[[], Callable[[], float]]]:
-    """What makes a step ready to run, by name; without those that this machine cannot have."""
+    """Functions that prepare a step, by name; only those that this machine can run."""
     makers: dict[str, Callable[[], Callable[[], float]]] = {"jaxtrain": lambda: JaxStep(size).run}
     if not baselines:
         return makers

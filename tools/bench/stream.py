@@ -1,4 +1,4 @@
-"""Runs of the data path on given parquet files, and a tokenizer that costs nothing."""
+"""Runs of the data path on parquet files, and a tokenizer that costs almost nothing."""
 
 import contextlib
 import zlib
@@ -14,7 +14,7 @@ from jaxtrain.plan import Plan, Stage, build_plan
 
 
 class Prepared:
-    """A tokenizer almost without work: a text's ids are cut from a table, one for every `characters` characters.
+    """A tokenizer with almost no work: a text's ids are sliced from a table, one for every `characters` characters.
 
     They follow from the text alone, so that equal streams have equal tokens.
     """
@@ -32,7 +32,7 @@ class Prepared:
         lengths = [max(round(len(text) / self._characters), 1) for text in texts]
         while max(lengths, default=0) >= len(self._table) // 2:
             self._table = np.concatenate([self._table, self._table])
-        # A place in the table's first half by how the text begins.
+        # The text's beginning selects a position in the first half of the table.
         places = (zlib.crc32(text[:64].encode()) % (len(self._table) // 2) for text in texts)
         cuts = [self._table[place : place + length] for place, length in zip(places, lengths, strict=True)]
         return np.concatenate([np.empty(0, np.int32), *cuts]), np.array(lengths, np.int64)

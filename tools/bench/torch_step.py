@@ -140,7 +140,7 @@ class TorchStep:
         return torch.cuda.max_memory_allocated() / 1e6 if self._device == "cuda" else None
 
     def load(self, params: Mapping[str, Any]) -> None:
-        """Take over jaxtrain's parameters (NumPy arrays). Ours are stored transposed; theirs stack the layers."""
+        """Copies jaxtrain's parameters (NumPy arrays), which stack the layers and are transposed."""
         with torch.no_grad():
             self.model.embedding.weight.copy_(torch.tensor(params["embedding"]))
             self.model.norm.scale.copy_(torch.tensor(params["norm"]["scale"]))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from jaxtrain.checkpoint import checkpoints
+from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
@@ -227,11 +227,11 @@ class Start:
 
 def start_before(step: int, workdir: str) -> Start:
     """The nearest checkpoint before a step; else the beginning of the run, with the commits of a later checkpoint."""
-    steps = checkpoints.steps(workdir)
+    steps = restore.steps(workdir)
     if not steps:
         return Start(0, None)
     nearest = max((found for found in steps if found < step), default=None)
-    saved = checkpoints.load_data(workdir, min(steps) if nearest is None else nearest)
+    saved = restore.load_data(workdir, min(steps) if nearest is None else nearest)
     if nearest is not None and saved["data_ended"]:
         raise UserError(f"step {step:,} is past the end of the run: its data ended with step {nearest:,}")
     return Start(nearest or 0, saved)

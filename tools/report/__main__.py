@@ -1,4 +1,4 @@
-"""`python -m tools.report`: what a run did, as one page to look at, to send, or to keep."""
+"""`python -m tools.report`: one HTML page about a run, or several side by side."""
 
 import os
 
@@ -11,9 +11,9 @@ COMMAND = cli.Command(
     name="python -m tools.report",
     description=(
         "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, throughput, "
-        "memory and mix against tokens, with the stages shaded; what each stage took of each source; where the time "
-        "went. One page that needs no network and runs no script. Several work directories are drawn on the same axes, "
-        "with what their configs differ in, into the first one. May look at a run under way."
+        "memory and mix against tokens, with the stages shaded; what each stage took from each source; where the time "
+        "went. The page needs no network and runs no script. Several work directories are drawn on the same axes, with "
+        "the differences of their configs, into the first one. May inspect a live run."
     ),
     examples=(
         "python -m tools.report runs/quickstart",
@@ -36,7 +36,7 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     if flags.output == "":
         raise UserError("--output= is empty: give a file, or leave it out for report.html in the work directory")
-    # After the command line is known to be right: these import JAX, which takes seconds.
+    # Importing JAX takes seconds: only once the command line is known to be right.
     from jaxtrain.checkpoint.workdir import write_atomically
     from tools.report import reading
     from tools.report.page import page

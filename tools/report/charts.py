@@ -1,4 +1,4 @@
-"""Which charts a report has, of one run or of several on the same axes."""
+"""The charts of a report, for one run or several on the same axes."""
 
 import dataclasses
 import itertools
@@ -8,13 +8,13 @@ from tools.report import svg
 from tools.report.reading import RunLog, given
 from tools.report.series import number
 
-COLORS = 8  # of the page's style
-_LOG_FROM = 8.0  # highest over lowest value from where a curve is better seen on a logarithmic axis
+COLORS = 8  # in the page's style
+_LOG_FROM = 8.0  # highest over lowest value above which a logarithmic axis shows a curve better
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A small chart of one key of metrics.jsonl. log: on a logarithmic axis where the values differ by much."""
+    """A small chart of one key of metrics.jsonl. log: on a logarithmic axis if the values span a wide range."""
 
     key: str
     title: str
@@ -38,7 +38,7 @@ SMALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """log: the same on a logarithmic axis, to be chosen by the reader. starts_log: whether that is shown first."""
+    """A chart. log: the same on a logarithmic axis, as the reader's choice. starts_log: whether it is shown first."""
 
     title: str
     drawing: str
@@ -52,7 +52,7 @@ def run_color(index: int) -> int:
 
 
 def frame(runs: Sequence[RunLog], tell: Callable[[RunLog, dict], str]) -> svg.Frame:
-    """tell: what to say of a run's logged line."""
+    """tell: the tooltip's text for a run's logged line."""
 
     def hover(tokens: float) -> str:
         lines = [f"{tokens:,.0f} tokens"]
@@ -67,7 +67,7 @@ def frame(runs: Sequence[RunLog], tell: Callable[[RunLog, dict], str]) -> svg.Fr
 
 
 def bands(run: RunLog) -> list[svg.Band]:
-    """The stages, if there are several."""
+    """The stages as bands; none if there is just one."""
     if len(run.stages) < 2:
         return []
     return [
@@ -90,7 +90,7 @@ def same_stages(runs: Sequence[RunLog]) -> bool:
 
 
 def loss(runs: Sequence[RunLog]) -> Figure | None:
-    """Training loss, and held-out loss as marks."""
+    """Training loss as curves, held-out loss as marks."""
     curves, legend = [], []
     for index, run in enumerate(runs):
         color = run_color(index)
@@ -118,7 +118,7 @@ def loss(runs: Sequence[RunLog]) -> Figure | None:
 
 
 def small(runs: Sequence[RunLog]) -> list[Figure]:
-    """Those that any run has values for."""
+    """The small charts that any run has values for."""
     return [found for plan in SMALL if (found := _small(runs, plan)) is not None]
 
 
@@ -126,7 +126,7 @@ def _small(runs: Sequence[RunLog], plan: Plan) -> Figure | None:
     curves = [
         svg.Curve(run.name, points, run_color(index))
         for index, run in enumerate(runs)
-        # Without distillation the cross-entropy is the loss.
+        # Without distillation the loss chart already shows the cross-entropy.
         if (points := run.curves[plan.key].points()) and (plan.key != "ce_loss" or run.curves["kd_loss"].last)
     ]
     if not curves:
@@ -149,7 +149,7 @@ def _shown(value: object) -> str:
 
 
 def mix(run: RunLog, with_name: bool) -> Figure | None:
-    """What each source gave between two logged lines, against the stages' targets. None with a single source."""
+    """The share of each source between two logged lines, and the stages' targets. None for a single source."""
     names = run.sources
     if len(names) < 2:
         return None

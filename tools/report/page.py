@@ -13,7 +13,7 @@ from tools.report.series import number
 from tools.report.svg import bar, percent, short, text
 
 _NONE = "–"
-# Of `RunLog.time_spent`: what to call it, and its colour.
+# Span of `RunLog.time_spent` → label, color.
 _SPANS = {
     STEPS: ("steps", 2),
     "data": ("waiting for data", 1),
@@ -24,7 +24,7 @@ _SPANS = {
     "stage change": ("stage changes", 6),
     LOST: ("lost at restarts", 5),
 }
-_MOST_DIFFERENCES = 60  # rows for each run
+_MAX_DIFFERENCES = 60  # rows per run
 
 
 def page(runs: Sequence[RunLog]) -> str:
@@ -99,7 +99,7 @@ def _model(config: Json | None) -> str:
     if config is None:
         return _NONE
     model = config["model"]
-    # A model of one's own may have other fields.
+    # Models from outside may have other fields.
     shown = {"num_layers": "{} layers", "hidden_size": "{} wide", "num_heads": "{} heads", "dtype": "{}"}
     parts = [form.format(model[field]) for field, form in shown.items() if field in model]
     return ", ".join([_kind_of(model), *parts])
@@ -183,7 +183,7 @@ def _remarks(run: RunLog) -> list[str]:
     found = []
     skipped = number(run.last.get("skipped"))
     if skipped:
-        found.append(f"{skipped:,.0f} updates skipped for gradients that were not finite")
+        found.append(f"{skipped:,.0f} updates skipped because of non-finite gradients")
     if run.without_loss:
         found.append(f"{run.without_loss:,} logged losses not finite, the first at step {run.first_without_loss:,}")
     if run.unreadable:
@@ -237,7 +237,7 @@ def _figure(figure: Figure, choice: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[str], words: int) -> str:
-    """words: so many columns hold text, the others numbers."""
+    """words: number of leading columns that hold text; the others hold numbers."""
     head = _cells("th", columns, words)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
 
@@ -276,7 +276,7 @@ def _stage_title(run: RunLog, stage: StageLog) -> str:
 
 
 def _ledger(run: RunLog) -> str:
-    """What each stage took of each source; where a run's log does not tell, that is said."""
+    """What each stage took from each source, or that the log does not record it."""
     columns = ("Stage", "Source", "Target", "Share", "Tokens", "Unique tokens", "Documents", "Epochs")
     rows, unknown = [], False
     for stage in run.stages:
@@ -296,11 +296,9 @@ def _ledger(run: RunLog) -> str:
         for index, (name, given) in enumerate((run.last.get("sources") or {}).items()):
             cells = ("" if index else "all", name, _NONE, *_counts(given, "epoch"))
             rows.append(_row(cells, 2, "" if index else ' class="first"'))
-    note = "Epochs: those that the lane which is furthest behind has completed."
+    note = "Epochs: completed by the lane that is furthest behind."
     if unknown:
-        note += (
-            " Not known: an earlier version logged the stage's end, or saved a checkpoint within it, and did not tell."
-        )
+        note += " Not known: an earlier version logged the stage's end, or a checkpoint in it, without recording this."
     return _table(columns, rows, 2) + f'<p class="note">{text(note)}</p>'
 
 
@@ -316,9 +314,9 @@ def _differences(first: RunLog, other: RunLog) -> str:
     if first.config is None or other.config is None:
         return f'<p class="note">{text(other.name)}: a config.json is missing.</p>'
     found = cli.differences(first.config, other.config)
-    rows = [_row((path, _value(old), _value(new)), 3) for path, old, new in found[:_MOST_DIFFERENCES]]
-    if len(found) > _MOST_DIFFERENCES:
-        rows.append(_row((f"and {len(found) - _MOST_DIFFERENCES:,} more", "", ""), 3))
+    rows = [_row((path, _value(old), _value(new)), 3) for path, old, new in found[:_MAX_DIFFERENCES]]
+    if len(found) > _MAX_DIFFERENCES:
+        rows.append(_row((f"and {len(found) - _MAX_DIFFERENCES:,} more", "", ""), 3))
     if not rows:
         return f'<p class="note">{text(other.name)}: in nothing.</p>'
     return _table(("Field", first.name, other.name), rows, 3)

@@ -1,4 +1,4 @@
-"""A work directory's logs, read once from beginning to end: what the report shows of a run."""
+"""Reads a work directory's logs, once from beginning to end."""
 
 import bisect
 import difflib
@@ -32,7 +32,7 @@ _PARAMETERS = re.compile(r"Model: ([\d,]+ parameters \([\d,]+ without embeddings
 
 
 class StageLog:
-    """What the lines of one stage say. first_token, first_step: by the line before the stage's first one."""
+    """The lines of one stage. first_token, first_step: from the line before the stage's first one."""
 
     def __init__(self, line: Json, first_token: int, steps_before: int):
         self.number: int = line["stage"]
@@ -42,7 +42,7 @@ class StageLog:
         self._seconds, self._waited = 0.0, 0.0
 
     def add(self, line: Json, tokens: int) -> None:
-        """tokens: since the line before."""
+        """tokens: since the previous line."""
         self.last = line
         rate = number(line.get("tokens_per_sec"))
         if rate:
@@ -56,17 +56,17 @@ class StageLog:
 
     @property
     def median_rate(self) -> float | None:
-        """Tokens a second: the median over the logged lines."""
+        """Tokens per second: the median over the logged lines."""
         return statistics.median(rates) if (rates := self._rates.items()) else None
 
     @property
     def data_wait(self) -> float | None:
-        """Share of the stage's time that steps waited for data."""
+        """Share of the stage's time spent waiting for data."""
         return self._waited / self._seconds if self._seconds else None
 
     @property
     def given(self) -> dict[str, Json] | None:
-        """What the stage took of each source; None where the run's version did not log it, or it is not known."""
+        """What the stage took from each source; None if the run did not log it."""
         found = self.last.get("stage_sources")
         return found if isinstance(found, dict) else None
 
@@ -75,12 +75,12 @@ class RunLog:
     """A run, from its work directory's files. `add` takes the lines of metrics.jsonl in order.
 
     Attributes:
-        last: the line of the last step; empty before the first one.
+        last: the last step's line; empty before the first one.
         evaluation: the last evaluation's line; empty without one.
         best: (step, lowest eval_loss).
-        unreadable: lines that are none of jaxtrain's, such as one that a kill cut short.
-        lines: some of them, for mix and tooltips, with the last one of every stage.
-        without_loss: logged steps whose loss was not finite, and the first of them.
+        unreadable: lines that are not jaxtrain's, such as one cut short by a kill.
+        lines: a sample for mix and tooltips, including the last line of every stage.
+        without_loss: number of logged steps whose loss was not finite.
     """
 
     def __init__(self, name: str, path: str, config: Json | None = None, parameters: str | None = None):
@@ -94,7 +94,7 @@ class RunLog:
         self.best: tuple[int, float] | None = None
         self.unreadable, self.without_loss, self.first_without_loss = 0, 0, 0
         self._ended_processes: list[tuple[float, dict[str, float]]] = []
-        self._waiting: list[Json] = []  # evaluations of steps whose tokens the next line tells
+        self._waiting: list[Json] = []  # evaluations whose token counts follow from the next line
 
     def add(self, line: Json) -> None:
         step, tokens = number(line.get("step")), number(line.get("tokens"))
@@ -118,7 +118,7 @@ class RunLog:
             self.stages.append(StageLog(line, before.get("tokens", 0), before.get("step", 0)))
         self.stages[-1].add(line, tokens - before.get("tokens", 0))
         self.lines.add(line)
-        # Each process counts its time from nothing, with a start of its own.
+        # Each process counts its time from zero.
         if before and _start(before) != _start(line):
             self._ended_processes.append(_process_time(before))
         self.last = line
@@ -134,7 +134,7 @@ class RunLog:
             self._waiting.append(line)
 
     def _place_evaluations(self, line: Json) -> None:
-        """Between two lines, of one stage, tokens grow by as many each step."""
+        """Between two lines of one stage, tokens grow equally with each step."""
         before = self.last or {"step": 0, "tokens": 0}
         for waiting in self._waiting:
             part = (waiting["step"] - before["step"]) / (line["step"] - before["step"])
@@ -147,7 +147,7 @@ class RunLog:
                 points.append((tokens, value, line["step"]))
 
     def finish(self) -> None:
-        """After the last line: an evaluation of a step that is not logged yet stands where steps go on as they did."""
+        """After the last line: places evaluations of steps that are not logged yet, by the last step's tokens."""
         step_tokens = (number(self.last.get("seq_len")) or 0) * (number(self.last.get("batch_size")) or 0)
         for waiting in self._waiting:
             self._place(waiting, int(self.last["tokens"] + (waiting["step"] - self.last["step"]) * step_tokens))
@@ -158,7 +158,7 @@ class RunLog:
         return len(self._ended_processes)
 
     def time_spent(self) -> dict[str, float]:
-        """Seconds: of steps, of each span, and "lost", which no line tells of: what was trained again after a kill."""
+        """Seconds of steps, of each span, and "lost", which no line records: what was trained again after a kill."""
         spent = {STEPS: 0.0}
         for steps, spans in (*self._ended_processes, _process_time(self.last)):
             spent[STEPS] += steps
@@ -174,7 +174,7 @@ class RunLog:
         return list(self.last.get("sources") or {})
 
     def stage_config(self, stage: int) -> Mapping[str, Any]:
-        """As configured; empty where that is not known."""
+        """The stage's config; empty if it is not known."""
         stages = (self.config or {}).get("stages") or []
         return stages[stage - 1] if stage <= len(stages) else {}
 
@@ -182,7 +182,7 @@ class RunLog:
         return str(self.stage_config(stage).get("name", f"stage {stage}"))
 
     def targets(self, stage: int) -> dict[str, float] | None:
-        """Share of the tokens that each source is to have; None where it is not known."""
+        """Each source's target share of the tokens; None if it is not known."""
         found = self.stage_config(stage)
         if not found:
             return None
@@ -200,7 +200,7 @@ class RunLog:
         return sum(tokens) if tokens and all(tokens) and config.get("steps") is None else None
 
     def nearest_line(self, tokens: float) -> Json | None:
-        """The logged line nearest to a token count, of those kept; None past the run's end."""
+        """The kept line nearest to a token count; None past the run's end."""
         kept = self.lines.items()
         if not kept or tokens > self.last["tokens"]:
             return None
@@ -209,7 +209,7 @@ class RunLog:
 
 
 def given(line: Json) -> dict[str, int]:
-    """The tokens that every source had given in all by a logged step."""
+    """Each source's tokens up to a logged step."""
     return {name: int(number(source.get("tokens")) or 0) for name, source in (line.get("sources") or {}).items()}
 
 
@@ -224,13 +224,13 @@ def _seconds(line: Json) -> dict[str, float]:
 
 
 def _process_time(line: Json) -> tuple[float, dict[str, float]]:
-    """Seconds of steps, and of each span, by the last line of a process: goodput is the steps' share."""
+    """Seconds of steps and of each span, from the last line of a process. Goodput is the share of steps."""
     spans, goodput = _seconds(line), number(line.get("goodput")) or 0.0
     return sum(spans.values()) * goodput / max(1 - goodput, 1e-9), spans
 
 
 def read(path: str) -> RunLog:
-    """Raises UserError where there is no work directory, or no step was logged yet."""
+    """Reads a work directory. Raises UserError if there is none, or no step is logged yet."""
     workdir = Workdir(path)
     if not workdir.metrics.exists():
         raise _nothing_at(path, workdir)
@@ -241,13 +241,13 @@ def read(path: str) -> RunLog:
         else:
             run.add(line)
     if not run.last:
-        raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Give this again when the first one is.")
+        raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Run this again after the first one.")
     run.finish()
     return run
 
 
 def tell_apart(runs: Sequence[RunLog]) -> None:
-    """Runs of one name get those of their parents too, or their whole paths."""
+    """Gives runs of the same name their parents' names too, or their whole paths."""
     for depth in (1, 2, 3):
         names = ["/".join(run.path.rstrip("/").split("/")[-depth:]) for run in runs]
         if len(set(names)) == len(names):
@@ -259,7 +259,7 @@ def tell_apart(runs: Sequence[RunLog]) -> None:
 
 
 def _lines(workdir: Workdir) -> Iterator[Json | None]:
-    """The objects of metrics.jsonl; None for what is none. A live run may be writing its last line."""
+    """The objects of metrics.jsonl; None for a line that is no object, such as one that is being written."""
     size = workdir.metrics.stat().length
     # None: hidden unless the output is a terminal.
     with (
@@ -283,7 +283,7 @@ def _config(workdir: Workdir) -> Json | None:
 
 
 def _parameters(workdir: Workdir) -> str | None:
-    """As the run's log says it near its beginning."""
+    """The number of parameters, from the beginning of the run's log."""
     if not workdir.log.exists():
         return None
     with workdir.log.open("rb") as file:
@@ -296,7 +296,7 @@ def _nothing_at(path: str, workdir: Workdir) -> UserError:
         return UserError(f"{path} is a file: give the work directory that holds metrics.jsonl")
     if workdir.path.exists():
         return UserError(
-            f"{path} holds no metrics.jsonl: either no run has logged a step there yet, or it is no work directory"
+            f"{path} holds no metrics.jsonl: either no run has logged a step there yet, or it is not a work directory"
         )
     parent = workdir.path.parent
     beside = sorted(one.name for one in parent.iterdir() if one.is_dir()) if parent.exists() else []

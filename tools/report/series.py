@@ -1,4 +1,4 @@
-"""What a page can show of any number of logged lines, in bounded memory."""
+"""Summaries of any number of logged lines in bounded memory."""
 
 import math
 from typing import Any, Generic, TypeVar
@@ -11,7 +11,7 @@ _BUCKETS = 1000  # more than a chart has pixels
 
 
 def number(value: Any) -> float | None:
-    """A finite number of a JSON file; None for all else."""
+    """A finite number from a JSON file; None for anything else."""
     # By type: isinstance(value, int | float) takes three times as long, and this is called for every number.
     if type(value) is float:
         return value if math.isfinite(value) else None
@@ -29,7 +29,7 @@ class Series:
         self.last: Point | None = None
 
     def add(self, x: float, y: float | None) -> None:
-        """x: above all before. None: there is no value."""
+        """Adds a point. x: larger than all before. y: None is skipped."""
         if y is None:
             return
         point = (x, y)
@@ -59,7 +59,7 @@ def _joined(one: tuple[Point, Point], other: tuple[Point, Point]) -> tuple[Point
 
 
 class Thinned(Generic[T]):
-    """Items at equal distances, `limit` to twice that many; and the last one, and those that were pinned."""
+    """Between `limit` and twice as many items at equal distances, plus the last one and pinned ones."""
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -79,7 +79,7 @@ class Thinned(Generic[T]):
             self._kept = [(at, kept) for at, kept in self._kept if at % self._every == 0 or at in self._pinned]
 
     def pin(self) -> None:
-        """Keeps the item that was added last."""
+        """Keeps the last added item."""
         self._pinned |= {at for at, _ in self._last}
         if self._kept and self._last and self._kept[-1][0] != self._last[0][0]:
             self._kept += self._last

@@ -1,4 +1,4 @@
-"""Charts as SVG text: axes, curves, shaded stages, stacked shares. Sizes in pixels; text in HTML and SVG is escaped."""
+"""Charts as SVG: axes, curves, shaded stages, stacked shares. Sizes are in pixels; all text is escaped."""
 
 import dataclasses
 import html
@@ -10,16 +10,16 @@ from tools.report.series import Point
 
 WIDE, SMALL = (1120, 330), (548, 240)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 24, 38
-_CHARACTER = 6.4  # width of one in stages' labels
+_CHARACTER = 6.4  # width of a character in stages' labels
 _HOVER_COLUMNS = 120
-# XML has no such characters, escaped or not.
+# Characters that XML forbids even when escaped.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Format = Callable[[float], str]
 
 
 def text(value: object) -> str:
-    """Anything as text of HTML and XML, in elements and attributes."""
+    """Anything as text for HTML and XML, in elements and attributes."""
     return html.escape(_FORBIDDEN.sub("\ufffd", str(value)))
 
 
@@ -42,7 +42,7 @@ def percent(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """From values to pixels. start: the pixel of `low`."""
+    """Maps values to pixels. start: the pixel of `low`."""
 
     low: float
     high: float
@@ -55,11 +55,11 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def value(self, pixel: float) -> float:
-        """Of a linear axis."""
+        """The value at a pixel of a linear axis."""
         return self.low + (pixel - self.start) / (self.end - self.start) * (self.high - self.low)
 
     def ticks(self, count: int) -> list[float]:
-        """Round values, about so many."""
+        """About `count` round values."""
         if not self.log:
             return _round_values(self.low, self.high, count)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -80,7 +80,7 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def value_axis(values: Iterable[float], start: float, end: float, *, zero: bool = False, log: bool = False) -> Axis:
-    """An axis that holds the values with some air. zero: from 0 on. log: all values are above 0."""
+    """An axis around the values with a margin. zero: starts at 0. log: all values are above 0."""
     found = list(values)
     low, high = min(found), max(found)
     if log:
@@ -94,7 +94,7 @@ def value_axis(values: Iterable[float], start: float, end: float, *, zero: bool 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """color: its number in the page's style. notes: a text for each point, which is then marked."""
+    """A curve. color: number in the page's style. notes: a text for each point; the points are then marked."""
 
     label: str
     points: Sequence[Point]
@@ -115,7 +115,7 @@ class Band:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What all charts share: tokens to the right, stages shaded, and what to tell at a token count."""
+    """Shared by all charts: tokens to the right, shaded stages, and the tooltip at a token count."""
 
     last_token: float
     bands: Sequence[Band]
@@ -132,7 +132,7 @@ def line_chart(
     log: bool = False,
     form: Format = short,
 ) -> str:
-    """Curves over tokens. log: what is not above 0 is left out."""
+    """Curves over tokens. log: values of 0 and below are left out."""
     drawn = [dataclasses.replace(curve, points=_above_zero(curve.points)) if log else curve for curve in curves]
     values = [y for curve in drawn for _, y in curve.points]
     x, (top, bottom) = _x_axis(frame, size), _span(size)
@@ -157,7 +157,7 @@ def _above_zero(points: Sequence[Point]) -> list[Point]:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """What the layers of a stack have, from one token count to another; they sum to 1."""
+    """The layers' shares between two token counts; they sum to 1."""
 
     first: float
     last: float
@@ -168,7 +168,7 @@ class Shares:
 def stack_chart(
     frame: Frame, title: str, layers: int, spans: Sequence[Shares], targets: Sequence[Shares], size: tuple[int, int]
 ) -> str:
-    """Shares over tokens, piled up, layer 0 lowest; where the targets divide them, broken lines."""
+    """Stacked shares over tokens, layer 0 at the bottom; dashed lines show the targets."""
     x, (top, bottom) = _x_axis(frame, size), _span(size)
     y = Axis(0.0, 1.0, bottom, top)
     parts = []
@@ -196,7 +196,7 @@ def _edge(x: Axis, y: Axis, span: Shares, share: float) -> str:
 
 
 def bar(parts: Sequence[tuple[str, float, str]]) -> str:
-    """One bar of the whole width, divided. parts: (style class, share, note)."""
+    """One full-width bar, divided into parts: (style class, share, note)."""
     found, begin = [], 0.0
     for kind, share, note in parts:
         place = f'x="{600 * begin:.1f}" y="0" width="{600 * share:.1f}" height="18"'
@@ -235,7 +235,7 @@ def _grid(x: Axis, y: Axis, size: tuple[int, int], form: Format) -> list[str]:
 
 
 def _stages(bands: Sequence[Band], x: Axis, top: int, bottom: int, shaded: bool = True) -> list[str]:
-    """Every second one is shaded; names where there is room, else numbers, else the tooltip alone."""
+    """Every other stage is shaded. Labels are names if they fit, else numbers, else only the tooltip."""
     parts = []
     for band in bands:
         left, right = x.at(band.first), x.at(band.last)
@@ -254,7 +254,7 @@ def _stages(bands: Sequence[Band], x: Axis, top: int, bottom: int, shaded: bool 
 
 
 def _hover(frame: Frame, x: Axis, top: int, bottom: int) -> list[str]:
-    """Columns that tell what was logged there."""
+    """Invisible columns with tooltips."""
     width, parts = (x.end - x.start) / _HOVER_COLUMNS, []
     for column in range(_HOVER_COLUMNS):
         left = x.start + column * width

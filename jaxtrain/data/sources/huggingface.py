@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face Hub, and files anywhere that the datasets library has a reader for.
 
 What it reads is settled once, by `resolve`: the commit, the list of files, how they are decoded. The datasets library
-says which files make up a dataset and decodes all formats but parquet, which has a reader of its own (parquet.py).
+says which files make up a dataset and how its card wants them read; parquet.py, streams.py and samples.py read them.
 """
 
 import array
@@ -17,7 +17,7 @@ from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locat
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.samples import sample_blocks
-from jaxtrain.data.sources.streams import BUILDER_KWARGS, stream_blocks
+from jaxtrain.data.sources.streams import BUILDER_KWARGS, distrusted, reader_version, stream_blocks
 from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
@@ -83,6 +83,11 @@ class HuggingFace:
         if self.fetch_rows < 1 or (self.max_samples is not None and self.max_samples < 1):
             raise UserError(f"fetch_rows={self.fetch_rows} and max_samples={self.max_samples} must be at least 1.")
 
+    def columns(self) -> tuple[str, ...]:
+        """What the transforms read besides the text. ("text" is the chosen column, for them, too.)"""
+        wanted = (name for transform in self.transforms for name in transform.columns if name != "text")
+        return tuple(dict.fromkeys(wanted))
+
     def full_name(self) -> "HuggingFace":
         """The same, but for a short name."""
         if self.name not in SHORT_NAMES:
@@ -125,6 +130,7 @@ class HuggingFace:
             "revision": None,
             "files": list(files),
             "stamps": stamps(list(files), located),
+            "reader": reader_version(self.name, list(files)),
             "builder": self.name,
             "builder_kwargs": BUILDER_KWARGS.get(self.name, {}),
         }
@@ -133,6 +139,11 @@ class HuggingFace:
     def _look_up_dataset(self) -> "_Found":
         sha = self._sha()
         builder = self._builder(sha)
+        if builder.name not in BUILDERS:
+            raise UserError(
+                f"dataset {self.name} has the format {builder.name!r}, and those that can be read are "
+                f"{', '.join(BUILDERS)}. Try its parquet files by revision='refs/convert/parquet'."
+            )
         addresses = self._split(builder)
         named(addresses)  # refuses two files of one name
         files = [locate(address) for address in addresses]
@@ -145,6 +156,7 @@ class HuggingFace:
             "revision": sha,
             "files": names,
             "stamps": stamps(names, files),
+            "reader": reader_version(builder.name, names),
             "builder": builder.name,
             "builder_kwargs": _builder_kwargs(builder, features),
         }
@@ -232,6 +244,11 @@ class HuggingFace:
         for key, now in self._about().items():
             if identity[key] != now:
                 raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
+        if reason := distrusted(identity, self.columns(), is_stored=False):
+            raise UserError(
+                f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would not "
+                "be the same: start a new run in another --workdir."
+            )
         # Credentials and signatures are in the config alone.
         known = [pattern for pattern in self.data_files if pattern.startswith("http")]
         sha, root = identity["revision"], ""
@@ -283,9 +300,7 @@ class HuggingFaceSource:
         self.files: list[str] = identity["files"]
         self.random_access: bool = identity["builder"] == "parquet"
         self.text = config.column
-        # "text" is the chosen column, also for a transform that asks for it.
-        wanted = (name for transform in config.transforms for name in transform.columns if name != "text")
-        self.columns = tuple(dict.fromkeys(wanted))
+        self.columns = config.columns()
         self._files = files
         self._parquet = ParquetFiles(files, config.fetch_rows)
 

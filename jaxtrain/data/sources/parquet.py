@@ -24,6 +24,7 @@ _BLOCK_ROWS = 512  # rows of a block: a shuffle window's default, and few enough
 _SMALLEST, _LARGEST = 1 << 18, 1 << 24  # bytes of a request: 256 kB to 16 MB, whatever the rows' size
 _FIRST_TAIL = 1 << 18  # bytes of the first look at a footer; most fit, and 256 kB cost less than a second round trip
 _FOOTERS = 1 << 25  # bytes of footers, as in the files, kept by a source: 32 MB, about 5 times that in memory
+_DECRYPT = "Keys are not supported: write the file anew without encryption."
 
 
 class ParquetFiles:
@@ -88,6 +89,8 @@ class ParquetFiles:
     def _read_footer(self, source: Bytes) -> pq.FileMetaData:
         """One request, or two if the footer is longer than those before. (A file ends: footer, its length, PAR1.)"""
         tail = source.tail(self.tail)
+        if tail[-4:] == b"PARE":
+            raise UserError(f"{source.what} is encrypted. {_DECRYPT}")
         if len(tail) < 12 or tail[-4:] != b"PAR1":
             raise pa.ArrowInvalid(f"no parquet footer in the last {len(tail)} bytes")
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -142,6 +145,8 @@ class ParquetFiles:
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
+            if "decrypt" in str(error).lower():
+                raise UserError(f"{source.what} has encrypted columns. {_DECRYPT}") from None
             self.forget(file)
             raise CorruptError(f"{source.what} cannot be decoded ({error})", source.what, decoded) from None
         finally:
@@ -226,18 +231,26 @@ class _Plan:
 
 
 def check_columns(schema: pa.Schema, text: str, columns: Sequence[str], what: str) -> None:
-    """Raises UserError if a column is missing, or if the one with the text holds something else."""
+    """Check that the columns are there.
+
+    Raises:
+        UserError: One is missing, or there twice, or the one with the text holds something else. (A column of nulls
+            alone has documents without text.)
+    """
     for name in dict.fromkeys([text, *columns]):
         if name not in schema.names:
             raise UserError(f"{what} has no column {name!r}. It has {', '.join(map(repr, schema.names))}.")
+        if schema.names.count(name) > 1:
+            raise UserError(f"{what} has {schema.names.count(name)} columns {name!r}. Rename all but one of them.")
     kind: Any = schema.field(text).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        texts = [
-            field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        ]
-        held = ", ".join(map(repr, texts)) or "none"
+    if not (_holds_text(kind) or pa.types.is_null(kind)):
+        held = ", ".join(repr(field.name) for field in schema if _holds_text(field.type)) or "none"
         raise UserError(f"{what}: column {text!r} holds {kind}, not text. Columns with text: {held}.")
+
+
+def _holds_text(kind: Any) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def to_block(batch: pa.RecordBatch | pa.Table, text: str, columns: Sequence[str]) -> Block:

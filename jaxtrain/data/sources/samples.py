@@ -7,16 +7,15 @@ of the first and then fails, and which takes an archive that was cut short for a
 """
 
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.io.byte_ranges import Bytes
+from jaxtrain.data.io.compression import DamagedError
 from jaxtrain.data.io.tar import members
-from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
+from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block
-
-_BLOCK_ROWS = 512
 
 
 def sample_blocks(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterator[Block]:
@@ -24,32 +23,15 @@ def sample_blocks(source: Bytes, row: int, text: str, columns: Sequence[str]) ->
 
     Raises TransientError and UserError as they come, and CorruptError at the first row that cannot be had.
     """
-    rows: list[dict[str, Any]] = []
-    is_first = row == 0
-    try:
-        for sample in _samples(source, row, (text, *columns)):
-            if is_first and text not in sample:
-                has = ", ".join(map(repr, sample))
-                raise UserError(f"{source.what} has no column {text!r}. Its first row has {has}.")
-            is_first = False
-            rows.append({**dict.fromkeys(columns), **sample, "text": _text(sample, text, source.what)})
-            if len(rows) == _BLOCK_ROWS:
-                yield _block(rows, columns)
-                row += len(rows)
-                rows = []
-    except (tarfile.TarError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        if rows:
-            yield _block(rows, columns)
-        source.refresh()
-        raise CorruptError(f"{source.what}: {error}", source.what, row + len(rows)) from None
-    if rows:
-        yield _block(rows, columns)
+    return blocks_of(_rows(source, row, text, columns), source, columns, first=row, row=row)
 
 
-def _block(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Block:
-    return {name: [row[name] for row in rows] for name in dict.fromkeys(["text", *columns])}
+def _rows(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for number, sample in enumerate(_samples(source, row, (text, *columns)), row):
+        if number == 0 and text not in sample:
+            has = ", ".join(map(repr, sample))
+            raise UserError(f"{source.what} has no column {text!r}. Its first row has {has}.")
+        yield {**dict.fromkeys(columns), **sample, "text": _text(sample, text)}
 
 
 def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -76,14 +58,17 @@ def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[s
 
 def _decoded(column: str, data: bytes) -> Any:
     """By the suffix, as the layout's own tools do: json is parsed, all else is text."""
-    return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
+    try:
+        return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
+    except ValueError as error:
+        raise DamagedError(f"column {column!r} cannot be decoded ({error})") from None
 
 
-def _text(sample: dict[str, Any], column: str, what: str) -> str:
+def _text(sample: dict[str, Any], column: str) -> str:
     text = sample.get(column)
     if isinstance(text, str | None):
-        return text or ""
-    raise UserError(
-        f"{what}: column {column!r} holds no text. For texts inside .json members use the source WebDataset, whose "
-        "column names their key."
+        return clean(text or "")
+    raise RowError(
+        f"column {column!r} holds {kind_of(text)}, not text. For texts inside .json members use the source "
+        "WebDataset, whose column names their key."
     )

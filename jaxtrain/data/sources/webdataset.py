@@ -10,26 +10,24 @@ import dataclasses
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO
 
 from jaxtrain.data.io.byte_ranges import Bytes
 from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.io.tar import BrokenError, members
+from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 KINDS = ("json", "jsonl", "txt")
-_BLOCK_ROWS = 512
-_BLOCK_CHARACTERS = 1 << 22  # of text in a block, as far as documents allow
 _MOST_SHARDS = 1_000_000
 
 
 @dataclasses.dataclass(kw_only=True)
 class WebDataset:
-    """Tar archives by URL pattern; plain or compressed by gzip, bzip2 or zstd.
+    """Tar archives by URL pattern; plain or compressed by gzip, bzip2, xz or zstd.
 
     Fields:
         urls: local paths and http(s), s3, gs and hf:// URLs. Braces stand for many: `shard-{00000..01000}.tar.bz2`,
@@ -138,31 +136,9 @@ class WebDatasetSource:
         raise AssertionError("tar archives have no index")
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
-        """Blocks of up to 512 rows: "text", and the keys that the transforms ask for.
-
-        Raises TransientError and UserError as they come; CorruptError at the first row that cannot be had.
-        """
+        """Blocks of up to 512 rows: "text", and the keys that the transforms ask for."""
         source = self._files[file]
-        rows: list[Json] = []
-        characters = 0
-        try:
-            for document in self._documents(source, row):
-                rows.append(document)
-                characters += len(document["text"])
-                if len(rows) == _BLOCK_ROWS or characters > _BLOCK_CHARACTERS:
-                    yield self._block(rows)
-                    row += len(rows)
-                    rows, characters = [], 0
-        except tarfile.TarError as error:
-            if rows:
-                yield self._block(rows)
-            source.refresh()
-            raise CorruptError(f"{source.what}: {error}", source.what, row + len(rows)) from None
-        if rows:
-            yield self._block(rows)
-
-    def _block(self, rows: Sequence[Json]) -> Block:
-        return {name: [document[name] for document in rows] for name in ("text", *self._columns)}
+        return blocks_of(self._documents(source, row), source, self._columns, first=row, row=row)
 
     def _documents(self, source: Bytes, skip: int) -> Iterator[Json]:
         """The documents of a shard after the first `skip`, which are not parsed."""
@@ -181,11 +157,11 @@ class WebDatasetSource:
                     if skip:
                         skip -= 1
                     else:
-                        yield self._from_json(line, name, source.what)
+                        yield self._from_json(line, name)
             elif skip:
                 skip -= 1
             else:
-                yield self._from_json(content.read(), name, source.what) if kind == "json" else self._from_text(content)
+                yield self._from_json(content.read(), name) if kind == "json" else self._from_text(content)
         if seen and not any(kind in seen for kind in self._config.members):
             has = ", ".join(f"{count:,} x {f'.{kind}' if kind else 'no suffix'}" for kind, count in seen.most_common(8))
             wanted = " or ".join(f".{kind}" for kind in self._config.members)
@@ -198,7 +174,7 @@ class WebDatasetSource:
             text = ""
         return {**dict.fromkeys(self._columns), "text": text}
 
-    def _from_json(self, data: bytes, name: str, what: str) -> Json:
+    def _from_json(self, data: bytes, name: str) -> Json:
         try:
             document = json.loads(data)
         except UnicodeDecodeError:
@@ -207,26 +183,15 @@ class WebDatasetSource:
             raise BrokenError(f"member {name!r} is not JSON ({error})") from None
         column = self._config.column
         if not isinstance(document, dict) or column not in document:
-            has = f"the keys {', '.join(map(repr, document))}" if isinstance(document, dict) else _kind(document)
-            raise UserError(
-                f"{what}: member {name!r} has no key {column!r}. It has {has}. Set column to the one with the text, or "
+            has = f"the keys {', '.join(map(repr, document))}" if isinstance(document, dict) else kind_of(document)
+            raise RowError(
+                f"member {name!r} has no key {column!r}. It has {has}. Set column to the one with the text, or "
                 "members to those that are documents."
             )
         text = document[column]
         if not isinstance(text, str | None):
-            raise UserError(f"{what}: {column!r} of member {name!r} holds {_kind(text)}, not text.")
-        return {**{key: _clean(document.get(key)) for key in self._columns}, "text": _clean(text or "")}
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", bool: "a truth value"}.get(type(value), type(value).__name__)
-
-
-def _clean(value: Any) -> Any:
-    """JSON can hold half of a pair of surrogates ("\\ud83d"), which is no character and which no tokenizer takes."""
-    if not isinstance(value, str) or value.isascii():
-        return value
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raise RowError(f"{column!r} of member {name!r} holds {kind_of(text)}, not text.")
+        return {**{key: clean(document.get(key)) for key in self._columns}, "text": clean(text or "")}
 
 
 def braces(pattern: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_what_is_wrong_is_said(hub: LoopbackHub):
     with pytest.raises(UserError, match=r"has no column 'text'. Its first row has 'txt', 'json'"):
         HuggingFace(name="org/web").resolve()
     with pytest.raises(
-        UserError, match=r"holds no text\. For texts inside .json members use the source WebDataset, whose"
+        UserError, match=r"holds an object, not text\. For texts inside .json members use the source WebDataset, whose"
     ):
         HuggingFace(name="org/web", column="json").resolve()
 

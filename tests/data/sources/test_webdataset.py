@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
-from jaxtrain.data.io import retry
-from jaxtrain.data.io import tar as tars_module
+from jaxtrain.data.io import compression, retry
+from jaxtrain.data.io import tar as tar_reader
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig, resolve
 from jaxtrain.data.sources.webdataset import WebDataset, braces
@@ -98,7 +98,7 @@ def read_until_broken(source) -> tuple[list[str], CorruptError | None]:
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_cut_anywhere_is_an_error_at_the_first_row_that_is_lost(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(tars_module, "_INPUT", 100)  # so that documents come before the cut is seen
+    monkeypatch.setattr(compression, "_INPUT", 100)  # so that documents come before the cut is seen
     rows = documents(40, seed=3, longest=40)
     data = tar([(f"{n}.txt", text.encode()) for n, text in enumerate(rows)])
     end = len(data) - len(data) % 512
@@ -180,8 +180,11 @@ def test_a_shard_without_documents_says_what_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"content": "x", "id": 1}', r"a\.tar: member '1\.json' has no key 'text'\. It has the keys 'content', 'id'"),
-        (b'{"text": 5}', "'text' of member '1.json' holds int, not text"),
+        (
+            b'{"content": "x", "id": 1}',
+            r"a\.tar, row 1: member '1\.json' has no key 'text'\. It has the keys 'content', 'id'",
+        ),
+        (b'{"text": 5}', "'text' of member '1.json' holds a number, not text"),
         (b'{"text": {"a": 1}}', "holds an object, not text"),
         (b'["text"]', "no key 'text'. It has a list"),
     ],
@@ -337,7 +340,7 @@ def read(source, deadline: float = 60) -> list[str]:
 def test_faults_of_the_network_change_nothing(hub: LoopbackHub, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("jaxtrain.data.io.cached_files._PIECE", 5000)
-    monkeypatch.setattr(tars_module, "_PIECE", 3000)
+    monkeypatch.setattr(tar_reader, "_PIECE", 3000)
     rows = documents(200, longest=40)
     data = DataConfig(sources={"web": publish(hub, [shard(rows[:100]), shard([]), shard(rows[100:])])})
     cache = DiskCache(tmp_path, 1)

@@ -4,7 +4,7 @@
 The argument is the path of the tokenizer's model: `--config=tests/e2e/configs/tiny.py:/tmp/x/tokenizer.model`.
 """
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace

@@ -1,6 +1,6 @@
 """Every kind of source and transform of version 0.1 in two stages, with AdamW. Paths are relative: see README.md."""
 
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace

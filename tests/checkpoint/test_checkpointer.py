@@ -1,7 +1,11 @@
 import collections
 import gc
+import json
+import logging
 import os
+import pwd
 import resource
+import shutil
 import subprocess
 import time
 
@@ -12,8 +16,9 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtrain.checkpoint import integrity
-from jaxtrain.checkpoint.checkpoints import CheckpointConfig, load_data, restore_params, step_folder
+from jaxtrain.checkpoint import integrity, storage
+from jaxtrain.checkpoint.checkpointer import CheckpointConfig
+from jaxtrain.checkpoint.restore import load_data, restore_params, step_folder
 from jaxtrain.distributed import consensus
 from jaxtrain.errors import UserError
 
@@ -284,7 +289,144 @@ def test_damage_found_while_reading(make, tmp_path):
         load_data(tmp_path)
 
 
-# Full disks.
+def nameless(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
+def large_state():
+    """Arrays whose file is above the megabyte up to which version 0.1 kept checksums."""
+    return {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 19,))}}
+
+
+def flip_a_bit_of_the_largest_file(folder):
+    path = max(files_of(folder), key=lambda p: p.stat().st_size)
+    assert path.stat().st_size > 1 << 20
+    damage(path, "changed")
+    return path
+
+
+def test_a_flipped_bit_of_a_large_array_is_found_and_an_older_checkpoint_is_used(make, tmp_path, caplog):
+    state = large_state()
+    first = make()
+    for step in (1, 2):
+        first.save(step, state, {"tokens": step})
+    first.close()
+    path = flip_a_bit_of_the_largest_file(tmp_path / "checkpoints/2")
+    with pytest.raises(UserError, match=r"Checkpoint .*2 is damaged: .* was changed"):
+        restore_params(tmp_path, abstract(state["params"]))
+    caplog.set_level(logging.INFO)
+    second = make()
+    assert f"Checkpoint 2 is damaged: {path} was changed." in caplog.text
+    assert "2.corrupt; checkpoint 1 is used" in caplog.text
+    assert "Verified the files of checkpoint 1" in caplog.text
+    assert second.latest_step() == 1
+    assert_same(second.restore(1, abstract(state)), state)
+
+
+def test_lists_of_version_0_1_compare_the_sizes_of_large_files(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
+    first = make()
+    first.save(1, large_state(), {"tokens": 1})
+    first.close()
+    files = tmp_path / "checkpoints/1/files.json"
+    listed = {
+        name: [size, crc if size <= 1 << 20 else -1] for name, (size, crc) in json.loads(files.read_text()).items()
+    }
+    files.write_text(json.dumps(listed))
+    path = flip_a_bit_of_the_largest_file(tmp_path / "checkpoints/1")
+    second = make()
+    assert second.latest_step() == 1
+    second.close()
+    damage(path, "cut")
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
+        make()
+
+
+def test_processes_share_listing_and_verifying(tmp_path):
+    folder = epath.Path(tmp_path)
+    for process in range(3):
+        for item in ("params", "opt"):
+            path = folder / item / f"ocdbt.process_{process}" / "d" / "array"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(bytes([process]) * 100)
+    (folder / "params" / "manifest.ocdbt").write_bytes(b"x")
+    for process in range(3):
+        integrity.write_share(folder, process)
+    integrity.write(folder, 3, skip="_CHECKPOINT_METADATA")
+    listed = json.loads((folder / "files.json").read_text())
+    assert len(listed) == 7
+    assert [p.name for p in folder.iterdir() if p.is_file()] == ["files.json"]
+    assert [integrity.problem(folder, process, 3) for process in range(3)] == [None] * 3
+    damage(tmp_path / "opt/ocdbt.process_2/d/array", "changed")
+    found = [integrity.problem(folder, process, 3) for process in range(3)]
+    assert sum(problem is not None and "was changed" in problem for problem in found) == 1
+
+
+# Places.
+
+
+@pytest.mark.parametrize("name", ["a[x]", "a[12]", "back\\slash", "wh?t", "st*r"])
+def test_paths_that_orbax_and_tensorstore_misread(tmp_path, name):
+    (tmp_path / "star/checkpoints").mkdir(parents=True)  # what "st*r" matches
+    state = state_on(mesh_of(1, 1))
+    for step in (1, 2):
+        checkpointer = CheckpointConfig(keep=1).build(tmp_path / name / "checkpoints")
+        assert (checkpointer.latest_step() or 0) == step - 1
+        checkpointer.save(step, state, {"tokens": step})
+        checkpointer.close()
+    assert_same(restore_params(tmp_path / name, abstract(state["params"])), state["params"])
+    assert load_data(tmp_path / name / "checkpoints/2") == {"tokens": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "star"})
+    assert [p.name for p in (tmp_path / name / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_checkpoint_without_arrays_is_not_committed(make, tmp_path, monkeypatch):
+    """Orbax only warns if it finds nothing to merge."""
+
+    async def skip_merge(*args, **kwargs):
+        pass
+
+    monkeypatch.setattr("orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files", skip_merge)
+    checkpointer = make()
+    checkpointer.save(1, state_on(mesh_of(1, 1)), {})
+    with pytest.raises(RuntimeError, match="Orbax wrote no arrays to"):
+        checkpointer.wait()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_users_without_a_name(make, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
+    save_all(make(), [1, 2, 3])
+    checkpointer = make()
+    assert checkpointer.latest_step() == 3
+    state = state_on(mesh_of(1, 1), 3)
+    assert_same(checkpointer.restore(3, abstract(state)), state)
+
+
+# Storage that refuses.
+
+
+@pytest.mark.parametrize("left", ["a file", "nothing"])
+def test_a_removed_folder_is_one_message(make, tmp_path, left, capfd):
+    checkpointer = make()
+    save_all(checkpointer, [1])
+    shutil.rmtree(tmp_path / "checkpoints")
+    if left == "a file":
+        (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"Checkpoint 2 could not be written.*(no longer a directory|was removed)"):
+        save_all(checkpointer, [2])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_a_store_refuses_in_words():
+    for text, words in {
+        "[Errno 1] Operation not permitted: 'x'": "not allowed",
+        "[Errno 20] Not a directory: 'x'": "no longer a directory",
+        "[Errno 2] No such file or directory: 'x'": "removed",
+        "RESOURCE_EXHAUSTED: No space left on device": "full",
+    }.items():
+        assert words in (storage.refusal(ValueError(text)) or "")
+    assert storage.refusal(ValueError("shapes differ")) is None
 
 
 @pytest.fixture(params=["limit", "tmpfs"])
@@ -330,11 +472,12 @@ def test_a_full_disk_is_explained_and_loses_nothing(full_disk, capfd):
 def test_a_failed_save_shows_at_the_next_step(make, monkeypatch):
     checkpointer = make()
 
-    def fail(folder, skip):
+    def fail(folder, num_processes, skip):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(integrity, "write", fail)
     checkpointer.save(1, state_on(mesh_of(1, 1)), {})
-    time.sleep(1)
+    while checkpointer._background.error is None:
+        time.sleep(0.05)
     with pytest.raises(UserError, match="writing is not allowed there; no earlier one exists"):
         checkpointer.should_save(2)

@@ -1,0 +1,149 @@
+"""One source's documents as a Grain dataset, for training loops other than jaxtrain's own.
+
+A shard is a lane (see lanes.py) without tokenizer and packing: which documents it yields, in which order, depends on
+the arguments alone, and its iterator's state is a position of a few integers.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+
+from jaxtrain.data import pipeline
+from jaxtrain.data.daemon_pool import DaemonPool
+from jaxtrain.data.lanes import Ahead
+from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.source_reader import Position, SourceReader, Window
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import SourceConfig
+
+_POSITION = tuple(field.name for field in dataclasses.fields(Position))
+
+
+class DocumentDataset(grain.IterDataset):
+    """The documents of one shard of a source: see `jaxtrain.documents`.
+
+    Nothing is looked up before the first element or state is asked for, so the dataset can be pickled.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        name: str = "documents",
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_window: int = 512,
+        holdout: float = 0.0,
+        held_out: bool = False,
+        epochs: int | None = 1,
+        retry_minutes: float = 60.0,
+    ):
+        super().__init__()
+        if not 0 <= shard < num_shards:
+            raise UserError(f"shard={shard}: give 0 to num_shards - 1 = {num_shards - 1}")
+        self.source, self.shard, self.shuffle_seed, self.held_out, self.epochs = source, shard, seed, held_out, epochs
+        self.config = DataConfig(
+            sources={name: source},
+            num_lanes=num_shards,
+            shuffle=shuffle,
+            shuffle_window=shuffle_window,
+            holdout=holdout,
+            retry_minutes=retry_minutes,
+        )
+        self.config.check()
+
+    def __iter__(self) -> "DocumentIterator":
+        return DocumentIterator(self)
+
+    def open(self, revision: str | None) -> SourceReader:
+        """The source, looked up now. revision: the commit of a Hub dataset; None: as the source says."""
+        (name,) = self.config.sources
+        source = self.source
+        if revision is not None:
+            source = dataclasses.replace(source, revision=revision)  # type: ignore[type-var]
+        config = dataclasses.replace(self.config, sources={name: source})
+        (reader,) = config.build(pipeline.resolve(config), seed=self.shuffle_seed, held_out=self.held_out)
+        return reader
+
+
+class DocumentIterator(grain.DatasetIterator):
+    """Elements: {"text": str, "file": str, "row": int}, the document and its lasting address in the source.
+
+    State, JSON: the position of the next document (epoch, unit, row, base), the commit of a Hub dataset ("" for other
+    sources), and a digest of everything that decides which document that is. A state is refused where the digest
+    differs; a branch that has moved on is read at the state's commit.
+    """
+
+    def __init__(self, dataset: DocumentDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._next = Position(0, 0, 0)
+        self._reader: SourceReader | None = None
+        self._documents: Iterator[tuple[dict[str, Any], Position]] | None = None
+        self._pool = DaemonPool(1, "jaxtrain-documents")
+
+    def __next__(self) -> dict[str, Any]:
+        if self._documents is None:
+            self._documents = self._read(self._opened())
+        document, self._next = next(self._documents)
+        return document
+
+    def get_state(self) -> dict[str, Any]:
+        reader = self._opened()
+        return {**dataclasses.asdict(self._next), "revision": _revision(reader) or "", "digest": self._digest(reader)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self._reader is None or (_revision(self._reader) or "") != state["revision"]:
+            self.close()
+            self._reader = self._dataset.open(state["revision"] or None)
+        if self._digest(self._reader) != state["digest"]:
+            raise UserError(
+                f"the state belongs to other documents: its digest is {state['digest']}, this dataset's "
+                f"{self._digest(self._reader)}. Give the same source, files, name, seed, shuffle, holdout and "
+                "num_shards as when it was saved."
+            )
+        self._next = Position(*(int(state[field]) for field in _POSITION))
+        self._documents = None
+
+    def close(self) -> None:
+        super().close()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = self._documents = None
+
+    def _opened(self) -> SourceReader:
+        if self._reader is None:
+            self._reader = self._dataset.open(None)
+        return self._reader
+
+    def _read(self, reader: SourceReader) -> Iterator[tuple[dict[str, Any], Position]]:
+        """Documents from the position on, each with the position after it."""
+        start, shard = self._next, self._dataset.shard
+        reader.register({shard: start})
+        # The next window is read while this one's documents are taken.
+        windows: Iterator[Window] = Ahead(reader.windows(shard, start, self._dataset.epochs), self._pool)
+        for window in windows:
+            at, file = window.start, reader.source.files[window.file]
+            for text, row, file_row in zip(
+                window.texts, window.positions.tolist(), window.file_rows.tolist(), strict=True
+            ):
+                if (at.epoch, at.unit) == (start.epoch, start.unit) and row < start.row:
+                    continue
+                after = Position(at.epoch, at.unit, row + 1, at.base)
+                yield {"text": text, "file": file, "row": file_row}, after
+
+    def _digest(self, reader: SourceReader) -> str:
+        """Of what decides which document is at a position. The shard is a part of it: positions are the shard's own."""
+        decisive = [reader.name, reader.identity, dataclasses.asdict(reader.rules), self._dataset.shard]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _revision(reader: SourceReader) -> str | None:
+    """The commit that a Hub dataset was resolved to; None for other sources."""
+    return reader.source.identity.get("revision")

@@ -1,0 +1,220 @@
+"""Compressed files as streams of bytes, each held to the end that its format defines.
+
+The usual file objects (gzip, zstandard, fsspec's) differ in what they do with a file that was cut: some raise, some
+end in silence, at the cut or at a frame before it. Here a stream ends only where its decoder says that it is complete.
+"""
+
+import bz2
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from jaxtrain.errors import UserError
+
+_INPUT = 1 << 12  # compressed bytes decoded at a time: what precedes damage is given, and little memory is held
+_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs; the library's own limit is 128 MB
+
+# Suffixes by format, as the datasets library knows them.
+_SUFFIXES = {
+    "gz": "gzip",
+    "gzip": "gzip",
+    "tgz": "gzip",
+    "bz2": "bzip2",
+    "xz": "xz",
+    "zst": "zstd",
+    "zstd": "zstd",
+    "lz4": "lz4",
+    "zip": "zip",
+}
+# What files of each format begin with. No text does: all but bzip2's hold bytes that are no text, and bzip2's is long.
+_MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    # A frame, or one to be skipped (RFC 8878, section 3.1).
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL),
+    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
+    "zip": re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)"),
+}
+_PADDED = ("gzip", "xz")  # zeros may follow, as on tapes
+
+
+class DamagedError(Exception):
+    """Bytes that are not what their format wants."""
+
+
+class CutShortError(DamagedError):
+    """A file that ends before its format does. What came before is as it was written."""
+
+
+def format_of(head: bytes, name: str = "") -> str | None:
+    """The compression of a file: what its name says, else what it begins with; None if it is plain.
+
+    Args:
+        head: The first 10 bytes or more.
+        name: The file's name.
+
+    Raises:
+        DamagedError: The name says that the file is compressed, and its content is not.
+    """
+    path = name.split("?")[0] if "://" in name else name
+    # x.jsonl.gz, and x.jsonl.gz-00000-of-00010.
+    suffix = re.split("[_-]", path.rsplit(".", 1)[-1])[0].lower() if "." in path else ""
+    found = next((kind for kind, magic in _MAGIC.items() if magic.match(head)), None)
+    if (named := _SUFFIXES.get(suffix)) is not None and found is None:
+        raise DamagedError(f"it is empty, and no {named} file" if not head else f"it does not begin as a {named} file")
+    return found
+
+
+def streams(file: Any, name: str = "") -> Iterator[io.BufferedReader]:
+    """The decoded content of a file: one stream, or one for each member of a zip archive.
+
+    Args:
+        file: A seekable binary file, at its beginning.
+        name: Its name, whose suffix says how it is compressed.
+
+    Raises:
+        DamagedError: Also by the streams' reads.
+        UserError: The format needs a package that is not installed, or a password.
+    """
+    kind = format_of(file.read(16), name)
+    file.seek(0)
+    if kind == "zip":
+        yield from _members(file)
+    else:
+        yield io.BufferedReader(file if kind is None else Decoded(file, kind), _INPUT)
+
+
+def _members(file: Any) -> Iterator[io.BufferedReader]:
+    """The files in a zip archive in the order of the datasets library: a folder's own files, then its folders."""
+
+    def order(path: str) -> list[tuple[bool, str]]:
+        *folders, name = path.split("/")
+        return [*((True, folder) for folder in folders), (False, name)]
+
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise DamagedError(f"no whole zip archive ({error})") from None
+    for path in sorted(archive.namelist(), key=order):
+        if path.endswith("/") or any(part.startswith((".", "__")) for part in path.split("/")):
+            continue
+        try:
+            member = archive.open(path)
+        except zipfile.BadZipFile as error:
+            raise DamagedError(f"the zip archive's member {path} is damaged ({error})") from None
+        except (NotImplementedError, RuntimeError) as error:  # a method without a decoder, a password
+            raise UserError(f"the zip archive's member {path} cannot be read: {error}") from None
+        yield io.BufferedReader(_Member(member), _INPUT)
+
+
+class _Member(io.RawIOBase):
+    """A member of a zip archive, whose checksum is compared at its end."""
+
+    def __init__(self, member: IO[bytes]):
+        self._member = member
+        self._failed: DamagedError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        try:
+            data = data if self._failed else self._member.read(len(buffer))
+        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+            self._failed = DamagedError(f"a member of the zip archive is damaged ({error})")
+        if self._failed:
+            raise self._failed
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Decoded(io.RawIOBase):
+    """What the compressed streams of a file hold, one after the other.
+
+    Args:
+        file: The compressed file, at its beginning.
+        kind: Its format, by `format_of`.
+    """
+
+    def __init__(self, file: Any, kind: str):
+        self._file, self._kind = file, kind
+        self._make = _maker(kind)
+        self._decoder: Any = None
+        self._streams = 0  # that came to their end
+        self._input = b""
+        self._decoded, self._at = b"", 0  # what the last input became, and how much of it was given away
+        self._failed: DamagedError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        """1 to `size` bytes; none at the end. Raises DamagedError, then at every further read, too."""
+        if self._failed is not None:
+            raise self._failed
+        try:
+            while self._at == len(self._decoded):
+                self._input = self._input or self._file.read(_INPUT)
+                if self._decoder is None and self._is_padding(self._input):
+                    self._input = b""
+                    continue
+                if not self._input:
+                    if self._decoder is not None or not self._streams:
+                        raise CutShortError("its compressed data is cut short")
+                    return b""
+                self._decode()
+        except DamagedError as error:
+            self._failed = error
+            raise
+        # Readers copy what they got beyond what they asked for at each read: 64 kB may become 100 MB.
+        data = self._decoded[self._at :] if size < 0 else self._decoded[self._at : self._at + size]
+        self._at += len(data)
+        return data
+
+    def _decode(self) -> None:
+        self._decoder = self._decoder or self._make()
+        try:
+            self._decoded, self._at = self._decoder.decompress(self._input), 0
+        except Exception as error:  # zlib.error, OSError, ZstdError and so on: nothing but decoding is done here
+            raise DamagedError(f"its compressed data is damaged ({error})") from None
+        self._input = b""
+        if self._decoder.eof:
+            self._input, self._decoder = self._decoder.unused_data, None
+            self._streams += 1
+            if self._kind in _PADDED:
+                self._input = self._input.lstrip(b"\0")
+
+    def _is_padding(self, data: bytes) -> bool:
+        return bool(data) and self._streams > 0 and self._kind in _PADDED and not data.strip(b"\0")
+
+
+def _maker(kind: str) -> Callable[[], Any]:
+    """What makes a decoder for one stream of a format."""
+    if kind == "gzip":
+        return lambda: zlib.decompressobj(wbits=31)
+    if kind == "bzip2":
+        return bz2.BZ2Decompressor
+    if kind == "xz":
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    if kind == "zstd":
+        import zstandard
+
+        return lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    if kind == "lz4":
+        try:
+            import lz4.frame  # pyright: ignore[reportMissingImports] - not among the requirements
+        except ImportError:
+            raise UserError("it is compressed by lz4, which needs a package: pip install lz4") from None
+        return lz4.frame.LZ4FrameDecompressor
+    raise UserError(f"it is compressed by {kind}, of which no part can be read as a stream. Decompress it.")

@@ -1,0 +1,109 @@
+"""Rows of a file, parsed one by one, as blocks; and what becomes of a row that is not as it should be."""
+
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxtrain.data.io.byte_ranges import Bytes
+from jaxtrain.data.io.compression import DamagedError
+from jaxtrain.errors import CorruptError, UserError
+from jaxtrain.interfaces import Block
+
+BLOCK_ROWS = 512
+# Rows are given when so much has been parsed, so that what a faulty connection spoiled is mostly found before.
+CHUNK_CHARACTERS = 1 << 20
+_CHUNK_ROWS = 1 << 13
+
+
+class RowError(Exception):
+    """A row whose bytes are sound, and which holds something that no document can be made of."""
+
+
+def blocks_of(
+    rows: Iterator[Mapping[str, Any]],
+    source: Bytes,
+    columns: Sequence[str],
+    *,
+    first: int = 0,
+    row: int = 0,
+    is_sound: Callable[[Exception], bool] = lambda error: True,
+) -> Iterator[Block]:
+    """Blocks of up to 512 rows, of "text" and `columns`.
+
+    Args:
+        rows: The file's rows from number `first` on, each with the columns.
+        source: The file.
+        columns: Those besides "text".
+        first: The number of the first of `rows` in the file.
+        row: The number of the first row that is wanted.
+        is_sound: After an error, whether the rows just before are certain to be what was written.
+
+    Raises:
+        CorruptError: At the first row that cannot be had: the very row if what is before it is sound.
+        UserError: A row that holds no document, by its number.
+    """
+    names = tuple(dict.fromkeys(("text", *columns)))
+    number, characters = first, 0
+    chunk: list[Mapping[str, Any]] = []
+
+    def blocks() -> Iterator[Block]:
+        for start in range(max(row - (number - len(chunk)), 0), len(chunk), BLOCK_ROWS):
+            some = chunk[start : start + BLOCK_ROWS]
+            yield {name: [values[name] for values in some] for name in names}
+
+    try:
+        for values in rows:
+            chunk.append(values)
+            number += 1
+            characters += len(values["text"])
+            if characters >= CHUNK_CHARACTERS or len(chunk) == _CHUNK_ROWS:
+                yield from blocks()
+                chunk, characters = [], 0
+    except (DamagedError, tarfile.TarError, RowError) as error:
+        if not is_sound(error):
+            source.refresh()
+            raise CorruptError(f"{source.what}: {error}", source.what, number - len(chunk)) from None
+        yield from blocks()
+        message = f"{source.what}, row {number}: {error}"
+        if isinstance(error, RowError):
+            raise UserError(message) from None
+        source.refresh()
+        raise CorruptError(message, source.what, number) from None
+    yield from blocks()
+
+
+def text_of(value: Any, column: str) -> str:
+    """The text of a document. Null is a document without text.
+
+    Raises:
+        RowError: It is neither a string nor null.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} holds {kind_of(value)}, not text. Convert it to text, or remove the row.")
+    return clean(value)
+
+
+def clean(value: Any) -> Any:
+    """JSON may hold half of a pair of surrogates ("\\ud83d"), which no tokenizer takes: U+FFFD stands for it."""
+    if not isinstance(value, str) or not has_surrogates(value):
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether it cannot be encoded."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it."""
+    names = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
