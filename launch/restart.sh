@@ -8,8 +8,9 @@
 #                   a row. A run of RESTART_PROGRESS seconds or more resets the count.
 # SIGTERM and SIGINT are forwarded to the command, which is then not restarted. The exit code is the command's.
 #
-# Fill in, in the environment, only to change a default: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10), RESTART_PROGRESS
-# (600 seconds), RESTART_FINAL ("0 2 126 127": the codes that stop it), RESTART_RESULT (a file for the last code).
+# Fill in, in the environment, only to change a default: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10),
+# RESTART_PROGRESS (600 seconds), RESTART_FINAL ("0 2 126 127": the codes that stop it), RESTART_RESULT (a file for the
+# last code).
 #
 # example: launch/restart.sh python -m jaxtrain.main --config=configs/1b.py
 

@@ -88,7 +88,7 @@ nohup launch/restart.sh $(printf '%q ' "$@")>> ../jaxtrain.log 2>&1 < /dev/null 
 echo \$! > ../jaxtrain.pid"
 }
 
-# Returns when the run has ended on the first host. Retries whatever fails temporarily (a connection, capacity, a booting
+# Exits when the run has ended on the first host. Retries whatever fails temporarily (a connection, capacity, a booting
 # host).
 keep() {
     started=''
