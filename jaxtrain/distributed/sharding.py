@@ -1,8 +1,8 @@
-"""The device mesh and the one table that maps logical axes to its axes.
+"""The device mesh, and the one table that maps logical axes to mesh axes.
 
 Parameters and activations name their dimensions ("embed", "mlp", "batch"); `RULES` says which mesh axes split them.
 The mesh is in Auto mode: shardings are pinned where they matter (parameters, optimizer state, batches, some
-activations) and XLA fills in the rest, which behaves the same on every jax version that is supported.
+activations) and XLA chooses the rest, which behaves the same on every supported JAX version.
 """
 
 import dataclasses
@@ -44,14 +44,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(kw_only=True)
 class MeshConfig:
-    """How many ways each kind of parallelism splits the work; the product is the number of devices.
+    """How many ways each kind of parallelism splits the work. The product is the number of devices.
 
-    data: copies of the parameters, each with its own rows of the batch.
-    fsdp: shards of the parameters and optimizer state (ZeRO-3), each with its own rows of the batch.
-    tensor: shards of heads, MLP width and vocabulary; neighbours in the device order, so that they share a host.
-    context: shards of the sequence.
+    At most one size may be -1: it takes all devices that the others leave.
 
-    At most one of them may be -1: it takes all devices that the others leave.
+    Attributes:
+        data: Copies of the parameters, each with its own rows of the batch.
+        fsdp: Shards of the parameters and optimizer state (ZeRO-3), each with its own rows of the batch.
+        tensor: Shards of heads, MLP width and vocabulary; adjacent devices, so that they share a host.
+        context: Shards of the sequence.
     """
 
     data: int = 1
@@ -69,7 +70,11 @@ class MeshConfig:
             raise UserError(f"mesh.{' and mesh.'.join(automatic)} are -1: only one axis can be filled automatically.")
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
-        """Sizes of MESH_AXES with -1 filled in. UserError if they do not multiply to `num_devices`."""
+        """Sizes of MESH_AXES with -1 filled in.
+
+        Raises:
+            UserError: They do not multiply to `num_devices`.
+        """
         self.check()
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         given = {axis: size for axis, size in sizes.items() if size != -1}
@@ -80,9 +85,10 @@ class MeshConfig:
         return tuple(sizes[axis] if axis in given else num_devices // product for axis in MESH_AXES)
 
     def build(self, devices: Sequence[Device] | None = None) -> Mesh:
-        """The mesh over `devices` (all of the run by default), axes ("data", "fsdp", "tensor", "context"), all Auto.
+        """The mesh over `devices` (by default all of the run), with axes MESH_AXES, all Auto.
 
-        Raises UserError if the sizes do not fit the number of devices; it names the axis and sizes that work.
+        Raises:
+            UserError: The sizes do not fit the number of devices; the message names the axis and sizes that work.
         """
         devices = list(jax.devices() if devices is None else devices)
         return Mesh(
@@ -98,7 +104,7 @@ def _size_message(given: dict[str, int], automatic: list[str], num_devices: int)
         others = product // size
         if size > 1 and num_devices % others == 0:
             works = divisors(num_devices // others) if automatic else [num_devices // others]
-            fixes.append(f"With the others as they are mesh.{axis} may be {', '.join(map(str, works))}")
+            fixes.append(f"With the others unchanged mesh.{axis} may be {', '.join(map(str, works))}")
     if not automatic or not fixes:
         works = ", ".join(map(str, divisors(num_devices)))
         fixes.append(f"With one axis at -1 the others may multiply to {works}")
@@ -111,9 +117,9 @@ def divisors(n: int) -> list[int]:
 
 
 def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
-    """Devices as an array of shape `sizes`: `tensor` fastest, so inside a host; `data` and `fsdp` span hosts.
+    """Devices as an array of shape `sizes`: `tensor` varies fastest, so stays in a host; `data` and `fsdp` span hosts.
 
-    TPU: mesh_utils follows the torus of each slice; between slices (no torus, slow network) go `data` and then `fsdp`.
+    On TPUs mesh_utils follows each slice's torus; `data`, then `fsdp` cross slices (no torus, slow network).
     """
     data, fsdp, tensor, context = sizes
     # mesh_utils wants axes ordered by network intensity: `context` moves less than `tensor`.
@@ -132,7 +138,7 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
     elif devices[0].platform == "tpu":
         array = mesh_utils.create_device_mesh(shape, devices)
     else:
-        # A process owns a host's devices or one of them; either way the order of processes keeps hosts together.
+        # A process owns a host's devices or one of them. Either way ordering by process keeps hosts together.
         ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
         array = np.asarray(ordered).reshape(shape)
     return array.swapaxes(2, 3)
@@ -144,7 +150,7 @@ def is_axes(x: Any) -> bool:
 
 
 def spec(axes: Axes) -> PartitionSpec:
-    """Mesh axes of the dimensions. axes: one logical axis for each; None stands for an unsharded one."""
+    """Mesh axes of an array's dimensions, from one logical axis each; None is unsharded."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
@@ -154,7 +160,7 @@ def sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, axes_tree: Any) -> Any:
-    """The same tree with a sharding for each leaf. axes_tree: tree of tuples of logical axes."""
+    """The sharding of each leaf of a tree of tuples of logical axes."""
     return jax.tree.map(lambda axes: sharding(mesh, axes), axes_tree, is_leaf=is_axes)
 
 
@@ -168,15 +174,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, axes: Axes) -> jax.Array:
-    """Pins the sharding of an intermediate array inside jit. No mesh: x itself."""
+    """Pins the sharding of an intermediate array inside jit. Without a mesh: x itself."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, axes))
 
 
 def check_divides(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> None:
     """Refuses parameters that the mesh does not divide evenly.
 
-    axes_tree: tree of tuples of logical axes. shapes_tree: the same tree of arrays, or of anything with `.shape`.
-    Raises UserError that names the parameter, its axis and size, and the mesh sizes that work.
+    Args:
+        mesh: The device mesh.
+        axes_tree: A tree of tuples of logical axes.
+        shapes_tree: The same tree of arrays, or of anything with `.shape`.
+
+    Raises:
+        UserError: It names the parameter, its axis and size, and the mesh sizes that work.
     """
 
     def check(path: Any, axes: Axes, leaf: Any) -> None:

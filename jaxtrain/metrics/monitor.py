@@ -1,7 +1,7 @@
-"""What a run tells: one line for each logged step, to every writer; where the time went; a watchdog.
+"""Metrics of each logged step to every writer, timing, and the watchdog.
 
-Throughput counts trained tokens over the time spent in steps (which includes waiting for data). MFU is the model's own
-FLOPs (Chowdhery et al. 2022, "PaLM", appendix B, with causal attention halved) over the devices' published peak.
+Throughput is trained tokens over the time in steps, which includes waiting for data. MFU is the model's own FLOPs
+(Chowdhery et al. 2022, "PaLM", appendix B, with causal attention halved) over the devices' published peak.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class StepInfo(Protocol):
-    """What the monitor needs of a `StepPlan`."""
+    """The part of a `StepPlan` that the monitor reads."""
 
     @property
     def step(self) -> int: ...
@@ -46,14 +46,14 @@ class StepInfo(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class MonitorConfig:
-    """What is written besides metrics.jsonl, log.txt and the console.
+    """Outputs besides metrics.jsonl, log.txt and the console.
 
     Attributes:
-        tensorboard: write event files to the work directory's `tensorboard/`.
-        trackers: any of "wandb" and "trackio"; they must be installed.
-        project: the project's name for the trackers.
-        watchdog_minutes: exit with code 1 when no step finished for so long; None: never. Above the time that the
-            longest compile or evaluation takes, and above data.retry_minutes, which ends an outage with its cause.
+        tensorboard: Write event files to the work directory's `tensorboard/`.
+        trackers: Any of "wandb" and "trackio", which must be installed.
+        project: The trackers' project.
+        watchdog_minutes: Exit with code 1 if no step finishes for this long; None: never. Must exceed the longest
+            compile or evaluation, and data.retry_minutes, after which an outage ends the run with its cause.
     """
 
     tensorboard: bool = True
@@ -74,17 +74,17 @@ class MonitorConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """What the monitor must know of the run.
+    """The facts of a run that the monitor needs.
 
     Attributes:
-        start_step: the restored step, 0 for a new run.
-        start_tokens: tokens trained by then.
-        total_tokens: the target; None if there is none.
-        num_stages: how many stages the plan has.
-        flops_per_token: training FLOPs of the model for one token, by sequence length.
-        peak_flops: published FLOP/s of all devices of the run together; None if not known.
-        log_every: steps between two logged ones.
-        config: shown by trackers.
+        start_step: The restored step, 0 for a new run.
+        start_tokens: Tokens trained up to it.
+        total_tokens: The target; None without one.
+        num_stages: How many stages the plan has.
+        flops_per_token: The model's training FLOPs per token, by sequence length.
+        peak_flops: Published FLOP/s of all devices of the run together; None if unknown.
+        log_every: Log every N steps.
+        config: For the trackers.
     """
 
     start_step: int
@@ -99,7 +99,7 @@ class Run:
 
 @contextlib.contextmanager
 def console_logging() -> Iterator[Console]:
-    """Lets the logger `jaxtrain` print: all from process 0, warnings from the others. Around the whole program."""
+    """Prints the logger `jaxtrain`: everything on process 0, warnings on the others. For the whole program."""
     console = Console(jax.process_index())
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
@@ -113,10 +113,10 @@ def console_logging() -> Iterator[Console]:
 
 
 class Goodput:
-    """Divides wall time among spans and the rest, which is steps. Main thread only; a nested span is not counted twice.
+    """Divides wall time into spans and the rest, which is steps. Main thread only; nested spans count once.
 
     Attributes:
-        seconds: by span, what ended so far.
+        seconds: Time so far by span.
     """
 
     def __init__(self, started_at: float):
@@ -142,7 +142,7 @@ class Goodput:
             self._open.pop()
 
     def end_of_start(self) -> None:
-        """Counts as "start" all that no span has."""
+        """Counts as "start" all time outside spans so far."""
         self.seconds["start"] += self.steps()
 
     def elapsed(self) -> float:
@@ -160,10 +160,13 @@ class Goodput:
 
 
 class Monitor:
-    """Use it as a context manager, then in the loop `span`, `stepped`, and where `due`, `log_step`.
+    """Use it as a context manager; in the loop call `span`, `stepped`, and `log_step` when `due`.
 
-    All processes make one and call the same methods; only process 0 writes. Lines of metrics.jsonl from steps after
-    `run.start_step` are dropped at construction.
+    All processes make one and call the same methods; only process 0 writes. Construction drops the lines of
+    metrics.jsonl from steps after `run.start_step`.
+
+    Raises:
+        UserError: A file cannot be written.
     """
 
     def __init__(self, config: MonitorConfig, workdir: Workdir, run: Run, console: Console):
@@ -221,7 +224,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Counts the time inside as `name`, one of SPANS, and not as steps."""
+        """Counts the time inside as `name`, one of SPANS, instead of steps."""
         self._beat()
         with self._goodput.span(name):
             yield
@@ -232,7 +235,7 @@ class Monitor:
             self._watchdog.beat()
 
     def begin(self) -> None:
-        """Just before the first step: what no span has counted was the start."""
+        """Call it just before the first step: all time outside spans so far was the start."""
         self._begun = True
         self._goodput.end_of_start()
         self._mark(self._run.start_tokens)
@@ -240,19 +243,21 @@ class Monitor:
         self._beat()
 
     def stepped(self, at: StepInfo) -> None:
-        """After each step that was given to the devices."""
+        """Call it after dispatching each step."""
         self._beat()
         self._console.advance(at.tokens_after)
 
     def due(self, at: StepInfo) -> bool:
-        """Whether this step is logged: the first, each `log_every`-th, and the last."""
+        """Whether this step is logged: the first, every `log_every`-th, and the last."""
         return at.step == 1 or at.step % self._run.log_every == 0 or at.tokens_after == self._run.total_tokens
 
     def log_step(self, at: StepInfo, metrics: Mapping[str, Any]) -> None:
         """Writes a step to all writers and prints its line.
 
-        metrics: Python numbers, at least `loss` in nats for each token, and what else belongs on the line of
-        metrics.jsonl (`grad_norm`, `fingerprint`, `sources`, ...). `ce_loss`, where given, is what perplexity is of.
+        Args:
+            at: The step.
+            metrics: Python numbers: `loss` in nats per token, `ce_loss` if perplexity is not that of `loss`, and
+                whatever else the line of metrics.jsonl holds (`grad_norm`, `fingerprint`, `sources`, ...).
         """
         if jax.process_index() != 0:
             return
@@ -284,7 +289,7 @@ class Monitor:
         logger.info(console_line(at, values, self._run))
 
     def log_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """values: `eval_loss` (nats a token), `eval_bits_per_byte`, and others. A line of their own."""
+        """Writes a line of its own with `eval_loss` (nats per token), `eval_bits_per_byte`, and others."""
         if jax.process_index() != 0:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
@@ -296,16 +301,16 @@ class Monitor:
                 writer.write(step, finite(values))
             except OSError as error:
                 raise UserError(
-                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Make room, and give the "
-                    "same command again: it goes on from the newest checkpoint."
+                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Make room and run the "
+                    "same command again: it resumes from the newest checkpoint."
                 ) from error
 
     def message(self, text: str) -> None:
-        """Prints a line, from process 0, and puts it into log.txt."""
+        """Prints a line on process 0 and writes it to log.txt."""
         logger.info(text)
 
     def close(self) -> None:
-        """Says where the time went, ends the watchdog, and closes all files."""
+        """Reports where the time went, ends the watchdog, and closes all files."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
@@ -338,12 +343,12 @@ def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite from where float64 overflows."""
+    """exp(loss), infinite once float64 overflows."""
     return math.exp(loss) if not loss > 700 else math.inf
 
 
 def peak_memory_gb() -> float:
-    """High-water mark: of the fullest local device (10^9 bytes), or of the process where devices do not say (CPU)."""
+    """Peak memory in GB (10^9 bytes): of the fullest local device, or of the process on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     if peaks:
