@@ -22,7 +22,7 @@ from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation, generate
@@ -316,15 +316,18 @@ def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> N
         " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
     # Asked here, since processes agree on each choice: compiling, in a thread, then finds it made.
+    teacher = None if distilled is None else distilled.teacher
     for stage in plan.stages:
-        choice = model.attention_choice(stage.batch_size, stage.seq_len)
-        logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
-        if distilled is not None and distilled.teacher is not None:
-            distilled.teacher.attention_choice(stage.batch_size, stage.seq_len)
-    for stage in () if eval_plan is None else eval_plan.stages:
-        model.attention_choice(stage.batch_size, stage.seq_len)
-    if distilled is not None and distilled.teacher is not None:
-        logger.info("Teacher: %s parameters", f"{distilled.teacher.num_params:,}")
+        if isinstance(model, AttentionModel):
+            choice = model.attention_choice(stage.batch_size, stage.seq_len)
+            logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
+        if isinstance(teacher, AttentionModel):
+            teacher.attention_choice(stage.batch_size, stage.seq_len)
+    if eval_plan is not None and isinstance(model, AttentionModel):
+        for stage in eval_plan.stages:
+            model.attention_choice(stage.batch_size, stage.seq_len)
+    if teacher is not None:
+        logger.info("Teacher: %s parameters", f"{teacher.num_params:,}")
 
 
 def _clean_up(cache: DiskCache) -> None:

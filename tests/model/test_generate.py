@@ -23,7 +23,7 @@ def greedy_by_whole_forward_passes(model, params, prompt):
     for _ in range(NEW):
         tokens = np.zeros((1, 96), np.int32)  # one shape for all lengths: what follows is not seen
         tokens[0, : len(ids)] = ids
-        x = hidden(params, tokens, np.ones_like(tokens), np.arange(96, dtype=np.int32)[None])
+        x = hidden(params, tokens, np.ones_like(tokens), np.arange(96, dtype=np.int32)[None]).x
         ids.append(int(np.argmax((x[0, len(ids) - 1] @ model.head(params))[:VOCAB])))
     return ids[len(prompt) :]
 

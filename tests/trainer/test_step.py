@@ -138,9 +138,8 @@ def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
     params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
 
     def plain(params: Any) -> jax.Array:
-        x_BTD = parts.model.hidden(
-            params, *(jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
-        )
+        inputs = (jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
+        x_BTD = parts.model.hidden(params, *inputs).x
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, parts.model.head(params))[..., :VOCAB]
         nats_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["targets"][..., None], axis=-1)[..., 0]
         return (nats_BT * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
