@@ -281,7 +281,7 @@ class TokenizerConfig(Dataclass, Protocol):
 # ---- Sources
 
 # Consecutive rows of a source's file by column: {"text": [row, row, ...], "int_score": [...]}. A token store has the
-# single column "text", which holds ids as token arrays (data/token_arrays.py) that slice and add as a list does.
+# single column "text", which holds ids: a data.token_arrays.TokenArrays, which slices and adds as a list does.
 Block = dict[str, Any]
 
 

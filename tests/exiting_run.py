@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 
 from jaxtrain import cli
-from jaxtrain.data.pipeline import DataConfig, HostBatch, host_batches, pools, resolve
+from jaxtrain.data.pipeline import DataConfig, StepBatch, host_batches, pools, resolve
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.errors import UserError
 from jaxtrain.plan import Stage
@@ -36,13 +36,13 @@ def config() -> DataConfig:
     return DataConfig(sources=dict(sources), num_lanes=8, shuffle_window=16)
 
 
-def batches() -> Iterator[HostBatch]:
+def batches() -> Iterator[StepBatch]:
     data = config()
     weights = dict.fromkeys(data.sources, 1 / 3)
     plan = plan_of(data, [Stage(seq_len=32, batch_size=16, weights=weights)], 0, steps=10**6)
-    dealers = data.build(resolve(data, json.loads(pathlib.Path(sys.argv[1]).read_text())), seed=0)
-    rows = data.rows(WordTokenizer(), None)
-    return host_batches(dealers, plan, rows, range(8), pools(data), after=0, states={}, prefetch=2)
+    readers = data.build(resolve(data, json.loads(pathlib.Path(sys.argv[1]).read_text())), seed=0)
+    rows = data.row_spec(WordTokenizer(), None)
+    return host_batches(readers, plan, rows, range(8), pools(data), after=0, states={}, prefetch=2)
 
 
 def read(way: str) -> int:

@@ -10,7 +10,8 @@ import signal
 import time
 
 from jaxtrain import cli, main
-from jaxtrain.data.feed import DeviceBatch, Feed
+from jaxtrain.data.feed import Feed
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.errors import UserError
 from tests.e2e import one_compiler
 
@@ -27,7 +28,7 @@ def fail() -> None:
     os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[how])
 
 
-def next_batch(self: Feed) -> DeviceBatch:
+def next_batch(self: Feed) -> StepBatch:
     batch = ask(self)
     if os.environ["JAX_PROCESS_ID"] == process and batch.step == int(step):
         fail()

@@ -43,7 +43,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def serve(*names: str) -> Iterator[list[Bucket]]:
-    """Buckets of these names. Skips the test where the `buckets` extra is not installed."""
+    """Buckets of these names. SkippedFiles the test where the `buckets` extra is not installed."""
     pytest.importorskip("gcsfs")
     module = pytest.importorskip("gcp_storage_emulator.server")
     _teach(module)

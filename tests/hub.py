@@ -179,8 +179,9 @@ class LoopbackHub(Store):
         kind: "status:N", "reset" (connection reset; in the body with `after_bytes`), "truncate" (orderly end after
         `after_bytes`, by default half of the body), "slow" (a pause of `seconds` in the middle of the body),
         "latency:S" (S seconds before the answer), "wrong_range" (a 206 for other bytes), "ignore_range" (a 200 with
-        the whole file), "corrupt" (right length, some bytes changed). The first `after` matching requests pass, then
-        `count` are spoiled (all, if None), each with `probability`. The first rule that fires wins.
+        the whole file), "loop" (a redirect to itself), "corrupt" (right length, some bytes changed).
+        The first `after` matching requests pass, then `count` are spoiled (all, if None), each with `probability`. The
+        first rule that fires wins.
         """
         rng = random.Random(seed)
         rule = Fault(match, kind, count, after, probability, retry_after, after_bytes, seconds, method, rng)
@@ -256,6 +257,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault and kind == "status":
             headers = {} if fault.retry_after is None else {"Retry-After": f"{fault.retry_after:g}"}
             answer = Answer(int(value), b'{"error": "injected"}', headers)
+        elif kind == "loop":
+            answer = Answer(302, b"", {"Location": self.path})
         if waits:
             # The Hub's windows are 300 s and its times whole seconds: rounded up, as there.
             left = {"ratelimit": f'"resolvers";r=0;t={math.ceil(max(waits))}'}

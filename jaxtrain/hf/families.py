@@ -148,6 +148,8 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
     )
     try:
         config.check()
+        if scaling is not None:
+            scaling.check()
     except UserError as error:
         raise UserError(f"{where}: config.json asks for a model that cannot be. {error}") from error
     return config, known["vocab_size"]

@@ -195,14 +195,27 @@ class _Files:
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        if other not in self._where or self.slices(name).get_shape() != self.slices(other).get_shape():
+        one, two = self.slices(name), self.slices(other) if other in self._where else None
+        if two is None or one.get_shape() != two.get_shape():
             return False
-        one, two, step = self.slices(name), self.slices(other), 4096
-        return all(np.array_equal(one[i : i + step], two[i : i + step]) for i in range(0, one.get_shape()[0], step))
+        rows = one.get_shape()[0]
+        parts = [slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096)]
+        return all(np.array_equal(one[part], two[part]) for part in parts)
 
     def check(self, model: Llama, wanted: set[str]) -> None:
         """Raises UserError if the tensors or the config are not the model's, and warns of other functions."""
         where = self._folder_or_id
+        theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
+        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
+            if getattr(model.config, name) != getattr(theirs, name):
+                raise UserError(
+                    f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
+                    f"{getattr(theirs, name)}: its tensors mean something else."
+                )
+        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
+            ours, his = getattr(model.config, name), getattr(theirs, name)
+            if ours != his:
+                logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
         for name in sorted(wanted & self._where.keys()):
             if (dtype := self.slices(name).get_dtype()) not in _DTYPES:
                 raise UserError(
@@ -222,19 +235,6 @@ class _Files:
                 )
         if HEAD in self._where and HEAD not in wanted and not self.are_equal(HEAD, EMBEDDING):
             raise UserError(f"{where} has an output head other than its embedding: set model.tie_embeddings=false.")
-        if not (self._folder / CONFIG).exists():
-            return
-        theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
-        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
-            if getattr(model.config, name) != getattr(theirs, name):
-                raise UserError(
-                    f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
-                    f"{getattr(theirs, name)}: its tensors mean something else."
-                )
-        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
-            ours, his = getattr(model.config, name), getattr(theirs, name)
-            if ours != his:
-                logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
 
 
 def _leaf(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.data.feed import Feed, local_lanes
-from jaxtrain.data.pipeline import DataConfig, HostBatch, Pools, host_batches
-from jaxtrain.data.skips import Skips
+from jaxtrain.data.pipeline import DataConfig, Pools, StepBatch, host_batches
+from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source, Tokenizer
@@ -64,7 +64,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         threads: Pools,
         seed: int,
-        skips: Skips,
+        skips: SkippedFiles,
         scratch: str,
         executable: Callable[[], Any],
     ):
@@ -73,8 +73,8 @@ class Evaluator:
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.int32)
         self._lanes = local_lanes(mesh, data.num_lanes)
         self._readers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
-        self._rows = data.rows(tokenizer, 1)
-        self._batches: list[HostBatch] = []
+        self._rows = data.row_spec(tokenizer, 1)
+        self._batches: list[StepBatch] = []
         self._error: BaseException | None = None
         self._reading = threading.Thread(target=self._read, name="jaxtrain-held-out", daemon=True)
         self._reading.start()

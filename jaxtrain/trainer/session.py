@@ -17,8 +17,9 @@ from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
 from jaxtrain.data import ledger, pipeline
-from jaxtrain.data.feed import DeviceBatch, Feed, local_lanes
+from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
@@ -111,7 +112,7 @@ class Session:
         """The run's batches as device arrays, from start_step + 1 on."""
         data, mesh = self.config.data, self.components.mesh
         lanes = local_lanes(mesh, data.num_lanes)
-        rows = data.rows(self.tokenizer, self.config.epochs)
+        rows = data.row_spec(self.tokenizer, self.config.epochs)
         if self.cached is not None:
             rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
         batches = pipeline.host_batches(
@@ -126,7 +127,7 @@ class Session:
         )
         return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
 
-    def gather(self, batch: DeviceBatch) -> np.ndarray:
+    def gather(self, batch: StepBatch) -> np.ndarray:
         """The positions of all lanes of the run after a batch: int64 [V, S, F]. All processes call it."""
         return ledger.gather(batch.states, self.config.data.num_lanes)
 

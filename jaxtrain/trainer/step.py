@@ -109,7 +109,7 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
         tokens = batch["loss_mask"].sum(dtype=jnp.int32)
         scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if parts.clip_norm is not None:
             # Pascanu et al. 2013, algorithm 1.
             shrink = parts.clip_norm / jnp.maximum(norm, parts.clip_norm)

@@ -110,7 +110,8 @@ def whole_documents(seed: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]
     return batch, [part for row, cut in zip(tokens, cuts, strict=True) for part in (row[:cut], row[cut:])]
 
 
-@pytest.mark.parametrize("k", [VOCAB, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [VOCAB, 6])
 def test_from_the_cache_as_on_the_fly(k: int) -> None:
     """On rows of whole documents they agree, but for the rounding of what is stored: losses and parameters."""
     model, frozen = teacher()

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 
+import filelock
 import pytest
 
 from jaxtrain.tokenizers.training import TrainTokenizer
@@ -14,6 +15,7 @@ from tests.e2e.runs import COMPILED, STOPPED, TINY, Run, documents, environment
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
 MakeRun = Callable[..., Run]
+Once = Callable[..., Run]
 
 WIKI = documents(10, 32, words=5)
 
@@ -29,12 +31,17 @@ def fill(hub: LoopbackHub) -> None:
     hub.commit("e2e/code", {"train.jsonl.gz": jsonl_bytes(code, compress=True, content=code)})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs are compiled once a session: the folder is that of all workers of pytest-xdist."""
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder that all workers of pytest-xdist share."""
     base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(shared: pathlib.Path) -> Iterator[None]:
+    """Programs are compiled once a session."""
     with pytest.MonkeyPatch.context() as patch:
-        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setitem(runs.OF_ALL_RUNS, COMPILED, str(shared / "compiled"))
         yield
 
@@ -56,22 +63,43 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def reference(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """configs/tiny.py from beginning to end, on one device, without any interruption."""
-    workdir = tmp_path_factory.mktemp("reference") / "a run"
-    return Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))()
+def once(shared: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path) -> Once:
+    """Makes runs that a session needs once: the first worker that asks trains, the others wait for what it leaves.
+
+    Each worker has a Hub of its own. They are filled alike, so their commits have the same names.
+    """
+
+    def once(name: str, train: Callable[[Run], object], config: str = TINY) -> Run:
+        folder = shared / name
+        run = Run(folder / "a run", f"{config}:{tokenizer}", environment(datasets.env()))
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not (folder / "done").exists():
+                folder.mkdir(exist_ok=True)
+                train(run)
+                (folder / "done").touch()
+        run.output = run.output_file.read_text()
+        return run
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def stopped(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def reference(once: Once) -> Run:
+    """configs/tiny.py from beginning to end, on one device, without any interruption."""
+    return once("reference", lambda run: run())
+
+
+@pytest.fixture(scope="session")
+def stopped(once: Once) -> Run:
     """The same, stopped by SIGTERM in its second stage. To be copied by those who go on with it."""
-    workdir = tmp_path_factory.mktemp("stopped") / "run"
-    run = Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))
-    run.start()
-    assert run.wait_for_step(21), run.output
-    run.signal(signal.SIGTERM)
-    assert run.wait() == STOPPED, run.output
-    return run
+
+    def train(run: Run) -> None:
+        run.start()
+        assert run.wait_for_step(21), run.output
+        run.signal(signal.SIGTERM)
+        assert run.wait() == STOPPED, run.output
+
+    return once("stopped", train)
 
 
 @pytest.fixture

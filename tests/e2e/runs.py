@@ -49,13 +49,13 @@ class Run:
         self.module = "jaxtrain.main" if processes == 1 else ONE_COMPILER
         self.process: subprocess.Popen[str] | None = None
         self.output = ""  # of the process that ended last: stdout and stderr
-        self._file = workdir.with_name(workdir.name + ".out")
+        self.output_file = workdir.with_name(workdir.name + ".out")
 
     def start(self, *flags: str) -> "Run":
         command = [sys.executable, "-m", self.module, f"--config={self.spec}", f"--workdir={self.workdir}", *flags]
         if self.processes > 1:
             command = [str(LOCAL), str(self.processes), *command]
-        with open(self._file, "w") as out:
+        with open(self.output_file, "w") as out:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -101,7 +101,7 @@ class Run:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        self.output = self._file.read_text()
+        self.output = self.output_file.read_text()
 
     def kill_one(self) -> None:
         """SIGKILL to the last process of several."""
@@ -119,7 +119,7 @@ class Run:
         while self.process.poll() is None:
             if condition():
                 return True
-            assert time.monotonic() < deadline, self._file.read_text()
+            assert time.monotonic() < deadline, self.output_file.read_text()
             time.sleep(0.01)
         return False
 

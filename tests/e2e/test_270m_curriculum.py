@@ -20,7 +20,7 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_streams_its_datasets(tmp_path: pathlib.Path) -> None:
     TrainTokenizer(kind="bpe", vocab_size=400, max_samples=200).train(documents(0, 200), tmp_path, progress=False)

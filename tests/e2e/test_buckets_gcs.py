@@ -9,7 +9,7 @@ from tests.e2e.runs import environment
 from tests.e2e.test_buckets import CONFIG, Runs, data, resumed_as_on_a_disk
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(
     compiled: None, tokenizer: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.data.test_skips import spoiled
+from tests.data.test_skipped_files import spoiled
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import STOPPED, Run, assert_equal, documents
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
@@ -79,7 +79,7 @@ def test_skipped_for_good(make_run: MakeRun) -> None:
     assert killed.data_state()["sources"] == knows.data_state()["sources"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_skip_together(make_run: MakeRun) -> None:
     """The finder ends with 75, the other is ended; all start again with the list."""
     run = make_run("two", processes=2)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.runs import Run, assert_equal, environment
-from tests.hub import LoopbackHub
+from tests.e2e.conftest import Once
+from tests.e2e.runs import Run, assert_equal
 from tests.tiers import nightly_but
 
 CURRICULUM = "tests/e2e/configs/curriculum.py"
@@ -21,10 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def whole(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(once: Once) -> Run:
     """From beginning to end, without any interruption."""
-    workdir = tmp_path_factory.mktemp("curriculum") / "whole"
-    return Run(workdir, f"{CURRICULUM}:{tokenizer}", environment(datasets.env()))()
+    return once("curriculum", lambda run: run(), config=CURRICULUM)
 
 
 @pytest.fixture

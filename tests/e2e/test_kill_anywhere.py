@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import STOPPED, Run, assert_equal
+from tests.tiers import nightly_but
 
 
 def test_the_reference_has_what_it_is_to_show(reference: Run) -> None:
@@ -29,7 +30,7 @@ def kill_at(run: Run, step: int, delay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(2, 1), pytest.param(9, 2, marks=pytest.mark.slow)], ids=lambda value: str(value)
+    ("kills", "seed"), nightly_but([(2, 1)], [(2, 1), (5, 3), (9, 2)], slow=[(5, 3)]), ids=lambda value: str(value)
 )
 def test_kill_anywhere(make_run: MakeRun, reference: Run, kills: int, seed: int) -> None:
     rng = random.Random(seed)

@@ -20,7 +20,7 @@ def test_what_cannot_fit_ends_the_run_before_it_begins(make_run: MakeRun) -> Non
     assert not run.checkpoints()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun) -> None:
     run = make_run()
     run("--dry_run", "--config.memory_gb=0.0001", code=2)
@@ -44,7 +44,7 @@ def test_less_memory_trains_on_the_same_batches(make_run: MakeRun, reference: Ru
     np.testing.assert_allclose([x["loss"] for x in mine], [x["loss"] for x in theirs], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_restart_compiles_nothing(make_run: MakeRun, stopped: Run) -> None:
     """Every stage's program comes from the work directory's cache, wherever that directory is now."""
     first, run = make_run("first"), make_run(copy=stopped)

@@ -34,6 +34,7 @@ def stop_after(run: Run, step: int, number: signal.Signals) -> int:
     return run.last_step()
 
 
+@pytest.mark.slow
 def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=2, devices=2)
     run.module = "jaxtrain.main"  # with nothing of the tests' own in it
@@ -119,8 +120,8 @@ from jaxtrain.distributed import processes
 from jaxtrain.trainer import open_data
 processes.join(deterministic=False)
 config = cli.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
-dealers = open_data.build(config, open_data.resolve(config, None), {})
-print("units:", *(len(dealer.layout.units) for dealer in dealers), flush=True)
+readers = open_data.build(config, open_data.resolve(config, None), {})
+print("units:", *(len(reader.partition.units) for reader in readers), flush=True)
 multihost_utils.sync_global_devices("end")  # the first to leave would take the others with it
 cli.leave(0)
 """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.data.test_skips import spoiled
+from tests.data.test_skipped_files import spoiled
 from tests.e2e.runs import STOPPED, Run, documents, environment
 from tests.hub import SECRET, LoopbackHub, parquet_bytes
 

@@ -1,16 +1,14 @@
 """What each stage took of each source: the same wherever the run was killed and resumed, and on how many processes."""
 
 import json
-import pathlib
 import shutil
 
 import pytest
 from etils import epath
 
 from jaxtrain.checkpoint import integrity
-from tests.e2e.conftest import MakeRun
-from tests.e2e.runs import TINY, Run, assert_equal, environment
-from tests.hub import LoopbackHub
+from tests.e2e.conftest import MakeRun, Once
+from tests.e2e.runs import Run, assert_equal
 from tests.tiers import nightly_but
 
 KEEP_ALL = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=100")
@@ -39,10 +37,9 @@ def forget_stage_ends(run: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(once: Once) -> Run:
     """Without any interruption, with a checkpoint of every step."""
-    workdir = tmp_path_factory.mktemp("ledger") / "whole"
-    return Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))(*FLAGS)
+    return once("ledger", lambda run: run(*FLAGS))
 
 
 @pytest.mark.slow

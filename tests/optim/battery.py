@@ -61,6 +61,7 @@ def all_finite(tree: Any) -> bool:
 class Battery:
     config: Any
     sharded_rtol = 1e-5  # of a step, sharded against unsharded
+    wrong_fields = ({"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0})
 
     @pytest.fixture
     def optimizer(self) -> Optimizer:
@@ -164,10 +165,8 @@ class Battery:
             params, state = update(gradient(params), state, params, jnp.float32(0.1))
         assert distance(params) < 0.5 * before
 
-    @pytest.mark.parametrize(
-        "wrong", [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0}], ids=str
-    )
-    def test_refuses_wrong_fields(self, wrong):
+    def test_refuses_wrong_fields(self):
         self.config.check()
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            dataclasses.replace(self.config, **wrong).check()
+        for wrong in self.wrong_fields:
+            with pytest.raises(UserError, match=next(iter(wrong))):
+                dataclasses.replace(self.config, **wrong).check()

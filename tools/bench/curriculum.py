@@ -296,6 +296,6 @@ def _rate(flags: Flags, data: Any, tokenizer: Any, seq_len: int) -> tuple[float,
     with stream.batches(data, plan, tokenizer) as batches:
         next(batches)
         watch = Stopwatch()
-        taken = sum(int(np.prod(found.batch["tokens"].shape)) for found in batches)
+        taken = sum(int(np.prod(found.arrays["tokens"].shape)) for found in batches)
         spent = watch.spent()
         return taken / spent.wall, taken / spent.cpu

@@ -50,7 +50,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     begun = {name: teacher_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
-    config.data.rows(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
+    config.data.row_spec(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
     mesh = config.mesh.build()

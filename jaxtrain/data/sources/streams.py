@@ -36,6 +36,13 @@ def reader_version(builder: str, names: Sequence[str]) -> int:
     return 1 if builder in _WITHOUT_CHANGE and not any(map(_is_zstd, names)) else 2
 
 
+def read_now(identity: Json) -> Json:
+    """A source's identity, with the version of the readers that read its files now."""
+    if identity.get("kind") != "huggingface":
+        return identity
+    return {**identity, "reader": reader_version(identity["builder"], identity["files"])}
+
+
 def distrusted(identity: Json, columns: Sequence[str], is_stored: bool) -> str | None:
     """Why documents that version 0.1 read are not those that this one reads; None if they are.
 

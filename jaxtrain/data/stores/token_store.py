@@ -19,9 +19,11 @@ import numpy as np
 from jaxtrain import cli
 from jaxtrain.data.io import names
 from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.sources.streams import distrusted
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.token_arrays import TokenArrays
+from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, versioned
 
@@ -30,6 +32,7 @@ MANIFEST = "store.json"
 # thread reads them, as every lane has its own reader.
 _READER = "readahead_buffer_size:1M,max_parallelism:0"
 _BLOCK_TOKENS = 1 << 20
+_LOOKED_AT_ROWS = 32  # at the end of each file, for what version 0.1 misread
 # The bytes that lie in front of the ids, but for their lengths: Example.features, .feature (a map's entry), its key,
 # its value, Feature.bytes_list, BytesList.value.
 _KEY = b"\n\x06tokens\x12"
@@ -64,12 +67,12 @@ def _headers() -> tuple[np.ndarray, np.ndarray]:
 _FROM, _HEADER_BYTES = _headers()
 
 
-def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> Ragged:
+def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> TokenArrays:
     """The ids of several records."""
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     heads = _HEADER_BYTES[_FROM.searchsorted(sizes, side="right") - 1]
     payloads = [record[head:] for record, head in zip(records, heads.tolist(), strict=True)]
-    return Ragged(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
+    return TokenArrays(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
 
 
 def encode(ids: np.ndarray) -> bytes:
@@ -146,17 +149,17 @@ class RamCache:
 
     def __init__(self, limit: float):
         self._limit = limit
-        self._blocks: collections.OrderedDict[tuple[str, int], Ragged] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[tuple[str, int], TokenArrays] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.used = 0
 
-    def get(self, key: tuple[str, int]) -> Ragged | None:
+    def get(self, key: tuple[str, int]) -> TokenArrays | None:
         with self._lock:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
             return self._blocks.get(key)
 
-    def put(self, key: tuple[str, int], block: Ragged) -> None:
+    def put(self, key: tuple[str, int], block: TokenArrays) -> None:
         with self._lock:
             if key in self._blocks or block.nbytes > self._limit:
                 return
@@ -205,7 +208,7 @@ class TokenStore:
                 yield {"text": block[row - first :] if row > first else block}
                 row = first + size
 
-    def _block(self, shard: ArrayRecord, first: int, end: int) -> Ragged:
+    def _block(self, shard: ArrayRecord, first: int, end: int) -> TokenArrays:
         if self._cache is None:
             return decode(shard.range(first, end), self._dtype)
         found = self._cache.get((shard.path, first))
@@ -266,10 +269,35 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Toke
         wanted, has = settings_of(config), manifest.settings
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
         wanted = {name: text for name, text in wanted.items() if name in has or text != repr(before.get(name))}
+    has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
     lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
     lines += names.inexact(manifest.source)
+    if not lines and (reason := _misread(manifest, folder, config, tokenizer)):
+        lines.append(f"  source: version 0.1 read its files; {reason}")
     if lines:
         raise UserError(
             f"the token store {folder} is not of this run:\n" + "\n".join(lines) + "\nWrite another with "
             "tools.pretokenize, give its folder in data.token_store, or read by data.mode=stream."
         )
+
+
+def _misread(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
+    """Why the store may hold other documents than its files do; None if it does not."""
+    source = manifest.source
+    if source.get("kind") != "huggingface":
+        return None
+    if source["builder"] != "json" or source.get("reader", 1) > 1:
+        return distrusted(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
+    if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
+        return "a text that is no string made JSON of those after it, and transforms hide whether one did"
+    # From such a text on, to the file's end.
+    store = TokenStore(folder, manifest)
+    for number, file in enumerate(manifest.files):
+        if file.shard is None or not os.path.exists(os.path.join(folder, file.shard)):
+            continue
+        for block in store.open(number, max(file.rows - _LOOKED_AT_ROWS, 0)):
+            for row in range(len(block["text"])):
+                text = tokenizer.decode(block["text"][row : row + 1].ids.tolist()).strip()
+                if len(text) > 1 and text[0] == text[-1] == '"':
+                    return f"a text in {manifest.names[number]} that is no string made JSON of those after it"
+    return distrusted(source, (), is_stored=True)

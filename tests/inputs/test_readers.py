@@ -1,0 +1,109 @@
+"""Runs and stores of version 0.1 go on where its readers were right, and are refused where they were not."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.transforms import AtLeast, MinLength, Template
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json, Transform
+from tests.data.sources.battery import ByteTokenizer
+from tests.inputs.formats import FORMATS
+
+TEXTS = [f"document {n}" for n in range(50)]
+TOKENIZER = ByteTokenizer()
+
+
+def source_of(folder: pathlib.Path, suffix: str, texts: list[str], *transforms: Transform) -> HuggingFace:
+    (folder / f"data.{suffix}").write_bytes(FORMATS[suffix].encode(texts))
+    return HuggingFace(
+        name=FORMATS[suffix].builder, data_files=(str(folder / f"data.{suffix}"),), transforms=transforms
+    )
+
+
+def of_0_1(identity: Json) -> Json:
+    return json.loads(json.dumps({**identity, "reader": 1}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "version"),
+    [("jsonl", 2), ("csv", 2), ("stream.arrow", 2), ("txt.zst", 2), ("txt", 1), ("txt.bz2", 1), ("parquet", 1)],
+)
+def test_the_readers_version_is_recorded(tmp_path: pathlib.Path, suffix: str, version: int) -> None:
+    assert source_of(tmp_path, suffix, TEXTS).resolve().identity["reader"] == version
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "stream.arrow", "txt", "txt.zst", "parquet"])
+def test_a_run_of_0_1_goes_on(tmp_path: pathlib.Path, suffix: str) -> None:
+    config = source_of(tmp_path, suffix, TEXTS)
+    identity = of_0_1(config.resolve().identity)
+    again = config.resolve(identity)
+    assert again.identity == identity
+    assert [text for block in again.open(0, 7) for text in block["text"]] == TEXTS[7:]
+
+
+def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
+    table = source_of(tmp_path, "csv", TEXTS)
+    with pytest.raises(UserError, match=r"read by version 0\.1; it took the texts NA, null and nan"):
+        table.resolve(of_0_1(table.resolve().identity))
+    rows = source_of(tmp_path, "jsonl", TEXTS, AtLeast(column="id", value=3))
+    with pytest.raises(UserError, match="it guessed the types of the columns id, which transforms read"):
+        rows.resolve(of_0_1(rows.resolve().identity))
+
+
+def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_store.Manifest:
+    """The manifest of a store, with another identity than it was written with."""
+    job = token_store_writer.Job("web", str(folder / "store"), config, config.resolve(), 10.0)
+    token_store_writer.write(job, TOKENIZER, 0, 1, lambda *_: None)
+    manifest = token_store.load(str(folder / "store"))
+    return dataclasses.replace(manifest, source={**manifest.source, **identity})
+
+
+def check(folder: pathlib.Path, config: HuggingFace, manifest: token_store.Manifest) -> None:
+    token_store.check(manifest, str(folder / "store"), config, TOKENIZER, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "reason"),
+    [
+        ("csv", "took the texts NA"),
+        ("stream.arrow", "took Arrow streams that were cut"),
+        ("txt.zst", "took zstd files that were cut"),
+        ("jsonl.zst", "took zstd files that were cut"),
+        ("jsonl.gz", None),
+        ("txt.bz2", None),
+        ("parquet", None),
+    ],
+)
+def test_stores_by_format(tmp_path: pathlib.Path, suffix: str, reason: str | None) -> None:
+    config = source_of(tmp_path, suffix, TEXTS, MinLength(characters=2))
+    check(tmp_path, config, store(tmp_path, config))
+    old = store(tmp_path, config, reader=1)
+    if reason is None:
+        check(tmp_path, config, old)
+    else:
+        with pytest.raises(UserError, match=f"version 0.1 read its files; it {reason}"):
+            check(tmp_path, config, old)
+
+
+@pytest.mark.slow
+def test_a_store_of_json_whose_texts_became_json(tmp_path: pathlib.Path) -> None:
+    """As 0.1 wrote them after a text that is a number."""
+    config = source_of(tmp_path, "jsonl", [*TEXTS, *(json.dumps(text) for text in TEXTS)])
+    check(tmp_path, config, store(tmp_path, config))
+    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is no string made JSON of those after it"):
+        check(tmp_path, config, store(tmp_path, config, reader=1))
+
+
+@pytest.mark.slow
+def test_a_store_of_json_behind_a_template(tmp_path: pathlib.Path) -> None:
+    config = source_of(tmp_path, "jsonl", TEXTS, Template(template="Q: {text}"))
+    check(tmp_path, config, store(tmp_path, config))
+    with pytest.raises(UserError, match="transforms hide whether one did"):
+        check(tmp_path, config, store(tmp_path, config, reader=1))
