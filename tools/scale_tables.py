@@ -131,7 +131,9 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
     step = roofline.Shape(
         batch_size=stage.batch_size, seq_len=stage.seq_len, micro_batches=count, mesh=dict(outlook.mesh)
     )
-    best = roofline.roofline(cluster.chip, outlook.components, step, loaded.loss.chunk_tokens, roofline.Traffic())
+    best = roofline.roofline(
+        cluster.chip, outlook.components, step, roofline.loss_chunk(loaded.loss), roofline.Traffic()
+    )
     cells = [_mesh(outlook.mesh), f"~{count}", f"~{memory['memory_gb']:.1f} of {memory['limit_gb']:.1f}"]
     if not memory["fits"]:
         return [*cells, "~no", "", "", "", ""]

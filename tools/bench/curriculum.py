@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxtrain import cli
 from jaxtrain.cli import Command, Flag, Flags
@@ -21,7 +22,6 @@ from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model import attention, rope
 from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.optim.clip import clip_by_global_norm
 from jaxtrain.plan import Stage, build_plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.bench import corpus, stream
@@ -177,7 +177,8 @@ def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], ob
     optimizer = AdamW(learning_rate=LEARNING_RATE).build(model.axes, None)
 
     def update(grads: Any, opt: Any, params: Any) -> Any:
-        return optimizer.update(clip_by_global_norm(grads, CLIP_NORM)[0], opt, params, jnp.float32(LEARNING_RATE))
+        clipped: Any = optax.clip_by_global_norm(CLIP_NORM).update(grads, optax.EmptyState())[0]
+        return optimizer.update(clipped, opt, params, jnp.float32(LEARNING_RATE))
 
     opt = jax.jit(optimizer.init)(params)
     zeros = jnp.zeros(size.batch_size, jnp.uint32)
