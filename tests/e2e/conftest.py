@@ -21,7 +21,7 @@ WIKI = documents(10, 32, words=5)
 
 
 def fill(hub: LoopbackHub) -> None:
-    """Commits the datasets of configs/tiny.py: lanes take whole units of `web` and share the files of `wiki` and `code`.
+    """Commits the datasets of configs/tiny.py: lanes take units of `web` and share the files of `wiki` and `code`.
 
     `wiki` is small, so the run reads it more than once.
     """

@@ -62,7 +62,7 @@ def row_of(answer: dict, row: dict, tokenizer: SentencePieceTokenizer) -> dict[s
 
 @pytest.mark.slow
 def test_a_step_of_a_run_is_traced(reference: Run, inspect, tokenizer: pathlib.Path, tmp_path: pathlib.Path):
-    """A checkpoint and the beginning give the same answer, and the documents listed add up to the logged fingerprint."""
+    """A checkpoint and the beginning give the same answer, and the listed documents give the logged fingerprint."""
     last = reference.checkpoints()[-1]
     answer = inspect(f"--at_step={last}", f"--workdir={reference.workdir}")
     from_beginning = inspect(f"--at_step={last}", f"--workdir={tmp_path / 'none'}")

@@ -15,7 +15,7 @@ from tests.tiers import nightly_but
 
 
 def assert_same_data(run: Run, reference: Run) -> None:
-    """Asserts equal fingerprints at all steps, and losses equal within rounding, because devices sum in another order."""
+    """Asserts equal fingerprints at all steps, and losses equal within rounding: devices sum in another order."""
     mine, theirs = run.steps(), reference.steps()
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for key in ("fingerprint", "tokens", "sources", "stage"):
@@ -47,8 +47,8 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
 
 
 # All processes together have 4 devices, so that each mesh fits any number of processes. In the runs below, 2 and 4
-# processes train on each mesh (4 on fsdp with eight devices) and one process on two of them (trainer/test_step.py has all
-# of them on one process), through a stage change after step 16 or 36.
+# processes train on each mesh (4 on fsdp with eight devices) and one process on two of them (trainer/test_step.py has
+# all of them on one process), through a stage change after step 16 or 36.
 MESHES = {
     "data": ("--config.mesh.data=4", "--config.mesh.fsdp=1"),
     "fsdp": ("--config.mesh.fsdp=4",),
