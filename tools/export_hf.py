@@ -22,7 +22,7 @@ COMMAND = cli.Command(
             name="dtype",
             type=Literal["bfloat16", "float32"],
             default="bfloat16",
-            help="dtype of the exported parameters",
+            help="dtype of the output",
         ),
         cli.IMPORT,
     ),

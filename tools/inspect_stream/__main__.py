@@ -9,8 +9,8 @@ from jaxtrain.plan import Plan
 COMMAND = cli.Command(
     name="python -m tools.inspect_stream",
     description=(
-        "Reads a config's stream as training would. Checks that every source is reachable and shows samples, the actual "
-        "mix, the speed, and the data path's time for the whole run: for the first and the last stage, or those you "
+        "Reads a config's stream as training would. Checks that every source is reachable and shows samples, the "
+        "actual mix, the speed, and the data path's time for the whole run: for the first and last stage, or those you "
         "choose. With --at_step it lists source, file, row and token range of every row of that step, from the nearest "
         "checkpoint in the work directory or from the beginning. Trains nothing, and may inspect a live run."
     ),
