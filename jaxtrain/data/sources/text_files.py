@@ -103,8 +103,8 @@ class TextFilesSource:
             with open(self.paths[file], "rb") as lines:
                 if (kind := format_of(lines.peek(16))) is not None:
                     raise UserError(
-                        f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, or "
-                        "read its lines by HuggingFace(name='text', data_files=...)."
+                        f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, "
+                        "or read its lines by HuggingFace(name='text', data_files=...)."
                     )
                 if self.random_access:
                     if row == 0:
