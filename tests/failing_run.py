@@ -1,7 +1,7 @@
-"""`python -m tests.failing_run FLAGS...`: jaxtrain.main, where one process fails when it asks for the batch of a step.
+"""`python -m tests.failing_run FLAGS...`: jaxtrain.main with one process that fails when it requests a step's batch.
 
-FAIL=PROCESS:HOW:STEP in the environment. HOW: `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself) or `kill`
-(SIGKILL). The time of the failure goes to $FAILED_AT.
+Set FAIL=PROCESS:HOW:STEP in the environment. HOW is `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself) or
+`kill` (SIGKILL). Writes the time of the failure to $FAILED_AT.
 """
 
 import os
@@ -10,7 +10,8 @@ import signal
 import time
 
 from jaxtrain import cli, main
-from jaxtrain.data.feed import DeviceBatch, Feed
+from jaxtrain.data.feed import Feed
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.errors import UserError
 from tests.e2e import one_compiler
 
@@ -27,7 +28,7 @@ def fail() -> None:
     os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[how])
 
 
-def next_batch(self: Feed) -> DeviceBatch:
+def next_batch(self: Feed) -> StepBatch:
     batch = ask(self)
     if os.environ["JAX_PROCESS_ID"] == process and batch.step == int(step):
         fail()

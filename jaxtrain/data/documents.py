@@ -13,10 +13,9 @@ from typing import Any
 import grain
 
 from jaxtrain.data import pipeline
-from jaxtrain.data.daemon_pool import DaemonPool
-from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.source_reader import Position, SourceReader, Window
+from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import SourceConfig
 
@@ -127,7 +126,7 @@ class DocumentIterator(grain.DatasetIterator):
         start, shard = self._next, self._dataset.shard
         reader.register({shard: start})
         # The next window is read while this one's documents are taken.
-        windows: Iterator[Window] = Ahead(reader.windows(shard, start, self._dataset.epochs), self._pool)
+        windows: Iterator[Window] = Prefetcher(reader.windows(shard, start, self._dataset.epochs), self._pool)
         for window in windows:
             at, file = window.start, reader.source.files[window.file]
             for text, row, file_row in zip(
@@ -140,7 +139,7 @@ class DocumentIterator(grain.DatasetIterator):
 
     def _digest(self, reader: SourceReader) -> str:
         """Of what decides which document is at a position. The shard is a part of it: positions are the shard's own."""
-        decisive = [reader.name, reader.identity, dataclasses.asdict(reader.rules), self._dataset.shard]
+        decisive = [reader.name, reader.identity, dataclasses.asdict(reader.options), self._dataset.shard]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

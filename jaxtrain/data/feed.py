@@ -7,18 +7,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxtrain.data.pipeline import HostBatch
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed import sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceBatch:
-    """One step's batch on the devices, [B, T] for each field, and where this host's lanes stand after it."""
-
-    step: int
-    arrays: dict[str, jax.Array]
-    states: dict[int, np.ndarray]
-    ended: bool
 
 
 def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
@@ -47,14 +37,14 @@ class Feed:
     """The batches of a host pipeline as arrays of the mesh, `ahead` of them on the devices before they are needed."""
 
     def __init__(
-        self, batches: Iterator[HostBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int, ahead: int
+        self, batches: Iterator[StepBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int, ahead: int
     ):
         self._batches = batches
         self._sharding = sharding.batch_sharding(mesh)
         self._place = {lane: index for index, lane in enumerate(lanes)}
         self._num_lanes = num_lanes
         self._ahead = ahead
-        self._held: collections.deque[DeviceBatch] = collections.deque()
+        self._held: collections.deque[StepBatch] = collections.deque()
 
     def begin(self) -> None:
         """Start to read, without waiting for the first batch."""
@@ -65,7 +55,7 @@ class Feed:
     def __iter__(self) -> "Feed":
         return self
 
-    def __next__(self) -> DeviceBatch:
+    def __next__(self) -> StepBatch:
         if not self._held:
             self._hold(next(self._batches))
         batch = self._held.popleft()
@@ -73,9 +63,9 @@ class Feed:
             self._hold(more)
         return batch
 
-    def _hold(self, batch: HostBatch) -> None:
-        arrays = {name: self._array(rows) for name, rows in batch.batch.items()}
-        self._held.append(DeviceBatch(batch.step, arrays, batch.states, batch.ended))
+    def _hold(self, batch: StepBatch) -> None:
+        arrays = {name: self._array(rows) for name, rows in batch.arrays.items()}
+        self._held.append(dataclasses.replace(batch, arrays=arrays))
 
     def _array(self, rows: np.ndarray) -> jax.Array:
         """rows: [rows of this host's lanes, T, ...] → the global [B, T, ...]."""

@@ -4,13 +4,10 @@ A lane keeps a cursor in every source. For each step the plan says which of the 
 lane cuts that many rows from each and puts them in their places, a whole block of rows for a step.
 """
 
-import collections
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,7 +15,8 @@ import numpy as np
 from jaxtrain.data import packing
 from jaxtrain.data.packing import Counts, Cut, Packer, Pieces, empty_block
 from jaxtrain.data.source_reader import Position, SourceReader
-from jaxtrain.data.tokenizing import Rows, documents_of
+from jaxtrain.data.threads import Pools, Prefetcher
+from jaxtrain.data.tokenizing import RowSpec, documents_of
 from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
@@ -28,65 +26,6 @@ _ENDED = STATE_FIELDS.index("ended")
 # A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
 # the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
 _OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
-
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pools:
-    """Threads of this host: `readers` wait for the network, `workers` tokenize. Two pools: workers wait for readers."""
-
-    readers: Executor
-    workers: Executor
-
-
-class Ahead(Iterator[T]):
-    """An iterator whose next items are made in a pool before they are asked for. It starts with the first `next`.
-
-    weigh, enough: items are made until what is held weighs so much; by default that is one item. Less than `enough` and
-    one item more is held at once. One item is made at a time.
-
-    What the making of an item raises is raised by the `next` that wants it, and by every further one.
-    """
-
-    def __init__(self, items: Iterator[T], pool: Executor, weigh: Callable[[T], int] = lambda item: 1, enough: int = 1):
-        self._items = items
-        self._pool = pool
-        self._weigh, self._enough = weigh, enough
-        self._coming: collections.deque[Future[T | None]] = collections.deque()
-        self._held = 0
-        self._making = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        """Begin with the first item, without waiting for it."""
-        with self._lock:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        if not self._making and self._held < self._enough:
-            self._making = True
-            self._coming.append(self._pool.submit(self._make))
-
-    def _make(self) -> T | None:
-        item = next(self._items, None)
-        if item is not None:  # else, as after an error, there is nothing to go on with
-            with self._lock:
-                self._held += self._weigh(item)
-                self._making = False
-                self._go_on()
-        return item
-
-    def __next__(self) -> T:
-        self.start()
-        item = self._coming[0].result()
-        if item is None:
-            raise StopIteration
-        with self._lock:
-            self._coming.popleft()
-            self._held -= self._weigh(item)
-            self._go_on()
-        return item
 
 
 def position_of(state: np.ndarray) -> Position:
@@ -98,18 +37,18 @@ def position_of(state: np.ndarray) -> Position:
 class SourceLane:
     """One lane's place in one source: reads ahead, packs, and says where it stands."""
 
-    def __init__(self, dealer: SourceReader, lane: int, rows: Rows, pools: Pools, state: np.ndarray):
+    def __init__(self, reader: SourceReader, lane: int, rows: RowSpec, pools: Pools, state: np.ndarray):
         _, _, _, token, _, seen, documents, tokens, unique, _ = state.tolist()
         start = position_of(state)
         # Windows at the end of a unit may have a few rows only, too few to hide the way to the next unit behind.
-        half = -(-dealer.rules.shuffle_window // 2)
-        windows = Ahead(dealer.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
-        nothing = functools.partial(dealer.refuse, lane)
-        records = rows.records.get(dealer.name)
-        self._documents = Ahead(documents_of(windows, start, rows, nothing, records), pools.workers)
+        half = -(-reader.options.shuffle_window // 2)
+        windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
+        nothing = functools.partial(reader.refuse, lane)
+        records = rows.records.get(reader.name)
+        self._documents = Prefetcher(documents_of(windows, start, rows, nothing, records), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
         self.packer = Packer(
-            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(dealer.skips), rows.width
+            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(reader.skips), rows.width
         )
         windows.start()
 
@@ -124,7 +63,7 @@ class SourceLane:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class LaneStep:
     """One step for all lanes. Sources are indices into the plan's.
 
     rows: of a lane. sources_by_lane: the source of every row, [V, rows], or None where all are from `only`.
@@ -139,27 +78,27 @@ class Share:
     wanted: tuple[int, ...]
 
 
-class Shares:
+class LaneSchedule:
     """The plan's steps shared out to lanes, worked out once for all lanes of the host that take the same step."""
 
     def __init__(self, plan: Plan, num_lanes: int):
         self.plan = plan
         self.num_lanes = num_lanes
-        self._latest: Share | None = None
+        self._latest: LaneStep | None = None
         self._by_stages: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def at(self, step: int) -> Share:
+    def at(self, step: int) -> LaneStep:
         """Of step 1 to the plan's last one."""
         if self._latest is None or self._latest.at.step != step:
             self._latest = self._make(step)
         return self._latest
 
-    def _make(self, step: int) -> Share:
+    def _make(self, step: int) -> LaneStep:
         plan, at = self.plan, self.plan.at(step)
         ahead = step + max(_OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS // (at.batch_size * at.seq_len))
         last = plan.stage_of(ahead if plan.last_step is None else min(ahead, plan.last_step))
         rows, now = at.batch_size // self.num_lanes, self._sources(at.stage, at.stage)
-        return Share(
+        return LaneStep(
             at=at,
             rows=rows,
             only=now[0],
@@ -180,13 +119,13 @@ class Shares:
 class LaneDataset(grain.IterDataset):
     """The lane as a Grain dataset: an element is its block of rows for one step, the iterator's state is the lane's.
 
-    dealers: one for each source, in the plan's order; they and `shares` are shared by the lanes of this host.
+    readers: one for each source, in the plan's order; they and `shares` are shared by the lanes of this host.
     """
 
-    def __init__(self, lane: int, shares: Shares, dealers: Sequence[SourceReader], rows: Rows, pools: Pools):
+    def __init__(self, lane: int, shares: LaneSchedule, readers: Sequence[SourceReader], rows: RowSpec, pools: Pools):
         super().__init__()
         self.lane, self.shares = lane, shares
-        self.dealers, self.rows, self.pools = dealers, rows, pools
+        self.readers, self.rows, self.pools = readers, rows, pools
 
     def __iter__(self) -> "LaneIterator":
         return LaneIterator(self)
@@ -202,7 +141,7 @@ class LaneIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._step = 0
-        self._states = np.zeros((len(dataset.dealers), len(STATE_FIELDS)), np.int64)
+        self._states = np.zeros((len(dataset.readers), len(STATE_FIELDS)), np.int64)
         self._sources: dict[int, SourceLane] = {}
 
     @property
@@ -300,7 +239,7 @@ class LaneIterator(grain.DatasetIterator):
         if index not in self._sources:
             data = self._dataset
             self._sources[index] = SourceLane(
-                data.dealers[index], data.lane, data.rows, data.pools, self._states[index]
+                data.readers[index], data.lane, data.rows, data.pools, self._states[index]
             )
         return self._sources[index]
 

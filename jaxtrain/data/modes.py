@@ -41,7 +41,7 @@ _FETCHERS = 8  # files at once: enough to fill most networks
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenedSource:
     """A source, and how it is read: "stream", "download" or "pretokenized"; `why`, for the log."""
 
     source: Source
@@ -64,7 +64,7 @@ def open_sources(
     cache: DiskCache | None = None,
     fetch: bool = True,
     ahead: bool = True,
-) -> dict[str, Opened]:
+) -> dict[str, OpenedSource]:
     """All sources, each in its mode, in the config's order.
 
     folder: the run's token stores. identities: from a checkpoint, as for `pipeline.resolve`. streams: those that have
@@ -76,16 +76,18 @@ def open_sources(
     """
     memory = RamCache(config.ram_cache_gb * 1e9) if config.ram_cache_gb else None
     wanted = {name: config.mode if chosen is None else chosen[name] for name in config.sources}
-    found: dict[str, Opened] = {}
+    found: dict[str, OpenedSource] = {}
     for name, mode in wanted.items():
         known = (identities or {}).get(name)
         store = functools.partial(_store, config, name, tokenizer, folder, known and known["source"], memory)
         if mode == "pretokenized":
-            found[name] = Opened(store(), mode, "as data.mode says")
+            found[name] = OpenedSource(store(), mode, "as data.mode says")
         elif mode == "auto":
             record_store = _if_there(store, store_folder(config, folder, name))
             if record_store is not None:
-                found[name] = Opened(record_store, "pretokenized", f"its token store {record_store.folder} is complete")
+                found[name] = OpenedSource(
+                    record_store, "pretokenized", f"its token store {record_store.folder} is complete"
+                )
     missing = {name: source for name, source in config.sources.items() if name not in found}
     resolved = _resolve(config, missing, wanted, identities, streams or {}, cache)
     for name, source_config in missing.items():
@@ -96,7 +98,7 @@ def open_sources(
             mode, why = "stream", "its files are on this machine"
         elif mode == "download" and name in (streams or {}) and pipeline.wants_cache(source):
             mode, why = "stream", "through the disk cache, as for the tokenizer's training"
-        found[name] = Opened(source, mode, why)
+        found[name] = OpenedSource(source, mode, why)
     opened = {name: found[name] for name in config.sources}
     return _downloaded(config, opened, cache, ahead) if fetch else opened
 
@@ -180,8 +182,8 @@ def _bytes_of(source: HuggingFaceSource) -> int | None:
 
 
 def _downloaded(
-    config: DataConfig, opened: Mapping[str, Opened], cache: DiskCache | None, ahead: bool
-) -> dict[str, Opened]:
+    config: DataConfig, opened: Mapping[str, OpenedSource], cache: DiskCache | None, ahead: bool
+) -> dict[str, OpenedSource]:
     """The same, the sources of mode "download" read through the cache; ahead: with as many files there as fit."""
     found, left = dict(opened), 0 if cache is None else cache.limit
     for name, one in opened.items():

@@ -12,17 +12,17 @@ import grain
 import numpy as np
 
 from jaxtrain.data import packing
-from jaxtrain.data.daemon_pool import DaemonPool
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.cached_files import CachedBytes
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Pools, Shares, position_of
+from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, LaneSchedule, position_of
 from jaxtrain.data.packing import Pieces, empty_block
-from jaxtrain.data.skips import Skips
-from jaxtrain.data.source_reader import Position, Rules, SourceReader, Window
-from jaxtrain.data.tokenizing import Rows
+from jaxtrain.data.skipped_files import SkippedFiles
+from jaxtrain.data.source_reader import Position, ReadOptions, SourceReader, Window
+from jaxtrain.data.threads import DaemonPool, Pools
+from jaxtrain.data.tokenizing import RowSpec
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Batch, CacheableSource, Json, Source, SourceConfig, Tokenizer
+from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer
 from jaxtrain.plan import Plan
 
 # Else Grain puts a note about its own frames under every error, users' mistakes included.
@@ -109,14 +109,14 @@ class DataConfig:
         workers, prefetch = (8, 4) if stored else (4, 2)
         return self.workers or workers, self.prefetch or prefetch
 
-    def rules(self, seed: int, held_out: bool = False) -> Rules:
-        return Rules(seed, self.num_lanes, self.shuffle, self.shuffle_window, self.holdout, held_out)
+    def read_options(self, seed: int, held_out: bool = False) -> ReadOptions:
+        return ReadOptions(seed, self.num_lanes, self.shuffle, self.shuffle_window, self.holdout, held_out)
 
-    def rows(self, tokenizer: Tokenizer, epochs: int | None) -> Rows:
+    def row_spec(self, tokenizer: Tokenizer, epochs: int | None) -> RowSpec:
         """Raises UserError if add_bos is on and the tokenizer has no such token."""
         if self.add_bos and tokenizer.bos_id is None:
             raise UserError("data.add_bos=true, but the tokenizer has no beginning-of-document token: set it to false")
-        return Rows(tokenizer, self.add_bos, self.document_mask, epochs)
+        return RowSpec(tokenizer, self.add_bos, self.document_mask, epochs)
 
     def build(
         self,
@@ -124,20 +124,20 @@ class DataConfig:
         *,
         seed: int,
         held_out: bool = False,
-        skips: Skips | None = None,
+        skips: SkippedFiles | None = None,
         scratch: str | None = None,
     ) -> list[SourceReader]:
         """The sources cut into units for all lanes, in the order of `self.sources`, without what `skips` gives up.
 
         scratch: a folder for what slow lanes have yet to take, where it does not fit into memory; None: the system's.
         """
-        rules, seconds, given_up = self.rules(seed, held_out), 60 * self.retry_minutes, skips or {}
+        options, seconds, given_up = self.read_options(seed, held_out), 60 * self.retry_minutes, skips or {}
         return [
             SourceReader(
                 name,
                 config,
                 resolved[name],
-                rules,
+                options,
                 retry_seconds=seconds,
                 skips=given_up.get(name),
                 scratch=scratch,
@@ -162,14 +162,19 @@ def pools(config: DataConfig, stored: bool = False) -> Pools:
 
 
 @dataclasses.dataclass(frozen=True)
-class HostBatch:
-    """The rows of this host's lanes for one step, lane by lane, and where these lanes stand after it.
+class StepBatch:
+    """What one step trains on, and where this host's lanes stand after it.
 
-    batch: fields [rows, T]. states: lane → int64 [S, STATE_FIELDS]. ended: no lane of this host has a token left.
+    Attributes:
+        step: from 1.
+        arrays: `BATCH_FIELDS`, and `RECORDS` with a cached teacher. NumPy [rows of this host's lanes, T], lane by lane;
+            behind `Feed` global jax.Arrays [B, T].
+        states: lane → int64 [S, STATE_FIELDS], after the step.
+        ended: no lane of this host has a token left for any later step.
     """
 
     step: int
-    batch: Batch
+    arrays: Mapping[str, Any]
     states: dict[int, np.ndarray]
     ended: bool
 
@@ -195,9 +200,9 @@ class HostIterator(grain.DatasetIterator):
         super().__init__()
         self._lanes = [lane.__iter__() for lane in dataset.lanes]
         self._numbers = [lane.lane for lane in dataset.lanes]
-        self._dealers = dataset.lanes[0].dealers
+        self._readers = dataset.lanes[0].readers
         self._width = dataset.lanes[0].rows.width
-        empty = np.zeros((len(self._dealers), len(STATE_FIELDS)), np.int64)
+        empty = np.zeros((len(self._readers), len(STATE_FIELDS)), np.int64)
         states = [dataset.states.get(number, empty) for number in self._numbers]
         self.set_state({"step": dataset.after, "lanes": np.array(states, np.int64)})
 
@@ -219,10 +224,10 @@ class HostIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         super().close()
-        for dealer in self._dealers:
-            dealer.close()
+        for reader in self._readers:
+            reader.close()
 
-    def __next__(self) -> HostBatch:
+    def __next__(self) -> StepBatch:
         if self._failed is not None:
             raise self._failed
         try:
@@ -233,16 +238,16 @@ class HostIterator(grain.DatasetIterator):
 
     def _start(self) -> None:
         """Every lane says where it stands before any reads, and all read before any waits for what is read."""
-        for index, dealer in enumerate(self._dealers):
+        for index, reader in enumerate(self._readers):
             starts = map(position_of, self._states[:, index])
-            dealer.register(dict(zip(self._numbers, starts, strict=True)))
+            reader.register(dict(zip(self._numbers, starts, strict=True)))
         for lane in self._lanes:
             lane.open()
         for lane in self._lanes:
             lane.start()
         self._started = True
 
-    def _next(self) -> HostBatch:
+    def _next(self) -> StepBatch:
         if not self._started:
             self._start()
         rows, seq_len = self._lanes[0].shape()
@@ -256,13 +261,13 @@ class HostIterator(grain.DatasetIterator):
         batch = packing.finish(block, cuts)
         self._step += 1
         self._states = np.array([lane.states for lane in self._lanes])
-        return HostBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
+        return StepBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
 
 
 def host_dataset(
-    dealers: Sequence[SourceReader],
+    readers: Sequence[SourceReader],
     plan: Plan,
-    rows: Rows,
+    rows: RowSpec,
     lanes: Sequence[int],
     threads: Pools,
     *,
@@ -273,16 +278,16 @@ def host_dataset(
 
     states: where each lane stood after step `after`; those missing start at the beginning.
     """
-    names = tuple(dealer.name for dealer in dealers)
-    assert names == plan.source_names, f"dealers of {names} for a plan of {plan.source_names}"
-    shares = Shares(plan, dealers[0].rules.num_lanes)
-    return HostDataset([LaneDataset(lane, shares, dealers, rows, threads) for lane in lanes], after, states)
+    names = tuple(reader.name for reader in readers)
+    assert names == plan.source_names, f"readers of {names} for a plan of {plan.source_names}"
+    shares = LaneSchedule(plan, readers[0].options.num_lanes)
+    return HostDataset([LaneDataset(lane, shares, readers, rows, threads) for lane in lanes], after, states)
 
 
 def host_batches(
-    dealers: Sequence[SourceReader],
+    readers: Sequence[SourceReader],
     plan: Plan,
-    rows: Rows,
+    rows: RowSpec,
     lanes: Sequence[int],
     threads: Pools,
     *,
@@ -290,11 +295,11 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """As `host_dataset`, made `prefetch` batches ahead in a thread: an iterator of HostBatch.
+    """As `host_dataset`, made `prefetch` batches ahead in a thread: an iterator of StepBatch.
 
     To stop before its end, `close` it.
     """
-    dataset: grain.IterDataset = host_dataset(dealers, plan, rows, lanes, threads, after=after, states=states)
+    dataset: grain.IterDataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states)
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
 
 
@@ -332,15 +337,15 @@ def _through(cache: DiskCache, source: CacheableSource, retry_seconds: float) ->
     return source.through(lambda file, key: CachedBytes(file, key, cache, retry_seconds))
 
 
-def texts(config: DataConfig, dealers: Sequence[SourceReader], plan: Plan, max_samples: int) -> Iterator[str]:
+def texts(config: DataConfig, readers: Sequence[SourceReader], plan: Plan, max_samples: int) -> Iterator[str]:
     """Documents in the plan's mix, for training a tokenizer: the first `max_samples` that the lanes begin with.
 
     Before there is a tokenizer there are no token weights, so sources are drawn by characters: each next document is
     from the source that lags most behind its share over the whole run. Of each source `_TEXT_LANES` windows are held.
     """
     shares = _shares(plan)
-    readers = DaemonPool(_TEXT_LANES, "jaxtrain-texts")
-    streams = {dealer.name: _round_robin(dealer, readers) for dealer in dealers if shares[dealer.name]}
+    pool = DaemonPool(_TEXT_LANES, "jaxtrain-texts")
+    streams = {reader.name: _round_robin(reader, pool) for reader in readers if shares[reader.name]}
     drawn = dict.fromkeys(streams, 0)
     try:
         while streams and max_samples:
@@ -353,9 +358,9 @@ def texts(config: DataConfig, dealers: Sequence[SourceReader], plan: Plan, max_s
             max_samples -= 1
             yield text
     finally:
-        readers.shutdown(wait=False)
-        for dealer in dealers:
-            dealer.close()
+        pool.shutdown(wait=False)
+        for reader in readers:
+            reader.close()
 
 
 def _shares(plan: Plan) -> dict[str, float]:
@@ -367,16 +372,16 @@ def _shares(plan: Plan) -> dict[str, float]:
     return dict(zip(plan.source_names, (tokens / tokens.sum()).tolist(), strict=True))
 
 
-def _round_robin(dealer: SourceReader, readers: Executor) -> Iterator[str]:
+def _round_robin(reader: SourceReader, pool: Executor) -> Iterator[str]:
     """One epoch of a source, lane after lane, a window each; the next lanes' windows are read meanwhile."""
-    lanes = range(dealer.rules.num_lanes)
-    dealer.register(dict.fromkeys(lanes, Position(0, 0, 0)))
-    turns = collections.deque(dealer.windows(lane, Position(0, 0, 0), 1) for lane in lanes)
+    lanes = range(reader.options.num_lanes)
+    reader.register(dict.fromkeys(lanes, Position(0, 0, 0)))
+    turns = collections.deque(reader.windows(lane, Position(0, 0, 0), 1) for lane in lanes)
     coming: collections.deque[tuple[Iterator[Window], Future[Window | None]]] = collections.deque()
     while turns or coming:
         while turns and len(coming) < _TEXT_LANES:
             windows = turns.popleft()
-            coming.append((windows, readers.submit(next, windows, None)))
+            coming.append((windows, pool.submit(next, windows, None)))
         windows, future = coming.popleft()
         window = future.result()
         if window is not None:

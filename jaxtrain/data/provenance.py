@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxtrain.data import ledger
-from jaxtrain.data.lanes import Pools
-from jaxtrain.data.pipeline import HostBatch, HostIterator, host_dataset
+from jaxtrain.data.pipeline import HostIterator, StepBatch, host_dataset
 from jaxtrain.data.source_reader import SourceReader
-from jaxtrain.data.tokenizing import Rows
+from jaxtrain.data.threads import Pools
+from jaxtrain.data.tokenizing import RowSpec
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DocumentSpan:
     """Tokens [first, end) of a document, in a row; its last token is the one that ends the document."""
 
     file: str
@@ -36,7 +36,7 @@ class Origin:
 
     lane: int
     source: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DocumentSpan, ...]
     counted: int
 
     @property
@@ -46,13 +46,13 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What was read: seconds until the first batch was there, and tokens and documents a second after it.
 
     sources: as `ledger.by_source`. first, origins: the first batch, and where its rows come from.
     """
 
-    first: HostBatch
+    first: StepBatch
     origins: list[Origin]
     steps: int
     documents: int
@@ -63,7 +63,7 @@ class Measured:
     sources: dict[str, Json]
 
 
-class Watched:
+class StreamInspector:
     """The batches of the whole run from step `after` + 1 on, in one process.
 
     states: where each lane stood after step `after`; those missing start at the beginning of the sources.
@@ -71,28 +71,28 @@ class Watched:
 
     def __init__(
         self,
-        dealers: Sequence[SourceReader],
+        readers: Sequence[SourceReader],
         plan: Plan,
-        rows: Rows,
+        rows: RowSpec,
         threads: Pools,
         *,
         after: int = 0,
         states: Mapping[int, np.ndarray] | None = None,
     ):
-        self._dealers, self._plan, self._epochs = dealers, plan, rows.epochs
-        lanes = range(dealers[0].rules.num_lanes)
-        dataset = host_dataset(dealers, plan, rows, lanes, threads, after=after, states=states or {})
+        self._readers, self._plan, self._epochs = readers, plan, rows.epochs
+        lanes = range(readers[0].options.num_lanes)
+        dataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states or {})
         self._batches: HostIterator = iter(dataset)
         self._step = after
         self.ended = False  # no source has another token, nor will have
 
-    def __enter__(self) -> "Watched":
+    def __enter__(self) -> "StreamInspector":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._batches.close()
 
-    def next(self) -> HostBatch:
+    def next(self) -> StepBatch:
         """Raises UserError past the end of the run."""
         if self.ended:
             raise UserError(f"the data ends with step {self._step:,}, after {self._epochs} epoch(s) of every source")
@@ -106,7 +106,7 @@ class Watched:
             self.next()
             on_step()
 
-    def next_with_origins(self) -> tuple[HostBatch, list[Origin]]:
+    def next_with_origins(self) -> tuple[StepBatch, list[Origin]]:
         """The next batch, and where each of its rows comes from. Raises as `next`."""
         at = self._plan.at(self._step + 1)
         found = [] if self.ended else self._batches.addresses()
@@ -114,15 +114,15 @@ class Watched:
         return batch, [self._origin(at, row, index, pieces) for row, (index, pieces) in enumerate(found)]
 
     def _origin(self, at: StepPlan, row: int, index: int, pieces: Sequence[tuple[int, int, int, int]]) -> Origin:
-        dealer = self._dealers[index]
+        reader = self._readers[index]
         return Origin(
-            lane=row * dealer.rules.num_lanes // at.batch_size,
-            source=dealer.name,
-            pieces=tuple(Piece(dealer.source.files[file], *rest) for file, *rest in pieces),
+            lane=row * reader.options.num_lanes // at.batch_size,
+            source=reader.name,
+            pieces=tuple(DocumentSpan(reader.source.files[file], *rest) for file, *rest in pieces),
             counted=min(max(at.masked_from - row * at.seq_len, 0), at.seq_len),
         )
 
-    def measure(self, documents: int, last_step: int | None) -> Measured:
+    def measure(self, documents: int, last_step: int | None) -> Measurement:
         """Read until so many documents have begun, to the end of `last_step` or of the data, one batch at least."""
         names = self._plan.source_names
         begun = time.perf_counter()
@@ -137,7 +137,7 @@ class Watched:
         # A single batch has only the whole time, with what it took to begin.
         since, before = (first, start) if steps > 1 else (begun, dict.fromkeys(now, 0))
         seconds = max(ended - since, 1e-9)
-        return Measured(
+        return Measurement(
             first=first_batch,
             origins=origins,
             steps=steps,
@@ -149,11 +149,11 @@ class Watched:
             sources=ledger.by_source(_stacked(batch), names),
         )
 
-    def _totals(self, batch: HostBatch) -> dict[str, int]:
+    def _totals(self, batch: StepBatch) -> dict[str, int]:
         sources = ledger.by_source(_stacked(batch), self._plan.source_names).values()
         return {key: sum(given[key] for given in sources) for key in ("documents", "tokens", "unique_tokens")}
 
 
-def _stacked(batch: HostBatch) -> np.ndarray:
+def _stacked(batch: StepBatch) -> np.ndarray:
     """int64 [V, S, F]: here one process has all lanes."""
     return np.stack([batch.states[lane] for lane in sorted(batch.states)])

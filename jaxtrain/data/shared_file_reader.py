@@ -18,8 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from jaxtrain.data.token_arrays import Ragged
-from jaxtrain.data.units import stripe_step
+from jaxtrain.data.token_arrays import TokenArrays
+from jaxtrain.data.units import interleave_step
 from jaxtrain.interfaces import Block
 
 _IN_MEMORY_BYTES = 64 << 20  # of text or tokens kept for each open file
@@ -49,7 +49,7 @@ class SharedFileReader:
         self._open_at = open_at
         self._size = size
         self._lanes = lanes
-        self._step = stripe_step(lanes)
+        self._step = interleave_step(lanes)
         self._scratch = scratch
         self._wants: dict[int, Want] = {}
         self._readers: dict[File, _Reader] = {}
@@ -267,12 +267,12 @@ class _Reader:
 
 
 def _can_be_spilled(block: Block) -> bool:
-    return isinstance(block["text"], Ragged) or _is_json(block)
+    return isinstance(block["text"], TokenArrays) or _is_json(block)
 
 
 def _spilled(block: Block) -> bytes:
     tokens = block["text"]
-    if isinstance(tokens, Ragged):  # a token store's; it has no other column
+    if isinstance(tokens, TokenArrays):  # a token store's; it has no other column
         head = {"dtype": tokens.ids.dtype.str, "lengths": tokens.lengths.tolist()}
         return b"tokens" + json.dumps(head).encode() + b"\n" + tokens.ids.tobytes()
     return json.dumps(block).encode()  # lone surrogates are escaped, and come back
@@ -283,7 +283,7 @@ def _unspilled(data: bytes) -> Block:
         return json.loads(data)
     text, _, ids = data.removeprefix(b"tokens").partition(b"\n")
     head = json.loads(text)
-    return {"text": Ragged(np.frombuffer(ids, head["dtype"]), np.array(head["lengths"], np.int64))}
+    return {"text": TokenArrays(np.frombuffer(ids, head["dtype"]), np.array(head["lengths"], np.int64))}
 
 
 def _is_json(value: Any) -> bool:
@@ -297,7 +297,7 @@ def _is_json(value: Any) -> bool:
 
 def _size(block: Block) -> int:
     texts = block["text"]
-    return texts.nbytes if isinstance(texts, Ragged) else sum(map(len, texts))
+    return texts.nbytes if isinstance(texts, TokenArrays) else sum(map(len, texts))
 
 
 def regroup(blocks: Iterator[Block], size: int, limit: int | None = None) -> Iterator[Block]:

@@ -17,8 +17,8 @@ from jaxtrain import cli
 from jaxtrain.data import units
 from jaxtrain.data.io import retry
 from jaxtrain.data.shared_file_reader import SharedFileReader, Want, head, regroup
-from jaxtrain.data.skips import FOOTER
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.skipped_files import FOOTER
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Transform, versioned
 from jaxtrain.plan import stable_hash
@@ -27,7 +27,7 @@ _FOOTER_READERS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class ReadOptions:
     """What decides which documents there are and their order, besides the source. Part of the identity.
 
     held_out: read the held-out documents (evaluation) instead of the others (training).
@@ -68,7 +68,7 @@ class Window:
     texts: Sequence[str]
     positions: np.ndarray
     file_rows: np.ndarray
-    tokens: Ragged | None = None
+    tokens: TokenArrays | None = None
     first: int = 0  # the window's first row in the file
 
 
@@ -80,27 +80,27 @@ class SourceReader:
         name: str,
         config: SourceConfig,
         source: Source,
-        rules: Rules,
+        options: ReadOptions,
         *,
         retry_seconds: float,
         skips: Mapping[str, int] | None = None,
         scratch: str | None = None,
     ):
-        """skips: by file, the first row that is given up (see skips.py). scratch: see StripedFiles."""
+        """skips: by file, the first row to skip (see skipped_files.py). scratch: see SharedFileReader."""
         self.name = name
         self.source = source
-        self.rules = rules
+        self.options = options
         self.skips = dict(skips or {})
         self._max_samples = config.max_samples
         self._transforms = config.transforms
         self._retry_seconds = retry_seconds
-        self.layout = units.layout(source, rules.num_lanes, config.max_samples, self._row_groups)
-        self._striped: SharedFileReader | None = None
-        if self.layout.striped:
-            self._striped = SharedFileReader(self._open, rules.shuffle_window, rules.num_lanes, scratch)
-        if not self.layout.units:
+        self.partition = units.partition(source, options.num_lanes, config.max_samples, self._row_groups)
+        self._shared: SharedFileReader | None = None
+        if self.partition.shared:
+            self._shared = SharedFileReader(self._open, options.shuffle_window, options.num_lanes, scratch)
+        if not self.partition.units:
             raise UserError(f"source {name!r} has no rows at all. Look at its name, split and files.")
-        if all(self._end(unit.file) <= unit.first for unit in self.layout.units):
+        if all(self._end(unit.file) <= unit.first for unit in self.partition.units):
             raise UserError(f"source {name!r}: all of its rows are in files that were corrupt and are skipped.")
 
     @property
@@ -119,36 +119,38 @@ class SourceReader:
     def summary(self) -> str:
         """For the log."""
         cut = (
-            "striped over the lanes" if self.layout.striped else f"{len(self.layout.units):,} units dealt to the lanes"
+            "striped over the lanes"
+            if self.partition.shared
+            else f"{len(self.partition.units):,} units dealt to the lanes"
         )
         return f"{self.name}: {len(self.source.files):,} files, {cut}"
 
     @property
     def rows(self) -> int | None:
         """All rows of an epoch, with those that filters drop; None where only reading tells."""
-        counts = [unit.rows for unit in self.layout.units]
+        counts = [unit.rows for unit in self.partition.units]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def register(self, starts: Mapping[int, Position]) -> None:
         """These lanes, and no others, will read from there on. Call it before any of them reads."""
-        if self._striped is not None:
-            self._striped.register({lane: self._want(lane, start) for lane, start in starts.items()})
+        if self._shared is not None:
+            self._shared.register({lane: self._want(lane, start) for lane, start in starts.items()})
 
     def close(self) -> None:
         """Let go of what is kept for lanes that no longer read. Reading on opens the files again."""
-        if self._striped is not None:
-            self._striped.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def _want(self, lane: int, start: Position) -> Want:
-        assert self._striped is not None
+        assert self._shared is not None
         # A cursor stands in one of the lane's own windows, or at a unit's start, before its first.
-        window = self._own_window(lane, start.unit, start.row // self.rules.shuffle_window)
+        window = self._own_window(lane, start.unit, start.row // self.options.shuffle_window)
         return Want((start.epoch, start.unit), window)
 
     def _own_window(self, lane: int, unit: int, window: int) -> int:
         """The lane's first window of a striped file from number `window` on."""
-        assert self._striped is not None
-        first, lanes = self._striped.first_window(lane, unit), self.rules.num_lanes
+        assert self._shared is not None
+        first, lanes = self._shared.first_window(lane, unit), self.options.num_lanes
         return first + -(-max(window - first, 0) // lanes) * lanes
 
     def windows(self, lane: int, start: Position, epochs: int | None) -> Iterator[Window]:
@@ -170,51 +172,51 @@ class SourceReader:
 
     def refuse(self, lane: int) -> None:
         """For a lane without a document in the first epoch: raises UserError, unless held-out ones are read."""
-        if not self.rules.held_out:
+        if not self.options.held_out:
             raise UserError(self._nothing(lane))
 
     def _nothing(self, lane: int) -> str:
-        rules = self.rules
-        if self._striped is not None:
+        options = self.options
+        if self._shared is not None:
             # A file that has a window for each lane gives each lane one, whatever the order of files.
-            longest = max(self._rows(number, unit) for number, unit in enumerate(self.layout.units))
-            pieces, works = f"windows of {rules.shuffle_window} rows", -(-longest // rules.shuffle_window)
+            longest = max(self._rows(number, unit) for number, unit in enumerate(self.partition.units))
+            pieces, works = f"windows of {options.shuffle_window} rows", -(-longest // options.shuffle_window)
         else:
-            pieces, works = f"{len(self.layout.units)} pieces", len(self.layout.units)
-        filtered = rules.holdout or self._transforms
-        works = max(min(works, rules.num_lanes - 1) // (2 if filtered or self._striped is None else 1), 1)
+            pieces, works = f"{len(self.partition.units)} pieces", len(self.partition.units)
+        filtered = options.holdout or self._transforms
+        works = max(min(works, options.num_lanes - 1) // (2 if filtered or self._shared is None else 1), 1)
         return (
-            f"source {self.name!r}: lane {lane} of data.num_lanes={rules.num_lanes} gets no document in the first "
-            f"epoch ({pieces} are shared out, and filters and holdout={rules.holdout} may drop documents). Set "
+            f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
+            f"epoch ({pieces} are shared out, and filters and holdout={options.holdout} may drop documents). Set "
             f"data.num_lanes to {works} or less, data.shuffle_window to less, or use a larger source."
         )
 
     def _rows(self, number: int, unit: units.Unit) -> int:
         """Rows of a striped file, as far as there is a window for each lane."""
-        assert self._striped is not None
-        enough = self.rules.num_lanes * self.rules.shuffle_window
-        return unit.rows if unit.rows is not None else self._striped.rows((0, number), unit.file, enough)
+        assert self._shared is not None
+        enough = self.options.num_lanes * self.options.shuffle_window
+        return unit.rows if unit.rows is not None else self._shared.rows((0, number), unit.file, enough)
 
     def _epoch(self, lane: int, start: Position) -> Iterator[Window]:
         """The lane's windows of epoch `start.epoch` from the one that holds `start`, to the epoch's end."""
         # The first max_samples rows of the listing are the same in every epoch only if files come in its order.
-        shuffle = self.rules.shuffle and self.layout.limit is None
-        order = _cached_order(len(self.layout.units), self.rules.seed, self.name, start.epoch, shuffle)
-        if self._striped is None:
-            order = units.share(order, lane, self.rules.num_lanes)
-        base, size = start.base, self.rules.shuffle_window
+        shuffle = self.options.shuffle and self.partition.limit is None
+        order = _cached_order(len(self.partition.units), self.options.seed, self.name, start.epoch, shuffle)
+        if self._shared is None:
+            order = units.share(order, lane, self.options.num_lanes)
+        base, size = start.base, self.options.shuffle_window
         for position in range(start.unit, len(order)):
-            unit = self.layout.units[order[position]]
+            unit = self.partition.units[order[position]]
             first = start.row // size if position == start.unit else 0
-            if self._striped is None:
+            if self._shared is None:
                 pieces = self._sequence(unit, first)
             else:
                 pieces = self._stripe(lane, (start.epoch, position), unit, first, base)
             for window, block in pieces:
                 yield self._window(Position(start.epoch, position, window * size, base), unit, block)
-            if self._striped is not None and self.layout.limit is not None:
-                base += self._striped.rows((start.epoch, position), unit.file, self.layout.limit - base)
-                if base == self.layout.limit:
+            if self._shared is not None and self.partition.limit is not None:
+                base += self._shared.rows((start.epoch, position), unit.file, self.partition.limit - base)
+                if base == self.partition.limit:
                     return
 
     def _row_groups(self, files: Sequence[int]) -> list[list[int]]:
@@ -271,44 +273,50 @@ class SourceReader:
 
     def _sequence(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
         """The unit's windows from number `window` on."""
-        first = window * self.rules.shuffle_window
+        first = window * self.options.shuffle_window
         left = None if unit.rows is None else unit.rows - first
         if left is None or left > 0:
             stop = None if left is None else unit.first + first + left
             blocks = self._open(unit.file, unit.first + first, stop)
-            yield from enumerate(regroup(blocks, self.rules.shuffle_window, left), window)
+            yield from enumerate(regroup(blocks, self.options.shuffle_window, left), window)
 
     def _stripe(
         self, lane: int, file: tuple[int, int], unit: units.Unit, window: int, base: int
     ) -> Iterator[tuple[int, Block]]:
         """The lane's windows of a file, from number `window` on. file: (epoch, position in its order)."""
-        assert self._striped is not None
-        size, lanes = self.rules.shuffle_window, self.rules.num_lanes
-        limit = unit.rows if self.layout.limit is None else self.layout.limit - base
+        assert self._shared is not None
+        size, lanes = self.options.shuffle_window, self.options.num_lanes
+        limit = unit.rows if self.partition.limit is None else self.partition.limit - base
         window = self._own_window(lane, file[1], window)
         while limit is None or window * size < limit:
-            block = self._striped.get(file, unit.file, lane, window)
+            block = self._shared.get(file, unit.file, lane, window)
             if block is None:
                 return
             yield window, block if limit is None else head(block, limit - window * size)
             window += lanes
 
     def _window(self, start: Position, unit: units.Unit, block: Block) -> Window:
-        name, rules = self.source.files[unit.file], self.rules
+        name, options = self.source.files[unit.file], self.options
         count = len(block["text"])
         first = unit.first + start.row
         planned = self._planned(start, unit) if first + count == self._end(unit.file) else count
         permuted = units.row_order(
-            planned, seed=rules.seed, source=self.name, epoch=start.epoch, file=name, first=first, shuffle=rules.shuffle
+            planned,
+            seed=options.seed,
+            source=self.name,
+            epoch=start.epoch,
+            file=name,
+            first=first,
+            shuffle=options.shuffle,
         )
-        if rules.holdout:
-            held = stable_hash.is_held_out(self.name, name, first + permuted, rules.holdout)
-            kept = np.flatnonzero(held == rules.held_out)
+        if options.holdout:
+            held = stable_hash.is_held_out(self.name, name, first + permuted, options.holdout)
+            kept = np.flatnonzero(held == options.held_out)
         else:
-            kept = np.arange(0 if rules.held_out else planned)
+            kept = np.arange(0 if options.held_out else planned)
         kept = kept[permuted[kept] < count]
         tokens = block["text"]
-        if isinstance(tokens, Ragged):
+        if isinstance(tokens, TokenArrays):
             where = kept[tokens.lengths[permuted[kept]] > 0]
             return Window(start, unit.file, count, (), start.row + where, first + permuted[where], tokens, first)
         texts, where = self._documents(block, permuted, kept)
@@ -316,11 +324,11 @@ class SourceReader:
 
     def _planned(self, start: Position, unit: units.Unit) -> int:
         """Rows of a window, with those that are given up: the others keep their order, so that cursors stay right."""
-        planned = self.rules.shuffle_window
+        planned = self.options.shuffle_window
         if unit.rows is not None:
             planned = min(planned, unit.rows - start.row)
-        if self.layout.limit is not None:
-            planned = min(planned, self.layout.limit - start.base - start.row)
+        if self.partition.limit is not None:
+            planned = min(planned, self.partition.limit - start.base - start.row)
         return planned
 
     def _documents(self, block: Block, permuted: np.ndarray, kept: np.ndarray) -> tuple[list[str], np.ndarray]:

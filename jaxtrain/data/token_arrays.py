@@ -9,7 +9,7 @@ import numpy as np
 _SHORT = 150
 
 
-class Ragged:
+class TokenArrays:
     """Documents one after the other. ids: any integer type, [sum of lengths]. lengths: int64 [N], 0 for an empty one.
 
     Slices and sums are as those of a list of documents.
@@ -19,6 +19,12 @@ class Ragged:
         self.ids = ids
         self.lengths = lengths
         self._starts: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]]) -> "TokenArrays":
+        """From one sequence of ids for each document."""
+        lengths = np.array([len(document) for document in documents], np.int64)
+        return cls(np.concatenate([np.empty(0, np.int32), *(np.asarray(d, np.int32) for d in documents)]), lengths)
 
     @property
     def starts(self) -> np.ndarray:
@@ -34,12 +40,12 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, rows: slice) -> "Ragged":
+    def __getitem__(self, rows: slice) -> "TokenArrays":
         first, stop, _ = rows.indices(len(self))
-        return Ragged(self.ids[self.starts[first] : self.starts[max(stop, first)]], self.lengths[first:stop])
+        return TokenArrays(self.ids[self.starts[first] : self.starts[max(stop, first)]], self.lengths[first:stop])
 
-    def __add__(self, other: "Ragged") -> "Ragged":
-        return Ragged(np.concatenate([self.ids, other.ids]), np.concatenate([self.lengths, other.lengths]))
+    def __add__(self, other: "TokenArrays") -> "TokenArrays":
+        return TokenArrays(np.concatenate([self.ids, other.ids]), np.concatenate([self.lengths, other.lengths]))
 
     def closed(self, rows: np.ndarray, eos_id: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The documents `rows`, in that order, each with eos_id behind it and bos_id (if any) before it.
@@ -83,9 +89,3 @@ class Ragged:
         if bos_id is not None:
             tokens[ends - closed] = bos_id
         return tokens
-
-
-def ragged(documents: Sequence[Sequence[int]]) -> Ragged:
-    """From one sequence of ids for each document."""
-    lengths = np.array([len(document) for document in documents], np.int64)
-    return Ragged(np.concatenate([np.empty(0, np.int32), *(np.asarray(d, np.int32) for d in documents)]), lengths)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.data.packing import WHERE, Documents
 from jaxtrain.data.source_reader import Position, Window
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.interfaces import Tokenizer
 
 CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, little enough to be there soon
@@ -17,7 +17,7 @@ CHUNK_TOKENS = 50_000  # about as much, where there are tokens already
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowSpec:
     """How documents become rows, for all lanes. `epochs`: how often a source is read; None for ever.
 
     records: by source, what gives each document's records; empty for batches without. width: bytes of a record.
@@ -45,7 +45,7 @@ class Records(Protocol):
 def documents_of(
     windows: Iterator[Window],
     start: Position,
-    rows: Rows,
+    rows: RowSpec,
     nothing: Callable[[], object] = lambda: None,
     records: Records | None = None,
 ) -> Iterator[Documents]:
@@ -70,7 +70,7 @@ def documents_of(
         nothing()
 
 
-def _tokenized(window: Window, first: int, rows: Rows, in_pieces: bool) -> Iterator[Documents]:
+def _tokenized(window: Window, first: int, rows: RowSpec, in_pieces: bool) -> Iterator[Documents]:
     """The window's documents from row `first` on, in pieces of about `CHUNK_CHARACTERS`.
 
     in_pieces: also where the window has tokens, which are given all at once otherwise.
@@ -100,14 +100,14 @@ def _pieces(sizes: Sequence[int] | np.ndarray, enough: int) -> Iterator[slice]:
         yield slice(begin, len(sizes))
 
 
-def _encode(window: Window, chunk: Sequence[int], rows: Rows) -> Documents:
+def _encode(window: Window, chunk: Sequence[int], rows: RowSpec) -> Documents:
     with gate:
         ids, lengths = rows.tokenizer.encode_batch([window.texts[index] for index in chunk])
     kept = np.flatnonzero(lengths)
-    return _closed(window, np.asarray(chunk)[kept], Ragged(ids, lengths), kept, rows)
+    return _closed(window, np.asarray(chunk)[kept], TokenArrays(ids, lengths), kept, rows)
 
 
-def _closed(window: Window, of_window: np.ndarray, tokens: Ragged, which: np.ndarray, rows: Rows) -> Documents:
+def _closed(window: Window, of_window: np.ndarray, tokens: TokenArrays, which: np.ndarray, rows: RowSpec) -> Documents:
     """The window's documents `of_window`, whose ids are those numbered `which` of `tokens`; none is empty."""
     bos_id = rows.tokenizer.bos_id if rows.add_bos else None
     flat, lengths = tokens.closed(which, rows.tokenizer.eos_id, bos_id)

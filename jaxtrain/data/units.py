@@ -5,7 +5,7 @@ Two ways to deal a source to lanes, chosen by the files and `num_lanes` alone:
 - *dealt*: units (a file, or a range of a parquet file's row groups) are permuted by (seed, source, epoch), and lane l
   takes every num_lanes-th of them from the l-th on;
 - *striped*, where units are too few: files come in the epoch's order, and lane l takes the windows w of the i-th file
-  with (i · stripe_step + w) mod num_lanes = l.
+  with (i · interleave_step + w) mod num_lanes = l.
 """
 
 import dataclasses
@@ -35,20 +35,20 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Partition:
     """How a source is cut. `limit`: rows in all, in the listing's order, that may be read (striped sources only)."""
 
     units: tuple[Unit, ...]
-    striped: bool
+    shared: bool
     limit: int | None = None
 
 
-def layout(
+def partition(
     source: Source,
     num_lanes: int,
     max_samples: int | None,
     row_groups: Callable[[Sequence[int]], list[list[int]]],
-) -> Layout:
+) -> Partition:
     """Cut a source for `num_lanes` lanes.
 
     max_samples: the first so many rows in the order of the listing. row_groups: `source.row_groups` of several files,
@@ -57,17 +57,17 @@ def layout(
     files = range(len(source.files))
     if not source.random_access:
         striped = max_samples is not None or len(files) < num_lanes
-        return Layout(tuple(Unit(file) for file in files), striped, max_samples)
+        return Partition(tuple(Unit(file) for file in files), striped, max_samples)
     if max_samples is None and len(files) >= FILES_PER_LANE * num_lanes:
-        return Layout(tuple(Unit(file) for file in files), striped=False)
+        return Partition(tuple(Unit(file) for file in files), shared=False)
     groups = groups_within(len(files), max_samples, row_groups)
     total = sum(len(sizes) for sizes in groups)
     per_unit = max(1, total // (FILES_PER_LANE * num_lanes))
     units = tuple(unit for file, sizes in enumerate(groups) for unit in _ranges(file, sizes, per_unit))
     if len(units) >= UNITS_PER_LANE * num_lanes:
-        return Layout(units, striped=False)
+        return Partition(units, shared=False)
     whole = tuple(Unit(file, 0, sum(sizes)) for file, sizes in enumerate(groups) if sum(sizes))
-    return Layout(whole, striped=True)
+    return Partition(whole, shared=True)
 
 
 def groups_within(
@@ -115,7 +115,7 @@ def share(units: np.ndarray, lane: int, num_lanes: int) -> np.ndarray:
 
 
 @functools.cache
-def stripe_step(num_lanes: int) -> int:
+def interleave_step(num_lanes: int) -> int:
     """How many lanes after a striped source's file its next one begins.
 
     Without a divisor of num_lanes, so that files of one window each give every lane its turn; and such that the starts

@@ -21,8 +21,8 @@ from jaxtrain.data.io.retry import classify
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.families import EMBEDDING, HEAD
-from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.interfaces import Json, Model, Params
+from jaxtrain.model.llama import Llama, LlamaConfig
 
 logger = logging.getLogger("jaxtrain")
 
@@ -68,7 +68,7 @@ def commit(folder_or_id: str, revision: str | None = None) -> str | None:
 
 def load(
     folder_or_id: str,
-    model: Llama,
+    model: Model,
     shardings: Any,
     *,
     revision: str | None = None,
@@ -89,6 +89,7 @@ def load(
         UserError: the checkpoint does not exist, is damaged, or is not this model's: what does not fit is named.
         TransientError: the network fails.
     """
+    model = families.llama(model)
     files = _Files(folder_or_id, revision)
     paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
     files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model.config.num_layers)})
@@ -194,14 +195,27 @@ class _Files:
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        if other not in self._where or self.slices(name).get_shape() != self.slices(other).get_shape():
+        one, two = self.slices(name), self.slices(other) if other in self._where else None
+        if two is None or one.get_shape() != two.get_shape():
             return False
-        one, two, step = self.slices(name), self.slices(other), 4096
-        return all(np.array_equal(one[i : i + step], two[i : i + step]) for i in range(0, one.get_shape()[0], step))
+        rows = one.get_shape()[0]
+        parts = [slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096)]
+        return all(np.array_equal(one[part], two[part]) for part in parts)
 
     def check(self, model: Llama, wanted: set[str]) -> None:
         """Raises UserError if the tensors or the config are not the model's, and warns of other functions."""
         where = self._folder_or_id
+        theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
+        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
+            if getattr(model.config, name) != getattr(theirs, name):
+                raise UserError(
+                    f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
+                    f"{getattr(theirs, name)}: its tensors mean something else."
+                )
+        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
+            ours, his = getattr(model.config, name), getattr(theirs, name)
+            if ours != his:
+                logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
         for name in sorted(wanted & self._where.keys()):
             if (dtype := self.slices(name).get_dtype()) not in _DTYPES:
                 raise UserError(
@@ -221,19 +235,6 @@ class _Files:
                 )
         if HEAD in self._where and HEAD not in wanted and not self.are_equal(HEAD, EMBEDDING):
             raise UserError(f"{where} has an output head other than its embedding: set model.tie_embeddings=false.")
-        if not (self._folder / CONFIG).exists():
-            return
-        theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
-        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
-            if getattr(model.config, name) != getattr(theirs, name):
-                raise UserError(
-                    f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
-                    f"{getattr(theirs, name)}: its tensors mean something else."
-                )
-        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
-            ours, his = getattr(model.config, name), getattr(theirs, name)
-            if ours != his:
-                logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
 
 
 def _leaf(

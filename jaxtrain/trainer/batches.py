@@ -64,7 +64,7 @@ class BatchIterator(grain.DatasetIterator):
         self._revisions: dict[str, str] = {}
 
     def __next__(self) -> Batch:
-        return next(self._opened()).batch
+        return next(self._opened()).arrays
 
     def get_state(self) -> dict[str, Any]:
         state = self._opened().get_state()
@@ -123,7 +123,7 @@ class BatchIterator(grain.DatasetIterator):
             pipeline.host_dataset(
                 readers,
                 plan,
-                config.data.rows(tokenizer, config.epochs),
+                config.data.row_spec(tokenizer, config.epochs),
                 list(dataset.lanes),
                 pipeline.pools(config.data),
                 after=0 if saved is None else saved["step"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtrain import cli
 from jaxtrain.config import Config
-from jaxtrain.data import skips
+from jaxtrain.data import skipped_files
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.errors import UserError
@@ -91,7 +91,7 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
             for field in sorted((old.keys() | new.keys()) - {"skips"})
             if old.get(field) != new.get(field)
         ]
-        more, taken_back = skips.compare(name, old["skips"], new["skips"])
+        more, taken_back = skipped_files.compare(name, old["skips"], new["skips"])
         given_up += more
         lines += taken_back
     if lines:

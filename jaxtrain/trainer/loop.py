@@ -17,8 +17,8 @@ from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
 from jaxtrain.cost.roofline import peak_flops
-from jaxtrain.data import fingerprint, ledger, skips
-from jaxtrain.data.feed import DeviceBatch
+from jaxtrain.data import fingerprint, ledger, skipped_files
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.consensus import InterruptedWaitError, any_process
 from jaxtrain.errors import CorruptError, UserError
@@ -101,7 +101,7 @@ def _run(
             if dry_run or (session is None and not step):
                 raise UserError(str(error)) from None
             raise
-        skips.record(workdir.skips, error)
+        skipped_files.record(workdir.skips, error)
         recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
@@ -160,7 +160,7 @@ class _Step:
     """The step taken last. evaluated: its held-out loss, if it was measured."""
 
     at: StepPlan
-    batch: DeviceBatch
+    batch: StepBatch
     data_ended: bool
     evaluated: dict[str, float] | None
 
@@ -172,7 +172,7 @@ class Loop:
         self.state: state.State = {}
         self._session, self._checkpointer, self._monitor = session, checkpointer, monitor
         # A step whose line is not written yet: its numbers are fetched after the next step is under way.
-        self._unlogged: tuple[StepPlan, DeviceBatch, dict[str, jax.Array]] | None = None
+        self._unlogged: tuple[StepPlan, StepBatch, dict[str, jax.Array]] | None = None
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def run(self, train_state: state.State) -> int:
@@ -217,7 +217,7 @@ class Loop:
             self._checkpointer.wait()
         return code
 
-    def _update(self, at: StepPlan, batch: DeviceBatch) -> dict[str, jax.Array]:
+    def _update(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
         """Gives one update to the devices, and starts compiling the next stage."""
         programs = self._session.programs
         if not programs.ready(at.batch_size, at.seq_len):

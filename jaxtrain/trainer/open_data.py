@@ -18,11 +18,11 @@ from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import modes, pipeline
-from jaxtrain.data import skips as skip_lists
+from jaxtrain.data import skipped_files as skip_lists
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.modes import Opened
-from jaxtrain.data.skips import Skips
+from jaxtrain.data.modes import OpenedSource
+from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
 from jaxtrain.distributed.consensus import broadcast, broadcast_json
@@ -43,7 +43,7 @@ def open_all(
     cache: DiskCache | None,
     fetch: bool,
     is_tool: bool = False,
-) -> tuple[Tokenizer, dict[str, Opened]]:
+) -> tuple[Tokenizer, dict[str, OpenedSource]]:
     """The tokenizer, and every source in its mode. All processes call it.
 
     Args:
@@ -103,7 +103,7 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 
 
 def build(
-    config: Config, resolved: Mapping[str, Source], skips: Skips, scratch: str | None = None
+    config: Config, resolved: Mapping[str, Source], skips: SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
     """The sources cut into units. Process 0 asks the files how many rows they have, and tells the others."""
     cut = functools.partial(config.data.build, resolved, seed=config.seed, skips=skips, scratch=scratch)

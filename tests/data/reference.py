@@ -18,8 +18,8 @@ from tests.data.memory_source import MemorySource, WordTokenizer
 Identity = tuple[str, int, int]  # (source, file, row in the file)
 
 
-def layout(source: MemorySource, num_lanes: int) -> units.Layout:
-    return units.layout(
+def partition(source: MemorySource, num_lanes: int) -> units.Partition:
+    return units.partition(
         source, num_lanes, source.max_samples, lambda files: [source.row_groups(file) for file in files]
     )
 
@@ -30,7 +30,7 @@ def lane_documents(
     """A lane's documents of one epoch in order, without those that are empty, dropped or held out."""
     source = data.sources[name]
     assert isinstance(source, MemorySource)
-    cut = layout(source, data.num_lanes)
+    cut = partition(source, data.num_lanes)
     shuffle = data.shuffle and cut.limit is None
     order = units.order(len(cut.units), seed=seed, source=name, epoch=epoch, shuffle=shuffle).tolist()
     size, found, before = data.shuffle_window, [], 0
@@ -42,7 +42,7 @@ def lane_documents(
             end = min(end, max(cut.limit - before, 0))
             before += len(rows)
         for window, first in enumerate(range(unit.first, end, size)):
-            mine = (position * units.stripe_step(data.num_lanes) + window) if cut.striped else position
+            mine = (position * units.interleave_step(data.num_lanes) + window) if cut.shared else position
             if mine % data.num_lanes != lane:
                 continue
             count = min(size, end - first)

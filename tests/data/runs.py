@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.pipeline import DataConfig, HostBatch, host_batches, pools
-from jaxtrain.data.skips import Skips
+from jaxtrain.data.pipeline import DataConfig, StepBatch, host_batches, pools
+from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.interfaces import Source, Tokenizer
 from jaxtrain.plan import Plan, Stage, build_plan
 from tests.data import reference
@@ -29,7 +29,7 @@ class Case:
         assert self.plan.last_step is not None
         return self.plan.last_step
 
-    def run(self, after: int = 0, states: Mapping[int, np.ndarray] | None = None, **options: Any) -> list[HostBatch]:
+    def run(self, after: int = 0, states: Mapping[int, np.ndarray] | None = None, **options: Any) -> list[StepBatch]:
         with batches_of(self, after=after, states=states or {}, **options) as batches:
             return list(batches)
 
@@ -43,18 +43,18 @@ def batches_of(
     lanes: Sequence[int] | None = None,
     prefetch: int = 2,
     held_out: bool = False,
-    skips: Skips | None = None,
+    skips: SkippedFiles | None = None,
     resolved: Mapping[str, Source] | None = None,
-) -> Iterator[Iterator[HostBatch]]:
+) -> Iterator[Iterator[StepBatch]]:
     """A host's batches; the threads end with the context. resolved: other sources than the case's own."""
     data = case.data
     if resolved is None:
         resolved = {name: source.resolve() for name, source in data.sources.items()}
-    dealers = data.build(resolved, seed=case.seed, held_out=held_out, skips=skips)
+    readers = data.build(resolved, seed=case.seed, held_out=held_out, skips=skips)
     threads = pools(data)
-    rows = data.rows(case.tokenizer, case.epochs)
+    rows = data.row_spec(case.tokenizer, case.epochs)
     wanted = range(data.num_lanes) if lanes is None else lanes
-    found = host_batches(dealers, case.plan, rows, wanted, threads, after=after, states=states, prefetch=prefetch)
+    found = host_batches(readers, case.plan, rows, wanted, threads, after=after, states=states, prefetch=prefetch)
     try:
         yield found
     finally:

@@ -37,8 +37,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(retry, "sleep", slept.append)
     monkeypatch.setattr(
-        rate_limit.Pace, "wait", lambda self: None
-    )  # its pauses are test_pace's, and no clock moves here
+        rate_limit.RateLimiter, "wait", lambda self: None
+    )  # its pauses are test_rate_limit's, and no clock moves here
     monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.5)
     monkeypatch.setattr(parquet, "_SMALLEST", 1500)
     monkeypatch.setattr(parquet, "_FIRST_TAIL", 600)
@@ -87,7 +87,7 @@ def fingerprint_of(case: Case) -> str:
         for batch in batches:
             at = case.plan.at(batch.step)
             low, high = fingerprint.row_numbers(fingerprint.split(at.rows_before), at.batch_size)
-            words += fingerprint.of_rows(batch.batch, low, high)
+            words += fingerprint.of_rows(batch.arrays, low, high)
     return fingerprint.text(words)
 
 
@@ -191,7 +191,7 @@ def test_a_new_commit_in_mid_run_changes_nothing(hub: LoopbackHub, wanted: str) 
                 hub.commit("org/table", {"more.csv": csv_bytes(["5"])}, delete=["train.csv"])
             at = case.plan.at(batch.step)
             low, high = fingerprint.row_numbers(fingerprint.split(at.rows_before), at.batch_size)
-            words += fingerprint.of_rows(batch.batch, low, high)
+            words += fingerprint.of_rows(batch.arrays, low, high)
     assert fingerprint.text(words) == wanted
 
 

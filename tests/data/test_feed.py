@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data.feed import Feed, local_lanes
-from jaxtrain.data.pipeline import HostBatch
+from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed.sharding import MeshConfig, batch_sharding
 from jaxtrain.interfaces import BATCH_FIELDS
 
@@ -18,11 +18,11 @@ MESHES = [
 ]
 
 
-def host_batch(step: int, rows: int, columns: int, lanes: list[int]) -> HostBatch:
+def host_batch(step: int, rows: int, columns: int, lanes: list[int]) -> StepBatch:
     rng = np.random.default_rng(step)
     batch = {name: rng.integers(0, 1000, (rows, columns), np.int32) for name in BATCH_FIELDS}
     batch["loss_mask"] = batch["loss_mask"] > 500
-    return HostBatch(step, batch, {lane: np.full((1, 2), step) for lane in lanes}, ended=step == 3)
+    return StepBatch(step, batch, {lane: np.full((1, 2), step) for lane in lanes}, ended=step == 3)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 16])
@@ -37,8 +37,8 @@ def test_one_process_reads_all_lanes_and_holds_their_rows(mesh, lanes):
         for name in BATCH_FIELDS:
             array = found.arrays[name]
             assert array.sharding == batch_sharding(made)
-            assert array.dtype == wanted.batch[name].dtype
-            np.testing.assert_array_equal(array, wanted.batch[name])
+            assert array.dtype == wanted.arrays[name].dtype
+            np.testing.assert_array_equal(array, wanted.arrays[name])
 
 
 class Few:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import lanes
-from jaxtrain.data.daemon_pool import DaemonPool
-from jaxtrain.data.lanes import Ahead, Shares
+from jaxtrain.data.lanes import LaneSchedule
 from jaxtrain.data.pipeline import DataConfig
+from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource
 from tests.data.runs import plan_of
@@ -26,7 +26,7 @@ def test_ahead_gives_the_same_items_and_goes_one_ahead():
             yield number
 
     with ThreadPoolExecutor(2) as pool:
-        ahead = Ahead(items(), pool)
+        ahead = Prefetcher(items(), pool)
         assert not made
         ahead.start()
         assert next(ahead) == 0
@@ -47,7 +47,7 @@ def test_small_items_do_not_end_the_reading_ahead():
             yield weight
 
     with ThreadPoolExecutor(2) as pool:
-        ahead = Ahead(items(), pool, lambda weight: weight, 5)
+        ahead = Prefetcher(items(), pool, lambda weight: weight, 5)
         for number, weight in enumerate(weights):
             assert next(ahead) == weight
             taken += weight
@@ -69,7 +69,7 @@ def test_an_error_ahead_stays_an_error(started):
         raise OSError("gone")
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = Ahead(items(), pool)
+        ahead = Prefetcher(items(), pool)
         if started:
             assert next(ahead) == 1
         for _ in range(3):
@@ -112,7 +112,7 @@ def test_pool_starts_threads_for_work_that_waits():
 
 OUTAGE = """
 import time
-from jaxtrain.data.daemon_pool import DaemonPool
+from jaxtrain.data.threads import DaemonPool
 pool = DaemonPool(2, "test")
 pool.submit(time.sleep, 600)
 pool.submit(lambda: pool.submit(time.sleep, 600).result())
@@ -132,7 +132,7 @@ def test_shares_follow_the_plan(monkeypatch):
         Stage(seq_len=4, batch_size=6, tokens=24 * 20, weights={"a": 0.5, "b": 0.5}),
         Stage(seq_len=4, batch_size=6, weights={"c": 1.0}),
     ]
-    shares = Shares(plan_of(data, stages, 0, steps=30), 2)
+    shares = LaneSchedule(plan_of(data, stages, 0, steps=30), 2)
     first = shares.at(3)
     assert (first.rows, first.only, first.sources_by_lane, first.opened, first.wanted) == (
         2,
@@ -148,4 +148,4 @@ def test_shares_follow_the_plan(monkeypatch):
     assert shares.at(30) is shares.at(30)
     # Short steps: many of them, so that there is time to open what the next stages need.
     monkeypatch.setattr(lanes, "_OPEN_AHEAD_TOKENS", 8 * 23)
-    assert Shares(shares.plan, 2).at(3).opened == (1, 0, 2)
+    assert LaneSchedule(shares.plan, 2).at(3).opened == (1, 0, 2)

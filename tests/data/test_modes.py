@@ -10,8 +10,8 @@ import pytest
 from jaxtrain.data import modes, pipeline
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.disk_cache import DiskCache
-from jaxtrain.data.modes import Opened
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.modes import OpenedSource
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.transforms import AtLeast
@@ -56,14 +56,14 @@ def case(hub: LoopbackHub) -> Case:
     return Case(data, plan, 3, None)
 
 
-def opened(case: Case, mode: str, folder: pathlib.Path, gigabytes: float = 1.0, **more) -> dict[str, Opened]:
+def opened(case: Case, mode: str, folder: pathlib.Path, gigabytes: float = 1.0, **more) -> dict[str, OpenedSource]:
     data = case.data
     data.mode = mode
     cache = DiskCache(folder / "cache" / "data", gigabytes)
     return modes.open_sources(data, TOKENIZER, str(folder / "tokens"), cache=cache, **more)
 
 
-def sources(found: dict[str, Opened]) -> dict[str, Source]:
+def sources(found: dict[str, OpenedSource]) -> dict[str, Source]:
     return {name: one.source for name, one in found.items()}
 
 
@@ -81,8 +81,8 @@ def test_three_modes_one_stream(case, hub: LoopbackHub, tmp_path):
         assert_same(case.run(resolved=resolved, held_out=True), held_out)
     # `code` comes as it is read, for its max_samples; the others were there, and the store asks nobody.
     assert all("org/code" in request.path for request in hub.requests()[asked:])
-    after: HostBatch | None = None
-    found: list[HostBatch] = []
+    after: StepBatch | None = None
+    found: list[StepBatch] = []
     for step in range(len(expected)):
         states = after.states if after else {}
         with batches_of(case, after=step, states=states, resolved=(stored, download, stream)[step % 3]) as batches:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from jaxtrain.data import shared_file_reader
 from jaxtrain.data.io import retry
-from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, Shares
+from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, LaneSchedule
 from jaxtrain.data.packing import Packer
-from jaxtrain.data.pipeline import DataConfig, HostBatch, HostDataset, pools, resolve, texts
+from jaxtrain.data.pipeline import DataConfig, HostDataset, StepBatch, pools, resolve, texts
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import BATCH_FIELDS
 from jaxtrain.plan import Stage
@@ -23,11 +23,11 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChec
 seeds = st.integers(0, 10**6)
 
 
-def same(a: HostBatch, b: HostBatch) -> None:
+def same(a: StepBatch, b: StepBatch) -> None:
     assert a.step == b.step
     assert a.ended == b.ended
     for name in BATCH_FIELDS:
-        np.testing.assert_array_equal(a.batch[name], b.batch[name], err_msg=f"{name}, step {a.step}")
+        np.testing.assert_array_equal(a.arrays[name], b.arrays[name], err_msg=f"{name}, step {a.step}")
     assert a.states.keys() == b.states.keys()
     for lane, state in a.states.items():
         np.testing.assert_array_equal(state, b.states[lane], err_msg=f"state of lane {lane}, step {a.step}")
@@ -45,7 +45,7 @@ def test_batches_and_counts_are_those_of_the_slow_version(seed: int) -> None:
     wanted = reference.batches(case.data, case.plan, lanes, len(found))
     for step, (batch, slow) in enumerate(zip(found, wanted, strict=True), 1):
         for name in BATCH_FIELDS:
-            np.testing.assert_array_equal(batch.batch[name], slow[name], err_msg=f"{name}, step {step}")
+            np.testing.assert_array_equal(batch.arrays[name], slow[name], err_msg=f"{name}, step {step}")
     weighted = {name for stage in case.plan.stages if stage.has_steps for name in stage.weights}
     for (lane, name), stream in lanes.items():
         state = dict(
@@ -56,8 +56,8 @@ def test_batches_and_counts_are_those_of_the_slow_version(seed: int) -> None:
         assert state["documents"] == stream.documents_begun
         assert bool(state["ended"]) == (stream.ended and name in weighted)
     for batch in found[-1:]:
-        assert batch.batch["loss_mask"].dtype == bool
-        assert all(batch.batch[name].dtype == np.int32 for name in BATCH_FIELDS[:-1])
+        assert batch.arrays["loss_mask"].dtype == bool
+        assert all(batch.arrays[name].dtype == np.int32 for name in BATCH_FIELDS[:-1])
 
 
 @few
@@ -86,8 +86,8 @@ def test_hosts_do_not_matter(seed: int) -> None:
         runs = [case.run(lanes=list(part), prefetch=1) for part in parts]
         for step, batch in enumerate(whole):
             for name in BATCH_FIELDS:
-                joined = np.concatenate([run[step].batch[name] for run in runs])
-                np.testing.assert_array_equal(joined, batch.batch[name])
+                joined = np.concatenate([run[step].arrays[name] for run in runs])
+                np.testing.assert_array_equal(joined, batch.arrays[name])
             for run in runs:
                 for lane, state in run[step].states.items():
                     np.testing.assert_array_equal(state, batch.states[lane])
@@ -124,7 +124,7 @@ def test_a_fatal_error_reaches_the_consumer_and_stays(random_access, prefetch):
     source = case.data.sources["web"]
     assert isinstance(source, MemorySource)
     source.fault = Fatal(1, 30)
-    found: list[HostBatch] = []
+    found: list[StepBatch] = []
     with batches_of(case, states={}, prefetch=prefetch) as batches:
         with pytest.raises(UserError, match="the file is gone"):
             found.extend(batches)
@@ -179,7 +179,7 @@ def test_training_ends_when_every_lane_has_ended_in_every_source_to_come():
     assert [batch.ended for batch in found] == [False] * 12 + [True] * 8  # 3 batches each; a's end is not the run's
     ended_in_a = [all(state[0, -1] for state in batch.states.values()) for batch in found]
     assert ended_in_a == [False] * 2 + [True] * 18
-    assert not any(batch.batch["loss_mask"].any() for batch in found[3:10])
+    assert not any(batch.arrays["loss_mask"].any() for batch in found[3:10])
 
 
 def test_64_lanes_with_one_worker_and_slow_readers():
@@ -199,16 +199,16 @@ def test_texts_are_the_first_documents_in_the_mix(seed):
     data = DataConfig(sources=dict(sources), num_lanes=4, shuffle_window=8, holdout=0.1)
     weights = {"a": 0.8, "b": 0.2}
     plan = plan_of(data, [Stage(seq_len=16, batch_size=4, weights=weights)], 0, steps=100)
-    dealers = data.build(dict(sources), seed=seed)
-    found = list(texts(data, dealers, plan, 100))
-    assert found == list(texts(data, dealers, plan, 100))
+    readers = data.build(dict(sources), seed=seed)
+    found = list(texts(data, readers, plan, 100))
+    assert found == list(texts(data, readers, plan, 100))
     assert len(found) == 100
     streams = {
         name: {text for lane in range(4) for _, text in reference.lane_documents(data, name, seed, lane, 0)}
         for name in sources
     }
     assert set(found) <= streams["a"] | streams["b"]
-    everything = list(texts(data, dealers, plan, 10**6))
+    everything = list(texts(data, readers, plan, 10**6))
     total = sum(len(reference.lane_documents(data, name, seed, lane, 0)) for name in weights for lane in range(4))
     assert len(everything) == total  # c has no weight
     assert everything[:100] == found
@@ -218,18 +218,18 @@ def test_texts_read_windows_and_not_the_source():
     source = MemorySource(rows=[documents(10_000, 1)] * 3, groups=[[100] * 100] * 3)
     data = DataConfig(sources={"web": source}, num_lanes=16, shuffle_window=10)
     plan = plan_of(data, [Stage(seq_len=16, batch_size=16)], 0, steps=10)
-    dealers = data.build({"web": source}, seed=0)
+    readers = data.build({"web": source}, seed=0)
     source.rows_read = 0
-    assert len(list(texts(data, dealers, plan, 50))) == 50
+    assert len(list(texts(data, readers, plan, 50))) == 50
     assert source.rows_read < 400
 
 
 def test_memory_is_bounded_by_what_the_lanes_hold():
     case = simple([documents(50, seed, 9) for seed in range(80)], steps=400)
-    dealers = case.data.build({"web": case.data.sources["web"].resolve()}, seed=0)
+    readers = case.data.build({"web": case.data.sources["web"].resolve()}, seed=0)
     threads = pools(case.data)
-    rows = case.data.rows(WordTokenizer(), None)
-    lanes = [LaneDataset(lane, Shares(case.plan, 4), dealers, rows, threads) for lane in range(4)]
+    rows = case.data.row_spec(WordTokenizer(), None)
+    lanes = [LaneDataset(lane, LaneSchedule(case.plan, 4), readers, rows, threads) for lane in range(4)]
     iterator = iter(HostDataset(lanes, 0, {}))
     sizes = []
     for _ in range(400):
@@ -246,7 +246,7 @@ def test_a_plan_for_other_sources_is_refused():
     case = simple([documents(50, 1)])
     other = simple([documents(50, 1)])
     other.data.sources = {"code": other.data.sources["web"]}
-    with pytest.raises(AssertionError, match="dealers of"):
+    with pytest.raises(AssertionError, match="readers of"):
         Case(other.data, case.plan, 0, None).run()
 
 
@@ -273,7 +273,7 @@ def test_wrong_settings_are_refused(field, value, message):
     tokenizer.bos_id = None
     data.add_bos = True
     with pytest.raises(UserError, match="add_bos"):
-        data.rows(tokenizer, None)
+        data.row_spec(tokenizer, None)
 
 
 def test_resolve_names_the_source_and_looks_new_ones_up():

@@ -1,6 +1,6 @@
 """Properties of the whole data path over random configs, stop points and hosts.
 
-Few examples, always the same, by default; many, others each time, where slow tests run.
+Few examples, always the same, by default; more, others each time, in the slow tier, and many in the nightly one.
 """
 
 import collections
@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from jaxtrain.data import ledger
 from jaxtrain.data.lanes import STATE_FIELDS
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.interfaces import BATCH_FIELDS, Batch
 from jaxtrain.plan import Plan, Stage, build_plan, stable_hash
 from tests.data import reference
 from tests.data.memory_source import MemorySource
 from tests.data.runs import Case, batches_of, has_documents, plan_of, random_case, random_data
+from tests.tiers import nightly_but
 
 common = settings(
     deadline=None,
@@ -49,14 +50,14 @@ def split(rng: random.Random, lanes: int) -> list[list[int]]:
     return [sorted(numbers[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
-def joined(hosts: Sequence[Sequence[int]], parts: Sequence[HostBatch]) -> tuple[Batch, dict[int, np.ndarray]]:
+def joined(hosts: Sequence[Sequence[int]], parts: Sequence[StepBatch]) -> tuple[Batch, dict[int, np.ndarray]]:
     """The global batch and the state of all lanes from those of the hosts."""
     blocks: dict[int, dict[str, np.ndarray]] = {}
     states: dict[int, np.ndarray] = {}
     for lanes, part in zip(hosts, parts, strict=True):
         assert set(part.states) == set(lanes)
         states |= part.states
-        pieces = {name: np.split(part.batch[name], len(lanes)) for name in BATCH_FIELDS}
+        pieces = {name: np.split(part.arrays[name], len(lanes)) for name in BATCH_FIELDS}
         blocks |= {lane: {name: pieces[name][index] for name in BATCH_FIELDS} for index, lane in enumerate(lanes)}
     ordered = [blocks[lane] for lane in range(len(blocks))]
     return {name: np.concatenate([block[name] for block in ordered]) for name in BATCH_FIELDS}, states
@@ -149,7 +150,7 @@ def begun(case: Case, held_out: bool = False) -> dict[str, collections.Counter[s
             per_lane = case.plan.at(batch.step).batch_size // case.data.num_lanes
             for row, source in enumerate(case.plan.sources_of(batch.step).tolist()):
                 name, lane = case.plan.source_names[source], row // per_lane
-                used = batch.batch["tokens"][row][batch.batch["segment_ids"][row] > 0]
+                used = batch.arrays["tokens"][row][batch.arrays["segment_ids"][row] > 0]
                 for token in used.tolist():
                     if token == 0 and fresh[lane, name]:  # the beginning-of-document token
                         continue
@@ -217,19 +218,20 @@ def share_plan(stages: Sequence[Stage], names: tuple[str, ...], lanes: int, seed
     )
 
 
-COUNTS: dict[Property, tuple[int, int]] = {
-    stopped_and_resumed_is_uninterrupted: (12, 120),
-    an_epoch_has_every_document_once: (12, 120),
-    sources_keep_their_share: (12, 150),
-}
+PROPERTIES: tuple[Property, ...] = (
+    stopped_and_resumed_is_uninterrupted,
+    an_epoch_has_every_document_once,
+    sources_keep_their_share,
+)
 
 
-@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda property_: property_.__name__)
 def test_few(property_: Property) -> None:
-    examples(property_, COUNTS[property_][0], derandomize=True)
+    examples(property_, 12, derandomize=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("property_", COUNTS, ids=lambda property_: property_.__name__)
-def test_many(property_: Property) -> None:
-    examples(property_, COUNTS[property_][1], derandomize=False)
+@pytest.mark.parametrize("count", nightly_but([30], [30, 150]))
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda property_: property_.__name__)
+def test_many(property_: Property, count: int) -> None:
+    examples(property_, count, derandomize=False)

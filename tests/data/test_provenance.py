@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.data import pipeline
-from jaxtrain.data.provenance import Origin, Piece, Watched
+from jaxtrain.data.provenance import DocumentSpan, Origin, StreamInspector
 from jaxtrain.errors import UserError
 from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
@@ -19,7 +19,7 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 
 @pytest.fixture
 def watch() -> Iterator:
-    """Makes `Watched`s of cases, whose threads end with the test."""
+    """Makes `StreamInspector`s of cases, whose threads end with the test."""
     with _Watcher() as watcher:
         yield watcher
 
@@ -29,12 +29,14 @@ class _Watcher:
         self._threads: list[pipeline.Pools] = []
         return self
 
-    def __call__(self, case: Case, **start) -> Watched:
+    def __call__(self, case: Case, **start) -> StreamInspector:
         data = case.data
         resolved = {name: source.resolve() for name, source in data.sources.items()}
-        dealers = data.build(resolved, seed=case.seed)
+        readers = data.build(resolved, seed=case.seed)
         self._threads.append(pipeline.pools(data))
-        return Watched(dealers, case.plan, data.rows(WordTokenizer(), case.epochs), self._threads[-1], **start)
+        return StreamInspector(
+            readers, case.plan, data.row_spec(WordTokenizer(), case.epochs), self._threads[-1], **start
+        )
 
     def __exit__(self, *error: object) -> None:
         for threads in self._threads:
@@ -66,16 +68,16 @@ def test_every_row_is_made_of_the_documents_named(seed):
         for wanted in batches[:ended]:
             batch, origins = stream.next_with_origins()
             at = case.plan.at(batch.step)
-            for name, values in wanted.batch.items():
-                np.testing.assert_array_equal(batch.batch[name], values)
+            for name, values in wanted.arrays.items():
+                np.testing.assert_array_equal(batch.arrays[name], values)
             assert len(origins) == at.batch_size
             sources = [case.plan.source_names.index(origin.source) for origin in origins]
             assert sources == case.plan.sources_of(batch.step).tolist()
             for row, origin in enumerate(origins):
                 assert origin.lane == row * case.data.num_lanes // at.batch_size
-                filled = wanted.batch["tokens"][row][: origin.tokens].tolist()
+                filled = wanted.arrays["tokens"][row][: origin.tokens].tolist()
                 assert filled == tokens_of(case, origin)
-                assert (wanted.batch["segment_ids"][row] > 0).sum() == origin.tokens
+                assert (wanted.arrays["segment_ids"][row] > 0).sum() == origin.tokens
                 flat = np.arange(row * at.seq_len, (row + 1) * at.seq_len)
                 assert origin.counted == (flat < at.masked_from).sum()
         if ended < case.last_step:
@@ -128,8 +130,8 @@ def test_a_row_past_the_end_says_so(watch):
     case = Case(data, plan_of(data, [Stage(seq_len=4, batch_size=2)], 0, steps=9), 0, 1)
     with watch(case) as stream:
         _, (first, second) = stream.next_with_origins()
-        assert first.pieces == (Piece("file-0", 0, 0, 4),)
-        assert second.pieces == (Piece("file-0", 1, 0, 2),)
+        assert first.pieces == (DocumentSpan("file-0", 0, 0, 4),)
+        assert second.pieces == (DocumentSpan("file-0", 1, 0, 2),)
         assert (first.tokens, second.tokens, second.counted) == (4, 2, 4)
         with pytest.raises(UserError, match="the data ends with step 1, after 1 epoch"):
             stream.go_to(3)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxtrain.data import shared_file_reader
 from jaxtrain.data.shared_file_reader import SharedFileReader, Want, regroup
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.interfaces import Block
 from tests.data.memory_source import MemorySource
 
@@ -169,9 +169,9 @@ def test_an_empty_spill_gives_its_disk_back(monkeypatch, tmp_path):
 def test_token_ids_are_spilled_and_come_back(dtype):
     ids = np.array([1, 65_535, 0, 10, 2], dtype)  # 10 is a line's end
     for lengths in ([2, 0, 3], [5], [0, 5, 0]):
-        back = shared_file_reader._unspilled(shared_file_reader._spilled({"text": Ragged(ids, np.array(lengths))}))[
-            "text"
-        ]
+        back = shared_file_reader._unspilled(
+            shared_file_reader._spilled({"text": TokenArrays(ids, np.array(lengths))})
+        )["text"]
         assert (back.ids.tolist(), back.ids.dtype, back.lengths.tolist()) == (ids.tolist(), ids.dtype, lengths)
     texts = {"text": ["tokens", '\ud800 "', ""], "score": [1.5, None, 2]}
     assert shared_file_reader._unspilled(shared_file_reader._spilled(texts)) == texts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.source_reader import Position, Rules, SourceReader, describe
+from jaxtrain.data.source_reader import Position, ReadOptions, SourceReader, describe
 from jaxtrain.errors import TransientError, UserError
 from jaxtrain.plan import stable_hash
 from tests.data.memory_source import Flaky, MemorySource
@@ -15,9 +15,9 @@ from tests.data.runs import Drop
 Found = list[tuple[int, int]]  # (file, row)
 
 
-def dealer(source: MemorySource, lanes: int = 4, retry_seconds: float = 60.0, **rules) -> SourceReader:
-    settings = {"seed": 3, "shuffle": True, "shuffle_window": 5, "holdout": 0.0, **rules}
-    return SourceReader("web", source, source, Rules(num_lanes=lanes, **settings), retry_seconds=retry_seconds)
+def reader(source: MemorySource, lanes: int = 4, retry_seconds: float = 60.0, **options) -> SourceReader:
+    settings = {"seed": 3, "shuffle": True, "shuffle_window": 5, "holdout": 0.0, **options}
+    return SourceReader("web", source, source, ReadOptions(num_lanes=lanes, **settings), retry_seconds=retry_seconds)
 
 
 def numbered(sizes: list[int], **settings) -> MemorySource:
@@ -35,7 +35,7 @@ def lane_rows(made: SourceReader, lane: int, epochs: int = 1, start: Position | 
 
 
 def all_rows(made: SourceReader, epochs: int = 1) -> Found:
-    lanes = range(made.rules.num_lanes)
+    lanes = range(made.options.num_lanes)
     made.register(dict.fromkeys(lanes, Position(0, 0, 0)))
     return [row for lane in lanes for row in lane_rows(made, lane, epochs)]
 
@@ -54,20 +54,20 @@ SHAPES = {
 def test_each_document_once_an_epoch(shape, shuffle):
     source = SHAPES[shape]
     everything = [(file, row) for file, rows in enumerate(source.rows) for row in range(len(rows))]
-    found = all_rows(dealer(source, shuffle=shuffle))
+    found = all_rows(reader(source, shuffle=shuffle))
     assert sorted(found) == everything
-    assert collections.Counter(all_rows(dealer(source, shuffle=shuffle), epochs=2)) == dict.fromkeys(everything, 2)
+    assert collections.Counter(all_rows(reader(source, shuffle=shuffle), epochs=2)) == dict.fromkeys(everything, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_epochs_and_seeds_differ_where_shuffled(shape):
-    made, source = dealer(SHAPES[shape]), SHAPES[shape]
+    made, source = reader(SHAPES[shape]), SHAPES[shape]
     twice = lane_rows(made, 1, 2)
     first = lane_rows(made, 1)
     assert twice[: len(first)] == first
     assert twice[len(first) :] != first
-    assert lane_rows(dealer(source, seed=4), 1) != first
-    plain = lane_rows(dealer(source, shuffle=False), 1, 2)
+    assert lane_rows(reader(source, seed=4), 1) != first
+    plain = lane_rows(reader(source, shuffle=False), 1, 2)
     assert plain[: len(plain) // 2] == plain[len(plain) // 2 :]
 
 
@@ -78,46 +78,46 @@ def test_max_samples_are_the_first_of_the_listing_for_any_lanes_in_every_epoch(s
     for lanes in (1, 3, 4):
         source = numbered(sizes, random_access=SHAPES[shape].random_access, max_samples=max_samples)
         everything = [(file, row) for file, rows in enumerate(source.rows) for row in range(len(rows))][:max_samples]
-        assert collections.Counter(all_rows(dealer(source, lanes), 2)) == dict.fromkeys(everything, 2)
+        assert collections.Counter(all_rows(reader(source, lanes), 2)) == dict.fromkeys(everything, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_held_out_and_trained_documents_are_disjoint_and_together_all(shape):
     source = SHAPES[shape]
-    train = all_rows(dealer(source, holdout=0.2))
-    held = all_rows(dealer(source, holdout=0.2, held_out=True))
-    assert sorted(train + held) == sorted(all_rows(dealer(source)))
+    train = all_rows(reader(source, holdout=0.2))
+    held = all_rows(reader(source, holdout=0.2, held_out=True))
+    assert sorted(train + held) == sorted(all_rows(reader(source)))
     names = source.files
     assert all(stable_hash.is_held_out("web", names[file], np.array([row]), 0.2)[0] for file, row in held)
     assert 0.1 < len(held) / len(train + held) < 0.3
-    assert set(held) == set(all_rows(dealer(source, 2, holdout=0.2, held_out=True, seed=9, shuffle_window=50)))
-    assert not all_rows(dealer(source, held_out=True))
+    assert set(held) == set(all_rows(reader(source, 2, holdout=0.2, held_out=True, seed=9, shuffle_window=50)))
+    assert not all_rows(reader(source, held_out=True))
 
 
 def test_transforms_see_their_columns_and_drop_rows_without_moving_others():
     source = numbered([40, 40])
-    whole = lane_rows(dealer(source), 2)
+    whole = lane_rows(reader(source), 2)
     filtered = numbered([40, 40], transforms=(Drop(3),))
-    assert lane_rows(dealer(filtered), 2) == [row for row in whole if row[1] % 3]
+    assert lane_rows(reader(filtered), 2) == [row for row in whole if row[1] % 3]
     assert describe(Drop(3)) != describe(Drop(4))
     assert describe(Drop(3)) == describe(Drop(3))
-    assert dealer(filtered).identity != dealer(source).identity
+    assert reader(filtered).identity != reader(source).identity
 
 
 def test_empty_documents_keep_their_row():
     source = numbered([40, 40])
-    whole = lane_rows(dealer(source), 1)
+    whole = lane_rows(reader(source), 1)
     source.rows[0][7] = source.rows[1][12] = ""
-    assert lane_rows(dealer(source), 1) == [row for row in whole if row not in ((0, 7), (1, 12))]
+    assert lane_rows(reader(source), 1) == [row for row in whole if row not in ((0, 7), (1, 12))]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reading_goes_on_from_any_window(shape):
-    made = dealer(SHAPES[shape])
+    made = reader(SHAPES[shape])
     made.register(dict.fromkeys(range(4), Position(0, 0, 0)))
     windows = list(made.windows(2, Position(0, 0, 0), 2))
     for index, window in enumerate(windows):
-        fresh = dealer(SHAPES[shape])
+        fresh = reader(SHAPES[shape])
         inside = Position(window.start.epoch, window.start.unit, window.start.row + window.rows - 1, window.start.base)
         fresh.register({2: inside})
         rest = fresh.windows(2, inside, 2)
@@ -132,20 +132,20 @@ def test_a_lane_without_documents_is_refused_with_lanes_that_work(random_access)
         return numbered([14], random_access=random_access)  # 3 windows
 
     with pytest.raises(UserError, match=r"lane 3 of data.num_lanes=4 gets no document.*data.num_lanes to 3 or less"):
-        lane_rows(dealer(source(), 4), 3, 2)
-    assert len(all_rows(dealer(source(), 3), 2)) == 28
+        lane_rows(reader(source(), 4), 3, 2)
+    assert len(all_rows(reader(source(), 3), 2)) == 28
     with pytest.raises(UserError, match="gets no document"):  # filters drop all: an end, not a loop
-        lane_rows(dealer(numbered([40], random_access=random_access, transforms=(Drop(1),)), 2), 0, 10**9)
-    assert not lane_rows(dealer(source(), 1, held_out=True), 0, 10**9)
+        lane_rows(reader(numbered([40], random_access=random_access, transforms=(Drop(1),)), 2), 0, 10**9)
+    assert not lane_rows(reader(source(), 1, held_out=True), 0, 10**9)
     with pytest.raises(UserError, match="no rows at all"):
-        dealer(numbered([], random_access=random_access))
+        reader(numbered([], random_access=random_access))
 
 
 def test_a_lane_without_documents_in_a_later_epoch_goes_on():
     source = numbered([1] * 8, random_access=False)
     for file in range(5):
         source.rows[file] = [""]
-    made = next(m for m in (dealer(source, 2, seed=seed) for seed in range(50)) if _epochs_of(m, 0) == [True, False])
+    made = next(m for m in (reader(source, 2, seed=seed) for seed in range(50)) if _epochs_of(m, 0) == [True, False])
     found = lane_rows(made, 0, 40)
     assert {file for file, _ in found} == {5, 6, 7}
 
@@ -162,7 +162,7 @@ def _epochs_of(made: SourceReader, lane: int) -> list[bool]:
 def test_opening_costs_the_same_at_any_depth():
     for depth in (0, 5_000, 19_990):
         source = numbered([20_000] * 70)
-        made = dealer(source, 4, shuffle=False)
+        made = reader(source, 4, shuffle=False)
         source.rows_read = 0
         next(made.windows(1, Position(0, 5, depth), 1))
         assert source.rows_read <= 15
@@ -174,7 +174,7 @@ def test_footers_are_read_side_by_side_and_again_after_a_fault(monkeypatch):
     source, flaky = numbered([40] * 20), Flaky(1, 0.5, 10)
     read = source.row_groups
     monkeypatch.setattr(source, "row_groups", lambda file: (flaky(file, 0), read(file))[1], raising=False)
-    assert sorted(all_rows(dealer(source))) == [(file, row) for file in range(20) for row in range(40)]
+    assert sorted(all_rows(reader(source))) == [(file, row) for file in range(20) for row in range(40)]
     assert flaky.left == 0
 
     def down(file):
@@ -182,4 +182,4 @@ def test_footers_are_read_side_by_side_and_again_after_a_fault(monkeypatch):
 
     monkeypatch.setattr(source, "row_groups", down, raising=False)
     with pytest.raises(TransientError, match="source 'web', file file-"):
-        dealer(source)
+        reader(source)

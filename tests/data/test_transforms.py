@@ -39,4 +39,4 @@ def test_settings_are_part_of_the_identity():
     one, two = (describe(AtLeast(column="int_score", value=value)) for value in (3, 4))
     assert one == describe(AtLeast(column="int_score", value=3))
     assert one != two
-    assert one["class"] == "jaxtrain.data.transforms.AtLeast"
+    assert one["_kind"] == "at_least"

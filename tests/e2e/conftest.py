@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a Hub with three datasets, a tokenizer, and an uninterrupted run to compare with."""
+"""Fixtures of the end-to-end tests: a Hub with three datasets, a tokenizer, and an uninterrupted reference run."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 
+import filelock
 import pytest
 
 from jaxtrain.tokenizers.training import TrainTokenizer
@@ -14,14 +15,16 @@ from tests.e2e.runs import COMPILED, STOPPED, TINY, Run, documents, environment
 from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
 MakeRun = Callable[..., Run]
+Once = Callable[..., Run]
 
 WIKI = documents(10, 32, words=5)
 
 
 def fill(hub: LoopbackHub) -> None:
-    """The datasets of configs/tiny.py: `web` is dealt to the lanes, `wiki` and `code` are striped over them.
+    """Commits the datasets of configs/tiny.py: lanes take units of `web` and share the files of `wiki` and `code`.
 
-    `wiki` is small: the run reads it more than once."""
+    `wiki` is small, so the run reads it more than once.
+    """
     web = {f"data/train-{n}.parquet": parquet_bytes(documents(n, 120), row_group_size=12) for n in range(4)}
     hub.commit("e2e/web", web)
     hub.commit("e2e/wiki", {"data/train-0.parquet": parquet_bytes(WIKI, row_group_size=16)})
@@ -29,19 +32,24 @@ def fill(hub: LoopbackHub) -> None:
     hub.commit("e2e/code", {"train.jsonl.gz": jsonl_bytes(code, compress=True, content=code)})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs are compiled once a session: the folder is that of all workers of pytest-xdist."""
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder shared by all pytest-xdist workers."""
     base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(shared: pathlib.Path) -> Iterator[None]:
+    """Compiles each program once per session."""
     with pytest.MonkeyPatch.context() as patch:
-        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setitem(runs.OF_ALL_RUNS, COMPILED, str(shared / "compiled"))
         yield
 
 
 @pytest.fixture(scope="session")
 def datasets(compiled: None) -> Iterator[LoopbackHub]:
-    """A Hub of its own: that of tests/hub_fixtures.py is emptied by each test that uses it."""
+    """A separate Hub, because each test that uses the one in tests/hub_fixtures.py empties it."""
     with LoopbackHub() as hub:
         fill(hub)
         yield hub
@@ -56,27 +64,48 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def reference(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """configs/tiny.py from beginning to end, on one device, without any interruption."""
-    workdir = tmp_path_factory.mktemp("reference") / "a run"
-    return Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))()
+def once(shared: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path) -> Once:
+    """Makes runs that a session needs once: the first worker that asks trains, the others wait for its work directory.
+
+    Each worker has its own Hub. All have the same content, so their commits have the same names.
+    """
+
+    def once(name: str, train: Callable[[Run], object], config: str = TINY) -> Run:
+        folder = shared / name
+        run = Run(folder / "a run", f"{config}:{tokenizer}", environment(datasets.env()))
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not (folder / "done").exists():
+                folder.mkdir(exist_ok=True)
+                train(run)
+                (folder / "done").touch()
+        run.output = run.output_file.read_text()
+        return run
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def stopped(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same, stopped by SIGTERM in its second stage. To be copied by those who go on with it."""
-    workdir = tmp_path_factory.mktemp("stopped") / "run"
-    run = Run(workdir, f"{TINY}:{tokenizer}", environment(datasets.env()))
-    run.start()
-    assert run.wait_for_step(21), run.output
-    run.signal(signal.SIGTERM)
-    assert run.wait() == STOPPED, run.output
-    return run
+def reference(once: Once) -> Run:
+    """configs/tiny.py from start to end, on one device, uninterrupted."""
+    return once("reference", lambda run: run())
+
+
+@pytest.fixture(scope="session")
+def stopped(once: Once) -> Run:
+    """The same, stopped by SIGTERM in its second stage. Copy it to resume it."""
+
+    def train(run: Run) -> None:
+        run.start()
+        assert run.wait_for_step(21), run.output
+        run.signal(signal.SIGTERM)
+        assert run.wait() == STOPPED, run.output
+
+    return once("stopped", train)
 
 
 @pytest.fixture
 def make_run(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[MakeRun]:
-    """Makes runs; `copy`: in a copy of another run's work directory."""
+    """Makes runs, with `copy` in a copy of another run's work directory."""
     made: list[Run] = []
 
     def make(

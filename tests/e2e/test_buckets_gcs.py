@@ -1,4 +1,4 @@
-"""Sources and a work directory in Google Cloud Storage, from an emulator of it (the `buckets` extra)."""
+"""Sources and a work directory in Google Cloud Storage, served by an emulator (the `buckets` extra)."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from tests.e2e.runs import environment
 from tests.e2e.test_buckets import CONFIG, Runs, data, resumed_as_on_a_disk
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(
     compiled: None, tokenizer: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

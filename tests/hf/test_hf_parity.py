@@ -1,11 +1,17 @@
 """transformers itself, on the machine: random models of every family read, and exported ones loaded by it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxtrain import hf
-from tests.hf.test_hf import FAMILIES, ONE_DEVICE, in_float32, logits
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+from tests.hf.test_checkpoints import READ
+from tests.hf.test_export import chat_model, sentencepiece_model
+from tests.hf.test_hf import FAMILIES, GOLDEN, ONE_DEVICE, in_float32, logits
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -46,3 +52,86 @@ def test_transformers_loads_an_export_with_the_same_logits(family, make_llama, t
     assert next(theirs.parameters()).dtype == torch.float32
     want = make_llama.logits(theirs, tokens)
     np.testing.assert_allclose(logits(model, params, tokens), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "torch_dtype": "float32",
+}
+
+
+def with_head_of_its_own(arrays):
+    return arrays | {"lm_head.weight": np.roll(arrays["model.embed_tokens.weight"], 1, 0).copy()}
+
+
+def with_copied_head(arrays):
+    return arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"].copy()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors"),
+    [
+        *((changes, None) for changes, _ in READ),
+        ({"tie_word_embeddings": True}, with_head_of_its_own),
+        ({"tie_word_embeddings": True}, with_copied_head),
+        ({"tie_word_embeddings": True, "model_type": "qwen2"}, with_head_of_its_own),
+        ({"model_type": "smollm3"}, with_head_of_its_own),
+    ],
+    ids=str,
+)
+def test_every_spelling_means_what_it_means_to_transformers(changes, tensors, tmp_path):
+    """The same config.json and tensors, read by both."""
+    given = TINY | {"model_type": "llama"} | changes
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    arrays = {
+        name: tensor.numpy().astype(np.float32) * (1 if "norm" in name else 12)
+        for name, tensor in transformers.AutoModelForCausalLM.from_config(config).state_dict().items()
+    }
+    if given.get("tie_word_embeddings", given["model_type"] == "smollm3"):
+        arrays.pop("lm_head.weight")
+    arrays = tensors(arrays) if tensors else arrays
+    save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = np.random.default_rng(1).integers(0, 40, (2, 60)).astype(np.int32)
+    model = in_float32(tmp_path)
+    got = logits(model, hf.load(str(tmp_path), model, ONE_DEVICE), tokens)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("kind", ["adds", "omits", "sentencepiece"])
+def test_an_exported_tokenizer_adds_what_training_added(kind, add_bos, tmp_path):
+    """Not what the files it came from asked for."""
+    source = sentencepiece_model(tmp_path) if kind == "sentencepiece" else chat_model(tmp_path, kind == "adds")
+    tokenizer = HuggingFaceTokenizer(name=str(source)).build("")
+    model = in_float32(GOLDEN / "llama2")
+    model.vocab_size = 40
+    hf.export(
+        hf.load(str(GOLDEN / "llama2"), model, ONE_DEVICE),
+        model,
+        str(tmp_path / "out"),
+        tokenizer=tokenizer,
+        add_bos=add_bos,
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "first half second"
+    assert theirs(text)["input_ids"] == [tokenizer.bos_id] * add_bos + tokenizer.encode_batch([text])[0].tolist()
+    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch([text])[0].tolist()
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    if kind != "sentencepiece":
+        assert (generation.eos_token_id, generation.temperature, generation.top_p) == ([2, 3], 0.6, 0.9)

@@ -1,5 +1,6 @@
 """Chunked cross-entropy against a float64 NumPy one that makes all logits at once."""
 
+import itertools
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jaxtrain.distributed.sharding import MeshConfig, batch_sharding, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
+from tests.tiers import diagonal, nightly_but
 
 B, T, D, VOCAB, PADDED = 8, 6, 16, 37, 64
 
@@ -143,8 +145,12 @@ def on_mesh(mesh, arrays):
     )
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), nightly_but(diagonal(MESHES, DTYPES), itertools.product(MESHES, DTYPES)), ids=str
+)
 def test_any_mesh_equals_one_device(sizes, dtype):
     mesh = MeshConfig(**sizes).build()
     arrays = example(dtype=dtype)

@@ -8,7 +8,7 @@ from jaxtrain.distributed.sharding import MeshConfig, sharding
 from jaxtrain.model.attention import attend
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("window", [None, 300])
 def test_splash_compiles_for_a_tpu_mesh(window, monkeypatch):
     pytest.importorskip("libtpu")

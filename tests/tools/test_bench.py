@@ -109,7 +109,7 @@ def test_the_data_benchmark_counts_the_tokens_of_its_tokenizer(tmp_path):
     with stream.batches(data, plan, tokenizer) as batches:
         tokens = 0
         for batch in batches:
-            tokens += int((batch.batch["segment_ids"] > 0).sum())
+            tokens += int((batch.arrays["segment_ids"] > 0).sum())
             if batch.ended:
                 break
     texts = list(corpus.documents(0.2))

@@ -57,7 +57,7 @@ def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_curriculum(numbers: Any) -> None:
     found = numbers(
         "curriculum --stages=1,6 --hidden_size=64 --num_layers=1 --vocab_size=256 --tokens_per_batch=512 "

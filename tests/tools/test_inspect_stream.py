@@ -76,7 +76,7 @@ def text_of(source: str, file: str, row: int) -> str:
     return {"wiki": WIKI, "code": documents(20, 300), "lines": LINES}[source][row]
 
 
-def run_of(spec: str, workdir: pathlib.Path, last_step: int) -> list[pipeline.HostBatch]:
+def run_of(spec: str, workdir: pathlib.Path, last_step: int) -> list[pipeline.StepBatch]:
     """The batches of training, and a checkpoint of each step's data state in the work directory."""
     config = cli.load(spec, [])
     made = inspect.connect(config, str(workdir))
@@ -120,7 +120,7 @@ def test_every_token_of_a_step_is_traced(spec, answer, tokenizer, tmp_path):
         _, _, _, replayed = answer(f"--at_step={step}")
         assert replayed.pop("from_checkpoint") is None
         assert replayed == resumed
-        batch = batches[step - 1].batch
+        batch = batches[step - 1].arrays
         assert len(replayed["rows"]) == len(batch["tokens"]) == replayed["batch_size"]
         for number, row in enumerate(replayed["rows"]):
             assert (row["row"], row["lane"]) == (number, number * 4 // len(batch["tokens"]))

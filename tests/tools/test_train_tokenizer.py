@@ -38,8 +38,8 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
     assert tokenizer.vocab_size == 700
     # The same from the stream itself, with what the flags leave to the config.
     config = cli.load("configs/quickstart.py", [])
-    dealers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
-    documents = list(pipeline.texts(config.data, dealers, config.plan(), 20))
+    readers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
+    documents = list(pipeline.texts(config.data, readers, config.plan(), 20))
     settings = json.loads((output / "training.json").read_text())["settings"]
     expected = training.TrainTokenizer(**settings)
     direct = training.train(expected, documents, tmp_path / "direct", progress=False)

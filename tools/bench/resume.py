@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxtrain.cli import Command, Flag, Flags
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import BATCH_FIELDS, Json
 from jaxtrain.plan import Plan
@@ -122,8 +122,8 @@ class _Epoch:
         return found
 
 
-def _digest(batch: HostBatch) -> int:
+def _digest(batch: StepBatch) -> int:
     digest = 0
     for name in BATCH_FIELDS:
-        digest = zlib.crc32(np.ascontiguousarray(batch.batch[name]).tobytes(), digest)
+        digest = zlib.crc32(np.ascontiguousarray(batch.arrays[name]).tobytes(), digest)
     return digest

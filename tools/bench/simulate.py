@@ -96,7 +96,7 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
             [min(group_rows, rows - first) for first in range(0, rows, group_rows)] for rows in sizes[files].tolist()
         ]
 
-    cut, layout_seconds = timed(lambda: units.layout(source, num_lanes, None, row_groups))
+    cut, layout_seconds = timed(lambda: units.partition(source, num_lanes, None, row_groups))
     rows_U = np.array([sizes[unit.file] if unit.rows is None else unit.rows for unit in cut.units])
     assert rows_U.sum() == sizes.sum()
     spread, order_seconds, share_seconds, empty = [], [], [], []
@@ -104,14 +104,14 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
         key = {"seed": 0, "source": "simulated", "epoch": epoch, "shuffle": True}
         order, seconds = timed(lambda key=key: units.order(len(cut.units), **key))
         order_seconds.append(seconds)
-        read = striped_rows if cut.striped else dealt_rows
+        read = striped_rows if cut.shared else dealt_rows
         rows_V, seconds = timed(lambda read=read, order=order: read(order, rows_U, num_lanes))
         share_seconds.append(seconds)
         assert rows_V.sum() == sizes.sum()
         spread.append(float(rows_V.max() / rows_V.mean()))
         empty.append(int((rows_V == 0).sum()))
     return {
-        "striped": cut.striped,
+        "striped": cut.shared,
         "files": len(sizes),
         "units": len(cut.units),
         "footers_read": footers,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxtrain.data import pipeline
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.interfaces import Json, Source, Tokenizer
 from jaxtrain.plan import Plan, Stage, build_plan
@@ -74,17 +74,17 @@ def batches(
     after: int = 0,
     states: Mapping[int, np.ndarray] | None = None,
     resolved: Mapping[str, Source] | None = None,
-) -> Iterator[Iterator[HostBatch]]:
+) -> Iterator[Iterator[StepBatch]]:
     """One epoch from step `after` + 1 on, as a run on one host reads it; the threads end with the context.
 
     resolved: how the sources are read; streamed, by default.
     """
-    dealers = data.build(pipeline.resolve(data) if resolved is None else resolved, seed=0)
+    readers = data.build(pipeline.resolve(data) if resolved is None else resolved, seed=0)
     threads = pipeline.pools(data)
     found = pipeline.host_batches(
-        dealers,
+        readers,
         plan,
-        data.rows(tokenizer, epochs=1),
+        data.row_spec(tokenizer, epochs=1),
         range(data.num_lanes),
         threads,
         after=after,

@@ -13,8 +13,8 @@ from jaxtrain.data.stores import teacher_store, teacher_store_writer
 from jaxtrain.data.stores.teacher_store_writer import Job, Writer
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout
-from jaxtrain.model.llama import Llama, Params
 from jaxtrain.trainer import open_data
 
 # Documents of one part of a file: a kill loses at most one part, 70 MB for documents of 1,000 tokens with k = 64.
@@ -50,7 +50,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     begun = {name: teacher_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
-    config.data.rows(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
+    config.data.row_spec(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
     mesh = config.mesh.build()
@@ -92,7 +92,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
 
 
 def make_scorer(
-    model: Llama, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
+    model: Model, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
 ) -> Scorer:
     """The scorer with the largest batches that fit: at most `batch_tokens` per device, and `limit` bytes of it.
 

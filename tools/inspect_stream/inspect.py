@@ -13,11 +13,11 @@ from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
-from jaxtrain.data.lanes import Pools
-from jaxtrain.data.provenance import Measured, Origin, Watched
+from jaxtrain.data.provenance import Measurement, Origin, StreamInspector
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.tokenizing import Rows
+from jaxtrain.data.threads import Pools
+from jaxtrain.data.tokenizing import RowSpec
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan, StagePlan, StepPlan
@@ -37,12 +37,12 @@ class Inputs:
     plan: Plan
     readers: list[SourceReader]
     tokenizer: Tokenizer
-    rows: Rows
+    rows: RowSpec
     threads: Pools
     workdir: str
 
-    def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> Watched:
-        return Watched(self.readers, self.plan, self.rows, self.threads, after=after, states=states)
+    def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> StreamInspector:
+        return StreamInspector(self.readers, self.plan, self.rows, self.threads, after=after, states=states)
 
 
 def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
@@ -64,7 +64,7 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
         commit = reader.source.identity.get("revision")
         print(f"  {reader.summary}" + (f", commit {commit}" if commit else ""))
     print("HuggingFace streaming ready", flush=True)
-    rows = data.rows(tokenizer, config.epochs)
+    rows = data.row_spec(tokenizer, config.epochs)
     stored = all(one.mode == "pretokenized" for one in opened.values())
     return Inputs(config, plan, readers, tokenizer, rows, pipeline.pools(data, stored), workdir)
 
@@ -82,7 +82,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
         described.append(_stage(found, stage, measured))
     seconds = _estimate(plan, speeds)
     if seconds is None:
-        print("\nThe run ends with its data: how long that takes is only known by reading it.")
+        print("\nThe run ends when its data ends, so its duration is only known by reading it.")
     else:
         print(
             f"\nTime estimate: the data path alone takes {_duration(seconds)} for the run's {plan.total_tokens:,} "
@@ -91,7 +91,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
     return {"stages": described, "total_tokens": plan.total_tokens, "estimate_seconds": seconds}
 
 
-def _stage(found: Inputs, stage: StagePlan, measured: Measured) -> Json:
+def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     last = "the end" if stage.last_step is None else f"{stage.last_step:,}"
     print(
         f"\nStage {stage.index}/{len(found.plan.stages)} ({stage.name}): steps {stage.first_step:,} to {last}, "
@@ -132,7 +132,7 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measured) -> Json:
     }
 
 
-def _previews(tokenizer: Tokenizer, measured: Measured) -> Iterator[tuple[Origin, str]]:
+def _previews(tokenizer: Tokenizer, measured: Measurement) -> Iterator[tuple[Origin, str]]:
     """Rows of the first batch, each with the text of its first document: one row of each source, then others."""
     rows = [row for row, origin in enumerate(measured.origins) if origin.pieces]
     rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # those that begin with a document first
@@ -142,7 +142,7 @@ def _previews(tokenizer: Tokenizer, measured: Measured) -> Iterator[tuple[Origin
     for row in [*leading, *others][: max(_PREVIEWS, len(leading))]:
         origin = measured.origins[row]
         piece = origin.pieces[0]
-        text = tokenizer.decode(measured.first.batch["tokens"][row, : piece.end - piece.first].tolist())
+        text = tokenizer.decode(measured.first.arrays["tokens"][row, : piece.end - piece.first].tolist())
         yield origin, text[:_PREVIEW_CHARACTERS]
 
 
@@ -170,7 +170,7 @@ def transitions(found: Inputs) -> Json:
     plan, described = found.plan, []
     starts = [stage for stage in plan.stages if stage.has_steps][1:]
     if not starts:
-        print("\nThe run has one stage: there is no transition.")
+        print("\nThe run has one stage and no transition.")
     for stage in starts:
         before = next(one for one in reversed(plan.stages[: stage.index - 1]) if one.has_steps)
         print(f"\nStage {before.index} ({before.name}) to stage {stage.index} ({stage.name}):")
@@ -186,7 +186,7 @@ def transitions(found: Inputs) -> Json:
                     print("  (the data ends here, read from its beginning)")
                     break
                 at, (batch, origins) = plan.at(step), stream.next_with_origins()
-                steps.append(_transition_step(at, batch.batch["tokens"].shape, origins))
+                steps.append(_transition_step(at, batch.arrays["tokens"].shape, origins))
         described.append({"from": before.index, "to": stage.index, "steps": steps})
     return {"transitions": described}
 

@@ -1,11 +1,11 @@
-"""Ranges of bytes of files, wherever they lie: on the Hub, behind a URL, in a bucket, on a local disk.
+"""Ranges of bytes of files: on the Hub, behind a URL, in a bucket, on a local disk.
 
-One attempt each, nothing is retried here (retry.py does), and nothing short is taken for whole: status, range and
-length of every answer are checked. huggingface_hub's own file system retries for 23 s inside each read, takes a 200 for
-a 206, and lists the file's folder before it opens it; so the Hub's files are read through its HTTP session instead.
-A read is one request: the address of the store that the Hub redirects to is kept while it is valid.
+Each read is one checked attempt: status, range and length of the answer must be right, and only retry.py tries again.
+huggingface_hub's own file system retries for 23 s inside each read, takes a 200 for a 206, and lists the file's folder
+before it opens it; so the Hub's files are read through its HTTP session instead. The address of the store that the Hub
+redirects to is kept while it is valid, so a read is one request.
 
-The client libraries are imported when first used: they read HF_HOME and HF_ENDPOINT at import, which a run may set.
+The client libraries are imported when first used: they read HF_HOME and HF_ENDPOINT at import, and a run may set those.
 """
 
 import functools
@@ -24,7 +24,8 @@ from jaxtrain.errors import TransientError, UserError
 from jaxtrain.interfaces import Json
 
 _TIMEOUT = 30.0  # seconds without a byte; 10 (the client's default) is too short when many hosts stream at once
-_SLOWEST = 100_000  # bytes/s below which an answer that goes on for longer than the time-out is given up
+_SLOWEST = 100_000  # bytes/s; an answer that is slower for longer than the time-out is given up
+_LOOKS = 3  # a server that ignores the range so many times in a row does not know ranges
 
 
 class Bytes(Protocol):
@@ -43,7 +44,7 @@ class Bytes(Protocol):
         ...
 
     def stamp(self) -> Json:
-        """What tells that the file has changed, as far as that is cheap to know."""
+        """What shows that the file has changed, as far as that is cheap to know."""
         ...
 
     def refresh(self) -> None:
@@ -52,7 +53,7 @@ class Bytes(Protocol):
 
 
 class LocalBytes:
-    """A file of this machine."""
+    """A local file. Implements `Bytes`."""
 
     def __init__(self, path: str):
         self.path = path
@@ -86,7 +87,11 @@ class LocalBytes:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system behind a URL, and the path in it. Raises UserError if its package is not installed."""
+    """The file system behind a URL, and the path in it.
+
+    Raises:
+        UserError: Its package is not installed.
+    """
     from fsspec.core import url_to_fs
 
     try:
@@ -96,7 +101,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 class BucketBytes:
-    """A file of a bucket (s3://, gs://, or any other file system that fsspec knows)."""
+    """A file in a bucket (s3://, gs://) or any other file system that fsspec knows. Implements `Bytes`."""
 
     def __init__(self, url: str):
         self.what = unsigned(url)
@@ -130,6 +135,7 @@ class BucketBytes:
         self.fs.invalidate_cache(self.path)
 
     def _try(self, function: Callable[[], Any]) -> Any:
+        retry.start_request()
         try:
             return function()
         except Exception as error:
@@ -140,11 +146,11 @@ class BucketBytes:
 
 
 class _NoRangeError(TransientError):
-    """A proxy's whim for a file that answered ranges before; a server that cannot, at the first look."""
+    """A whole file in answer to a range: usually a proxy's fault that passes."""
 
 
 class HttpBytes:
-    """A file behind http(s), of the Hub or of any server that answers ranges (RFC 9110, section 14)."""
+    """A file on the Hub or any other server that answers ranges (RFC 9110, section 14). Implements `Bytes`."""
 
     pinned = False  # whether its address names its content
 
@@ -181,12 +187,24 @@ class HttpBytes:
         return data
 
     def stamp(self) -> Json:
-        self.refresh()
-        self.etag = None
-        try:
-            return {"size": self.size(), "etag": self.etag}
-        except _NoRangeError as error:
-            raise UserError(f"{error}. Serve it by one that answers Range requests, or download the file.") from None
+        """Size and ETag.
+
+        Raises:
+            UserError: The server does not know ranges.
+        """
+        for look in range(1, _LOOKS + 1):
+            self.refresh()
+            self.etag = None
+            try:
+                return {"size": self.size(), "etag": self.etag}
+            except _NoRangeError as error:
+                if look == _LOOKS:
+                    raise UserError(
+                        f"{error}, {_LOOKS} times in a row. Use a server that answers Range requests, or download the "
+                        "file."
+                    ) from None
+                retry.pause(1.0, str(error))
+        raise AssertionError
 
     def refresh(self) -> None:
         self.known_size = None
@@ -209,21 +227,23 @@ class HttpBytes:
         from huggingface_hub.utils import hf_raise_for_status
 
         headers = {**headers, "Range": wanted, "Accept-Encoding": "identity"}
-        server = rate_limit.pace_of(url)
-        server.wait()
+        limiter = rate_limit.limiter_of(url)
+        retry.start_request()
+        limiter.wait()
+        timeout = min(_TIMEOUT, max(retry.time_left(), 1.0))
         try:
-            with _session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
+            with _session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
                 if url != self.url and response.status_code in (400, 401, 403, 404, 410):
                     return None
                 if response.status_code == 416 and (total := _total(response)) is not None:
                     self._note(total, response)
                     return b"", start
                 if response.status_code == 429:
-                    server.refused(retry.retry_after(response.headers))
+                    limiter.refused(retry.retry_after(response.headers))
                 hf_raise_for_status(response)
-                server.answered()
+                limiter.answered()
                 first = self._check(response, start, most)
-                body = _body(response, most, self.what)
+                body = _body(response, most, timeout, self.what)
                 if url == self.url and str(response.url) != url:
                     self.signed = str(response.url)
                 return body, first
@@ -243,8 +263,8 @@ class HttpBytes:
                 raise TransientError(f"{self.what}: an answer without a proper Content-Range")
             self._note(int(found[3]), response)
             return int(found[1])
-        length = response.headers.get("Content-Length")
-        if length is None or start or int(length) > most:
+        length = response.headers.get("Content-Length", "")
+        if not length.isdecimal() or start or int(length) > most:
             raise _NoRangeError(f"{self.what}: the server sent the whole file where a range was asked for")
         self._note(int(length), response)
         return 0
@@ -260,7 +280,7 @@ class HttpBytes:
 
 
 class HubBytes(HttpBytes):
-    """A file of the Hub at a commit, which cannot change, though its tag may when the Hub moves it between stores."""
+    """A file of the Hub at a commit. It cannot change, though its ETag may when the Hub moves it between stores."""
 
     pinned = True
 
@@ -269,8 +289,9 @@ class HubBytes(HttpBytes):
 
 
 @functools.cache
-def _after_import() -> None:
-    # The client's own handler closes its connections at exit. Who waits for one then waits for the whole time-out.
+def _session_guarded() -> None:
+    # At exit the client's own handler closes its connections, and a thread that waits for one then waits for the whole
+    # time-out: the gate must close first.
     gate.be_first()
 
 
@@ -278,7 +299,7 @@ def _session() -> Any:
     """The client's HTTP session."""
     from huggingface_hub import get_session
 
-    _after_import()
+    _session_guarded()
     return get_session()
 
 
@@ -295,31 +316,33 @@ def _total(response: Any) -> int | None:
     return int(found[1]) if found else None
 
 
-def _body(response: Any, most: int, what: str) -> bytes:
-    """The whole body. A server that drips is given up, as is one that sends more than was asked for."""
-    parts, length, begun = [], 0, time.monotonic()
+def _body(response: Any, most: int, timeout: float, what: str) -> bytes:
+    """The whole body. A server that drips is given up, and so is one that sends more than was asked for."""
+    parts, length, start = [], 0, time.monotonic()
     for part in response.iter_raw():
         parts.append(part)
         length += len(part)
         if length > most:
             raise TransientError(f"{what}: the server sent more than the {most} bytes asked for")
-        if time.monotonic() - begun > _TIMEOUT + length / _SLOWEST:
-            raise TransientError(f"{what}: the server sent {length} bytes in {time.monotonic() - begun:.0f} s")
+        if time.monotonic() - start > timeout + length / _SLOWEST:
+            raise TransientError(f"{what}: the server sent {length} bytes in {time.monotonic() - start:.0f} s")
     return b"".join(parts)
 
 
 class Pieces:
-    """The pieces of a file that were fetched last, and the rule for the next one.
+    """The last few ranges of a file that were fetched. For one thread.
 
-    plan: maps a position that is wanted to the end of the request that fetches it. keep: how many pieces are held.
-    For one thread.
+    Attributes:
+        source: The file.
+        plan: Maps a wanted position to the end of the request that fetches it.
+        keep: How many ranges are held.
     """
 
     def __init__(self, source: Bytes, plan: Callable[[int], int], keep: int):
         self.source = source
         self.plan = plan
         self.keep = keep
-        self.held: list[tuple[int, bytes]] = []  # (position, bytes), the latest used last
+        self.held: list[tuple[int, bytes]] = []  # (position, bytes), the most recently used last
 
     def read(self, position: int, count: int) -> bytes:
         """Bytes from `position` on; fewer than `count` only at the end of the file."""

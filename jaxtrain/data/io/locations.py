@@ -5,6 +5,8 @@ An address is what a file is read by: a local path, or a URL with its credential
 """
 
 import concurrent.futures
+import contextvars
+import functools
 import glob
 import json
 import os
@@ -97,8 +99,10 @@ def cache_key(address: str, stamp: Json | None) -> str:
 
 def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
     """What each file is like now, by name, asked for 16 at a time. Without those of the Hub: their commit says it."""
+    # Each look keeps to the deadline of the attempt that this is part of.
+    looks = [functools.partial(contextvars.copy_context().run, file.stamp) for file in files]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda file: file.stamp(), files)
+        found = pool.map(lambda look: look(), looks)
         return {name: stamp for name, stamp in zip(names, found, strict=True) if stamp}
 
 

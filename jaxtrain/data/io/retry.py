@@ -1,16 +1,20 @@
-"""What a failed read means, and how it is tried again.
+"""What a failed read means, and when it is tried again.
 
-`classify` turns the errors of the client libraries into the three kinds of interfaces.py. It goes by names and
-attributes, not by classes: the libraries behind a URL (huggingface_hub with httpx or httpx2, aiohttp, botocore, gcsfs)
-are many, mostly optional, and rename their bases between releases. `retrying` and `attempt` are the only places where
-anything is tried again, so that the deadlines are ours; readers make one attempt and raise.
+`classify` turns the errors of the client libraries into the kinds of errors.py. It goes by names and attributes, not by
+classes: the libraries behind a URL (huggingface_hub with httpx or httpx2, aiohttp, botocore, gcsfs) are many, mostly
+optional, and rename their bases between releases. `retrying` and `attempt` are the only places that retry, so that the
+config's deadline is the one that holds; readers make one attempt and raise.
 
-Nothing here lets a token or the query of a signed address into a message (cli/redaction.py).
+No token and no signature enters a message here (cli/redaction.py).
 """
 
+import contextlib
+import contextvars
 import email.utils
 import errno
 import logging
+import math
+import os
 import random
 import re
 import socket
@@ -31,15 +35,25 @@ sleep = time.sleep  # replaced by tests, so that none waits
 
 _LOGIN = "set HF_TOKEN to a token of an account that may read it, or run `hf auth login`"
 _TRANSIENT_STATUS = (408, 425, 429)
+# A request that cannot be made as it stands. Below, their base classes are transient.
+_MALFORMED_NAMES = {
+    *("UnsupportedProtocol", "LocalProtocolError", "CookieConflict"),  # httpx and httpx2
+    *("MissingSchema", "InvalidSchema", "InvalidHeader", "InvalidProxyURL", "URLRequired"),  # requests
+    *("InvalidURL", "NonHttpUrlClientError"),  # also aiohttp's
+}
 _TRANSIENT_NAMES = {
-    # httpx and httpx2
-    *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"),
-    # requests, urllib3, http.client
-    *("Timeout", "ChunkedEncodingError", "ProtocolError", "IncompleteRead", "RemoteDisconnected", "MaxRetryError"),
-    # aiohttp
-    *("ClientConnectionError", "ClientPayloadError", "ServerTimeoutError"),
-    # botocore (s3), google-auth and gcsfs
-    *("HTTPClientError", "ConnectionClosedError", "ResponseStreamingError", "TransportError"),
+    *("RequestError", "HTTPError"),  # httpx and httpx2: also redirect loops and transfers that cannot be decoded
+    *("StreamClosed", "StreamConsumed", "RequestNotRead", "ResponseNotRead"),  # as above, if another thread closes it
+    *(
+        "RequestException",
+        "ProtocolError",
+        "IncompleteRead",
+        "RemoteDisconnected",
+        "MaxRetryError",
+    ),  # requests, urllib3
+    *("ClientError", "ClientConnectionError", "ClientPayloadError"),  # aiohttp
+    *("HTTPClientError", "ConnectionClosedError", "ResponseStreamingError"),  # botocore (s3)
+    *("TransportError",),  # google-auth and gcsfs
 }
 _TRANSIENT_ERRNO = {
     getattr(errno, name)
@@ -49,17 +63,22 @@ _TRANSIENT_ERRNO = {
     )
     if hasattr(errno, name)
 }
-_DECODING_NAMES = {
+_CORRUPT_NAMES = {
     *("ArrowInvalid", "BadGzipFile", "JSONDecodeError", "UnicodeDecodeError", "LZMAError", "ZstdError", "BadZipFile"),
     *("ParserError", "EOFError"),
 }
 
 
 def classify(error: BaseException, what: str = "") -> BaseException:
-    """The meaning of `error`: a TransientError, CorruptError or UserError, or `error` itself where it is none of them.
+    """What an error means, by the chain of its causes, since the libraries wrap.
 
-    The chain of causes is searched, since the libraries wrap. what: the dataset and file, for the message.
-    A CorruptError from here says "cannot be decoded, once"; whether it is so twice, `retrying` finds out.
+    Args:
+        error: What a client library raised.
+        what: The dataset and file, for the message.
+
+    Returns:
+        A TransientError, CorruptError or UserError, or `error` itself if it is none of them. A CorruptError means
+        "could not be decoded once"; `retrying` finds out whether it happens twice.
     """
     chain = list(_chain(error))
     for one in chain:
@@ -97,9 +116,7 @@ def _first_line(error: BaseException) -> str:
 def _offline(error: BaseException, what: str) -> Exception | None:
     if "OfflineModeIsEnabled" not in _names(error):
         return None
-    return UserError(
-        _say(what, "is on the Hub, and HF_HUB_OFFLINE=1 forbids to reach it. Unset it, or use files that are here.")
-    )
+    return UserError(_say(what, "is on the Hub, and HF_HUB_OFFLINE=1 forbids access. Unset it, or use local files."))
 
 
 def _hub(error: BaseException, what: str) -> Exception | None:
@@ -131,7 +148,7 @@ def _status(error: BaseException, what: str) -> Exception | None:
     if status is None:
         return None
     where = _say(what, f"the server answered {status}")
-    if status in _TRANSIENT_STATUS or status >= 500:
+    if status in _TRANSIENT_STATUS or not 400 <= status < 500:
         return TransientError(where, retry_after(headers))
     if status in (401, 407):
         return UserError(f"{where} (no valid credentials). For the Hub, {_LOGIN}; for a bucket, set its credentials.")
@@ -139,7 +156,7 @@ def _status(error: BaseException, what: str) -> Exception | None:
         return UserError(f"{where} (forbidden). Check what the account may read. For the Hub, {_LOGIN}.")
     if status in (404, 410):
         return UserError(f"{where} (there is no such file). Check the name, the revision and the URL.")
-    return None
+    return UserError(f"{where} (it refuses the request). Check the name, the revision and the URL.")
 
 
 def _http_status(error: BaseException) -> tuple[int | None, Any]:
@@ -157,7 +174,7 @@ def _http_status(error: BaseException) -> tuple[int | None, Any]:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds to wait by `Retry-After` (seconds or a date), or by the Hub's rate limit header; None without either.
+    """Seconds to wait, by `Retry-After` (seconds or a date) or by the Hub's rate limit header; None without either.
 
     The Hub sends `ratelimit: "api";r=0;t=55` (IETF draft-ietf-httpapi-ratelimit-headers-09): nothing left, 55 s to go.
     """
@@ -177,10 +194,16 @@ def _network(error: BaseException, what: str) -> Exception | None:
     names = _names(error)
     text = _first_line(error)
     if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
-        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as the cloud's own tools want."))
+        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as the cloud's own tools do."))
     if isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return UserError(
             _say(what, f"the server's certificate is not trusted ({text}). Set SSL_CERT_FILE if you use a proxy.")
+        )
+    if names & _MALFORMED_NAMES:
+        endpoint = os.environ.get("HF_ENDPOINT")
+        hint = f"HF_ENDPOINT, which is {redact(endpoint)!r}, " if endpoint else ""
+        return UserError(
+            _say(what, f"the request is malformed ({text.rstrip('.')}). Check {hint}the URL and the token.")
         )
     if isinstance(error, socket.gaierror) or "Name or service not known" in str(error) or "getaddrinfo" in str(error):
         return TransientError(_say(what, f"the server's name cannot be looked up ({text}). Is there a network?"))
@@ -197,8 +220,7 @@ def _network(error: BaseException, what: str) -> Exception | None:
 
 
 def _decoding(error: BaseException, what: str) -> Exception | None:
-    is_zlib = type(error).__module__ == "zlib"
-    if not (_names(error) & _DECODING_NAMES or is_zlib):
+    if not (_names(error) & _CORRUPT_NAMES or type(error).__module__ == "zlib"):
         return None
     return CorruptError(_say(what, f"cannot be decoded ({_first_line(error)})"), file=what, row=-1)
 
@@ -212,11 +234,11 @@ def _local(error: BaseException, what: str) -> Exception | None:
 
 
 class OutlastedError(TransientError):
-    """A fault that lasted past the deadline of whoever tried: not tried again by those who called it."""
+    """A fault that outlasted a deadline. Callers with a deadline of their own do not retry it."""
 
 
 class _Outage:
-    """The readers of this process that wait now: an outage is logged when the first fails and when the last goes on."""
+    """The readers of this process that are waiting: logged when the first one fails and when the last one recovers."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -232,7 +254,7 @@ class _Outage:
             if first:
                 self.since = time.monotonic()
                 until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + deadline))
-                log.warning("%s Trying again until %s (%g s).", redact(_say(what, _once(fault, what))), until, deadline)
+                log.warning("%s Trying again until %s (%g s).", _sentence(fault, what), until, round(deadline, 1))
 
     def leave(self, reader: int, recovered: bool) -> None:
         with self.lock:
@@ -247,17 +269,21 @@ class _Outage:
 _outage = _Outage()
 
 
-def _once(fault: BaseException, what: str) -> str:
-    text = str(fault).removeprefix(f"{what}: ").rstrip(".")
+def _sentence(fault: BaseException, what: str) -> str:
+    text = redact(_say(what, str(fault).removeprefix(f"{what}: ").rstrip(".")))
     return text if text.endswith("?") else f"{text}."
 
 
 class Backoff:
-    """Waits between attempts: doubling from `first` to `limit` seconds, with jitter, until the deadline.
+    """Waits between attempts: doubling from `first` to `limit` seconds, with jitter, until a deadline.
 
     Each wait is drawn from the upper half of its span ("equal jitter": hosts that failed together come back apart, and
-    none at once). A server's Retry-After is a lower bound. The deadline counts from an outage's first failure, and
-    `recovered` ends the outage. seed: for tests; by default every reader draws its own.
+    none at once). A server's Retry-After is a lower bound. The deadline counts from the start of the request that
+    failed first, and covers all waiting: for answers, for the rate limit, between attempts. `recovered` ends an outage.
+
+    Attributes:
+        deadline_seconds: How long an outage may last.
+        seed: For tests; by default every reader draws its own.
     """
 
     def __init__(self, deadline_seconds: float, first: float = 1.0, limit: float = 60.0, seed: int | None = None):
@@ -265,70 +291,123 @@ class Backoff:
         self.first = first
         self.limit = limit
         self.rng = random.Random(seed)
-        self.attempts = 0
-        self.since = 0.0
+        self.attempts = 0  # that failed in this outage
+        self.since = time.monotonic()
         self.slept = 0.0
 
+    def start(self) -> None:
+        """A request starts. Unless one has failed, the deadline counts from here."""
+        if not self.attempts:
+            self.since, self.slept = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """For one attempt: what it calls in this thread can ask for `time_left`."""
+        token = _running.set(self)
+        self.start()
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def left(self) -> float:
+        """Seconds to the deadline. What was slept counts even if a test's clock stands still."""
+        return self.deadline_seconds - max(time.monotonic() - self.since, self.slept)
+
     def wait(self, fault: TransientError, what: str = "") -> None:
-        """Sleep before the next attempt. Raises OutlastedError, saying for how long it was tried, at the deadline."""
+        """Sleep before the next attempt.
+
+        Raises:
+            OutlastedError: The deadline has passed.
+        """
         if isinstance(fault, OutlastedError):
             raise fault
-        if self.attempts == 0:
-            self.since, self.slept = time.monotonic(), 0.0
         self.attempts += 1
-        # What was slept counts even where a test's clock stands still.
-        left = self.deadline_seconds - max(time.monotonic() - self.since, self.slept)
+        left = self.left()
         if left <= 0:
-            text = redact(_say(what, _once(fault, what)))
-            raise OutlastedError(f"{text} Gave up after {self.attempts} attempts in {self.deadline_seconds:g} s.")
+            tried = f"{self.attempts} attempt{'s' if self.attempts > 1 else ''}"
+            spent = f"{round(self.deadline_seconds - left, 1):g} s"
+            raise OutlastedError(f"{_sentence(fault, what)} Gave up after {tried} in {spent}.")
         _outage.enter(id(self), fault, what, left)
-        span = min(self.first * 2.0 ** (self.attempts - 1), self.limit)
-        seconds = span * self.rng.uniform(0.5, 1.0)
+        seconds = min(self.first * 2.0 ** (self.attempts - 1), self.limit) * self.rng.uniform(0.5, 1.0)
         if fault.retry_after is not None:
             seconds = max(seconds, fault.retry_after * self.rng.uniform(1.0, 1.1))
-        seconds = min(seconds, left)
+        self.sleep(min(seconds, left))
+
+    def sleep(self, seconds: float) -> None:
         self.slept += seconds
         sleep(seconds)
 
     def recovered(self) -> None:
-        """An attempt went through."""
+        """An attempt succeeded."""
         if self.attempts:
             self.attempts = 0
+            self.start()
             _outage.leave(id(self), recovered=True)
 
     def close(self) -> None:
         """Nobody waits here any more.
 
-        A suspended reader that is garbage comes here in whatever thread the collector runs, maybe one that holds the
-        outage's lock. It is not in an outage, so it must not ask for that lock.
+        The garbage collector closes a suspended reader in whatever thread it runs, maybe one that holds the outage's
+        lock. Such a reader is in no outage, so it must not ask for that lock.
         """
         if self.attempts:
             _outage.leave(id(self), recovered=False)
 
 
-def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
-    """`function()`, tried again on transient faults for `deadline` seconds. For look-ups (resolve, tokenizer files).
+_running: contextvars.ContextVar[Backoff | None] = contextvars.ContextVar("running", default=None)
 
-    What cannot be decoded is asked for once more. Raises UserError, CorruptError, TransientError past the deadline, or
-    whatever else `function` raises.
+
+def start_request() -> None:
+    """A request starts: until one fails, the deadline of the attempt under way counts from here."""
+    if (backoff := _running.get()) is not None:
+        backoff.start()
+
+
+def time_left() -> float:
+    """Seconds that the attempt under way may still wait; infinite outside of one."""
+    backoff = _running.get()
+    return math.inf if backoff is None else max(backoff.left(), 0.0)
+
+
+def pause(seconds: float, why: str) -> None:
+    """Sleep within the deadline of the attempt under way.
+
+    Raises:
+        TransientError: The deadline came first.
+    """
+    backoff, left = _running.get(), time_left()
+    (sleep if backoff is None else backoff.sleep)(min(seconds, left))
+    if seconds > left:
+        raise TransientError(f"{why}: the next request may be sent only in {seconds - left:.0f} s")
+
+
+def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
+    """`function()`, retried on transient faults for `deadline` seconds; once if its result cannot be decoded.
+
+    For look-ups: sources, tokenizer files.
+
+    Raises:
+        UserError, CorruptError: As `classify` says.
+        OutlastedError: The deadline has passed.
+        Exception: Whatever else `function` raises.
     """
     backoff = Backoff(deadline)
-    suspect = False
+    is_suspect = False
     try:
         while True:
             try:
-                result = function()
+                with backoff.running():
+                    result = function()
             except Exception as error:
-                fault = classify(error, what)
-                if fault is error and not isinstance(fault, TransientError | CorruptError):
-                    raise
+                fault = _fault(error, what)
             else:
                 backoff.recovered()
                 return result
             if isinstance(fault, TransientError):
                 backoff.wait(fault, what)
-            elif isinstance(fault, CorruptError) and not suspect:
-                suspect = True
+            elif isinstance(fault, CorruptError) and not is_suspect:
+                is_suspect = True
                 log.warning("%s; reading it again", redact(str(fault)))
             else:
                 raise fault from None  # the original may hold a signed address
@@ -336,15 +415,30 @@ def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
         backoff.close()
 
 
+def _fault(error: Exception, what: str) -> Exception:
+    """What the error means. Raises it, with its traceback, if it is none of ours."""
+    fault = classify(error, what)
+    if isinstance(fault, TransientError | CorruptError) or (fault is not error and isinstance(fault, Exception)):
+        return fault
+    raise error
+
+
 def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, deadline: float) -> Iterator[Block]:
-    """The blocks of `open_at(row)`, whatever happens on the way: never short, repeated or skipped.
+    """The blocks of `open_at(row)` despite faults: none is cut short, repeated or skipped.
 
-    open_at: opens the file anew at a row and yields consecutive blocks. On a transient fault it is called again with
-    the very row that was reached, for `deadline` seconds without a new block. A block that cannot be decoded is read
-    once more from a fresh opening; if that fails at the same row, CorruptError(file, row) is raised, where row is the
-    first that could not be had. what: names source and file in messages.
+    Args:
+        open_at: Opens the file anew at a row and yields consecutive blocks. After a transient fault it is called again
+            with the row that was reached, for `deadline` seconds without a new block. A block that cannot be decoded is
+            read once more from a fresh opening.
+        row: The first row.
+        what: Names source and file in messages.
+        deadline: Seconds.
 
-    Raises UserError, CorruptError, TransientError past the deadline, or what else `open_at` raises.
+    Raises:
+        CorruptError: Decoding failed twice at the same row; its `row` is the first that could not be read.
+        UserError: As `classify` says.
+        OutlastedError: The deadline has passed.
+        Exception: Whatever else `open_at` raises.
     """
     backoff = Backoff(deadline)
     blocks: Iterator[Block] | None = None
@@ -352,13 +446,12 @@ def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, 
     try:
         while True:
             try:
-                if blocks is None:
-                    blocks = open_at(row)
-                block = next(blocks, None)
+                with backoff.running():
+                    if blocks is None:
+                        blocks = open_at(row)
+                    block = next(blocks, None)
             except Exception as error:
-                fault = classify(error, what)
-                if fault is error and not isinstance(fault, TransientError | CorruptError):
-                    raise
+                fault = _fault(error, what)
             else:
                 backoff.recovered()
                 if block is None:
@@ -385,7 +478,7 @@ def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, 
 
 
 def close(blocks: Iterator[Block] | None) -> None:
-    """End a reader, if it is one that has an end."""
+    """Close a reader if it is a generator."""
     end = getattr(blocks, "close", None)
     if end is not None:
         end()

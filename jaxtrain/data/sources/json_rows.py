@@ -40,7 +40,7 @@ def json_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwar
     Raises:
         DamagedError: Bytes that are no JSON, or not in the file's encoding.
         RowError: A row that is no object, or whose text is no string.
-        UserError: Rows without one of the columns.
+        UserError: RowSpec without one of the columns.
     """
     values = _Values(stream, kwargs.get("encoding") or "utf-8", kwargs.get("encoding_errors"))
     missing = set() if kwargs.get("features") else {text, *columns}

@@ -16,16 +16,15 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxtrain.data.daemon_pool import DaemonPool
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.exit_guard import gate
-from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.shared_file_reader import regroup
 from jaxtrain.data.source_reader import text_of
 from jaxtrain.data.stores import record_store, teacher_store
 from jaxtrain.data.stores.record_store import WORK, array_records, digest_of, write_text
 from jaxtrain.data.stores.teacher_store import MANIFEST, Manifest, Part, part_name
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.threads import DaemonPool, Prefetcher
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer
 
@@ -137,7 +136,7 @@ class Writer:
         """
         pool = DaemonPool(1, "jaxtrain-cache-teacher")
         try:
-            for group in Ahead(_together(self._mine()), pool):
+            for group in Prefetcher(_together(self._mine()), pool):
                 self._check_space()
                 records = iter(score([document for _, _, tokens in group for document in tokens if len(document)]))
                 for file, part, tokens in group:
@@ -205,7 +204,7 @@ class Writer:
             ids, lengths = tokenizer.encode_batch([text for text in texts if text])
         kept = np.flatnonzero(lengths)
         bos_id = tokenizer.bos_id if self.manifest.add_bos else None
-        flat, closed = Ragged(ids, lengths).closed(kept, tokenizer.eos_id, bos_id)
+        flat, closed = TokenArrays(ids, lengths).closed(kept, tokenizer.eos_id, bos_id)
         found = dict(zip(kept.tolist(), np.split(flat, closed.cumsum()[:-1]), strict=True)) if len(kept) else {}
         numbers = iter(range(len(lengths)))
         nothing = np.empty(0, np.int32)

@@ -22,7 +22,7 @@ from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.streams import distrusted
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
-from jaxtrain.data.token_arrays import Ragged
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, versioned
@@ -67,12 +67,12 @@ def _headers() -> tuple[np.ndarray, np.ndarray]:
 _FROM, _HEADER_BYTES = _headers()
 
 
-def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> Ragged:
+def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> TokenArrays:
     """The ids of several records."""
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     heads = _HEADER_BYTES[_FROM.searchsorted(sizes, side="right") - 1]
     payloads = [record[head:] for record, head in zip(records, heads.tolist(), strict=True)]
-    return Ragged(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
+    return TokenArrays(np.frombuffer(b"".join(payloads), dtype), (sizes - heads) // dtype.itemsize)
 
 
 def encode(ids: np.ndarray) -> bytes:
@@ -142,6 +142,7 @@ def _public(name: str, value: Any) -> Any:
 
 
 _FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared by themselves
+_PATTERNS = ("data_files", "urls", "patterns")  # settings that say which files
 
 
 class RamCache:
@@ -149,17 +150,17 @@ class RamCache:
 
     def __init__(self, limit: float):
         self._limit = limit
-        self._blocks: collections.OrderedDict[tuple[str, int], Ragged] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[tuple[str, int], TokenArrays] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.used = 0
 
-    def get(self, key: tuple[str, int]) -> Ragged | None:
+    def get(self, key: tuple[str, int]) -> TokenArrays | None:
         with self._lock:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
             return self._blocks.get(key)
 
-    def put(self, key: tuple[str, int], block: Ragged) -> None:
+    def put(self, key: tuple[str, int], block: TokenArrays) -> None:
         with self._lock:
             if key in self._blocks or block.nbytes > self._limit:
                 return
@@ -208,7 +209,7 @@ class TokenStore:
                 yield {"text": block[row - first :] if row > first else block}
                 row = first + size
 
-    def _block(self, shard: ArrayRecord, first: int, end: int) -> Ragged:
+    def _block(self, shard: ArrayRecord, first: int, end: int) -> TokenArrays:
         if self._cache is None:
             return decode(shard.range(first, end), self._dtype)
         found = self._cache.get((shard.path, first))
@@ -262,13 +263,15 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Toke
 
     identity: of the source, from a checkpoint; None if the config alone says what is wanted.
     """
-    if identity is not None:
-        wanted, has = names.comparable(identity), names.comparable(manifest.source)
-    else:
-        # Version 0.1 redacted its settings: those that lost something differ from today's.
-        wanted, has = settings_of(config), manifest.settings
+    # Version 0.1 redacted its settings: those that lost something differ from today's.
+    wanted, has = settings_of(config), manifest.settings
+    if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
         wanted = {name: text for name, text in wanted.items() if name in has or text != repr(before.get(name))}
+    else:
+        patterns = [name for name in _PATTERNS if name in has and versioned(manifest.source)["naming"] == 1]
+        wanted = {**names.comparable(identity), **{f"config's {name}": wanted.get(name) for name in patterns}}
+        has = {**names.comparable(manifest.source), **{f"config's {name}": has[name] for name in patterns}}
     has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
     lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
     lines += names.inexact(manifest.source)

@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxtrain.data.daemon_pool import DaemonPool
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.exit_guard import gate
-from jaxtrain.data.lanes import Ahead
 from jaxtrain.data.source_reader import describe, text_of
 from jaxtrain.data.sources.streams import read_now
 from jaxtrain.data.stores import record_store, token_store
 from jaxtrain.data.stores.record_store import WORK, array_records, digest_of, write_text
 from jaxtrain.data.stores.token_store import MANIFEST, Manifest, StoredFile
+from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer, Transform
@@ -149,7 +148,7 @@ class _Work:
         writer = array_records().ArrayRecordWriter(path, _WRITER)
         pool = DaemonPool(1, "jaxtrain-pretokenize")
         try:
-            for block in Ahead(self._blocks(number, limit), pool):
+            for block in Prefetcher(self._blocks(number, limit), pool):
                 for ids in _encoded(block, self.job.config.transforms, self.tokenizer, self.dtype):
                     writer.write(token_store.encode(ids))
                     tokens += len(ids)

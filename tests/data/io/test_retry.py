@@ -6,14 +6,18 @@ import gzip
 import http.client
 import json
 import logging
+import os
 import random
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Generator, Iterator
 
+import httpx2
 import pyarrow as pa
 import pytest
 
@@ -107,6 +111,29 @@ def test_transient(error):
     assert type(retry.classify(error, "x.parquet of org/web")) is TransientError
 
 
+def all_of(cls: type) -> Iterator[type]:
+    yield cls
+    for below in cls.__subclasses__():
+        yield from all_of(below)
+
+
+CLIENT = [
+    *dict.fromkeys(all_of(httpx2.HTTPError)),
+    *dict.fromkeys(all_of(httpx2.StreamError)),
+    *(httpx2.InvalidURL, httpx2.CookieConflict),
+]
+FATAL = {"UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "CookieConflict"}
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLIENT if cls.__module__ == "httpx2"], ids=lambda cls: cls.__name__)
+def test_every_error_of_the_client_has_a_class(cls):
+    error = cls.__new__(cls)
+    error.args = ("it failed",)
+    if cls.__name__ == "StreamError":
+        return  # never raised itself
+    assert type(retry.classify(error, "x")) is (UserError if cls.__name__ in FATAL else TransientError)
+
+
 @pytest.mark.parametrize("error", CORRUPT, ids=repr)
 def test_corrupt(error):
     assert type(retry.classify(error)) is CorruptError
@@ -141,7 +168,7 @@ def test_an_error_handled_long_before_is_no_cause():
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(s, TransientError) for s in (408, 425, 429, 500, 502, 503, 504, 520)]
-    + [(s, UserError) for s in (401, 403, 404, 410)],
+    + [(s, UserError) for s in (400, 401, 403, 404, 405, 410, 418, 451)],
 )
 def test_statuses_of_the_real_client(hub: LoopbackHub, status, kind):
     from huggingface_hub import HfApi
@@ -379,3 +406,25 @@ def test_a_reader_that_is_garbage_asks_for_no_lock():
         closing.start()
         closing.join(10)
         assert not closing.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["name='org/web'", "name='json', data_files=('hf://datasets/org/web/a.jsonl',)"])
+def test_an_endpoint_that_is_no_address(source, tmp_path):
+    """By the real command: the client reads HF_ENDPOINT at its import."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from configs import quickstart\nfrom jaxtrain.data.sources.huggingface import HuggingFace\n"
+        "def get_config(arg=''):\n    config = quickstart.get_config()\n"
+        f"    config.data.sources = {{'web': HuggingFace({source})}}\n"
+        "    config.stages = tuple(dataclasses.replace(s, weights={'web': 1.0}) for s in config.stages)\n"
+        "    return config\nimport dataclasses\n"
+    )
+    command = [sys.executable, "-m", "jaxtrain.main", f"--config={config}", f"--workdir={tmp_path}/run", "--dry_run"]
+    ended = subprocess.run(
+        command, env={**os.environ, "HF_ENDPOINT": "garbage"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 2, ended
+    assert "Check HF_ENDPOINT, which is 'garbage'" in ended.stderr
+    assert ended.stderr.count("error: ") == 1
+    assert "Traceback" not in ended.stderr

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.interfaces import BATCH_FIELDS, Json, SourceConfig
 from jaxtrain.plan import Stage
 from tests.data import reference
@@ -146,10 +146,10 @@ class Battery:
         states: Mapping[int, np.ndarray] | None = None,
         lanes: Sequence[int] | None = None,
         most: int | None = None,
-    ) -> list[HostBatch]:
+    ) -> list[StepBatch]:
         """From a state to the end of the data, without the steps of padding after it; or `most` batches."""
         with batches_of(self.case, after=after, states=states or {}, lanes=lanes) as batches:
-            real = itertools.takewhile(lambda batch: batch.batch["segment_ids"].any(), batches)
+            real = itertools.takewhile(lambda batch: batch.arrays["segment_ids"].any(), batches)
             return list(itertools.islice(real, most))
 
     def wanted(self) -> list[dict[str, np.ndarray]]:
@@ -166,8 +166,8 @@ class Battery:
         return sorted((file, row) for documents in found for (_, file, row), _ in documents)
 
 
-def assert_batches(found: Sequence[HostBatch], wanted: Sequence[dict[str, np.ndarray]]) -> None:
+def assert_batches(found: Sequence[StepBatch], wanted: Sequence[dict[str, np.ndarray]]) -> None:
     assert len(found) == len(wanted)
     for batch, slow in zip(found, wanted, strict=True):
         for name in BATCH_FIELDS:
-            np.testing.assert_array_equal(batch.batch[name], slow[name], err_msg=f"{name}, step {batch.step}")
+            np.testing.assert_array_equal(batch.arrays[name], slow[name], err_msg=f"{name}, step {batch.step}")

@@ -207,7 +207,7 @@ def test_from_every_state(battery: Battery) -> None:
         # Equal batches and states after two steps: what follows is then the same, too.
         again = battery.run(batch.step, batch.states, most=2)
         following = whole[batch.step : batch.step + 2]
-        assert_batches(again, [dict(each.batch) for each in following])
+        assert_batches(again, [dict(each.arrays) for each in following])
         for a, b in zip(again, following, strict=True):
             assert all(np.array_equal(a.states[lane], state) for lane, state in b.states.items())
 
@@ -227,6 +227,6 @@ def test_on_2_4_and_8_hosts(tmp_path: pathlib.Path, kind: str, scenario: str) ->
         parts = [battery.run(lanes=range(first, first + each)) for first in range(0, 8, each)]
         for index, batch in enumerate(whole):
             for name in BATCH_FIELDS:
-                rows = [part[index].batch[name] if index < len(part) else np.zeros_like(batch.batch[name][:each])
+                rows = [part[index].arrays[name] if index < len(part) else np.zeros_like(batch.arrays[name][:each])
                         for part in parts]  # fmt: skip
-                np.testing.assert_array_equal(np.concatenate(rows), batch.batch[name])
+                np.testing.assert_array_equal(np.concatenate(rows), batch.arrays[name])

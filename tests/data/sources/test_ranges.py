@@ -6,7 +6,7 @@ import random
 import fsspec
 import pytest
 
-from jaxtrain.data.io import byte_ranges
+from jaxtrain.data.io import byte_ranges, retry
 from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, LocalBytes, Pieces, RangeFile
 from jaxtrain.data.io.locations import expand, locate, stamps
 from jaxtrain.errors import TransientError, UserError
@@ -113,6 +113,7 @@ def test_the_token_goes_to_the_hub_alone(hub: LoopbackHub, monkeypatch):
         ("truncate", {"after_bytes": 0}),
         ("wrong_range", {}),
         ("ignore_range", {}),
+        ("status:304", {}),
         ("slow", {"seconds": 0.5}),
     ],
 )
@@ -180,11 +181,23 @@ def test_a_file_that_changes_while_it_is_read(hub: LoopbackHub):
         source.fetch(0, 10)
 
 
-def test_a_server_without_ranges_is_refused_at_the_first_look(hub: LoopbackHub):
+@pytest.mark.parametrize(("count", "is_refused"), [(1, False), (2, False), (None, True)])
+def test_a_server_without_ranges_is_refused_after_three_looks(hub: LoopbackHub, count, is_refused, monkeypatch):
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     source = on_hub(hub)
-    hub.fault("a.bin", "ignore_range")
-    with pytest.raises(UserError, match="answers Range requests"):
-        source.stamp()
+    hub.fault("a.bin", "ignore_range", count=count)
+    if is_refused:
+        with pytest.raises(UserError, match="answers Range requests"):
+            source.stamp()
+    else:
+        assert source.stamp()["size"] == len(DATA)
+
+
+def test_a_redirect_loop_is_a_transient_error(hub: LoopbackHub):
+    source = on_hub(hub)
+    hub.fault("a.bin", "loop")
+    with pytest.raises(TransientError, match="TooManyRedirects"):
+        source.fetch(0, 10)
 
 
 def test_stamps_tell_a_changed_file(hub: LoopbackHub, tmp_path):

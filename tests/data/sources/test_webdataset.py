@@ -428,7 +428,7 @@ def test_the_data_path_from_every_step(tmp_path, shape, max_samples, monkeypatch
     tars = case(WebDataset(urls=tuple(names), max_samples=max_samples))
     through = resolve(tars.data, cache=cache)
     wanted = case(memory).run()
-    assert wanted[0].batch["loss_mask"].any()
+    assert wanted[0].arrays["loss_mask"].any()
     with watching(cache.directory) as seen:
         for at in [None, *wanted[: -1 if max_samples else 3]]:
             after, states = (0, {}) if at is None else (at.step, at.states)

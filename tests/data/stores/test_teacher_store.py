@@ -112,10 +112,10 @@ def batches(
     config: MemorySource, folder: pathlib.Path, data: DataConfig, stages: Sequence[Stage], tokenizer: Any
 ) -> Iterator[Any]:
     records = CachedRecords(str(folder), teacher_store.load(str(folder)))
-    rows = dataclasses.replace(data.rows(tokenizer, 2), records={"a": records}, width=LAYOUT.width)
-    dealers = data.build({"a": config}, seed=3)
+    rows = dataclasses.replace(data.row_spec(tokenizer, 2), records={"a": records}, width=LAYOUT.width)
+    readers = data.build({"a": config}, seed=3)
     plan, threads = plan_of(data, stages, 3), pools(data)
-    found = host_batches(dealers, plan, rows, range(data.num_lanes), threads, after=0, states={}, prefetch=2)
+    found = host_batches(readers, plan, rows, range(data.num_lanes), threads, after=0, states={}, prefetch=2)
     try:
         yield from found
     finally:
@@ -135,7 +135,7 @@ def test_every_token_gets_its_own_record(name: str, lanes: int, tmp_path: pathli
     ]
     seen = 0
     for batch in batches(config, tmp_path, data, stages, WordTokenizer()):
-        fields = batch.batch
+        fields = batch.arrays
         wanted = records_of(fields["tokens"], fields["targets"])
         where = fields["loss_mask"]
         np.testing.assert_array_equal(fields[RECORDS][where], wanted[where])

@@ -14,11 +14,11 @@ import pytest
 
 from jaxtrain.data import modes
 from jaxtrain.data.io import retry
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.stores import token_store, token_store_writer
 from jaxtrain.data.stores.token_store import RamCache, TokenStore
 from jaxtrain.data.stores.token_store_writer import Job
-from jaxtrain.data.token_arrays import ragged
+from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Source, versioned
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
@@ -45,12 +45,12 @@ def stored(folder: pathlib.Path, data: Any, **changes: Any) -> dict[str, Source]
     return {name: one.source for name, one in modes.open_sources(data, TOKENIZER, str(folder)).items()}
 
 
-def assert_same(found: Sequence[HostBatch], expected: Sequence[HostBatch]) -> None:
+def assert_same(found: Sequence[StepBatch], expected: Sequence[StepBatch]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert (a.step, a.ended) == (b.step, b.ended)
-        for name, values in b.batch.items():
-            np.testing.assert_array_equal(a.batch[name], values)
+        for name, values in b.arrays.items():
+            np.testing.assert_array_equal(a.arrays[name], values)
         for lane, state in b.states.items():
             np.testing.assert_array_equal(a.states[lane], state)
 
@@ -83,8 +83,8 @@ def test_the_mode_may_change_at_every_step(seed, tmp_path):
     case = random_case(seed)
     write(tmp_path, case.data.sources)
     expected = case.run()
-    after: HostBatch | None = None
-    found: list[HostBatch] = []
+    after: StepBatch | None = None
+    found: list[StepBatch] = []
     for step in range(len(expected)):
         resolved = stored(tmp_path, case.data) if step % 2 == seed % 2 else None
         states = after.states if after else {}
@@ -362,7 +362,7 @@ def test_auto_takes_what_is_there_for_each_source(folder, caplog):
 
 
 def test_the_ram_cache_forgets_the_least_recently_used():
-    block = ragged([[1] * 10])
+    block = TokenArrays.of([[1] * 10])
     cache = RamCache(3.5 * block.nbytes)
     for number in range(3):
         cache.put(("a", number), block)
@@ -370,7 +370,7 @@ def test_the_ram_cache_forgets_the_least_recently_used():
     cache.put(("a", 3), block)
     assert [cache.get(("a", number)) is not None for number in range(4)] == [True, False, True, True]
     assert cache.used == 3 * block.nbytes
-    cache.put(("b", 0), ragged([[1] * 100]))
+    cache.put(("b", 0), TokenArrays.of([[1] * 100]))
     assert cache.get(("b", 0)) is None
 
 

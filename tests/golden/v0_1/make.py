@@ -130,7 +130,7 @@ def runs(place: Place) -> None:
 
 def records() -> None:
     """How version 0.1 recorded every shipped config, and the identities in the two checkpoints."""
-    from jaxtrain import recipe
+    from jaxtrain import recipe  # pyright: ignore[reportAttributeAccessIssue] - this runs in the tree of version 0.1
 
     for path in sorted((ROOT / "configs").glob("[!_]*.py")):
         argument = {"pretrain": ":tiny"}.get(path.stem, "")

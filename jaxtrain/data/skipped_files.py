@@ -14,12 +14,12 @@ from etils import epath
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Json
 
-Skips = Mapping[str, Mapping[str, int]]  # source → file, by its lasting name → the first row that is given up
+SkippedFiles = Mapping[str, Mapping[str, int]]  # source → file, by its lasting name → the first row that is given up
 
 FOOTER = -1  # instead of a row: the file's row groups cannot be told, so it has no units at all
 
 
-def union(*lists: Skips) -> dict[str, dict[str, int]]:
+def union(*lists: SkippedFiles) -> dict[str, dict[str, int]]:
     """The skips of all lists; of two rows of one file the earlier."""
     found: dict[str, dict[str, int]] = {}
     for one in lists:

@@ -1,10 +1,14 @@
-"""Threads that the process's end does not wait for."""
+"""Threads of the data path: pools that never hold up the process's exit, and a prefetcher on top of them."""
 
+import collections
+import dataclasses
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class DaemonPool(Executor):
@@ -65,3 +69,60 @@ class DaemonPool(Executor):
             del item, future, function
             with self._lock:
                 self._idle += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """Threads of this host: `readers` wait for the network, `workers` tokenize. Two pools: workers wait for readers."""
+
+    readers: Executor
+    workers: Executor
+
+
+class Prefetcher(Iterator[T]):
+    """An iterator whose next items are made in a pool before they are asked for. It starts with the first `next`.
+
+    weigh, enough: items are made until what is held weighs so much; by default that is one item. Less than `enough` and
+    one item more is held at once. One item is made at a time.
+
+    What the making of an item raises is raised by the `next` that wants it, and by every further one.
+    """
+
+    def __init__(self, items: Iterator[T], pool: Executor, weigh: Callable[[T], int] = lambda item: 1, enough: int = 1):
+        self._items = items
+        self._pool = pool
+        self._weigh, self._enough = weigh, enough
+        self._coming: collections.deque[Future[T | None]] = collections.deque()
+        self._held = 0
+        self._making = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin with the first item, without waiting for it."""
+        with self._lock:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._making and self._held < self._enough:
+            self._making = True
+            self._coming.append(self._pool.submit(self._make))
+
+    def _make(self) -> T | None:
+        item = next(self._items, None)
+        if item is not None:  # else, as after an error, there is nothing to go on with
+            with self._lock:
+                self._held += self._weigh(item)
+                self._making = False
+                self._go_on()
+        return item
+
+    def __next__(self) -> T:
+        self.start()
+        item = self._coming[0].result()
+        if item is None:
+            raise StopIteration
+        with self._lock:
+            self._coming.popleft()
+            self._held -= self._weigh(item)
+            self._go_on()
+        return item

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxtrain.data import skips
+from jaxtrain.data import skipped_files
 from jaxtrain.data.io import retry
-from jaxtrain.data.pipeline import DataConfig, HostBatch
+from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources import rows as rows_module
 from jaxtrain.data.sources.huggingface import HuggingFace
@@ -50,9 +50,9 @@ def case_of(
     return Case(data, plan_of(data, [Stage(seq_len=16, batch_size=batch * lanes)], 0, steps=steps), 0, 2)
 
 
-def same(a: HostBatch, b: HostBatch) -> None:
+def same(a: StepBatch, b: StepBatch) -> None:
     for name in BATCH_FIELDS:
-        np.testing.assert_array_equal(a.batch[name], b.batch[name], err_msg=f"{name}, step {a.step}")
+        np.testing.assert_array_equal(a.arrays[name], b.arrays[name], err_msg=f"{name}, step {a.step}")
     for lane, state in a.states.items():
         np.testing.assert_array_equal(state, b.states[lane], err_msg=f"state of lane {lane}, step {a.step}")
 
@@ -110,7 +110,7 @@ def test_a_list_that_grows_in_mid_run(random_access):
             for a, b in zip(rest[5:], later, strict=True):
                 same(a, b)
             gone = {10_000 * int(name[-1]) + row + 2 for name, first in given_up.items() for row in range(first, 120)}
-            assert not gone & {int(token) for batch in rest for token in np.unique(batch.batch["tokens"])}
+            assert not gone & {int(token) for batch in rest for token in np.unique(batch.arrays["tokens"])}
 
 
 def test_a_source_of_corrupt_files_alone_is_refused():
@@ -119,12 +119,12 @@ def test_a_source_of_corrupt_files_alone_is_refused():
         case_of(source).run(skips={"web": {"file-0": 0, "file-1": 0}})
 
 
-def run_or_find(case: Case, given_up: dict[str, dict[str, int]]) -> list[HostBatch]:
+def run_or_find(case: Case, given_up: dict[str, dict[str, int]]) -> list[StepBatch]:
     """The run; or nothing, and `given_up` has what it stumbled over."""
     try:
         return case.run(skips=given_up)
     except CorruptError as error:
-        text, found = str(error), skips.union(given_up, {error.source: {error.file: error.row}})
+        text, found = str(error), skipped_files.union(given_up, {error.source: {error.file: error.row}})
     assert found != given_up
     assert "file train-1." in text
     assert "data.on_corrupt=skip" in text
@@ -163,7 +163,7 @@ def test_the_real_readers_name_the_file_and_go_on_without_it(hub: LoopbackHub, m
     assert 250 <= row < 1400
     if suffix == "parquet":
         assert row % 250 == 0
-    seen = {int(token) - 2 for batch in found for token in np.unique(batch.batch["tokens"])} - {-1, -2}
+    seen = {int(token) - 2 for batch in found for token in np.unique(batch.arrays["tokens"])} - {-1, -2}
     assert seen == {10_000 * file + at for file in range(3) for at in range(row if file == 1 else 2000)}
 
 
@@ -177,8 +177,12 @@ def test_a_footer_that_cannot_be_read(hub: LoopbackHub, monkeypatch):
     case = case_of(HuggingFace(name="org/web"), steps=20, window=64)
     with pytest.raises(CorruptError, match="footer") as caught:
         case.run()
-    assert (caught.value.source, caught.value.file, caught.value.row) == ("web", "train-1.parquet", skips.FOOTER)
-    assert len(case.run(skips={"web": {"train-1.parquet": skips.FOOTER}})) == 20
+    assert (caught.value.source, caught.value.file, caught.value.row) == (
+        "web",
+        "train-1.parquet",
+        skipped_files.FOOTER,
+    )
+    assert len(case.run(skips={"web": {"train-1.parquet": skipped_files.FOOTER}})) == 20
     hub.commit("org/web", {"train-1.parquet": good})
     hub.fault("train-1", "corrupt", count=1)
     assert len(case.run()) == 20
@@ -193,53 +197,53 @@ def corrupt(source: str, file: str, row: int) -> CorruptError:
 
 def test_the_list_grows_and_survives(tmp_path: pathlib.Path):
     path = epath.Path(tmp_path / "skips.json")
-    assert skips.load(path) == {}
-    skips.record(path, corrupt("web", "a", 512))
-    skips.record(path, corrupt("code", "b", 0))
-    skips.record(path, corrupt("web", "a", 256))
-    skips.record(path, corrupt("web", "a", 1024))
-    assert skips.load(path) == {"web": {"a": 256}, "code": {"b": 0}}
+    assert skipped_files.load(path) == {}
+    skipped_files.record(path, corrupt("web", "a", 512))
+    skipped_files.record(path, corrupt("code", "b", 0))
+    skipped_files.record(path, corrupt("web", "a", 256))
+    skipped_files.record(path, corrupt("web", "a", 1024))
+    assert skipped_files.load(path) == {"web": {"a": 256}, "code": {"b": 0}}
     assert [file.name for file in tmp_path.iterdir()] == ["skips.json"]
     path.write_text('{"web": 3}')
     with pytest.raises(UserError, match=r"skips\.json"):
-        skips.load(path)
+        skipped_files.load(path)
 
 
 def test_writers_at_one_moment_leave_a_whole_list(tmp_path: pathlib.Path):
     path = epath.Path(tmp_path / "skips.json")
-    skips.record(path, corrupt("web", "first", 1))
+    skipped_files.record(path, corrupt("web", "first", 1))
     stop = threading.Event()
 
     def write(name: str) -> None:
         for row in range(100, 0, -1):
-            skips.record(path, corrupt("web", name, row))
+            skipped_files.record(path, corrupt("web", name, row))
         stop.set()
 
     writer = threading.Thread(target=write, args=("a",))
     writer.start()
     while not stop.is_set():
-        assert skips.load(path)["web"]["first"] == 1
+        assert skipped_files.load(path)["web"]["first"] == 1
     writer.join()
-    assert skips.load(path)["web"] == {"first": 1, "a": 1}
+    assert skipped_files.load(path)["web"] == {"first": 1, "a": 1}
 
 
 def test_what_a_resume_allows():
     old = {"a": 10, "b": 20}
-    assert skips.compare("web", old, old) == ([], [])
-    allowed, refused = skips.compare("web", old, {**old, "c": 5, "a": 3})
+    assert skipped_files.compare("web", old, old) == ([], [])
+    allowed, refused = skipped_files.compare("web", old, {**old, "c": 5, "a": 3})
     assert allowed == [
         "source 'web': a is skipped from row 3, was from row 10",
         "source 'web': c is skipped from row 5, was nowhere",
     ]
     assert not refused
-    for new in ({"a": 10}, {"a": 11, "b": 20}, {**old, "c": skips.FOOTER}):
-        allowed, refused = skips.compare("web", old, new)
+    for new in ({"a": 10}, {"a": 11, "b": 20}, {**old, "c": skipped_files.FOOTER}):
+        allowed, refused = skipped_files.compare("web", old, new)
         assert len(refused) == 1
 
 
 def test_identity_has_the_list():
     source = MemorySource(rows=unique(2, 60))
     case = case_of(source)
-    dealer = SourceReader("web", source, source, case.data.rules(0), retry_seconds=1, skips={"file-0": 7})
-    assert dealer.identity["skips"] == {"file-0": 7}
-    assert skips.saved({"web": dealer.identity}) == {"web": {"file-0": 7}}
+    reader = SourceReader("web", source, source, case.data.read_options(0), retry_seconds=1, skips={"file-0": 7})
+    assert reader.identity["skips"] == {"file-0": 7}
+    assert skipped_files.saved({"web": reader.identity}) == {"web": {"file-0": 7}}

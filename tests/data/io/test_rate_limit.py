@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxtrain.data.io import rate_limit, retry
-from jaxtrain.data.io.rate_limit import Pace
+from jaxtrain.data.io.rate_limit import RateLimiter
 from jaxtrain.data.sources.huggingface import HuggingFace
 from tests.data.memory_source import documents
 from tests.hub import LoopbackHub, parquet_bytes
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_server_that_never_refuses_is_not_waited_for(clock: list[float]) -> None:
-    one = Pace(seed=0)
+    one = RateLimiter(seed=0)
     for _ in range(100):
         one.wait()
         one.answered()
@@ -34,7 +34,7 @@ def test_a_server_that_never_refuses_is_not_waited_for(clock: list[float]) -> No
 
 
 def test_a_refusal_holds_all_and_slows_down(clock: list[float]) -> None:
-    one = Pace(seed=0)
+    one = RateLimiter(seed=0)
     for _ in range(8):
         one.refused(7.0)  # asked for together: one refusal
     assert one.pause == rate_limit.FIRST
@@ -53,8 +53,8 @@ def test_a_refusal_holds_all_and_slows_down(clock: list[float]) -> None:
 
 
 def test_each_server_has_its_own() -> None:
-    assert rate_limit.pace_of("http://a/x?y") is rate_limit.pace_of("http://a/z")
-    assert rate_limit.pace_of("http://a/x") is not rate_limit.pace_of("http://b/x")
+    assert rate_limit.limiter_of("http://a/x?y") is rate_limit.limiter_of("http://a/z")
+    assert rate_limit.limiter_of("http://a/x") is not rate_limit.limiter_of("http://b/x")
 
 
 @pytest.mark.slow
@@ -68,14 +68,14 @@ def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkey
         "org/web", {f"train-{n:02}.parquet": parquet_bytes(texts[n], row_group_size=UNIT) for n in range(READERS)}
     )
     source = HuggingFace(name="org/web", fetch_rows=UNIT).resolve()
-    paces = [Pace() for _ in range(hosts)]
+    limiters = [RateLimiter() for _ in range(hosts)]
     mine = threading.local()
-    monkeypatch.setattr(rate_limit, "pace_of", lambda url: mine.pace)
+    monkeypatch.setattr(rate_limit, "limiter_of", lambda url: mine.limiter)
     limit = hub.limit("/resolve/", requests=100, seconds=1.0)
     resolved = hub.count("/api/")
 
     def read(index: int) -> list[str]:
-        mine.pace = paces[index % hosts]
+        mine.limiter = limiters[index % hosts]
         found: list[str] = []
         for first in range(0, ROWS, UNIT):  # a unit is a file opened anew
             stop = first + UNIT

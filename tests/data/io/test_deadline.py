@@ -1,0 +1,98 @@
+"""The config's deadline holds, whatever is waited for: answers, the rate limit, backoff, in any thread."""
+
+import functools
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jaxtrain.data.io import byte_ranges, rate_limit, retry
+from jaxtrain.data.io.locations import stamps
+from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.errors import TransientError
+from jaxtrain.interfaces import Block, Json
+from tests.hub import LoopbackHub, jsonl_bytes
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[the time], which passes by sleeping alone."""
+    now = [100.0]
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retry, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def asking(limiter: rate_limit.RateLimiter, retry_after: float) -> None:
+    """A request that is always refused."""
+    retry.start_request()
+    limiter.wait()
+    limiter.refused(retry_after)
+    raise TransientError("the server answered 429", retry_after)
+
+
+@pytest.mark.parametrize("retry_after", [0.1, 5.0, 93.0, 3600.0])
+def test_waits_for_the_rate_limit_are_inside(clock: list[float], retry_after: float) -> None:
+    limiter = rate_limit.RateLimiter("hub", seed=0)
+    with pytest.raises(retry.OutlastedError, match=r"Gave up after \d+ attempts? in 18 s"):
+        retry.attempt(functools.partial(asking, limiter, retry_after), what="x", deadline=18.0)
+    assert clock[0] == pytest.approx(118.0)
+
+
+def test_a_turn_that_comes_too_late_is_not_waited_for(clock: list[float]) -> None:
+    """Others were refused; this reader's first request would have to wait for longer than its deadline."""
+    limiter = rate_limit.RateLimiter("hub", seed=0)
+    limiter.refused(93.0)
+
+    def open_at(row: int) -> Iterator[Block]:
+        retry.start_request()
+        limiter.wait()
+        yield {"text": ["never"]}
+
+    with pytest.raises(retry.OutlastedError, match="hub limits the rate of requests"):
+        list(retry.retrying(open_at, 0, what="x", deadline=18.0))
+    assert clock[0] == pytest.approx(118.0)
+    limiter.wait()  # without a deadline it is waited for
+    assert clock[0] > 118.0 + 70
+
+
+def test_time_without_requests_does_not_count(clock: list[float]) -> None:
+    """Decoding and skipping take long, and the first fault then has the whole deadline."""
+    tried: list[float] = []
+
+    def open_at(row: int) -> Iterator[Block]:
+        if not tried:
+            clock[0] += 1000.0
+        tried.append(clock[0])
+        retry.start_request()
+        raise TransientError("reset")
+        yield
+
+    with pytest.raises(retry.OutlastedError):
+        list(retry.retrying(open_at, 0, what="x", deadline=18.0))
+    assert len(tried) > 3
+    assert clock[0] == pytest.approx(1118.0)
+
+
+def test_other_threads_of_the_attempt_keep_it(clock: list[float]) -> None:
+    class Slow(byte_ranges.LocalBytes):
+        def stamp(self) -> Json:
+            retry.pause(93.0, "the server is slow")
+            return {"thread": threading.get_ident()}
+
+    with pytest.raises(retry.OutlastedError, match="the server is slow"):
+        retry.attempt(lambda: stamps(["a", "b"], [Slow("a"), Slow("b")]), what="x", deadline=18.0)
+    assert clock[0] <= 100.0 + 2 * 18.0
+
+
+@pytest.mark.parametrize("kind", ["latency:30", "loop", "status:503"])
+def test_a_sick_server(hub: LoopbackHub, kind: str) -> None:
+    """A deadline far below the client's own time-out."""
+    hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
+    source = HuggingFace(name="org/web").resolve()
+    hub.fault("/resolve/", kind)
+    begun = time.monotonic()
+    with pytest.raises(TransientError, match="Gave up after"):
+        list(retry.retrying(functools.partial(source.open, 0), 0, what="x", deadline=1.5))
+    assert time.monotonic() - begun < 6
