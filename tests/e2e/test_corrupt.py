@@ -1,6 +1,7 @@
 """Corrupt files in whole runs: named and fatal by default, or skipped for good by a persistent list."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_corrupt_file_stops_the_run(make_run: MakeRun) -> None:
     assert "data.on_corrupt=skip" in error
     assert "Traceback" not in run.output
     assert not skips_of(run)
+
+
+@pytest.mark.slow
+def test_a_corrupt_file_at_the_very_start(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
+    """Nothing was trained: the user's to change, and no launcher is to try again. The row is named, as it is."""
+    rows = [{"content": text} for text in documents(3, 300)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "code.jsonl").write_bytes(data.replace(b":", b"", 1))
+    flags = ["--config.data.sources.web.name=json", "--config.data.sources.web.column=content"]
+    run = make_run()(*flags, f"--config.data.sources.web.data_files=('{tmp_path}/code.jsonl',)", code=2)
+    assert f"file {tmp_path}/code.jsonl: {tmp_path}/code.jsonl, row 0: is not JSON" in run.output
+    assert "Traceback" not in run.output
 
 
 @pytest.mark.slow
