@@ -9,13 +9,11 @@ from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import TokenizerConfig
+from jaxtrain.interfaces import LossConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import Distillation
 from jaxtrain.metrics.monitor import MonitorConfig
-from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.optim.base import OptimizerConfig
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
 
 
@@ -110,12 +108,12 @@ class Config:
         sample_prompts: texts to continue at the end of the run.
     """
 
-    model: LlamaConfig
+    model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     stages: tuple[Stage, ...]
     optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
-    loss: CrossEntropy = dataclasses.field(default_factory=CrossEntropy)
+    loss: LossConfig = dataclasses.field(default_factory=CrossEntropy)
     teacher: Teacher | None = None
     distillation: Distillation = dataclasses.field(default_factory=Distillation)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

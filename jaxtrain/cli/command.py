@@ -28,11 +28,13 @@ REQUIRED = object()
 class Flag:
     """A flag of one command: `--name=VALUE`, or, if positional, a bare VALUE.
 
-    name: also the attribute of `Flags`.
-    type: an annotation of scalars and tuples, as in configs; Literal["a", "b"] is a choice. `--name` alone is enough
-        for a bool. A positional tuple[str, ...] takes all bare values.
-    help: one sentence.
-    default: the value without the flag; REQUIRED refuses that.
+    Attributes:
+        name: Also the attribute of `Flags`.
+        type: An annotation of scalars and tuples, as in configs; Literal["a", "b"] is a choice. A bool needs only
+            `--name`. A positional tuple[str, ...] takes all bare values.
+        help: One sentence.
+        default: The value without the flag; REQUIRED refuses a missing flag.
+        positional: Whether it is given as a bare value.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Flag:
     positional: bool = False
 
 
-# For commands that take only a work directory. What it names is never imported by itself.
+# For commands that take only a work directory: a module that it names is never imported otherwise.
 IMPORT = Flag(
     name="import",
     type=tuple[str, ...],
@@ -53,13 +55,16 @@ IMPORT = Flag(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """What `--help` shows, and what `parse_flags` accepts.
+    """What `--help` shows and `parse_flags` accepts.
 
-    name: how it is called, for example "python -m tools.report".
-    examples: whole command lines.
-    config: "required", "optional" or "none": whether `--config=FILE` must, may or cannot be given. Overrides go with
-        "optional" too, for commands that take the config from a work directory.
-    resumes: stopped by Ctrl-C it goes on from there when it is started again.
+    Attributes:
+        name: How it is called, for example "python -m tools.report".
+        description: What it does, for `--help`.
+        examples: Whole command lines.
+        flags: Its own flags.
+        config: "required", "optional" or "none": whether `--config=FILE` must, may or cannot be given. "optional" also
+            allows overrides, for commands that take the config from a work directory.
+        resumes: After Ctrl-C, the same command continues from there.
     """
 
     name: str
@@ -71,22 +76,28 @@ class Command:
 
 
 class Flags(types.SimpleNamespace):
-    """What the command line gave: `config` (the spec or None), `overrides`, and an attribute for each flag."""
+    """The parsed command line: `config` (the spec or None), `overrides`, and an attribute for each flag."""
 
     config: str | None
     overrides: tuple[str, ...]
 
     def load_config(self) -> Any:
-        """The config that the command line describes. Raises UserError."""
-        assert self.config is not None, "only for commands whose config is required, or after a look at flags.config"
+        """The config that the command line describes.
+
+        Raises:
+            UserError: It cannot be loaded, or is invalid.
+        """
+        assert self.config is not None, "only for commands whose config is required, or after checking flags.config"
         return files.load(self.config, self.overrides)
 
 
 def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
-    """Reads the arguments (without the program's name). `--help` prints and raises SystemExit(0).
+    """Parses the arguments, without the program's name. Nothing is abbreviated and nothing ignored.
 
-    `--help` with `--config=FILE` lists all fields of the config as well. Nothing is abbreviated, and nothing ignored:
-    raises UserError for an unknown flag, a wrong or missing value, two values for one flag, and leftovers.
+    `--help` prints and raises SystemExit(0); with `--config=FILE` it also lists all fields of the config.
+
+    Raises:
+        UserError: An unknown flag, a wrong or missing value, two values for one flag, or a leftover argument.
     """
     known = {flag.name: flag for flag in command.flags if not flag.positional}
     if command.config != "none":
@@ -120,7 +131,7 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
         if "config" in given:
             print(_fields_text(files.load(given["config"], overrides)))
         raise SystemExit(0)
-    tree.parse_overrides(overrides)  # their form only; the fields need the file
+    tree.parse_overrides(overrides)  # checks their form; their fields need the file
     values = {flag.name: _value(flag, given, command) for flag in command.flags if not flag.positional}
     values |= _positional_values(command, bare)
     if command.config == "required" and "config" not in given:
@@ -134,12 +145,12 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
 
 
 def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> NoReturn:
-    """Parses the command line, calls `main` and exits with the code that it returns (None is 0).
+    """Parses the command line, calls `main` and exits with the code it returns (None is 0).
 
-    A UserError becomes one message and exit code 2; Ctrl-C one of its own, and 75 where the command goes on from there
-    or else 130, as shells have it. Others pass: Python prints the traceback and exits with 1.
+    A UserError becomes one message and exit code 2. Ctrl-C becomes a message and 75 if the command resumes, else 130 as
+    in shells. Other exceptions pass: Python prints the traceback and exits with 1.
     """
-    # Grain's worker processes read flags of absl's, which refuses that before they are parsed. We have none there.
+    # Grain's worker processes read absl flags, which absl refuses before they are parsed. We define none.
     absl_flags.FLAGS.mark_as_parsed()
     output.protect()
     try:
@@ -149,7 +160,7 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
         code = 2
     except KeyboardInterrupt:
         kept = (
-            ". What is done is kept: give the same command again to go on." if command.resumes else " before the end."
+            ". What is done is kept: run the same command again to resume." if command.resumes else " before the end."
         )
         print(f"\nStopped{kept}", file=sys.stderr)
         code = 75 if command.resumes else 130
@@ -157,16 +168,16 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
 
 
 def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> int:
-    """As `run`, for commands that read data: returns the code. Outages and damaged files are a message and 1."""
+    """Like `run`, but returns the code, and reports outages and damaged files as one message and 1."""
     try:
         run(main, command, argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except (TransientError, CorruptError, FloatingPointError) as error:
-        # What happened and where is in the message; where in the program it came up helps nobody.
+        # The message says what happened and where; a traceback would not help.
         print(redact(f"error: {error}"), file=sys.stderr)
         if isinstance(error, TransientError):
-            print("Give the same command again when that is over.", file=sys.stderr)
+            print("Run the same command again when that is over.", file=sys.stderr)
         return 1
     except BaseException:
         print(redact(traceback.format_exc()), file=sys.stderr)
@@ -174,14 +185,14 @@ def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Seque
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now: readers may wait on a dead network, and the interpreter would wait for their threads."""
+    """Ends the process at once. The interpreter would wait for readers' threads, which may wait on a dead network."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def help_text(command: Command) -> str:
-    """What `--help` prints."""
+    """The text of `--help`."""
     rows = [(_form(flag), flag.help + _default_text(flag)) for flag in command.flags]
     if command.config != "none":
         rows.insert(0, ("--config.FIELD=VALUE", "changes a field of the config; --config=FILE --help lists them"))

@@ -16,13 +16,19 @@ from jaxtrain.errors import UserError
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Any:
-    """The config of a file, with `--config.a.b=value` overrides applied, checked.
+    """Loads the config of a file, applies `--config.a.b=value` overrides, and checks it.
 
-    spec: "configs/1b.py", or "configs/pretrain.py:tiny", where "tiny" is passed to `get_config`. Files share code by
-    `from configs._base import ...`, wherever the run starts: the parent of the config file's folder is importable.
-    Raises UserError with the cause and the fix.
+    Files share code by `from configs._base import ...` from any working directory: the parent of the config file's
+    folder is importable.
+
+    Args:
+        spec: "configs/1b.py", or "configs/pretrain.py:tiny", which passes "tiny" to `get_config`.
+        overrides: Whole arguments.
+
+    Raises:
+        UserError: With the cause and the fix.
     """
-    tree.parse_overrides(overrides)  # their form is refused before the file is run, which may import JAX
+    tree.parse_overrides(overrides)  # checks their form before running the file, which may import JAX
     path, argument = split_spec(spec)
     config = _call(_run(path), path, argument)
     tree.check_types(config)
@@ -32,7 +38,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
-    """("configs/x.py", argument after the colon or None). Raises UserError if there is no such file."""
+    """("configs/x.py", the argument after the colon or None).
+
+    Raises:
+        UserError: There is no such file.
+    """
     match = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
     if match is None:
         raise UserError(
@@ -59,7 +69,7 @@ def _near_files(path: Path) -> str:
 def _run(path: Path) -> types.ModuleType:
     """Executes the file as the module `<folder>.<stem>`, which worker processes can import to unpickle its classes.
 
-    Not by `importlib`: cached bytecode goes by whole seconds, so a file edited within one would be stale.
+    Not by `importlib`: cached bytecode compares whole seconds, so a file edited within one would be stale.
     """
     folder = path.resolve().parent
     module = types.ModuleType(f"{folder.name}.{path.stem}")
@@ -72,9 +82,9 @@ def _run(path: Path) -> types.ModuleType:
 
 
 def _forget_other_folders(folder: Path) -> None:
-    """A folder of the same name elsewhere, loaded earlier in this process, must not answer for this one's modules."""
+    """Drops the modules of another folder of the same name that this process loaded earlier."""
     if getattr(sys.modules.get(folder.name), "__file__", None) is not None:
-        return  # a package with an __init__.py: not a folder of configs, and its modules are in use
+        return  # a package with an __init__.py, not a folder of configs
     sys.modules.pop(folder.name, None)
     for name, module in sys.modules.copy().items():  # a copy is made at once, while threads import
         file = getattr(module, "__file__", None)
@@ -84,7 +94,7 @@ def _forget_other_folders(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _importable(root: Path) -> Iterator[None]:
-    """First on the import path while the file runs; last afterwards, for imports in functions and worker processes."""
+    """Puts a folder first on the import path, then last, for imports in functions and worker processes."""
     sys.path.insert(0, str(root))
     try:
         yield
@@ -116,7 +126,7 @@ def _call(module: types.ModuleType, path: Path, argument: str | None) -> Any:
 
 @contextlib.contextmanager
 def _errors_in(path: Path, problem: str) -> Iterator[None]:
-    """An exception of the config file as one message with the file's line."""
+    """Turns an exception of the config file into one message with the file's line."""
     try:
         yield
     except UserError as error:

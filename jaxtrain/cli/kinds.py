@@ -1,7 +1,7 @@
-"""Lasting names of config dataclasses, which records hold in place of module paths.
+"""Lasting names of config dataclasses, which records hold instead of module paths.
 
-A built-in has a short kind, "llama", that outlives moves and renames of its class. A component from outside the package
-is "package.module:Class". Checkpoints of version 0.1 name classes by module path; `kind_of_path` reads those.
+A built-in has a short kind ("llama") that survives moving and renaming its class. A component from outside the package
+is "package.module:Class". Checkpoints of version 0.1 name classes by module path, which `kind_of_path` reads.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def kind_of(cls: type) -> str:
 
 
 def kind_of_path(path: str) -> str:
-    """The kind of what a record of version 0.1 calls "package.module.Class"."""
+    """The kind of a class that a record of version 0.1 names "package.module.Class"."""
     module, _, name = path.rpartition(".")
     return _VERSION_0_1.get(path, f"{module}:{name}")
 
@@ -100,7 +100,7 @@ def class_of(kind: str) -> type:
     """The dataclass that a record names.
 
     A record may come from anywhere and must not choose what is imported: a component from outside the package is found
-    only if its module is imported already, by the user's config or `--import`.
+    only if the user's config or `--import` has imported its module.
 
     Raises:
         UserError: There is no such class, or its module is not imported.

@@ -1,4 +1,4 @@
-"""Where a command's files go when nothing says so. Never imports JAX, nor the Hub's client, which reads its folders."""
+"""Default folders. Imports neither JAX nor the Hub's client, which reads its folders at import."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ def default_workdir(spec: str) -> str:
 
 
 def keep_caches_in(workdir: str) -> None:
-    """Caches of the Hub's client default to inside the work directory; a login is still found where it always is."""
+    """Puts the Hub client's caches into the work directory by default; a login is still found in its usual place."""
     if "HF_HOME" not in os.environ and "://" not in workdir:
         os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser("~/.cache/huggingface/token"))
         os.environ["HF_HOME"] = os.path.abspath(os.path.join(os.path.expanduser(workdir), "cache", "huggingface"))

@@ -12,8 +12,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
 KIND = "_kind"
-# In a field's metadata: the value that a record stands for which was written before the field existed, if that is not
-# today's default.
+# In a field's metadata: its value in records from before it existed, if that is not today's default.
 BEFORE = "before"
 
 _SECRET_FIELD = re.compile(
@@ -25,7 +24,7 @@ _REMOVED = "(removed)"
 
 
 class _Absent:
-    """Stands for a value that one side of a comparison does not have (None is a value)."""
+    """A value that one side of a comparison lacks (None is a value)."""
 
     def __repr__(self) -> str:
         return "(absent)"
@@ -35,11 +34,11 @@ ABSENT = _Absent()
 
 
 def to_json(config: Any) -> Json:
-    """The config, a dataclass instance, in JSON's types: dict, list, str, int, float, bool, None.
+    """A config in JSON types: dict, list, str, int, float, bool, None.
 
-    A dataclass carries "_kind", its lasting name (see kinds.py); tuples become lists. Secrets are left out: user and
-    password in URLs, signatures and tokens in their query strings, and fields that hold a token, secret, password or
-    API key; so two configs that differ only in these are equal.
+    A dataclass carries "_kind", its lasting name (kinds.py); tuples become lists. Secrets are left out (user and
+    password in URLs, signatures and tokens in their query strings, fields that hold a token, secret, password or API
+    key), so configs that differ only in secrets are equal.
     """
     return {KIND: kinds.kind_of(type(config)), **_group(config)}
 
@@ -81,7 +80,7 @@ def upgrade(recorded: Any) -> Any:
 
 
 def complete(recorded: Any) -> Any:
-    """As `upgrade`, with the fields that were added since, at the values that records without them stand for."""
+    """Like `upgrade`, and adds the fields that did not exist then, with the values that those records imply."""
     if isinstance(recorded, list):
         return [complete(item) for item in recorded]
     if not isinstance(recorded, dict):
@@ -101,7 +100,7 @@ def sealed(described: Json) -> Json:
 
 
 def _before(cls: type) -> Json:
-    """The values of fields that a record lacks: of those with a default, as it was before the field existed."""
+    """The value of each field with a default in records from before the field existed."""
     values = {}
     for field in dataclasses.fields(cls):
         if BEFORE in field.metadata:
@@ -118,7 +117,7 @@ def _group(group: Any) -> Json:
 
 
 def public(key: str, value: Any) -> Any:
-    """The value of a field or entry as it may be stored and shown: JSON's types, no secrets."""
+    """The value of a field or entry in JSON types and without secrets, to store and show."""
     if typed.is_config(value):
         return to_json(value)
     if isinstance(value, dict):
@@ -133,10 +132,10 @@ def public(key: str, value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of everything that differs between two JSON values, in the old one's order.
+    """(dotted path, old value, new value) of each difference between two JSON values, in the old one's order.
 
-    What only one side has, an entry or an element, is one row with ABSENT on the other side. A class that changed is a
-    row `path._kind`. 1 and 1.0 are equal, 1 and True are not.
+    An entry or element of only one side is one row with ABSENT on the other. A changed class is a row `path._kind`.
+    1 and 1.0 are equal, 1 and True are not.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *new]}
@@ -159,7 +158,7 @@ def _element(items: list[Any], i: int) -> Any:
 
 
 def format_differences(rows: list[tuple[str, Any, Any]]) -> str:
-    """A table with a line for each difference: path, old value, arrow, new value."""
+    """A table with one line per difference: path, old value, arrow, new value."""
     cells = [(path, _cell(old), _cell(new)) for path, old, new in rows]
     paths, olds = (max((len(row[column]) for row in cells), default=0) for column in (0, 1))
     return "\n".join(f"  {path:<{paths}}  {old:>{olds}}  ->  {new}" for path, old, new in cells)

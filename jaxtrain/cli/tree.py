@@ -16,7 +16,7 @@ _KEY = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """One override as it was given: `--config.stages[0].seq_len=64` has the keys ("stages", "0", "seq_len")."""
+    """One override as given: `--config.stages[0].seq_len=64` has the keys ("stages", "0", "seq_len")."""
 
     flag: str
     keys: tuple[str, ...]
@@ -24,10 +24,12 @@ class Change:
 
 
 def parse_overrides(flags: Sequence[str]) -> list[Change]:
-    """Reads `--config.a.b=value` strings; fields are not looked up yet.
+    """Parses `--config.a.b=value` strings, without looking up fields.
 
-    `stages[0]` and `stages.0` are the same; a key with dots in it goes into brackets: `sources[my.source]`.
-    Raises UserError for another form, and for two overrides of which one undoes the other.
+    `stages[0]` and `stages.0` are the same; a key with dots goes into brackets: `sources[my.source]`.
+
+    Raises:
+        UserError: Another form, or two overrides that contradict each other.
     """
     changes: list[Change] = []
     for flag in flags:
@@ -46,10 +48,12 @@ def parse_overrides(flags: Sequence[str]) -> list[Change]:
 
 
 def override(config: Any, flags: Sequence[str]) -> Any:
-    """The config with `--config.a.b=value` strings applied, typed by the annotations. The given one is not changed.
+    """A copy of the config with `--config.a.b=value` strings applied, typed by the annotations.
 
-    New objects are made along each path: a dataclass that stands in two places is changed in one of them only.
-    Raises UserError, with the nearest names for an unknown field and the wanted type for a wrong value.
+    New objects are made along each path: a dataclass that stands in two places changes in one of them only.
+
+    Raises:
+        UserError: With the nearest names for an unknown field, and the wanted type for a wrong value.
     """
     root = config
     for change in parse_overrides(flags):
@@ -60,14 +64,19 @@ def override(config: Any, flags: Sequence[str]) -> Any:
 def check(config: Any) -> None:
     """Checks every value against its annotation, then calls every dataclass's `check()`, children before parents.
 
-    Raises UserError for the first thing that is wrong, with its dotted path.
+    Raises:
+        UserError: The first problem, with its dotted path.
     """
     check_types(config)
     _check_rules(config, type(config), "config")
 
 
 def check_types(value: Any, hint: Any = Any, path: str = "config") -> None:
-    """Checks the values of a whole tree against the annotations. Raises UserError with the dotted path."""
+    """Checks the values of a whole tree against the annotations.
+
+    Raises:
+        UserError: The first that does not fit, with its dotted path.
+    """
     fitting = [option for option in typed.options(hint) if typed.fits(value, option)]
     if not fitting:
         raise UserError(
@@ -102,7 +111,7 @@ def join(path: str, parent: Any, key: str) -> str:
 
 
 def _changed(value: Any, hint: Any, change: Change, path: str, depth: int, root: Any) -> Any:
-    """The value with the change made at `change.keys[depth:]` below it."""
+    """The value with the change applied at `change.keys[depth:]` below it."""
     if depth == len(change.keys):
         return _parsed(value, hint, change)
     key = change.keys[depth]
@@ -145,15 +154,13 @@ def _parsed(value: Any, hint: Any, change: Change) -> Any:
 
 
 def _default(hint: Any, change: Change, path: str) -> Any:
-    """An optional group that is none is switched on by an override of one of its fields, if it has defaults."""
+    """Overriding a field of an optional group that is None switches the group on, if all its fields have defaults."""
     classes = [option for option in typed.options(hint) if dataclasses.is_dataclass(option)]
     if len(classes) == 1 and isinstance(classes[0], type):
         required = [field.name for field in dataclasses.fields(classes[0]) if not _has_default(field)]
         if not required:
             return classes[0]()
-    raise UserError(
-        f"{change.flag}: {path} is none, so there is nothing in it to set; give it a value in the config file"
-    )
+    raise UserError(f"{change.flag}: {path} is none and has no fields to set; give it a value in the config file")
 
 
 def _has_default(field: dataclasses.Field) -> bool:
@@ -161,7 +168,7 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> UserError:
-    """The error for a key that is not there: nearest names beside it, and places where the name exists."""
+    """The error for an unknown key: the nearest names beside it, or the paths where the name exists."""
     below = list(typed.entries(value, Any))
     if not typed.is_config(value) and not isinstance(value, dict | tuple):
         return UserError(f"{change.flag}: {path} is {_kind(value)} and has no fields; override it with --{path}=VALUE")
@@ -180,7 +187,7 @@ def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> User
 
 
 def _check_stray(config: Any, path: str) -> None:
-    """A plain dataclass takes any attribute: a typo in a config file would otherwise pass unnoticed."""
+    """Refuses attributes that are no fields: a plain dataclass accepts any, so a typo would pass unnoticed."""
     fields = [field.name for field in dataclasses.fields(config)]
     for attribute in getattr(config, "__dict__", {}):
         if attribute not in fields:
@@ -198,7 +205,7 @@ def _check_rules(value: Any, hint: Any, path: str) -> None:
     try:
         rule()
     except ValueError as error:
-        # A message that starts with a field's name goes on from the path: "config.optimizer.learning_rate must be ...".
+        # A message that starts with a field's name continues the path: "config.optimizer.learning_rate must be ...".
         first = re.match(r"\w*", str(error))
         separator = "." if first and first[0] in typed.entries(value, hint) else ": "
         raise UserError(f"{path}{separator}{error}") from error
@@ -218,7 +225,7 @@ def _kind(value: Any) -> str:
 
 
 def _advice(value: Any, hint: Any) -> str:
-    """How to fix the usual mistakes in config files."""
+    """How to fix common mistakes in config files."""
     members = typed.options(hint)
     if isinstance(value, float) and not math.isfinite(value):
         return ": numbers have to be finite"

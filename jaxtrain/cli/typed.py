@@ -1,4 +1,4 @@
-"""What the annotations of config dataclasses mean: which values fit one, and which value a text stands for.
+"""The annotations of config dataclasses: which values fit one, and which value a text denotes.
 
 Annotations: bool, int, float, str, None, Literal, unions, tuple, dict with str keys, dataclasses, protocols and other
 base classes, Callable, Any. Config values are plain: scalars, tuples, dicts and dataclass instances.
@@ -23,7 +23,7 @@ def is_config(value: Any) -> bool:
 
 
 def is_group(value: Any) -> bool:
-    """Whether the value has fields or entries that are set one by one."""
+    """Whether the value has fields or entries that are set individually."""
     return is_config(value) or isinstance(value, dict) or (isinstance(value, tuple) and any(map(is_config, value)))
 
 
@@ -33,7 +33,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def name(hint: Any) -> str:
-    """The annotation as its author wrote it, without the modules; a Literal as its values."""
+    """The annotation as written, without modules; a Literal as its values."""
     if len(options(hint)) > 1:
         return " | ".join("None" if option is types.NoneType else name(option) for option in options(hint))
     if typing.get_origin(hint) is Literal:
@@ -43,7 +43,7 @@ def name(hint: Any) -> str:
 
 
 def example(hint: Any) -> str:
-    """Text that `parse` takes for the annotation; empty if there is none."""
+    """Text that `parse` accepts for the annotation; empty if there is none."""
     members = options(hint)
     if len(members) > 1:
         return " or ".join(filter(None, map(example, members)))
@@ -57,7 +57,7 @@ def example(hint: Any) -> str:
 
 
 def entries(value: Any, hint: Any) -> dict[str, tuple[Any, Any]]:
-    """What can be addressed below the value: key → (child, the child's annotation). Empty for scalars."""
+    """Everything addressable below the value: key -> (child, the child's annotation). Empty for scalars."""
     if is_config(value):
         hints = typing.get_type_hints(type(value))
         return {field.name: (getattr(value, field.name), hints[field.name]) for field in dataclasses.fields(value)}
@@ -77,9 +77,9 @@ def entry_hint(hint: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether the value's own type is right; its elements, entries and fields are not looked at.
+    """Whether the value's own type is right, ignoring its elements, entries and fields.
 
-    An int fits float, as in Python's typing; a bool fits neither; no number may be NaN or infinite (JSON has none).
+    An int fits float, as in Python's typing; a bool fits neither. NaN and infinities are refused: JSON has none.
     """
     if len(options(hint)) > 1:
         return any(fits(value, option) for option in options(hint))
@@ -109,7 +109,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def missing_members(value: Any, protocol: type) -> list[str]:
-    """Attributes and methods of the protocol that the value does not have."""
+    """Attributes and methods of the protocol that the value lacks."""
     members: set[str] = set()
     for base in protocol.__mro__:
         if Protocol in base.__bases__:
@@ -119,13 +119,16 @@ def missing_members(value: Any, protocol: type) -> list[str]:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """The value of this annotation that the text stands for. Raises ValueError if there is none.
+    """The value that the text denotes for this annotation.
 
-    Ints may be written 1_000_000 or 1e6; bools true, false, 1, 0; None none or null; tuples (1,2) or 1,2.
+    Ints may be written 1_000_000 or 1e6; bools true, false, 1, 0; None as none or null; tuples (1,2) or 1,2.
+
+    Raises:
+        ValueError: There is none.
     """
     members = options(hint)
     if len(members) > 1:
-        # None comes first, as every text is a str; str last.
+        # None first and str last, which every text is.
         for member in sorted(members, key=lambda member: (member is not types.NoneType, member is str)):
             try:
                 return parse(text, member)
@@ -157,7 +160,7 @@ def parse(text: str, hint: Any) -> Any:
 
 
 def _parse_int(text: str) -> int:
-    """Exact for any size: 1e23 is 10**23, which no float is. float() bounds the exponent before the digits are made."""
+    """Exact at any size: 1e23 is 10**23, which no float equals. float() bounds the exponent before digits are made."""
     if not math.isfinite(float(text)):
         raise ValueError(text)
     number = decimal.Decimal(text)
@@ -167,7 +170,7 @@ def _parse_int(text: str) -> int:
 
 
 def _parse_tuple(text: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One level of parentheses around the whole is optional, and so is a comma at the end."""
+    """Parentheses around the whole and a trailing comma are optional."""
     items = _split(text)
     if len(items) == 1 and items[0][:1] + items[0][-1:] in ("()", "[]"):
         items = _split(items[0][1:-1])
@@ -181,7 +184,7 @@ def _parse_tuple(text: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the commas that stand outside brackets, without spaces around them."""
+    """Splits at commas outside brackets, and strips spaces."""
     items, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -27,8 +27,7 @@ from jaxtrain.data.stores import teacher_store
 from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherStore
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Json, Source, Tokenizer
-from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.interfaces import Json, Model, ModelConfig, Params, Source, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
@@ -102,9 +101,10 @@ class Teacher:
         """The teacher by its config alone, to compile for: the tokenizers are not compared. Raises as `build`."""
         return self._frozen(self._shape()[0], vocab_size, mesh)
 
-    def _frozen(self, config: LlamaConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
+    def _frozen(self, config: ModelConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
         how = {"dtype": self.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
-        config = dataclasses.replace(config, head_dim=config.resolved_head_dim, **how)
+        fields = {field.name for field in dataclasses.fields(config)}
+        config = dataclasses.replace(config, **{name: value for name, value in how.items() if name in fields})
         try:
             return Frozen(self, config.build(vocab_size, mesh), mesh)
         except UserError as error:
@@ -137,7 +137,7 @@ class Teacher:
     def is_checkpoint(self) -> bool:
         return restore.is_checkpoint(self.model)
 
-    def _shape(self) -> tuple[LlamaConfig, int]:
+    def _shape(self) -> tuple[ModelConfig, int]:
         if not self.is_checkpoint:
             return hf.config(self.model, self.revision)
         saved = restore.load_data(self.model)
@@ -187,7 +187,7 @@ class Frozen:
     parameters.
     """
 
-    def __init__(self, config: Teacher, model: Llama, mesh: Mesh):
+    def __init__(self, config: Teacher, model: Model, mesh: Mesh):
         self.config = config
         self.model = model
         self.abstract = jax.tree.map(

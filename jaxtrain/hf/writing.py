@@ -13,8 +13,8 @@ from tqdm import tqdm
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.reading import CONFIG, INDEX, SINGLE
-from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama, Params
+from jaxtrain.interfaces import Json, Model, Params
+from jaxtrain.model.llama import Llama
 from jaxtrain.tokenizers.files import GENERATION_CONFIG, TokenizerFiles
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -32,7 +32,7 @@ class SavedTokenizer(Protocol):
 
 def export(
     params: Params,
-    model: Llama,
+    model: Model,
     folder: str,
     dtype: str = "bfloat16",
     tokenizer: SavedTokenizer | None = None,
@@ -57,6 +57,7 @@ def export(
     Raises:
         UserError: no architecture of transformers expresses the model.
     """
+    model = families.llama(model)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
     content = {} if tokenizer is None else tokenizer.content(add_bos=add_bos)

@@ -207,4 +207,4 @@ def test_ctrl_c_is_one_line(resumes: bool, code: int, capsys: pytest.CaptureFixt
     assert cli.exit_code(stopped, command, ["--config=a.py"]) == code
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("Stopped")
-    assert ("to go on" in line) == resumes
+    assert ("to resume" in line) == resumes

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
+from jaxtrain.checkpoint import integrity
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cli import Command, Flag, Flags
 from jaxtrain.distributed.sharding import MeshConfig, replicated
@@ -15,8 +17,8 @@ from tools.bench.common import at_least_one, median, progress, result, rounds_fl
 
 COMMAND = Command(
     name="python -m tools.bench checkpoint",
-    description="Saves and restores train states of several sizes: seconds that a save blocks, that it goes on in the "
-    "background, and that a restore takes (of files that the system may still hold in memory).",
+    description="Saves and restores train states of several sizes: the seconds a save blocks and runs in the "
+    "background, and the seconds to verify and restore (files may still be in the page cache).",
     examples=(
         "python -m tools.bench checkpoint",
         "python -m tools.bench checkpoint --megabytes=64,1024 --folder=/mnt/disk",
@@ -42,7 +44,7 @@ def measure_size(megabytes: int, rounds: int, folder: str | None) -> Json:
     """Medians for one size of state."""
     state = _state(megabytes)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-    seconds: dict[str, list[float]] = {"blocking": [], "background": [], "restore": []}
+    seconds: dict[str, list[float]] = {"blocking": [], "background": [], "verify": [], "restore": []}
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         checkpointer = CheckpointConfig(keep=1).build(f"{directory}/checkpoints")
         restored = None
@@ -53,12 +55,15 @@ def measure_size(megabytes: int, rounds: int, folder: str | None) -> Json:
             blocked = time.perf_counter()
             checkpointer.wait()
             written = time.perf_counter()
+            assert integrity.problem(epath.Path(directory) / "checkpoints" / str(step)) is None
+            verified = time.perf_counter()
             restored = checkpointer.restore(step, shapes)
             jax.block_until_ready(restored)
             read = time.perf_counter()
             if step:
-                for name, spent in zip(seconds, (blocked - begun, written - blocked, read - written), strict=True):
-                    seconds[name].append(spent)
+                spent = (blocked - begun, written - blocked, verified - written, read - verified)
+                for name, each in zip(seconds, spent, strict=True):
+                    seconds[name].append(each)
         checkpointer.close()
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), state, restored)
     found = {f"{name}_seconds": median(values) for name, values in seconds.items()}

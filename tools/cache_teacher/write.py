@@ -13,8 +13,8 @@ from jaxtrain.data.stores import teacher_store
 from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout
-from jaxtrain.model.llama import Llama, Params
 from jaxtrain.trainer import open_data
 
 # Documents of one part of a file: a kill loses at most one part, 70 MB for documents of 1,000 tokens with k = 64.
@@ -92,7 +92,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
 
 
 def make_scorer(
-    model: Llama, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
+    model: Model, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
 ) -> Scorer:
     """The scorer with the largest batches that fit: at most `batch_tokens` per device, and `limit` bytes of it.
 

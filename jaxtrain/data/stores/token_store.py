@@ -162,6 +162,7 @@ def _public(name: str, value: Any) -> Any:
 
 
 _FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared by themselves
+_PATTERNS = ("data_files", "urls", "patterns")  # settings that say which files
 
 
 class RamCache:
@@ -286,13 +287,15 @@ def check(
 
     identity: of the source, from a checkpoint; None if the config alone says what is wanted.
     """
-    if identity is not None:
-        wanted, has = names.comparable(identity), names.comparable(manifest.source)
-    else:
-        # Version 0.1 redacted its settings: those that lost something differ from today's.
-        wanted, has = settings_of(config), manifest.settings
+    # Version 0.1 redacted its settings: those that lost something differ from today's.
+    wanted, has = settings_of(config), manifest.settings
+    if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
         wanted = {name: text for name, text in wanted.items() if name in has or text != repr(before.get(name))}
+    else:
+        patterns = [name for name in _PATTERNS if name in has and versioned(manifest.source)["naming"] == 1]
+        wanted = {**names.comparable(identity), **{f"config's {name}": wanted.get(name) for name in patterns}}
+        has = {**names.comparable(manifest.source), **{f"config's {name}": has[name] for name in patterns}}
     has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
     lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
     lines += names.inexact(manifest.source)
