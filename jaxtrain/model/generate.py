@@ -37,6 +37,7 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    rows_at_once: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt. With several processes, all call it with the same arguments.
 
@@ -52,43 +53,70 @@ def generate(
         seed: The same one gives the same text.
         eos_id: Ends a continuation, and is left out of it.
         on_token: Called with (prompt's index, id) for each token.
+        rows_at_once: Prompts of a batch; None for all of them. The texts differ by rounding only.
 
     Returns:
         The ids of each continuation.
 
     Raises:
         UserError: An empty prompt, an id outside the vocabulary, a setting out of range, or a text longer than the
-            context of a model without a cache.
+            model's context.
     """
-    _check(model, prompts_ids, max_new_tokens, temperature, top_k, top_p)
+    check(model, prompts_ids, max_new_tokens)
+    if temperature < 0:
+        raise UserError(f"temperature={temperature}: it must be 0 (the likeliest token) or above.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k}: it must be at least 1, or none.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: a probability above 0 and at most 1 is needed.")
     if not prompts_ids:
         return []
     sampling: Sampling = "greedy" if temperature == 0 else "plain" if top_k is None and top_p == 1 else "filtered"
     pick = functools.partial(
         _pick, sampling=sampling, settings=(temperature or 1.0, model.vocab_size if top_k is None else top_k, top_p)
     )
-    tokens_BT, start_B = _left_padded(model, prompts_ids)
-    prompt_length = tokens_BT.shape[1]
-    length = -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(tokens_BT)))
+    prompt_length, length = _lengths(prompts_ids, max_new_tokens)
     prefill, decode_one = _programs(model)
-    logits_BV, cache = prefill(params, tokens_BT, start_B, length)
     texts: list[list[int]] = [[] for _ in prompts_ids]
-    running = set(range(len(prompts_ids)))
-    for slot in range(prompt_length, prompt_length + max_new_tokens):
-        next_B = np.asarray(pick(keys_B, np.int32(slot - prompt_length), logits_BV))
-        for row in sorted(running):
-            token = int(next_B[row])
-            if token == eos_id:
-                running.remove(row)
-                continue
-            texts[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-        if not running or slot == prompt_length + max_new_tokens - 1:
-            break
-        logits_BV, cache = decode_one(params, next_B, np.int32(slot), start_B, cache)
+    rows = rows_at_once or len(prompts_ids)
+    for first in range(0, len(prompts_ids), rows):
+        batch = prompts_ids[first : first + rows]
+        tokens_BT, start_B = _left_padded(model, batch, rows, prompt_length)
+        numbers_B = np.arange(first, first + len(tokens_BT))
+        keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers_B)
+        logits_BV, cache = prefill(params, tokens_BT, start_B, length)
+        running = set(range(len(batch)))
+        for slot in range(prompt_length, prompt_length + max_new_tokens):
+            next_B = np.asarray(pick(keys_B, np.int32(slot - prompt_length), logits_BV))
+            for row in sorted(running):
+                token = int(next_B[row])
+                if token == eos_id:
+                    running.remove(row)
+                    continue
+                texts[first + row].append(token)
+                if on_token is not None:
+                    on_token(first + row, token)
+            if not running or slot == prompt_length + max_new_tokens - 1:
+                break
+            logits_BV, cache = decode_one(params, next_B, np.int32(slot), start_B, cache)
     return texts
+
+
+def compile_programs(
+    model: Model, params: Params, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, rows_at_once: int
+) -> list[Any]:
+    """The executables of `generate` with these settings, to see what memory they need. They stay in JAX's cache."""
+    prompt_length, length = _lengths(prompts_ids, max_new_tokens)
+    tokens_BT, start_B = _left_padded(model, (), rows_at_once, prompt_length)
+    prefill, decode_one = _programs(model)
+    prefilling = prefill.lower(params, tokens_BT, start_B, length).compile()
+    _, cache = jax.eval_shape(functools.partial(prefill, length=length), params, tokens_BT, start_B)
+    cache = jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        cache,
+        prefilling.output_shardings[1],
+    )
+    return [prefilling, decode_one.lower(params, start_B, np.int32(0), start_B, cache).compile()]
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
@@ -99,9 +127,10 @@ def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[
     return tokenizer.decode([*prompt_ids, *ids]).removeprefix(tokenizer.decode(prompt_ids))
 
 
-def _check(
-    model: Model, prompts_ids: Any, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
-) -> None:
+def check(model: Model, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises UserError for prompts that the model cannot continue."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1.")
     for row, ids in enumerate(prompts_ids):
         if len(ids) == 0:
             raise UserError(f"Prompt {row} is empty: give at least one token, such as the end-of-document token.")
@@ -111,27 +140,27 @@ def _check(
                 f"Prompt {row} has the id {outside[0]}, outside of the model's vocabulary of {model.vocab_size}: "
                 "was it made by another tokenizer?"
             )
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1.")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: it must be 0 (the likeliest token) or above.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: it must be at least 1, or none.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: a probability above 0 and at most 1 is needed.")
-    longest = max(map(len, prompts_ids), default=0) + max_new_tokens
-    if not isinstance(model, CachingModel) and longest > model.config.max_seq_len:
-        raise UserError(
-            f"Prompt and continuation have up to {longest} tokens, and the model's context is "
-            f"{model.config.max_seq_len}: shorten the prompt, or lower max_new_tokens."
-        )
+        room = model.config.max_seq_len - len(ids)
+        if max_new_tokens > room:
+            fix = f"lower max_new_tokens to {room} or less, or shorten the prompt" if room > 0 else "shorten the prompt"
+            raise UserError(
+                f"Prompt {row} has {len(ids)} tokens, with max_new_tokens={max_new_tokens} too many for the model's "
+                f"context of {model.config.max_seq_len} (max_seq_len): {fix}."
+            )
 
 
-def _left_padded(model: Model, prompts_ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, T], where each prompt starts int32 [B]); B is padded to what the mesh divides."""
+def _lengths(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, int]:
+    """(slots of the prompts, slots of prompts and continuations)."""
+    prompt_length = -(-max(map(len, prompts_ids)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return prompt_length, -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _left_padded(
+    model: Model, prompts_ids: Sequence[Sequence[int]], rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, length], where each prompt starts int32 [B]); B is `rows`, padded to what the mesh divides."""
     ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    rows = -(-len(prompts_ids) // ways) * ways
-    length = -(-max(map(len, prompts_ids)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    rows = -(-rows // ways) * ways
     tokens_BT = np.zeros((rows, length), np.int32)
     start_B = np.full(rows, length - 1, np.int32)
     for row, ids in enumerate(prompts_ids):
@@ -169,7 +198,7 @@ class _Recomputing:
 
 
 @functools.cache
-def _programs(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _programs(model: Model) -> tuple[Any, Any]:
     """`prefill` and `decode_one` of the model, compiled, with logits fp32 [B, V] in place of hidden states."""
     if isinstance(model, CachingModel):
         decoder = model

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
 from jaxtrain.model import attention, rope
@@ -160,6 +160,7 @@ class Llama(BaseModel):
         layer_axes = jax.tree.map(lambda axes: ("layers", *axes), _axes(layer), is_leaf=sharding.is_axes)
         self._frequencies = rope.frequencies(config.resolved_head_dim, config.rope_theta, config.rope_scaling)
         self._choices: dict[attention.Shape, attention.Choice] = {}
+        self._verdicts: dict[attention.Shape, str | None] = {}
         if mesh is not None:
             self._check_heads(mesh)
         super().__init__(config, vocab_size, mesh, _axes(frame) | {"layers": layer_axes})
@@ -310,8 +311,9 @@ class Llama(BaseModel):
     def attention_choice(self, batch_size: int, seq_len: int) -> attention.Choice:
         """The attention implementation for rows of this shape.
 
-        A kernel is run once against XLA (`attention.self_check`) when it is first chosen for a shape on real devices;
-        one that fails is replaced by XLA, with a warning.
+        A kernel is run once against XLA (`attention.self_check`) when it is first chosen for a length of rows on real
+        devices; one that fails on any process is replaced by XLA on all, with a warning. So all processes make the
+        first call for each length, in the same order; later ones, for any number of rows, may come from any thread.
 
         Raises:
             UserError: The config asks for an implementation that cannot run here.
@@ -321,12 +323,21 @@ class Llama(BaseModel):
             choice = attention.choose(self.config.attention, shape)
             # Devices of another platform are those of a topology that is only compiled for.
             if choice.name != "xla" and shape.platform == jax.default_backend():
-                problem = attention.self_check(choice.name, shape)
+                problem = self._verdict(choice.name, shape)
                 if problem is not None:
                     logger.warning("Attention kernel %s is not used for rows of %d: %s", choice.name, seq_len, problem)
                     choice = attention.Choice("xla", f"{choice.name} failed its check: {problem}")
             self._choices[shape] = choice
         return self._choices[shape]
+
+    def _verdict(self, implementation: str, shape: attention.Shape) -> str | None:
+        """What is wrong with a kernel on any process, or None. It does not depend on the number of rows."""
+        key = dataclasses.replace(shape, rows=2)
+        if key not in self._verdicts:
+            problem = attention.self_check(implementation, key)
+            failed = consensus.any_process(problem is not None)
+            self._verdicts[key] = problem or ("it fails on another process" if failed else None)
+        return self._verdicts[key]
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)

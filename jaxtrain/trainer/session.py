@@ -26,10 +26,11 @@ from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
-from jaxtrain.model.generate import continuation, generate
+from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
+from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import StagePrograms
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 
@@ -350,18 +351,21 @@ def _initial_params(config: Config, components: StepComponents) -> Any:
 
 def sample(session: Session, params: Any, monitor: Monitor) -> None:
     """Continues the config's prompts. All processes call it."""
-    prompts, tokenizer = session.config.sample_prompts, session.tokenizer
-    ids, lengths = tokenizer.encode_batch(prompts)
-    prompts_ids = [piece.tolist() for piece in np.split(ids, np.cumsum(lengths)[:-1])]
+    tokenizer, model = session.tokenizer, session.components.model
+    ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
+    context = model.config.max_seq_len
+    prompts_ids = [piece.tolist()[1 - context :] for piece in np.split(ids, np.cumsum(lengths)[:-1])]
     texts = generate(
-        session.components.model,
+        model,
         params,
         prompts_ids,
-        max_new_tokens=_SAMPLE_TOKENS,
+        limit=session.limit,
+        beside=beside_params(session.components),
+        max_new_tokens=min(_SAMPLE_TOKENS, context - max(map(len, prompts_ids))),
         temperature=0.8,
         top_k=50,
         seed=session.config.seed,
         eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(prompts, prompts_ids, texts, strict=True):
+    for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
         monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")

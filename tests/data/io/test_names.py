@@ -314,4 +314,13 @@ def test_a_store_passes_for_its_own_files_alone(case: str, naming: int) -> None:
     assert not passes(wrong, None)
     assert not passes(wrong, identity(other, 2))
     if naming == 1:
-        assert passes(again, identity(same, 1)) == (case != "like a token")
+        assert passes(again, identity(same, 1)) == goes_on
+
+
+def test_a_store_of_shards_that_version_0_1_did_not_tell_apart_is_refused() -> None:
+    config = WebDataset(urls=("https://h/get?shard={0..3}",))
+    identity = {"kind": "webdataset", "urls": ["https://h/get"], "files": ["https://h/get"]}
+    store = store_of(config, identity, {"_kind": "webdataset", "urls": "('https://h/get',)"})
+    for resumed in (None, identity):
+        with pytest.raises(UserError, match="urls: the store has"):
+            token_store.check(store, "there", config, TOKENIZER, resumed)
