@@ -1,4 +1,4 @@
-"""`python -m tools.scale_tables`: docs/scale.md's tables, from what tools.compile_check and tools.estimate say."""
+"""`python -m tools.scale_tables`: the tables of docs/scale.md, from tools.compile_check and tools.estimate."""
 
 import json
 import os
