@@ -86,7 +86,7 @@ class Packer:
         skips: bool = False,
         width: int = 0,
     ):
-        """skips: the document that the cursor stands in may be given up since (skips.py); the next one follows then.
+        """skips: the cursor's document may have been skipped since (skipped_files.py); the next one follows then.
 
         width: of the documents' records; 0 for none.
         """

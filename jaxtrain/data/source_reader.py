@@ -86,7 +86,7 @@ class SourceReader:
         skips: Mapping[str, int] | None = None,
         scratch: str | None = None,
     ):
-        """skips: by file, the first row that is given up (see skips.py). scratch: see StripedFiles."""
+        """skips: by file, the first row to skip (see skipped_files.py). scratch: see SharedFileReader."""
         self.name = name
         self.source = source
         self.options = options
