@@ -158,7 +158,7 @@ def _step(flags: Flags, seq_len: int) -> Json:
 def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], object]]]:
     """The parts of a step, compiled alone, forward and backward: how often each occurs, and a function that runs it.
 
-    With remat="full" a layer's forward pass is there twice; the parts count it once, so layers' shares are low.
+    With remat="full" a layer's forward pass runs twice; the parts count it once, so layers' shares are low.
     """
     model = step.model
     params = jax.tree.map(jnp.copy, step.state["params"])  # the step donates its own

@@ -1,6 +1,6 @@
 """A part of `bench data`: the three modes (docs/data.md) on one dataset, served over HTTP by this process.
 
-wait: seconds from the first look at the source until the first batch is there, with what has to be fetched before.
+wait: seconds from resolving the source until the first batch, with everything that is fetched before it.
 """
 
 import dataclasses
