@@ -23,9 +23,7 @@ if __name__ == "__main__":
             signal.signal(_number, _stop_at_once)
 
 from jaxtrain import cli  # noqa: E402
-from jaxtrain.cli import paths  # noqa: E402
 from jaxtrain.cli.redaction import redact_logs  # noqa: E402
-from jaxtrain.errors import UserError  # noqa: E402
 
 COMMAND = cli.Command(
     name="python -m jaxtrain.main",
@@ -66,10 +64,7 @@ _kept: list[object] = []
 
 
 def main(flags: cli.Flags) -> int:
-    if flags.workdir == "":
-        raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
-    workdir = flags.workdir or paths.default_workdir(flags.config or "")
-    paths.keep_caches_in(workdir)
+    workdir = cli.workdir_of(flags)
     # As launchers set them.
     for name, value in (
         ("JAX_COORDINATOR_ADDRESS", flags.coordinator),

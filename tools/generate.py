@@ -11,8 +11,8 @@ from jaxtrain.errors import UserError
 COMMAND = cli.Command(
     name="python -m tools.generate",
     description=(
-        "Continues one prompt, printing the text as it is made, or many at once. The same seed gives the same text. "
-        "An empty prompt begins a document."
+        "Continues one prompt, printing text as it is generated, or many at once. The same seed gives the same text. "
+        "An empty prompt starts a new document."
     ),
     examples=(
         "python -m tools.generate --workdir=runs/quickstart --prompt='def main('",
@@ -22,17 +22,24 @@ COMMAND = cli.Command(
     flags=(
         cli.Flag(name="workdir", help="the run's work directory"),
         cli.Flag(name="prompt", type=str | None, default=None, help="what to continue"),
-        cli.Flag(
-            name="prompts", type=str | None, default=None, help="a file with a prompt in each line; - for the input"
-        ),
+        cli.Flag(name="prompts", type=str | None, default=None, help="a file with one prompt per line; - for stdin"),
         cli.Flag(name="samples", type=int, default=1, help="continuations of each prompt"),
-        cli.Flag(name="max_new_tokens", type=int, default=128, help="the most tokens of a continuation"),
-        cli.Flag(name="temperature", type=float, default=0.8, help="0 takes the likeliest token each time"),
-        cli.Flag(name="top_k", type=int | None, default=50, help="only among so many likeliest tokens; none: all"),
-        cli.Flag(name="top_p", type=float, default=1.0, help="only among the likeliest that reach it together"),
+        cli.Flag(
+            name="max_new_tokens",
+            type=int | None,
+            default=None,
+            help="the most tokens of a continuation; 128 by default, or what the model's context leaves",
+        ),
+        cli.Flag(name="temperature", type=float, default=0.8, help="0 always takes the likeliest token"),
+        cli.Flag(name="top_k", type=int | None, default=50, help="sample among the k likeliest tokens; none: all"),
+        cli.Flag(
+            name="top_p", type=float, default=1.0, help="sample among the likeliest tokens that together reach it"
+        ),
         cli.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        cli.Flag(name="json", type=str | None, default=None, help="also write the texts here, a JSON object a line"),
+        cli.Flag(
+            name="json", type=str | None, default=None, help="also write the texts here, one JSON object per line"
+        ),
         cli.IMPORT,
     ),
     config="none",
@@ -40,48 +47,61 @@ COMMAND = cli.Command(
 
 
 def main(flags: cli.Flags) -> None:
-    prompts = [prompt for prompt in _prompts(flags) for _ in range(_positive(flags.samples))]
-    # After the command line is known to be right: these import JAX, which takes seconds.
-    from jaxtrain.model.generate import continuation, generate
+    if flags.samples < 1:
+        raise UserError(f"--samples={flags.samples}: give 1 or more")
+    prompts = [prompt for prompt in _prompts(flags) for _ in range(flags.samples)]
+    # Importing JAX takes seconds: only once the command line is known to be right.
+    from jaxtrain.cost import memory
+    from jaxtrain.model.generate import check, continuation
+    from jaxtrain.trainer.generation import generate
     from jaxtrain.trainer.restored import restore
 
     found = restore(flags.workdir, flags.step)
+    tokenizer = found.tokenizer
     prompts_ids = [_ids(prompt, found) for prompt in prompts]
-    shown = _Shown(found.tokenizer, prompts, prompts_ids, flags.max_new_tokens)
+    max_new_tokens = flags.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(min(128, found.model.config.max_seq_len - max(map(len, prompts_ids))), 1)
+    check(found.model, prompts_ids, max_new_tokens)  # before anything is printed
+    shown = _Shown(tokenizer, prompts, prompts_ids, max_new_tokens)
+    assert found.model.mesh is not None
     texts = generate(
         found.model,
         found.params,
         prompts_ids,
-        max_new_tokens=flags.max_new_tokens,
+        limit=memory.limit(found.model.mesh, None),
+        max_new_tokens=max_new_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
         seed=flags.seed,
-        eos_id=found.tokenizer.eos_id,
+        eos_id=tokenizer.eos_id,
         on_token=shown.on_token,
     )
-    continued = [continuation(found.tokenizer, *each) for each in zip(prompts_ids, texts, strict=True)]
+    continued = [continuation(tokenizer, *each) for each in zip(prompts_ids, texts, strict=True)]
     shown.end(continued)
     if flags.json is not None:
         rows = [
-            {"step": found.step, "prompt": prompt, "text": text, "tokens": len(ids), "ended": ended}
-            for prompt, text, ids, ended in zip(
-                prompts, continued, texts, [len(ids) < flags.max_new_tokens for ids in texts], strict=True
-            )
+            {
+                "step": found.step,
+                "prompt": prompt,
+                "text": text,
+                "tokens": len(ids),
+                "ended": len(ids) < max_new_tokens,
+            }
+            for prompt, text, ids in zip(prompts, continued, texts, strict=True)
         ]
-        _write(flags.json, rows)
-
-
-def _positive(samples: int) -> int:
-    if samples < 1:
-        raise UserError(f"--samples={samples}: give 1 or more")
-    return samples
+        try:
+            with open(flags.json, "w", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(f"--json={flags.json} cannot be written: {error}") from None
 
 
 def _prompts(flags: cli.Flags) -> list[str]:
-    """Raises UserError."""
+    """The prompts that the flags give. Raises UserError."""
     if (flags.prompt is None) == (flags.prompts is None):
-        raise UserError("give --prompt=TEXT, or --prompts=FILE with a prompt in each line, and not both")
+        raise UserError("give --prompt=TEXT, or --prompts=FILE with one prompt per line, and not both")
     if flags.prompt is not None:
         return [flags.prompt]
     try:
@@ -89,7 +109,7 @@ def _prompts(flags: cli.Flags) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={flags.prompts}: {error}") from None
     if not text:
-        raise UserError(f"--prompts={flags.prompts} is empty: write a prompt in each line")
+        raise UserError(f"--prompts={flags.prompts} is empty: write one prompt per line")
     return text.removesuffix("\n").split("\n")
 
 
@@ -102,7 +122,7 @@ def _ids(prompt: str, found: Any) -> list[int]:
 
 
 class _Shown:
-    """One text as it is made; of several, how far they are, and then all."""
+    """Prints one text as it is generated; of several a progress bar, then all texts."""
 
     def __init__(self, tokenizer: Any, prompts: list[str], prompts_ids: list[list[int]], max_new_tokens: int):
         from tqdm import tqdm
@@ -136,14 +156,6 @@ class _Shown:
         self._bar.close()
         for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True), 1):
             print(f"--- {number}\n{prompt}{text}")
-
-
-def _write(path: str, rows: list[dict[str, Any]]) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"--json={path}: {error}") from None
 
 
 if __name__ == "__main__":

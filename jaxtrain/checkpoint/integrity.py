@@ -7,6 +7,7 @@ processes share the reading. Lists of version 0.1 hold no CRC (-1) for files abo
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -15,6 +16,7 @@ from etils import epath
 
 _LIST = "files.json"
 _CHUNK_BYTES = 1 << 22
+_UNFINISHED = re.compile(r"\.orbax-checkpoint-tmp[^/]*/")
 # Object stores answer in about 50 ms. On local disks a few threads saturate the disk and leave the cores to the data.
 _REMOTE_THREADS, _LOCAL_THREADS = 16, 4
 
@@ -27,7 +29,9 @@ def write_share(folder: epath.Path, process: int) -> None:
         process: Orbax puts the arrays of process N into `ocdbt.process_N` of each item.
     """
     names = [name for name in _walk(folder) if f"/ocdbt.process_{process}/" in name]
-    _share(folder, process).write_text(json.dumps(_checksums(folder, names)))
+    # Items get their final names only when all processes have written.
+    listed = {_UNFINISHED.sub("/", name): entry for name, entry in _checksums(folder, names).items()}
+    _share(folder, process).write_text(json.dumps(listed))
 
 
 def write(folder: epath.Path, num_processes: int, skip: str) -> None:

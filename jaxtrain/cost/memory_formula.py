@@ -9,7 +9,8 @@ import jax
 from jaxtrain.cost import roofline
 from jaxtrain.cost.hardware import Chip
 from jaxtrain.distributed import sharding
-from jaxtrain.model.llama import Llama
+from jaxtrain.interfaces import Model
+from jaxtrain.optim.base import state_axes
 
 
 def tree_bytes(axes_tree: Any, shapes_tree: Any, mesh: Mapping[str, int]) -> float:
@@ -31,15 +32,15 @@ def tree_bytes(axes_tree: Any, shapes_tree: Any, mesh: Mapping[str, int]) -> flo
     return total
 
 
-def state_bytes(model: Llama, optimizer: Any, mesh: Mapping[str, int]) -> float:
+def state_bytes(model: Model, optimizer: Any, mesh: Mapping[str, int]) -> float:
     """Bytes of parameters and optimizer state on one chip of a mesh with these sizes."""
     shapes: Any = model.shapes
     moments: Any = jax.eval_shape(optimizer.init, shapes)
-    return tree_bytes(model.axes, shapes, mesh) + tree_bytes(optimizer.state_axes, moments, mesh)
+    return tree_bytes(model.axes, shapes, mesh) + tree_bytes(state_axes(optimizer, model.axes, shapes), moments, mesh)
 
 
 def temporary_bytes(
-    model: Llama, chip: Chip, mesh: Mapping[str, int], loss_chunk: int, tokens: float, micro_batches: int
+    model: Model, chip: Chip, mesh: Mapping[str, int], loss_chunk: int, tokens: float, micro_batches: int
 ) -> float:
     """Bytes of one chip that a step takes besides its arguments.
 
@@ -51,18 +52,18 @@ def temporary_bytes(
         loss_chunk: tokens whose logits exist at once.
         tokens: tokens on a chip in one micro-batch.
     """
-    config, tensor = model.config, mesh["tensor"]
-    itemsize = 2 if config.dtype == "bfloat16" else 4
+    tensor, itemsize, num_layers = mesh["tensor"], roofline.itemsize(model), getattr(model.config, "num_layers", 1)
     gradients = tree_bytes(model.axes, model.shapes, mesh)
-    matrices = roofline.matrices(config)
-    layer = sum(a * b for a, b in matrices) / tensor
-    head = config.hidden_size * model.padded_vocab_size / tensor
+    matrices = roofline.matrices(model)
+    layer = sum(a * b for a, b in matrices) / num_layers / tensor
+    width = roofline.width(model)
+    head = width * model.padded_vocab_size / tensor
     logits = min(loss_chunk, tokens) * model.padded_vocab_size / tensor
-    outputs = sum(b for _, b in matrices) / tensor
-    kept = config.hidden_size + {"full": 0.0, "dots": outputs, "none": 2 * outputs}[config.remat]
-    kept *= tokens * itemsize * config.num_layers
+    outputs = sum(b for _, b in matrices) / num_layers / tensor
+    kept = width + {"full": 0.0, "dots": outputs, "none": 2 * outputs}[roofline.remat(model)]
+    kept *= tokens * itemsize * num_layers
     # The ends of all products of one layer, and their gradients.
-    inside = tokens * itemsize * 2 * sum(a + b for a, b in matrices) / tensor
+    inside = tokens * itemsize * 2 * sum(a + b for a, b in matrices) / num_layers / tensor
     total = gradients * (2 if micro_batches > 1 else 1) + (gradients / 4 + 2 * layer) * itemsize
     total += head * (itemsize + 4) + logits * (8 + itemsize) + kept + inside
     if math.prod(mesh.values()) == 1:
@@ -75,6 +76,6 @@ def temporary_bytes(
         return total
     # XLA on GPUs overlaps consecutive turns of the loop over micro-batches, so what two of them keep exists at once:
     # always with its own attention, and with cuDNN's if there are just two.
-    if config.attention == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
+    if getattr(model.config, "attention", "xla") == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
         return total + kept + 2 * inside
     return total + gradients + (kept + inside if micro_batches == 2 else 0.0)

@@ -14,14 +14,17 @@ import jax
 from jaxtrain.cost import hardware
 from jaxtrain.cost.hardware import Chip
 from jaxtrain.cost.hlo import Collective
-from jaxtrain.model.llama import Llama, LlamaConfig
+from jaxtrain.distributed.sharding import is_axes
+from jaxtrain.interfaces import Model
+from jaxtrain.losses.chunks import CHUNK_TOKENS
+from jaxtrain.optim.base import is_matrix
 
 
 class Components(Protocol):
     """What it needs of a step (trainer.step.StepComponents)."""
 
     @property
-    def model(self) -> Llama: ...
+    def model(self) -> Model: ...
     @property
     def distilled(self) -> Any: ...
     def flops_per_token(self, seq_len: int) -> float: ...
@@ -88,22 +91,47 @@ def roofline(chip: Chip, parts: Components, shape: Shape, loss_chunk: int, traff
     return Roofline(seconds=seconds, tokens_per_sec=shape.tokens / least, mfu=model_flops / chip.flops / least)
 
 
-def recomputed_flops_per_token(model: Llama, seq_len: int) -> float:
+def recomputed_flops_per_token(model: Model, seq_len: int) -> float:
     """What the backward pass computes again: a third of the training FLOPs is the forward pass.
 
     remat "full": all of the layers; "dots": attention alone.
     """
-    config = model.config
     weights = 6.0 * model.num_params_non_embedding
-    attention = model.flops_per_token(seq_len) - weights - 6.0 * model.vocab_size * config.hidden_size
-    return {"none": 0.0, "dots": attention / 3, "full": (weights + attention) / 3}[config.remat]
+    attention = model.flops_per_token(seq_len) - weights - 6.0 * model.vocab_size * width(model)
+    return {"none": 0.0, "dots": attention / 3, "full": (weights + attention) / 3}[remat(model)]
 
 
-def matrices(config: LlamaConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's matrix products with weights."""
-    width, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.resolved_head_dim, config.num_kv_heads * config.resolved_head_dim
-    return [(width, q), (width, kv), (width, kv), (q, width), (width, inner), (width, inner), (inner, width)]
+def matrices(model: Model) -> list[tuple[int, int]]:
+    """(inputs, outputs) of each matrix product with weights in the layers, all layers together."""
+    found = []
+    axes = jax.tree.leaves(model.axes, is_leaf=is_axes)
+    for names, leaf in zip(axes, jax.tree.leaves(model.shapes), strict=True):
+        if is_matrix(names):
+            layers = leaf.shape[0] if names[0] == "layers" else 1
+            sizes = leaf.shape[1:] if names[0] == "layers" else leaf.shape
+            inputs = sizes[0] if names[-len(sizes)] == "embed" else math.prod(sizes[:-1])
+            found += layers * [(inputs, math.prod(sizes) // inputs)]
+    return found
+
+
+def loss_chunk(loss: Any) -> int:
+    """Positions whose logits exist at once on a device, by the config of the loss."""
+    return getattr(loss, "chunk_tokens", CHUNK_TOKENS)
+
+
+def width(model: Model) -> int:
+    """Of the hidden states."""
+    return jax.eval_shape(model.head, model.shapes).shape[0]
+
+
+def remat(model: Model) -> str:
+    """What the backward pass computes again: "none", "dots" or "full"."""
+    return getattr(model.config, "remat", "none")
+
+
+def itemsize(model: Model) -> int:
+    """Bytes of an activation."""
+    return 2 if getattr(model.config, "dtype", "float32") == "bfloat16" else 4
 
 
 def memory_bytes(parts: Components, shape: Shape, loss_chunk: int) -> float:
@@ -111,34 +139,33 @@ def memory_bytes(parts: Components, shape: Shape, loss_chunk: int) -> float:
 
     Attention itself, norms and the embedding's look-up are left out: a flash kernel, fusions and a gather of rows.
     """
-    model, tensor, itemsize = parts.model, shape.mesh["tensor"], 2 if parts.model.config.dtype == "bfloat16" else 4
-    forwards = 2 if model.config.remat == "full" else 1
-    layer_weights = sum(a * b for a, b in matrices(model.config)) * model.config.num_layers / tensor
-    ends = sum(a + b for a, b in matrices(model.config)) * model.config.num_layers / tensor
+    model, tensor, size = parts.model, shape.mesh["tensor"], itemsize(parts.model)
+    forwards = 2 if remat(model) == "full" else 1
+    layer_weights = sum(a * b for a, b in matrices(model)) / tensor
+    ends = sum(a + b for a, b in matrices(model)) / tensor
     # Forward and the gradient by the input read the weights; the gradient by the weights writes fp32.
-    weights = layer_weights * (itemsize * (forwards + 1) + 4)
+    weights = layer_weights * (size * (forwards + 1) + 4)
     # All three products of a matrix have its inputs and outputs at their ends.
-    activations = shape.chip_tokens * ends * itemsize * (forwards + 2)
+    activations = shape.chip_tokens * ends * size * (forwards + 2)
     local = model.num_params / (shape.mesh["fsdp"] * tensor)
     accumulated = 8 * local * shape.micro_batches if shape.micro_batches > 1 else 0.0
     total = shape.micro_batches * weights + activations + accumulated + _OPTIMIZER_BYTES * local
-    total += _head_bytes(model, shape, loss_chunk, itemsize)
+    total += _head_bytes(model, shape, loss_chunk)
     teacher = None if parts.distilled is None else parts.distilled.teacher
     if teacher is not None:
-        total += teacher.config.num_layers * sum(
-            2 * (a * b * shape.micro_batches + (a + b) * shape.chip_tokens) / tensor
-            for a, b in matrices(teacher.config)
+        total += sum(
+            2 * (a * b * shape.micro_batches + (a + b) * shape.chip_tokens) / tensor for a, b in matrices(teacher)
         )
     return total
 
 
-def _head_bytes(model: Llama, shape: Shape, loss_chunk: int, itemsize: int) -> float:
+def _head_bytes(model: Model, shape: Shape, loss_chunk: int) -> float:
     """fp32 logits written and read, their gradient written and read twice; per chunk the head, and its fp32 gradient
     read and written (losses/chunks.py)."""
-    tensor, width, vocab = shape.mesh["tensor"], model.config.hidden_size, model.padded_vocab_size
+    tensor, vocab, size = shape.mesh["tensor"], model.padded_vocab_size, itemsize(model)
     chunks = math.ceil(shape.chip_tokens / shape.micro_batches / loss_chunk) * shape.micro_batches
-    logits = shape.chip_tokens * vocab * (8 + 3 * itemsize) / tensor
-    return logits + chunks * width * vocab * (2 * itemsize + 8) / tensor
+    logits = shape.chip_tokens * vocab * (8 + 3 * size) / tensor
+    return logits + chunks * width(model) * vocab * (2 * size + 8) / tensor
 
 
 def traffic(collectives: Sequence[Collective], islands: Sequence[int]) -> Traffic:

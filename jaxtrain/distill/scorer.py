@@ -1,8 +1,8 @@
-"""A teacher's most likely next tokens for whole documents, by its forward pass alone, for its cache.
+"""A teacher's most likely next tokens for whole documents, from its forward pass, for its cache.
 
-A document longer than the context is seen in windows `stride` tokens apart, the last one at its end; each says what
-the one before it has not, so a token has at least context - stride tokens before it, where the document has them.
-Documents share rows, each its own segment, so what is said of one does not depend on the others.
+A document longer than the context is scored in windows `stride` tokens apart, the last one at its end. Each window
+scores the tokens that the one before has not, so every token sees at least context - stride tokens before it, as far as
+the document has them. Documents share rows, each as its own segment, so their scores do not depend on each other.
 """
 
 import collections
@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.distributed import sharding
+from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout, top_records
-from jaxtrain.model.attention import compiler_options
-from jaxtrain.model.llama import Llama, Params
 
 # Of logits, on a device at once: 128 MB in fp32.
 _LOGITS = 1 << 25
@@ -64,19 +63,19 @@ def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
 
 
 class Scorer:
-    """Implements data.cache_writer.Score.
+    """Implements the teacher store's `Score` protocol.
 
     rows: of a batch, a multiple of the devices that share it.
     """
 
-    def __init__(self, model: Llama, params: Params, layout: Layout, context: int, stride: int, rows: int):
+    def __init__(self, model: Model, params: Params, layout: Layout, context: int, stride: int, rows: int):
         assert model.mesh is not None
         assert 1 <= stride <= context
         self._params, self._layout, self._mesh = params, layout, model.mesh
         self._context, self._stride, self._rows = context, stride, rows
         where = sharding.batch_sharding(model.mesh)
         self._where = where
-        options = compiler_options(model.mesh, model.attention_choice(rows, context).name)
+        options = model.compiler_options(rows, context)
         self._run: Any = jax.jit(
             functools.partial(_records, model, layout), out_shardings=where, compiler_options=options
         )
@@ -128,10 +127,10 @@ def _places(batch: list[list[Piece]]) -> Iterator[tuple[int, int, int, Piece]]:
 
 
 def _records(
-    model: Llama, layout: Layout, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
+    model: Model, layout: Layout, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
     """uint8 [B, T, W]; the logits of a few positions of each row exist at once."""
-    x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT)
+    x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT).x
     head_EV = model.head(params)[:, : layout.vocab_size].astype(x_BTE.dtype)
     B, T, E = x_BTE.shape
     mesh = model.mesh

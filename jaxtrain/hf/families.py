@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.interfaces import Json, Model
+from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling
 
 
@@ -220,6 +220,16 @@ def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> 
     if not all(slides):
         raise UserError(f"{where}: layers with and without a sliding window are not supported; it is all or none.")
     return window
+
+
+def llama(model: Model) -> Llama:
+    """The model if it is of these families. Raises UserError."""
+    if not isinstance(model, Llama):
+        raise UserError(
+            f"{type(model).__name__} is not of the Llama family, the only one that is read from and written to Hugging "
+            "Face checkpoints."
+        )
+    return model
 
 
 def family_of(config: LlamaConfig) -> str:

@@ -21,8 +21,8 @@ from jaxtrain.data.io.retry import classify
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.families import EMBEDDING, HEAD
-from jaxtrain.interfaces import Json
-from jaxtrain.model.llama import Llama, LlamaConfig, Params
+from jaxtrain.interfaces import Json, Model, Params
+from jaxtrain.model.llama import Llama, LlamaConfig
 
 logger = logging.getLogger("jaxtrain")
 
@@ -68,7 +68,7 @@ def commit(folder_or_id: str, revision: str | None = None) -> str | None:
 
 def load(
     folder_or_id: str,
-    model: Llama,
+    model: Model,
     shardings: Any,
     *,
     revision: str | None = None,
@@ -89,6 +89,7 @@ def load(
         UserError: the checkpoint does not exist, is damaged, or is not this model's: what does not fit is named.
         TransientError: the network fails.
     """
+    model = families.llama(model)
     files = _Files(folder_or_id, revision)
     paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
     files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model.config.num_layers)})

@@ -1,22 +1,23 @@
-"""Sums of a loss over positions, and its gradient, with the logits of only one chunk of positions alive at a time.
+"""Losses over positions in chunks, sharded, with the logits of a single chunk alive at a time.
 
-A loss is given as what it does to one chunk of logits; this file cuts the positions into chunks, spreads them over the
-mesh and gives the result its own backward pass. Shapes beyond the legend: C positions of a chunk; V may be a device's
-slice of the vocabulary.
+There are two ways to write a loss:
 
-The gradient is computed in the forward pass and kept (dx is as large as x, dw as w), because the loss is a scalar: its
-cotangent only scales them. So the logits are computed once: three matrix products for each chunk instead of the four of
-a backward pass that computes the logits again. Where nothing is differentiated (evaluation) XLA drops the other two.
+* `from_function`: a plain differentiable function of (hidden, head, targets, mask). JAX differentiates it.
+* `chunked_loss`: a function of one chunk's logits that also returns their gradient. It is faster: the backward matrix
+  products run in the compute dtype, and with `tensor` no device needs the whole head.
+
+Both compute the gradient in the forward pass and keep it (dx is as large as x, dw as w). They can, because the loss is
+a scalar: its cotangent only scales them. So logits are computed once, with three matrix products for each chunk instead
+of the four of a backward pass that recomputes them. If nothing is differentiated (evaluation), XLA drops the other two.
 
 Positions stay on their devices: inside `shard_map` each device flattens its own rows. W is gathered once over `fsdp`
-before the chunks, and its gradient reduced once after them; in Auto mode XLA reduces a [D, V] array in every chunk.
-With `tensor` W stays split by vocabulary and only [C] statistics and dx are reduced over it.
-
-A loss may take constants besides: heads of other models (a teacher's), laid out and gathered as w is, and scalars.
+before the chunks, and its gradient reduced once after them; in Auto mode XLA would reduce [D, V] in every chunk.
+Shapes beyond the legend of interfaces.py: C positions of a chunk; V may be a device's slice of the vocabulary.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +27,26 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import LossFn
 
 Sums = dict[str, jax.Array]  # fp32 scalars; "loss" is the one that is differentiated
-NEVER = -1e30  # the logit of padding: without probability, and finite, also after a division by a temperature
+NEVER = -1e30  # the logit of padding: no probability, and still finite when divided by a temperature
+CHUNK_TOKENS = 1024
 Arrays = tuple[jax.Array, ...]
 Constants = tuple[Arrays, Arrays, Arrays]  # rows, heads, scalars
+Ways = dict[str, int]  # sizes of the mesh axes larger than 1
 
 
 @dataclasses.dataclass
 class Vocabulary:
-    """The slice of the vocabulary that a device has. `sum` and `max` reduce over the devices that have the others."""
+    """A device's slice of the vocabulary.
 
-    columns: jax.Array  # int32 [1, V], the ids of the slice
+    Attributes:
+        columns: int32 [1, V], the ids of the slice.
+        split: Whether other devices have the rest. `sum`, `max` and `kth_largest` reduce over them.
+    """
+
+    columns: jax.Array
     split: bool
 
     def sum(self, x: jax.Array) -> jax.Array:
@@ -55,34 +64,133 @@ class Vocabulary:
         return top[:, -1]
 
     def pick(self, x_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
-        """x_CV at ids_C, fp32 [C]; 0 where the slice does not have the id."""
+        """x_CV at ids_C, fp32 [C]; 0 if the slice does not have the id."""
         local_C = ids_C - self.columns[0, 0]
         picked_C = jnp.take_along_axis(x_CV, local_C[:, None], axis=1, mode="clip")[:, 0]
         return jnp.where((local_C >= 0) & (local_C < x_CV.shape[1]), picked_C, 0.0)
 
 
-# (logits_CV fp32, vocabulary, *rows of the chunk [C, ...], *heads [*, V], *scalars) → (sums, gradient of sums["loss"]
-# by logits_CV). Rows of zeros are added to fill the last chunk: they must add nothing.
+# (logits_CV fp32, vocabulary, *rows of the chunk [C, ...], *heads [*, V], *scalars) -> (sums, gradient of sums["loss"]
+# with respect to logits_CV). Rows of zeros fill up the last chunk: they must add nothing.
 ChunkFn = Callable[..., tuple[Sums, jax.Array]]
 
 
-def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Callable[..., Sums]:
-    """A function (x_BTD, w_DV, *rows, heads=(), scalars=()) → sums over all positions, fp32.
+def from_function(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens: int = CHUNK_TOKENS) -> LossFn:
+    """A plain function as a loss: chunked, sharded, and differentiated by JAX.
 
-    Differentiable by x and w through sums["loss"]; no gradient passes through the other sums, which are for reports,
-    nor to rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw is accumulated in fp32 over
-    chunks and devices.
-
-    chunk_tokens: the most positions of a chunk, on each device. rows: [B, T, ...] each. heads: [*, V] each, as w.
-    Raises UserError while tracing if the mesh does not divide the rows.
+    Args:
+        function: (x_CD, w_DV, targets_C, mask_C) -> a dict of sums over the positions where the mask is True, fp32
+            scalars, among them "loss"; or the loss alone. x and w are in the compute dtype, w with all its columns:
+            those from the vocabulary's size on are padding. Targets are 0 where the mask is False.
+        mesh: The mesh of the run. Devices of `tensor` share the positions.
+        chunk_tokens: The most positions of a chunk on each device: the function may make arrays of [C, V].
     """
+
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+        (targets_BT, mask_BT), _, _ = constants
+        tensor = ways.get("tensor", 1)
+        head_DV = _gather(w_DV.astype(x_BTD.dtype), ways)
+        if tensor > 1:
+            head_DV = jax.lax.all_gather(head_DV, "tensor", axis=1, tiled=True)
+        rows = _cut((x_BTD, jnp.where(mask_BT, targets_BT, 0), mask_BT), chunk_tokens, tensor)
+        if tensor > 1:
+            share = rows[0].shape[0] // tensor
+            begin = jax.lax.axis_index("tensor") * share
+            rows = tuple(jax.lax.dynamic_slice_in_dim(array, begin, share) for array in rows)
+
+        def loss(x_CD: jax.Array, head_DV: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Sums]:
+            found = function(x_CD, head_DV, *rest)
+            sums = found if isinstance(found, dict) else {"loss": found}
+            return sums["loss"], sums
+
+        def body(dw_DV: jax.Array, chunk: Arrays) -> tuple[jax.Array, Any]:
+            (_, sums), (dx_CD, dw) = jax.value_and_grad(loss, (0, 1), has_aux=True)(chunk[0], head_DV, *chunk[1:])
+            return dw_DV + dw.astype(jnp.float32), (sums, dx_CD)
+
+        dw_DV, (sums, dx) = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), rows)
+        sums = jax.tree.map(jnp.sum, sums)
+        if tensor > 1:
+            dx = jax.lax.all_gather(dx, "tensor", tiled=True)
+            dw_DV = jax.lax.psum_scatter(dw_DV, "tensor", scatter_dimension=1, tiled=True)
+            sums = jax.lax.psum(sums, "tensor")
+        return _reduced(sums, dx, dw_DV, x_BTD, w_DV, ways)
+
+    return _differentiable(device, mesh)
+
+
+def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Callable[..., Sums]:
+    """A function (x_BTD, w_DV, *rows, heads=(), scalars=()) -> sums over all positions, fp32.
+
+    It is differentiable with respect to x and w through sums["loss"]. No gradient passes through the other sums, which
+    are for reports, nor to rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw is
+    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary: only [C] statistics
+    and dx are reduced.
+
+    Args:
+        chunk_fn: What the loss does to a chunk.
+        mesh: The mesh of the run.
+        chunk_tokens: The most positions of a chunk on each device.
+
+    The result's `rows` are [B, T, ...] each; `heads` are [*, V] each, laid out as w (a teacher's).
+    """
+
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+        rows, heads, scalars = constants
+        V = w_DV.shape[1]
+        columns = jnp.arange(V, dtype=jnp.int32)[None, :]
+        if "tensor" in ways:
+            columns += jax.lax.axis_index("tensor") * V
+        vocabulary = Vocabulary(columns, "tensor" in ways)
+        head_DV, heads = _gather((w_DV.astype(x_BTD.dtype), heads), ways)
+
+        def body(dw_DV: jax.Array, chunk: Arrays) -> tuple[jax.Array, Any]:
+            x_CD, *rows_C = chunk
+            logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
+            sums, dlogits_CV = chunk_fn(logits_CV, vocabulary, *rows_C, *heads, *scalars)
+            dlogits_CV = dlogits_CV.astype(x_CD.dtype)
+            # Reduced in fp32: a bf16 psum inside shard_map aborts XLA on CPU.
+            dx_CD = vocabulary.sum(jnp.einsum("CV,DV->CD", dlogits_CV, head_DV, preferred_element_type=jnp.float32))
+            dw_DV += jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+            return dw_DV, (sums, dx_CD.astype(x_CD.dtype))
+
+        zero_DV = jnp.zeros(head_DV.shape, jnp.float32)
+        dw_DV, (sums, dx) = jax.lax.scan(body, zero_DV, _cut((x_BTD, *rows), chunk_tokens, 1))
+        return _reduced(jax.tree.map(jnp.sum, sums), dx, dw_DV, x_BTD, w_DV, ways)
+
+    return _differentiable(device, mesh)
+
+
+def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | None) -> Callable[..., Sums]:
+    """The loss whose value and gradient `device` computes on each device from its rows of x and its slice of w."""
+
+    def with_gradients(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+        if mesh is None:
+            return device({}, x_BTD, w_DV, constants)
+        for size, names, what in (
+            (x_BTD.shape[0], BATCH_MESH_AXES, "batch size"),
+            (x_BTD.shape[1], ("context",), "seq_len"),
+        ):
+            product = math.prod(mesh.shape[name] for name in names)
+            if size % product:
+                raise UserError(
+                    f"{what} {size} is not divisible by mesh.{' * mesh.'.join(names)} = {product}. "
+                    f"Make {what} a multiple of {product}, or that part of the mesh smaller."
+                )
+        batch, head = spec(("batch", "sequence")), spec(("embed", "vocab"))
+        return jax.shard_map(
+            functools.partial(device, {name: size for name, size in mesh.shape.items() if size > 1}),
+            mesh=mesh,
+            in_specs=(batch, head, (batch, head, PartitionSpec())),
+            out_specs=(PartitionSpec(), batch, head),
+            check_vma=False,  # nothing is differentiated through it, so replication need not be tracked
+        )(x_BTD, w_DV, constants)
 
     @jax.custom_vjp
     def loss(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> Sums:
-        return _sharded(chunk_fn, mesh, chunk_tokens, x_BTD, w_DV, constants)[0]
+        return with_gradients(x_BTD, w_DV, constants)[0]
 
     def forward(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, tuple]:
-        sums, dx_BTD, dw_DV = _sharded(chunk_fn, mesh, chunk_tokens, x_BTD, w_DV, constants)
+        sums, dx_BTD, dw_DV = with_gradients(x_BTD, w_DV, constants)
         return sums, (dx_BTD, dw_DV)
 
     def backward(gradients: tuple, cotangents: Sums) -> tuple:
@@ -90,75 +198,33 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
         return (*((scale * g.astype(jnp.float32)).astype(g.dtype) for g in gradients), None)
 
     loss.defvjp(forward, backward)
-
-    def with_constants(
-        x_BTD: jax.Array, w_DV: jax.Array, *rows: jax.Array, heads: Arrays = (), scalars: Arrays = ()
-    ) -> Sums:
-        return loss(x_BTD, w_DV, (rows, heads, scalars))
-
-    return with_constants
+    return lambda x_BTD, w_DV, *rows, heads=(), scalars=(): loss(x_BTD, w_DV, (rows, heads, scalars))
 
 
-def _sharded(
-    chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants
-) -> tuple[Sums, jax.Array, jax.Array]:
-    if mesh is None:
-        return _device(chunk_fn, chunk_tokens, {}, x_BTD, w_DV, constants)
-    ways = {name: size for name, size in mesh.shape.items() if size > 1}
-    for size, names, what in zip(x_BTD.shape, (BATCH_MESH_AXES, ("context",)), ("batch size", "seq_len"), strict=False):
-        product = functools.reduce(lambda n, name: n * mesh.shape[name], names, 1)
-        if size % product:
-            raise UserError(
-                f"{what} {size} is not divisible by mesh.{' * mesh.'.join(names)} = {product}. "
-                f"Make {what} a multiple of {product}, or that part of the mesh smaller."
-            )
-    batch, head = spec(("batch", "sequence")), spec(("embed", "vocab"))
-    return jax.shard_map(
-        functools.partial(_device, chunk_fn, chunk_tokens, ways),
-        mesh=mesh,
-        in_specs=(batch, head, (batch, head, PartitionSpec())),
-        out_specs=(PartitionSpec(), batch, head),
-        check_vma=False,  # nothing is differentiated through it, so replication need not be tracked
-    )(x_BTD, w_DV, constants)
+def _gather(heads: Any, ways: Ways) -> Any:
+    return jax.lax.all_gather(heads, "fsdp", axis=0, tiled=True) if "fsdp" in ways else heads
 
 
-def _device(
-    chunk_fn: ChunkFn, chunk_tokens: int, ways: dict[str, int], x_BTD: jax.Array, w_DV: jax.Array, constants: Constants
-) -> tuple[Sums, jax.Array, jax.Array]:
-    """One device's part: its rows of x_BTD, its slices of w. ways: sizes of the mesh axes larger than 1."""
-    rows, heads, scalars = constants
-    B, T, D = x_BTD.shape
-    N = B * T
-    num_chunks = -(-N // chunk_tokens)
+def _cut(rows: Arrays, chunk_tokens: int, multiple: int) -> Arrays:
+    """[B, T, ...] -> [chunks, C, ...], with zeros at the end; the number of chunks is a multiple of `multiple`."""
+    N = rows[0].shape[0] * rows[0].shape[1]
+    num_chunks = -(-N // (chunk_tokens * multiple)) * multiple
     C = -(-N // num_chunks)
-    V = w_DV.shape[1]
-    columns = jnp.arange(V, dtype=jnp.int32)[None, :]
-    if "tensor" in ways:
-        columns += jax.lax.axis_index("tensor") * V
-    vocabulary = Vocabulary(columns, "tensor" in ways)
-    head_DV = w_DV.astype(x_BTD.dtype)
-    if "fsdp" in ways:
-        head_DV, heads = jax.lax.all_gather((head_DV, heads), "fsdp", axis=0, tiled=True)
 
-    def cut(rows: jax.Array) -> jax.Array:
-        flat = rows.reshape(N, *rows.shape[2:])
+    def cut(array: jax.Array) -> jax.Array:
+        flat = array.reshape(N, *array.shape[2:])
         padding = [(0, num_chunks * C - N)] + [(0, 0)] * (flat.ndim - 1)
         return jnp.pad(flat, padding).reshape(num_chunks, C, *flat.shape[1:])
 
-    def body(dw_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-        x_CD, *rows_C = chunk
-        logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
-        sums, dlogits_CV = chunk_fn(logits_CV, vocabulary, *rows_C, *heads, *scalars)
-        dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-        # Reduced in fp32: a bf16 psum inside shard_map aborts XLA on CPU.
-        dx_CD = vocabulary.sum(jnp.einsum("CV,DV->CD", dlogits_CV, head_DV, preferred_element_type=jnp.float32))
-        dw_DV += jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return dw_DV, (sums, dx_CD.astype(x_CD.dtype))
+    return tuple(map(cut, rows))
 
-    zero_DV = jnp.zeros(head_DV.shape, jnp.float32)
-    dw_DV, (sums, dx) = jax.lax.scan(body, zero_DV, tuple(cut(a) for a in (x_BTD, *rows)))
-    dx_BTD = dx.reshape(num_chunks * C, D)[:N].reshape(B, T, D)
-    sums = jax.tree.map(jnp.sum, sums)
+
+def _reduced(
+    sums: Sums, dx: jax.Array, dw_DV: jax.Array, x_BTD: jax.Array, w_DV: jax.Array, ways: Ways
+) -> tuple[Sums, jax.Array, jax.Array]:
+    """Sums and gradients of the whole batch from a device's: dx [chunks, C, D] in x's shape, dw in w's."""
+    B, T, D = x_BTD.shape
+    dx_BTD = dx.reshape(-1, D)[: B * T].reshape(B, T, D)
     copies = tuple(name for name in ("data", "context") if name in ways)
     if "fsdp" in ways:
         dw_DV = jax.lax.psum_scatter(dw_DV, "fsdp", scatter_dimension=0, tiled=True)

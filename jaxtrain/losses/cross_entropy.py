@@ -8,23 +8,24 @@ from jax.sharding import Mesh
 
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossFn
-from jaxtrain.losses.chunks import NEVER, Sums, Vocabulary, chunked_loss
+from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
 
 
 @dataclasses.dataclass(kw_only=True)
 class CrossEntropy:
-    """Cross-entropy, in nats, optionally with z-loss.
+    """Cross-entropy in nats, optionally with z-loss.
 
-    z_loss: weight of log(Z)², Z the softmax's normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311,
-        section 5, uses 1e-4); 0 turns it off.
-    chunk_tokens: the most positions whose logits exist at once on a device. Memory is about 8 bytes * chunk_tokens *
-        vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32: by the published peaks of an H200 and a
-        TPU v5p (an estimate, not measured) that takes as long as the products of some 220 positions, so chunks well
-        below 1,000 positions should be slow there.
+    Attributes:
+        z_loss: Weight of log(Z)², Z the softmax's normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311,
+            section 5, uses 1e-4); 0 turns it off.
+        chunk_tokens: The most positions whose logits exist at once on a device, in about 8 bytes * chunk_tokens *
+            vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32. By the published peaks of an H200 and
+            a TPU v5p (an estimate, not measured) that takes as long as the products of some 220 positions, so chunks
+            well below 1,000 positions should be slow there.
     """
 
     z_loss: float = 0.0
-    chunk_tokens: int = 1024
+    chunk_tokens: int = CHUNK_TOKENS
 
     def check(self) -> None:
         if self.z_loss < 0:
@@ -33,48 +34,37 @@ class CrossEntropy:
             raise UserError(f"chunk_tokens={self.chunk_tokens}: at least one position is needed (1024 is usual).")
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
-        """The loss (x_BTD, w_DV, targets_BT, mask_BT) → sums over the positions where mask is True, fp32 scalars.
+        """The loss: "loss" = "ce_loss" + "z_loss" (absent if its weight is 0)."""
+        return chunked_loss(self.chunk_fn(vocab_size), mesh, self.chunk_tokens)
 
-        "loss" = "ce_loss" + "z_loss" is differentiable by x and w; "ce_loss" and "z_loss" (absent if its weight is 0)
-        are for reports and pass no gradient.
+    def chunk_fn(self, vocab_size: int) -> ChunkFn:
+        """What the loss does to a chunk of logits; distillation adds its divergence to it.
 
-        vocab_size: columns of w from it on are padding: no probability, no gradient.
-        targets: int32 ids below vocab_size; anything where mask is False.
+        (logits_CV, vocabulary, targets_C, mask_C, weight) -> (sums, gradient of sums["loss"] with respect to the
+        logits). The weight multiplies the cross-entropy, not the z-loss, in "loss".
         """
 
         def chunk(
-            logits_CV: jax.Array, vocabulary: Vocabulary, targets_C: jax.Array, mask_C: jax.Array
+            logits_CV: jax.Array,
+            vocabulary: Vocabulary,
+            targets_C: jax.Array,
+            mask_C: jax.Array,
+            weight: jax.Array | float = 1.0,
         ) -> tuple[Sums, jax.Array]:
-            return cross_entropy(logits_CV, vocabulary, targets_C, mask_C, vocab_size, self.z_loss)[:2]
+            logits_CV = jnp.where(vocabulary.columns < vocab_size, logits_CV, NEVER)
+            max_C = vocabulary.max(logits_CV.max(axis=1))
+            z_C = jnp.exp(logits_CV - max_C[:, None]).sum(axis=1)
+            z_C, target_logit_C = vocabulary.sum(jnp.stack([z_C, vocabulary.pick(logits_CV, targets_C)]))
+            log_z_C = jnp.log(z_C) + max_C
+            sums = {"ce_loss": jnp.where(mask_C, log_z_C - target_logit_C, 0.0).sum()}
+            sums["loss"] = weight * sums["ce_loss"]
+            if self.z_loss:
+                sums["z_loss"] = jnp.where(mask_C, self.z_loss * log_z_C**2, 0.0).sum()
+                sums["loss"] += sums["z_loss"]
+            # d log Z / d logits = softmax, so the z-loss only scales the softmax.
+            softmax_CV = jnp.exp(logits_CV - log_z_C[:, None])
+            is_target_CV = vocabulary.columns == targets_C[:, None]
+            dlogits_CV = softmax_CV * (weight + 2 * self.z_loss * log_z_C)[:, None] - weight * is_target_CV
+            return sums, jnp.where(mask_C[:, None], dlogits_CV, 0.0)
 
-        return chunked_loss(chunk, mesh, self.chunk_tokens)
-
-
-def cross_entropy(
-    logits_CV: jax.Array,
-    vocabulary: Vocabulary,
-    targets_C: jax.Array,
-    mask_C: jax.Array,
-    vocab_size: int,
-    z_loss: float,
-    weight: jax.Array | float = 1.0,
-) -> tuple[Sums, jax.Array, jax.Array]:
-    """Of one chunk: (sums, gradient of sums["loss"] by the logits, log-probabilities [C, V]).
-
-    weight: of the cross-entropy in "loss".
-    """
-    logits_CV = jnp.where(vocabulary.columns < vocab_size, logits_CV, NEVER)
-    max_C = vocabulary.max(logits_CV.max(axis=1))
-    z_C = jnp.exp(logits_CV - max_C[:, None]).sum(axis=1)
-    z_C, target_logit_C = vocabulary.sum(jnp.stack([z_C, vocabulary.pick(logits_CV, targets_C)]))
-    log_z_C = jnp.log(z_C) + max_C
-    sums = {"ce_loss": jnp.where(mask_C, log_z_C - target_logit_C, 0.0).sum()}
-    sums["loss"] = weight * sums["ce_loss"]
-    if z_loss:
-        sums["z_loss"] = jnp.where(mask_C, z_loss * log_z_C**2, 0.0).sum()
-        sums["loss"] += sums["z_loss"]
-    # d log Z / d logits = softmax, so the z-loss only scales the softmax.
-    log_q_CV = logits_CV - log_z_C[:, None]
-    is_target_CV = vocabulary.columns == targets_C[:, None]
-    dlogits_CV = jnp.exp(log_q_CV) * (weight + 2 * z_loss * log_z_C)[:, None] - weight * is_target_CV
-    return sums, jnp.where(mask_C[:, None], dlogits_CV, 0.0), log_q_CV
+        return chunk

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -113,6 +114,17 @@ def attend(
     return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
     )
+
+
+def attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_BS: jax.Array) -> jax.Array:
+    """Attention of a single query (T = 1) to the keys that it may see: x_BTHh."""
+    batch, _, heads, width = q_BTHh.shape
+    q_BKGh = q_BTHh.reshape(batch, k_BSKh.shape[2], -1, width)
+    wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)
+    scores = jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, -jnp.inf), axis=-1)
+    x_BKGh = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v_BSKh.dtype), v_BSKh, preferred_element_type=wide)
+    return x_BKGh.reshape(batch, 1, heads, width).astype(q_BTHh.dtype)
 
 
 def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:

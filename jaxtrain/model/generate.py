@@ -1,10 +1,11 @@
-"""Text from a model: prompts through the decoder once, then a token at a time with a key/value cache.
+"""Text from a model: reads the prompts, then samples a token at a time.
 
-Shapes: see interfaces.py; S is the cache's length. Prompts are padded on the left, so that all rows write the same slot
-of the cache.
+Prompts are padded on the left, so that all rows write the same slot. Shapes: see interfaces.py; S is the length of
+prompts and continuations together.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,19 +15,18 @@ import numpy as np
 
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Tokenizer
-from jaxtrain.model.attention import attend, compiler_options
-from jaxtrain.model.llama import Llama, Params
+from jaxtrain.interfaces import CachingModel, Model, Params, Tokenizer
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
 Sampling = Literal["greedy", "plain", "filtered"]
 
 # Prompts and caches are rounded up to it, so that few lengths are compiled.
 LENGTH_MULTIPLE = 64
 
+logger = logging.getLogger("jaxtrain")
+
 
 def generate(
-    model: Llama,
+    model: Model,
     params: Params,
     prompts_ids: Sequence[Sequence[int]],
     *,
@@ -37,52 +37,100 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    rows_at_once: int | None = None,
 ) -> list[list[int]]:
-    """The continuation of each prompt: at most `max_new_tokens` ids, up to `eos_id` (which is left out).
+    """Continues each prompt. With several processes, all call it with the same arguments.
 
-    temperature: 0 takes the likeliest token. top_k, top_p: sample among the k likeliest tokens, and among the likeliest
-    ones that together reach the probability p (Holtzman et al. 2020, arXiv:1904.09751). seed: the same one gives the
-    same text. on_token: called with (prompt's index, id) as tokens are made. With several processes, all call it with
-    the same arguments. Raises UserError for an empty prompt, an id outside the vocabulary, or settings out of range.
+    Args:
+        model: A CachingModel keeps keys and values; any other recomputes the whole text for each token.
+        params: Of the model.
+        prompts_ids: At least one id each.
+        max_new_tokens: The most ids of a continuation.
+        temperature: 0 takes the likeliest token.
+        top_k: Sample among the k likeliest tokens; None for all.
+        top_p: Sample among the likeliest tokens that together reach this probability (Holtzman et al. 2020,
+            arXiv:1904.09751).
+        seed: The same one gives the same text.
+        eos_id: Ends a continuation, and is left out of it.
+        on_token: Called with (prompt's index, id) for each token.
+        rows_at_once: Prompts of a batch; None for all of them. The texts differ by rounding only.
+
+    Returns:
+        The ids of each continuation.
+
+    Raises:
+        UserError: An empty prompt, an id outside the vocabulary, a setting out of range, or a text longer than the
+            model's context.
     """
-    _check(model, prompts_ids, max_new_tokens, temperature, top_k, top_p)
+    check(model, prompts_ids, max_new_tokens)
+    if temperature < 0:
+        raise UserError(f"temperature={temperature}: it must be 0 (the likeliest token) or above.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k}: it must be at least 1, or none.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: a probability above 0 and at most 1 is needed.")
     if not prompts_ids:
         return []
     sampling: Sampling = "greedy" if temperature == 0 else "plain" if top_k is None and top_p == 1 else "filtered"
     pick = functools.partial(
         _pick, sampling=sampling, settings=(temperature or 1.0, model.vocab_size if top_k is None else top_k, top_p)
     )
-    tokens_BT, start_B = _left_padded(model, prompts_ids)
-    prompt_length = tokens_BT.shape[1]
-    length = -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(tokens_BT)))
-    logits_BV, cache = _prefill(model)(length, params, tokens_BT, start_B)
+    prompt_length, length = _lengths(prompts_ids, max_new_tokens)
+    prefill, decode_one = _programs(model)
     texts: list[list[int]] = [[] for _ in prompts_ids]
-    running = set(range(len(prompts_ids)))
-    for slot in range(prompt_length, prompt_length + max_new_tokens):
-        next_B = np.asarray(pick(keys_B, np.int32(slot - prompt_length), logits_BV))
-        for row in sorted(running):
-            token = int(next_B[row])
-            if token == eos_id:
-                running.remove(row)
-                continue
-            texts[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-        if not running or slot == prompt_length + max_new_tokens - 1:
-            break
-        logits_BV, cache = _step(model, params, next_B, np.int32(slot), start_B, cache)
+    rows = rows_at_once or len(prompts_ids)
+    for first in range(0, len(prompts_ids), rows):
+        batch = prompts_ids[first : first + rows]
+        tokens_BT, start_B = _left_padded(model, batch, rows, prompt_length)
+        numbers_B = np.arange(first, first + len(tokens_BT))
+        keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers_B)
+        logits_BV, cache = prefill(params, tokens_BT, start_B, length)
+        running = set(range(len(batch)))
+        for slot in range(prompt_length, prompt_length + max_new_tokens):
+            next_B = np.asarray(pick(keys_B, np.int32(slot - prompt_length), logits_BV))
+            for row in sorted(running):
+                token = int(next_B[row])
+                if token == eos_id:
+                    running.remove(row)
+                    continue
+                texts[first + row].append(token)
+                if on_token is not None:
+                    on_token(first + row, token)
+            if not running or slot == prompt_length + max_new_tokens - 1:
+                break
+            logits_BV, cache = decode_one(params, next_B, np.int32(slot), start_B, cache)
     return texts
 
 
+def compile_programs(
+    model: Model, params: Params, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, rows_at_once: int
+) -> list[Any]:
+    """The executables of `generate` with these settings, to see what memory they need. They stay in JAX's cache."""
+    prompt_length, length = _lengths(prompts_ids, max_new_tokens)
+    tokens_BT, start_B = _left_padded(model, (), rows_at_once, prompt_length)
+    prefill, decode_one = _programs(model)
+    prefilling = prefill.lower(params, tokens_BT, start_B, length).compile()
+    _, cache = jax.eval_shape(functools.partial(prefill, length=length), params, tokens_BT, start_B)
+    cache = jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        cache,
+        prefilling.output_shardings[1],
+    )
+    return [prefilling, decode_one.lower(params, start_B, np.int32(0), start_B, cache).compile()]
+
+
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` behind a prompt. Alone it would lack its first space with sentencepiece, which adds one itself
-    in front of a text and takes one away.
+    """The text of `ids` after a prompt.
+
+    Decoded alone it would lose its first space with sentencepiece, which strips the one it adds to a text.
     """
     return tokenizer.decode([*prompt_ids, *ids]).removeprefix(tokenizer.decode(prompt_ids))
 
 
-def _check(model: Llama, prompts_ids: Any, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float):
+def check(model: Model, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises UserError for prompts that the model cannot continue."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1.")
     for row, ids in enumerate(prompts_ids):
         if len(ids) == 0:
             raise UserError(f"Prompt {row} is empty: give at least one token, such as the end-of-document token.")
@@ -92,21 +140,27 @@ def _check(model: Llama, prompts_ids: Any, max_new_tokens: int, temperature: flo
                 f"Prompt {row} has the id {outside[0]}, outside of the model's vocabulary of {model.vocab_size}: "
                 "was it made by another tokenizer?"
             )
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1.")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: it must be 0 (the likeliest token) or above.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: it must be at least 1, or none.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: a probability above 0 and at most 1 is needed.")
+        room = model.config.max_seq_len - len(ids)
+        if max_new_tokens > room:
+            fix = f"lower max_new_tokens to {room} or less, or shorten the prompt" if room > 0 else "shorten the prompt"
+            raise UserError(
+                f"Prompt {row} has {len(ids)} tokens, with max_new_tokens={max_new_tokens} too many for the model's "
+                f"context of {model.config.max_seq_len} (max_seq_len): {fix}."
+            )
 
 
-def _left_padded(model: Llama, prompts_ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, T], where each prompt starts int32 [B]); B is padded to what the mesh divides."""
+def _lengths(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, int]:
+    """(slots of the prompts, slots of prompts and continuations)."""
+    prompt_length = -(-max(map(len, prompts_ids)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return prompt_length, -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _left_padded(
+    model: Model, prompts_ids: Sequence[Sequence[int]], rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, length], where each prompt starts int32 [B]); B is `rows`, padded to what the mesh divides."""
     ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    rows = -(-len(prompts_ids) // ways) * ways
-    length = -(-max(map(len, prompts_ids)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    rows = -(-rows // ways) * ways
     tokens_BT = np.zeros((rows, length), np.int32)
     start_B = np.full(rows, length - 1, np.int32)
     for row, ids in enumerate(prompts_ids):
@@ -115,67 +169,60 @@ def _left_padded(model: Llama, prompts_ids: Sequence[Sequence[int]]) -> tuple[np
     return tokens_BT, start_B
 
 
+class _Recomputing:
+    """A CachingModel made of any model: its cache is the text so far, int32 [B, S], and each token reads all of it."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self.decoding_options: dict[str, str] = {}
+
+    def prefill(
+        self, params: Params, tokens_BT: jax.Array, start_B: jax.Array, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, length - tokens_BT.shape[1])))
+        return self._read(params, tokens_BS, start_B, jnp.int32(tokens_BT.shape[1] - 1)), tokens_BS
+
+    def decode_one(
+        self, params: Params, token_B: jax.Array, slot: jax.Array, start_B: jax.Array, cache: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        tokens_BS = jax.lax.dynamic_update_slice_in_dim(cache, token_B[:, None], slot, 1)
+        return self._read(params, tokens_BS, start_B, slot), tokens_BS
+
+    def _read(self, params: Params, tokens_BS: jax.Array, start_B: jax.Array, slot: jax.Array) -> jax.Array:
+        slots = jnp.arange(tokens_BS.shape[1])[None]
+        # Slots after the last token hold zeros, which causality hides.
+        segment_ids_BS = ((slots >= start_B[:, None]) & (slots <= slot)).astype(jnp.int32)
+        positions_BS = jnp.clip(slots - start_B[:, None], 0, slot - start_B[:, None])
+        x_BSD = self._model.hidden(params, tokens_BS, segment_ids_BS, positions_BS).x
+        return jax.lax.dynamic_index_in_dim(x_BSD, slot, 1, keepdims=False)
+
+
 @functools.cache
-def _prefill(model: Llama) -> Callable[..., tuple[jax.Array, Cache]]:
-    options = compiler_options(model.mesh, "xla")
-    return jax.jit(functools.partial(_prefilled, model), static_argnums=0, compiler_options=options)
+def _programs(model: Model) -> tuple[Any, Any]:
+    """`prefill` and `decode_one` of the model, compiled, with logits fp32 [B, V] in place of hidden states."""
+    if isinstance(model, CachingModel):
+        decoder = model
+    else:
+        decoder = _Recomputing(model)
+        logger.info("This model has no key/value cache: each token recomputes the whole text.")
+
+    def prefill(params: Params, tokens_BT: jax.Array, start_B: jax.Array, length: int) -> tuple[jax.Array, Any]:
+        x_BD, cache = decoder.prefill(params, tokens_BT, start_B, length)
+        return _logits(model, params, x_BD), cache
+
+    def decode_one(params: Params, token_B: Any, slot: Any, start_B: Any, cache: Any) -> tuple[jax.Array, Any]:
+        x_BD, cache = decoder.decode_one(params, token_B, slot, start_B, cache)
+        return _logits(model, params, x_BD), cache
+
+    options = decoder.decoding_options
+    return (
+        jax.jit(prefill, static_argnums=3, compiler_options=options),
+        jax.jit(decode_one, donate_argnums=4, compiler_options=options),
+    )
 
 
-def _prefilled(
-    model: Llama, length: int, params: Params, tokens_BT: jax.Array, start_B: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """(logits after the prompts [B, V], their cache of `length` slots)."""
-    slots = jnp.arange(tokens_BT.shape[1])[None]
-    segment_ids_BT = (slots >= start_B[:, None]).astype(jnp.int32)
-    positions_BT = jnp.maximum(slots - start_B[:, None], 0)
-    after = ((0, 0), (0, length - tokens_BT.shape[1]), (0, 0), (0, 0))
-
-    def attend_and_keep(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Cache]:
-        options: Any = {"mesh": model.mesh, "implementation": "xla", "sliding_window": model.config.sliding_window}
-        x_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, **options)
-        return x_BTHh, (jnp.pad(k_BTKh, after), jnp.pad(v_BTKh, after))
-
-    x_BTD, cache = model.decode(params, tokens_BT, positions_BT, lambda _: attend_and_keep, None)
-    return _logits(model, params, x_BTD[:, -1]), cache
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _step(
-    model: Llama, params: Params, token_B: jax.Array, slot: jax.Array, start_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """(logits after `token_B`, which goes into `slot` of the cache, and the cache)."""
-    slots = jnp.arange(cache[0].shape[2])[None]
-    visible_BS = (slots >= start_B[:, None]) & (slots <= slot)
-    if model.config.sliding_window is not None:
-        visible_BS &= slots > slot - model.config.sliding_window
-
-    def with_cache(layer_cache: Cache) -> Any:
-        def attend_to_cache(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Cache]:
-            k_BSKh, v_BSKh = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1)
-                for old, new in zip(layer_cache, (k_BTKh, v_BTKh), strict=True)
-            )
-            return _attend_one(q_BTHh, k_BSKh, v_BSKh, visible_BS), (k_BSKh, v_BSKh)
-
-        return attend_to_cache
-
-    x_BTD, cache = model.decode(params, token_B[:, None], (slot - start_B)[:, None], with_cache, cache)
-    return _logits(model, params, x_BTD[:, 0]), cache
-
-
-def _attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_BS: jax.Array) -> jax.Array:
-    """Attention of one query (T = 1)."""
-    batch, _, heads, width = q_BTHh.shape
-    q_BKGh = q_BTHh.reshape(batch, k_BSKh.shape[2], -1, width)
-    wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, -jnp.inf), axis=-1)
-    x_BKGh = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v_BSKh.dtype), v_BSKh, preferred_element_type=wide)
-    return x_BKGh.reshape(batch, 1, heads, width).astype(q_BTHh.dtype)
-
-
-def _logits(model: Llama, params: Params, x_BD: jax.Array) -> jax.Array:
-    """fp32 [B, V], whole on every device; the vocabulary's padding is left out."""
+def _logits(model: Model, params: Params, x_BD: jax.Array) -> jax.Array:
+    """fp32 [B, V], whole on every device, without the vocabulary's padding."""
     wide = jnp.promote_types(x_BD.dtype, jnp.float32)
     logits_BV = jnp.dot(x_BD, model.head(params).astype(x_BD.dtype), preferred_element_type=wide)
     if model.mesh is not None:

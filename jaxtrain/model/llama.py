@@ -1,6 +1,8 @@
 """The decoder of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM, by options of one config.
 
-Layers are stacked ([L, ...] parameters) and scanned, so that compile time does not grow with depth. Shapes: see
+How to read it: `Llama.hidden` is the forward pass. The modules of a layer are in layers.py, attention in attention.py.
+NNX modules are built once, abstractly, for their structure; training works on the plain dict of their parameters. All
+layers are stacked ([L, ...] parameters) and scanned, so that compile time does not grow with depth. Shapes: see
 interfaces.py.
 """
 
@@ -8,9 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +18,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Hidden, Params
 from jaxtrain.model import attention, rope
+from jaxtrain.model.base import BaseModel, one_thread_at_a_time
 from jaxtrain.model.layers import DecoderLayer, Frame, activation_axes
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
 
 logger = logging.getLogger("jaxtrain")
 
-Params = dict[str, Any]
-Method = TypeVar("Method", bound=Callable[..., Any])
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
 
-# NNX's modules may be made and called in several threads only from flax 0.12.9 on, which Python 3.11 does not have; and
-# the next stage is traced in the background.
-_nnx = threading.RLock()
-
-
-def _one_thread_at_a_time(method: Method) -> Method:
-    """For methods that run NNX's modules. They only do while JAX traces, so a step never waits."""
-
-    @functools.wraps(method)
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with _nnx:
-            return method(*args, **kwargs)
-
-    return locked  # type: ignore[return-value]
-
-
-VOCAB_MULTIPLE = 128  # lanes of a TPU register, and any tensor axis up to it divides the vocabulary
-# What a layer's backward pass finds in memory besides its input.
+VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
+# What the backward pass finds in memory of a layer, besides its input.
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -55,25 +40,34 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(kw_only=True)
 class LlamaConfig:
-    """Names are those of Hugging Face configs where they have one.
+    """The shape of the decoder. Fields are named as in Hugging Face configs where those have them.
 
-    hidden_size, intermediate_size: width of the model and of the MLP.
-    num_layers, num_heads, num_kv_heads: num_heads is a multiple of num_kv_heads (grouped-query attention).
-    head_dim: width of a head; None for hidden_size / num_heads.
-    max_seq_len: tokens of context that the model is meant for. Recorded in exports; nothing is sized by it.
-    rope_theta: base of the rotary frequencies. rope_scaling: how they stretch to a longer context; None: not at all.
-    no_rope_every: every n-th layer goes without rotary positions (SmolLM3's 4); None: none does.
-    sliding_window: tokens that a token sees, itself included (Mistral 7B's 4,096); None for all.
-    norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: the output head is the embedding's transpose.
-    attention_bias: biases on q, k and v (Qwen2). attention_output_bias: on the output projection. mlp_bias: in the MLP.
-    qk_norm: RMSNorm on each head of q and k (Qwen3).
-    initializer_std: of all matrices; the two projections into the residual stream get it / sqrt(2 * num_layers)
-        (GPT-2, Radford et al. 2019, section 2.3).
-    dtype: of activations and matmuls ("bfloat16", "float32"; "float64" for tests). Parameters, norms, softmax: fp32.
-    remat: what the backward pass computes again: "none"; "full" all of a layer; "dots" all but its weight matmuls.
-    scan_layers: off unrolls the layers: slower to compile, at times faster to run.
-    attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
+    Attributes:
+        hidden_size: Width of the model.
+        intermediate_size: Width of the MLP.
+        num_layers: Decoder layers.
+        num_heads: Query heads, a multiple of num_kv_heads.
+        num_kv_heads: Key and value heads (grouped-query attention).
+        head_dim: Width of a head; None for hidden_size / num_heads.
+        max_seq_len: Tokens of context that the model is meant for. Recorded in exports; nothing is sized by it.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they stretch to a longer context; None for not at all.
+        no_rope_every: Every n-th layer goes without rotary positions (4 in SmolLM3); None if none does.
+        sliding_window: Tokens that a token sees, itself included (4,096 in Mistral 7B); None for all.
+        norm_eps: Added to the mean square in RMSNorm.
+        tie_embeddings: The output head is the embedding's transpose.
+        attention_bias: Biases on q, k and v (Qwen2).
+        attention_output_bias: A bias on the output projection of attention.
+        mlp_bias: Biases in the MLP.
+        qk_norm: RMSNorm on each head of q and k (Qwen3).
+        initializer_std: Of all matrices; the two projections into the residual stream get it / sqrt(2 * num_layers)
+            (GPT-2, Radford et al. 2019, section 2.3).
+        dtype: Of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and softmax
+            are fp32.
+        remat: What the backward pass computes again: "none"; "full", all of a layer; "dots", all but its matmuls with
+            weights.
+        scan_layers: False unrolls the layers: slower to compile, at times faster to run.
+        attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
 
     hidden_size: int
@@ -135,71 +129,71 @@ class LlamaConfig:
 
     @property
     def output_std(self) -> float:
+        """Initial standard deviation of the projections into the residual stream."""
         return self.initializer_std / math.sqrt(2 * self.num_layers)
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> "Llama":
-        """The model for ids below `vocab_size`. Raises UserError where the mesh does not divide it."""
+        """The model for ids below `vocab_size`.
+
+        Raises:
+            UserError: The config is inconsistent, or the mesh does not divide the model.
+        """
         return Llama(self, vocab_size, mesh)
 
 
-class Llama:
-    """Pure functions of a plain dict of fp32 parameters.
+class Llama(BaseModel):
+    """Implements interfaces.Model, AttentionModel and CachingModel.
 
-    axes: the dict's tree with a tuple of logical axes for each leaf. vocab_size: ids in use; padded_vocab_size: rows of
-    the embedding. num_params: without padding; num_params_non_embedding: without embedding and output head.
+    Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
 
-    @_one_thread_at_a_time
+    config: LlamaConfig
+
+    @one_thread_at_a_time
     def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None):
         config.check()
-        self.config = config
-        self.mesh = mesh
-        self.vocab_size = vocab_size
-        self.padded_vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
-        layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
-        self._frame_graph, self._layer_graph = frame_graph, layer_graph
+        self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
+        self.vocab_size, self.mesh = vocab_size, mesh
+        # An NNX module is a graph (structure) and a state (arrays). Only abstract arrays exist here.
+        self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
+        self._layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
         layer_axes = jax.tree.map(lambda axes: ("layers", *axes), _axes(layer), is_leaf=sharding.is_axes)
-        self.axes: dict[str, Any] = _axes(frame) | {"layers": layer_axes}
-        self.shapes: Params = jax.eval_shape(self.init, jax.random.key(0))
-        if mesh is not None:
-            self._check_mesh(mesh)
-        self._choices: dict[attention.Shape, attention.Choice] = {}
         self._frequencies = rope.frequencies(config.resolved_head_dim, config.rope_theta, config.rope_scaling)
-        self.num_params_non_embedding = _size(self.shapes["layers"]) + _size(self.shapes["norm"])
-        matrices = 1 if config.tie_embeddings else 2
-        self.num_params = self.num_params_non_embedding + matrices * vocab_size * config.hidden_size
+        self._choices: dict[attention.Shape, attention.Choice] = {}
+        self._verdicts: dict[attention.Shape, str | None] = {}
+        if mesh is not None:
+            self._check_heads(mesh)
+        super().__init__(config, vocab_size, mesh, _axes(frame) | {"layers": layer_axes})
 
     def _frame(self, key: jax.Array) -> Frame:
-        return Frame(self.config, self.vocab_size, self.padded_vocab_size, nnx.Rngs(params=key))
+        padded = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return Frame(self.config, self.vocab_size, padded, nnx.Rngs(params=key))
 
     def _layer(self, key: jax.Array) -> DecoderLayer:
         return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key))
 
-    def _check_mesh(self, mesh: Mesh) -> None:
+    def _check_heads(self, mesh: Mesh) -> None:
         tensor = mesh.shape["tensor"]
         for name in ("num_heads", "num_kv_heads"):
             if getattr(self.config, name) % tensor:
-                works = ", ".join(
-                    map(str, sharding.divisors(math.gcd(self.config.num_heads, self.config.num_kv_heads)))
-                )
+                common = math.gcd(self.config.num_heads, self.config.num_kv_heads)
                 raise UserError(
                     f"{name}={getattr(self.config, name)} is not divisible by mesh.tensor={tensor}: a device holds "
-                    f"whole heads. mesh.tensor that works for this model: {works}."
+                    f"whole heads. mesh.tensor that works for this model: "
+                    f"{', '.join(map(str, sharding.divisors(common)))}."
                 )
-        sharding.check_divides(mesh, self.axes, self.shapes)
         heads = self.config.num_heads // tensor
         if heads % mesh.shape["context"]:
-            works = ", ".join(map(str, sharding.divisors(heads)))
             logger.warning(
                 "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes the "
                 "whole attention. mesh.context that shares it: %s.",
-                *(self.config.num_heads, tensor, mesh.shape["context"], works),
+                *(self.config.num_heads, tensor, mesh.shape["context"]),
+                ", ".join(map(str, sharding.divisors(heads))),
             )
 
-    @_one_thread_at_a_time
+    @one_thread_at_a_time
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters; under jit with `out_shardings` they are born sharded. Layer i depends on (key, i) alone."""
+        """Fresh parameters. Layer i depends on (key, i) alone."""
         frame_key, layers_key = jax.random.split(key)
         keys_L = jax.vmap(functools.partial(jax.random.fold_in, layers_key))(jnp.arange(self.config.num_layers))
 
@@ -212,55 +206,69 @@ class Llama:
 
     def hidden(
         self, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
-    ) -> jax.Array:
-        """Final hidden states after the last norm, in the compute dtype: x_BTD. All inputs are int32 [B, T]."""
+    ) -> Hidden:
         implementation = self.attention_choice(*tokens_BT.shape).name
 
         def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-            window = self.config.sliding_window
-            x_BTHh = attention.attend(
-                q_BTHh,
-                k_BTKh,
-                v_BTKh,
-                segment_ids_BT,
-                mesh=self.mesh,
-                implementation=implementation,
-                sliding_window=window,
-            )
-            return x_BTHh, None
+            return self._attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, implementation), None
 
-        return self.decode(params, tokens_BT, positions_BT, lambda _: attend, None)[0]
+        return Hidden(self._decode(params, tokens_BT, positions_BT, lambda _: attend, None)[0])
 
-    @_one_thread_at_a_time
-    def decode(
+    def head(self, params: Params) -> jax.Array:
+        """The output head, fp32 w_DV. Its padding columns are zero, so their logits must be masked."""
+        return params["embedding"].T if self.config.tie_embeddings else params["head"]
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """6 for each weight in a matmul, and 12 h H for each key (PaLM, Chowdhery et al. 2022, appendix B).
+
+        Causality leaves half of the keys, a window fewer. The embedding's look-up is free.
+        """
+        config = self.config
+        seen = min(seq_len, config.sliding_window or seq_len)
+        keys = seen - seen * seen / (2 * seq_len)
+        attention_flops = 12 * config.num_layers * config.num_heads * config.resolved_head_dim * keys
+        return 6.0 * (self.num_params_non_embedding + self.vocab_size * config.hidden_size) + attention_flops
+
+    def memory_advice(self) -> tuple[str, ...]:
+        return () if self.config.remat == "full" else (f"model.remat=full (now {self.config.remat})",)
+
+    # ---- The decoder around a given attention
+
+    @one_thread_at_a_time
+    def _decode(
         self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, attend_with: Any, extras_L: Any
     ) -> tuple[jax.Array, Any]:
-        """The decoder around a given attention, such as one with a key/value cache.
+        """Embedding, layers, last norm.
 
-        attend_with: a layer's slice of `extras_L` (a tree of [L, ...] arrays, or None) → `Attend`. Returns (x_BTD, what
-        the layers' attentions gave back, stacked).
+        Args:
+            attend_with: A layer's slice of `extras_L` -> its `Attend`. Training needs no extras; generation passes the
+                key/value cache and gets it back.
+            extras_L: A tree of [L, ...] arrays, or None.
+
+        Returns:
+            x_BTD, and what the layers' attentions returned, stacked.
         """
         dtype = jnp.dtype(self.config.dtype)
-        layers = params["layers"]
         frame = nnx.merge(self._frame_graph, {name: leaf for name, leaf in params.items() if name != "layers"})
-        x = self._embedded(frame.embedding[...], tokens_BT).astype(dtype)
-        tables = rope.tables(positions_BT, self._frequencies, jnp.promote_types(dtype, jnp.float32))
+        x = self._embed(frame.embedding[...], tokens_BT).astype(dtype)
+        cos_sin = rope.tables(positions_BT, self._frequencies, jnp.promote_types(dtype, jnp.float32))
+        every = self.config.no_rope_every
+        rotates_L = None if every is None else np.arange(1, self.config.num_layers + 1) % every != 0
 
-        def body(x: jax.Array, layer: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
-            layer_params, rotates, extra = layer
-            cos, sin = tables
+        def layer(x: jax.Array, inputs: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
+            layer_params, rotates, extra = inputs
+            cos, sin = cos_sin
             if rotates is not None:
                 cos, sin = jnp.where(rotates, cos, 1), jnp.where(rotates, sin, 0)
             return nnx.merge(self._layer_graph, layer_params)(x, (cos, sin), attend_with(extra))
 
-        x, extras_L = self._over_layers(body, x, (layers, self._rotates(), extras_L))
+        x, extras_L = self._over_layers(layer, x, (params["layers"], rotates_L, extras_L))
         return frame.norm(x).reshape(*tokens_BT.shape, -1), extras_L
 
-    def _embedded(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """[B * T, D], or [B, T, D] where `context` splits the sequence (it could not be merged with the batch).
+    def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """[B * T, D], which is faster on CPU; [B, T, D] if `context` splits T, which then cannot merge with B.
 
-        The former is faster on CPU. In fp32: the gradient adds up thousands of rows of a frequent token, which bf16
-        would lose.
+        In fp32: the gradient sums thousands of rows for a frequent token, which bf16 would lose.
         """
         split = self.mesh is not None and self.mesh.shape["context"] > 1 and tokens_BT.shape[1] > 1
         x = embedding_VD[tokens_BT]
@@ -272,57 +280,74 @@ class Llama:
         x = x if split else x.reshape(-1, x.shape[-1])
         return sharding.constrain(x, self.mesh, activation_axes(x))
 
-    def _rotates(self) -> np.ndarray | None:
-        every = self.config.no_rope_every
-        return None if every is None else np.arange(1, self.config.num_layers + 1) % every != 0
-
-    def _over_layers(self, body: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    def _over_layers(self, layer: Any, x: jax.Array, inputs_L: Any) -> tuple[jax.Array, Any]:
         if self.config.remat != "none":
-            # A scan's body cannot be merged with its recomputation; unrolled layers could.
-            body = jax.checkpoint(
-                body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers
-            )
+            # A scan's body cannot be merged with its recomputation; unrolled layers could, unless XLA is kept from it.
+            policy = REMAT_POLICIES[self.config.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
-            return jax.lax.scan(body, x, layers)
+            return jax.lax.scan(layer, x, inputs_L)
         extras = []
         for index in range(self.config.num_layers):
-            x, extra = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+            x, extra = layer(x, jax.tree.map(lambda leaf, index=index: leaf[index], inputs_L))
             extras.append(extra)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
 
-    def head(self, params: Params) -> jax.Array:
-        """The output head, fp32: w_DV over the padded vocabulary (padding columns are zero, mask their logits)."""
-        return params["embedding"].T if self.config.tie_embeddings else params["head"]
+    # ---- Attention
+
+    def _attend(
+        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, implementation: str
+    ) -> jax.Array:
+        return attention.attend(
+            q_BTHh,
+            k_BTKh,
+            v_BTKh,
+            segment_ids_BT,
+            mesh=self.mesh,
+            implementation=implementation,
+            sliding_window=self.config.sliding_window,
+        )
 
     def attention_choice(self, batch_size: int, seq_len: int) -> attention.Choice:
         """The attention implementation for rows of this shape.
 
-        A kernel is run once against XLA (`attention.self_check`) when it is first chosen for a shape on real devices;
-        one that fails is replaced by XLA, with a warning. Raises UserError where the config asks for the impossible.
+        A kernel is run once against XLA (`attention.self_check`) when it is first chosen for a length of rows on real
+        devices; one that fails on any process is replaced by XLA on all, with a warning. So all processes make the
+        first call for each length, in the same order; later ones, for any number of rows, may come from any thread.
+
+        Raises:
+            UserError: The config asks for an implementation that cannot run here.
         """
         shape = self._attention_shape(batch_size, seq_len)
         if shape not in self._choices:
-            self._choices[shape] = self._choose(shape)
+            choice = attention.choose(self.config.attention, shape)
+            # Devices of another platform are those of a topology that is only compiled for.
+            if choice.name != "xla" and shape.platform == jax.default_backend():
+                problem = self._verdict(choice.name, shape)
+                if problem is not None:
+                    logger.warning("Attention kernel %s is not used for rows of %d: %s", choice.name, seq_len, problem)
+                    choice = attention.Choice("xla", f"{choice.name} failed its check: {problem}")
+            self._choices[shape] = choice
         return self._choices[shape]
 
-    def _choose(self, shape: attention.Shape) -> attention.Choice:
-        choice = attention.choose(self.config.attention, shape)
-        # Devices of another platform are those of a topology that is only compiled for.
-        if choice.name == "xla" or shape.platform != jax.default_backend():
-            return choice
-        problem = attention.self_check(choice.name, shape)
-        if problem is None:
-            return choice
-        logger.warning("Attention kernel %s is not used for rows of %d: %s", choice.name, shape.seq_len, problem)
-        return attention.Choice("xla", f"{choice.name} failed its check: {problem}")
+    def _verdict(self, implementation: str, shape: attention.Shape) -> str | None:
+        """What is wrong with a kernel on any process, or None. It does not depend on the number of rows."""
+        key = dataclasses.replace(shape, rows=2)
+        if key not in self._verdicts:
+            problem = attention.self_check(implementation, key)
+            failed = consensus.any_process(problem is not None)
+            self._verdicts[key] = problem or ("it fails on another process" if failed else None)
+        return self._verdicts[key]
+
+    def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
+        return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
 
     def _attention_shape(self, batch_size: int, seq_len: int) -> attention.Shape:
         config = self.config
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
         capability = getattr(device, "compute_capability", None)
         ways = dict.fromkeys(sharding.MESH_AXES, 1) if self.mesh is None else self.mesh.shape
-        tensor = ways["tensor"]
-        whole = (config.num_heads // tensor, config.num_kv_heads // tensor)
+        whole = (config.num_heads // ways["tensor"], config.num_kv_heads // ways["tensor"])
         heads, kv_heads = attention.share_of_context(self.mesh, config.num_heads, config.num_kv_heads) or whole
         return attention.Shape(
             platform=device.platform,
@@ -336,23 +361,47 @@ class Llama:
             sliding_window=config.sliding_window,
         )
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs for one token in rows of `seq_len`: 6 for each weight in a matmul, and 12 h H for each key.
+    # ---- Generation (interfaces.CachingModel)
 
-        (PaLM, Chowdhery et al. 2022, appendix B; causality leaves half of the keys, a window fewer.) The embedding's
-        look-up is free; recomputation does not count.
-        """
-        config = self.config
-        seen = min(seq_len, config.sliding_window or seq_len)
-        keys = seen - seen * seen / (2 * seq_len)
-        attention_flops = 12 * config.num_layers * config.num_heads * config.resolved_head_dim * keys
-        return 6.0 * (self.num_params_non_embedding + self.vocab_size * config.hidden_size) + attention_flops
+    @property
+    def decoding_options(self) -> dict[str, str]:
+        return attention.compiler_options(self.mesh, "xla")
+
+    def prefill(self, params: Params, tokens_BT: jax.Array, start_B: jax.Array, length: int) -> tuple[jax.Array, Cache]:
+        slots = jnp.arange(tokens_BT.shape[1])[None]
+        segment_ids_BT = (slots >= start_B[:, None]).astype(jnp.int32)
+        positions_BT = jnp.maximum(slots - start_B[:, None], 0)
+        after = ((0, 0), (0, length - tokens_BT.shape[1]), (0, 0), (0, 0))
+
+        def attend_and_keep(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Cache]:
+            x_BTHh = self._attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, "xla")
+            return x_BTHh, (jnp.pad(k_BTKh, after), jnp.pad(v_BTKh, after))
+
+        x_BTD, cache = self._decode(params, tokens_BT, positions_BT, lambda _: attend_and_keep, None)
+        return x_BTD[:, -1], cache
+
+    def decode_one(
+        self, params: Params, token_B: jax.Array, slot: jax.Array, start_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        slots = jnp.arange(cache[0].shape[2])[None]
+        visible_BS = (slots >= start_B[:, None]) & (slots <= slot)
+        if self.config.sliding_window is not None:
+            visible_BS &= slots > slot - self.config.sliding_window
+
+        def with_cache(layer_cache: Cache) -> Any:
+            def attend_to_cache(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Cache]:
+                k_BSKh, v_BSKh = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1)
+                    for old, new in zip(layer_cache, (k_BTKh, v_BTKh), strict=True)
+                )
+                return attention.attend_one(q_BTHh, k_BSKh, v_BSKh, visible_BS), (k_BSKh, v_BSKh)
+
+            return attend_to_cache
+
+        x_BTD, cache = self._decode(params, token_B[:, None], (slot - start_B)[:, None], with_cache, cache)
+        return x_BTD[:, 0], cache
 
 
 def _axes(state: nnx.State) -> dict[str, Any]:
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.to_pure_dict(axes)
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxtrain.distributed.sharding import Axes, is_axes, spec
+from jaxtrain.distributed import sharding
+from jaxtrain.distributed.sharding import spec
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Axes, Mesh, Optimizer, Params, ScheduleConfig
 from jaxtrain.optim import base
 from jaxtrain.plan.schedules import Cosine
 
@@ -20,27 +23,30 @@ from jaxtrain.plan.schedules import Cosine
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
+Path = tuple[str, ...]
+
 
 @dataclasses.dataclass(kw_only=True)
 class Muon:
     """Momentum orthogonalized by Newton-Schulz (Jordan 2024) for hidden matrices, with Moonlight's scale and decay.
 
-    A matrix [m, n] takes learning_rate * 0.2 * sqrt(max(m, n)) of the orthogonalized Nesterov momentum, whose entries
-    then have the size of AdamW's (arXiv 2502.16982, equation 4): rates and decays tuned for AdamW carry over. Layers
-    are separate matrices, stacked or not. Embedding, output head, norms and biases take AdamW.
+    A matrix [m, n] moves by learning_rate * 0.2 * sqrt(max(m, n)) times the orthogonalized Nesterov momentum, whose
+    entries then have the size of AdamW's (arXiv 2502.16982, equation 4): rates and decays tuned for AdamW carry over.
+    Layers are separate matrices, stacked or not. Embedding, output head, norms and biases take AdamW.
 
-    learning_rate: the peak, which `schedule` scales.
-    schedule: a dataclass of plan/schedules.py.
-    momentum: decay rate of the matrices' momentum.
-    weight_decay: per step, as a multiple of the learning rate; matrices and head, never norms and biases.
-    decay_embeddings: whether the embedding decays; see AdamW.
-    adam_ratio: the learning rate of what takes AdamW, as a multiple of the matrices' rate.
-    betas, epsilon: of what takes AdamW.
-    newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
+    Attributes:
+        learning_rate: The peak rate, which `schedule` scales.
+        schedule: A dataclass of plan/schedules.py.
+        momentum: Decay rate of the matrices' momentum.
+        weight_decay: Of each step, as a multiple of the learning rate; on matrices and head, never norms and biases.
+        decay_embeddings: Whether the embedding decays; see AdamW.
+        adam_ratio: The learning rate of what takes AdamW, as a multiple of the matrices' rate.
+        betas, epsilon: Of what takes AdamW.
+        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
     """
 
     learning_rate: float = 3e-4
-    schedule: base.ScheduleConfig = dataclasses.field(default_factory=Cosine)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
     momentum: float = 0.95
     weight_decay: float = 0.1
     decay_embeddings: bool = False
@@ -58,51 +64,51 @@ class Muon:
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: "bfloat16" or "float32" is needed.')
 
-    def build(self, axes: base.Params, mesh: Mesh | None = None) -> base.Optimizer:
-        """axes: the parameters' tree of logical axes. mesh: spreads the layers over its devices in Newton-Schulz.
+    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
+        """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
 
-        The state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
+        Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
         """
-        matrix = jax.tree.map(base.is_matrix, axes, is_leaf=is_axes)
-        other = jax.tree.map(lambda is_matrix: not is_matrix, matrix)
-        decays = base.decay_mask(axes, self.decay_embeddings)
-        adam, adam_axes = base.adam(self.betas, self.epsilon, _select(axes, other))
+        adam = optax.scale_by_adam(*self.betas, eps=self.epsilon)
+        axes = flat(axes)
+        matrices = [path for path, leaf in axes.items() if base.is_matrix(leaf)]
+        others = [path for path in axes if path not in matrices]
+        decays: Any = base.decay_mask(axes, self.decay_embeddings)
+        dtype = jnp.dtype(self.newton_schulz_dtype)
 
-        def init(params: base.Params) -> Any:
-            momentum = jax.tree.map(jnp.zeros_like, _select(params, matrix))
-            return {"momentum": momentum, "adam": adam.init(_select(params, other))}
+        def select(tree: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
+            return {path: tree[path] for path in paths}
 
-        def direction(axes: Axes, grad: jax.Array, momentum: jax.Array) -> jax.Array:
-            nesterov = (1 - self.momentum) * grad + self.momentum * momentum
-            return _orthogonalized(nesterov, axes, jnp.dtype(self.newton_schulz_dtype), mesh)
+        def init(params: Params) -> Any:
+            momentum = jax.tree.map(jnp.zeros_like, unflatten_dict(select(flat(params), matrices)))
+            return {"momentum": momentum, "adam": adam.init(unflatten_dict(select(flat(params), others)))}
 
-        def update(
-            grads: base.Params, state: Any, params: base.Params, learning_rate: jax.Array
-        ) -> tuple[base.Params, Any]:
-            matrix_grads = _select(grads, matrix)
-            momentum = jax.tree.map(
-                lambda m, g: (self.momentum * m + (1 - self.momentum) * g).astype(m.dtype),
-                state["momentum"],
-                matrix_grads,
-            )
-            directions = jax.tree.map(direction, _select(axes, matrix), matrix_grads, momentum, is_leaf=is_axes)
-            updates, adam_state = adam.update(_select(grads, other), state["adam"])
+        def update(grads: Params, state: Any, params: Params, learning_rate: jax.Array) -> tuple[Params, Any]:
+            flat_grads, flat_params, momentum = flat(grads), flat(params), {}
+            directions = {}
+            for path, old in flat(state["momentum"]).items():
+                grad = flat_grads[path]
+                momentum[path] = (self.momentum * old + (1 - self.momentum) * grad).astype(old.dtype)
+                nesterov = (1 - self.momentum) * grad + self.momentum * momentum[path]
+                directions[path] = _orthogonalized(nesterov, axes[path], dtype, mesh)
+            updates, adam_state = adam.update(unflatten_dict(select(flat_grads, others)), state["adam"])
+            new = {}
+            for paths, moves, rate in (
+                (matrices, directions, learning_rate),
+                (others, flat(updates), learning_rate * self.adam_ratio),
+            ):
+                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, select(decays, paths))
+            return unflatten_dict(new), {"momentum": unflatten_dict(momentum), "adam": adam_state}
 
-            def step(keep: base.Params, updates: base.Params, rate: jax.Array) -> base.Params:
-                return base.apply(_select(params, keep), updates, rate, self.weight_decay, _select(decays, keep))
-
-            new_params = _merge(
-                params,
-                step(matrix, directions, learning_rate),
-                step(other, updates, learning_rate * self.adam_ratio),
-            )
-            return new_params, {"momentum": momentum, "adam": adam_state}
-
-        state_axes = {"momentum": _select(axes, matrix), "adam": adam_axes}
-        return base.Optimizer(init, update, state_axes)
+        return base.Functions(init, update)
 
 
-def _orthogonalized(update: jax.Array, axes: Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
+def flat(tree: Any) -> dict[Path, Any]:
+    """Nested dicts as one, from path to leaf."""
+    return flatten_dict(tree)  # type: ignore[return-value]
+
+
+def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """0.2 * sqrt(max(m, n)) * orthogonalized matrices of an array with "embed" on one side, in its own shape, fp32."""
     inner = axes[1:] if axes[0] == "layers" else axes
     assert "embed" in (inner[0], inner[-1]), f"a matrix has its 'embed' axis first or last, not {axes}"
@@ -167,25 +173,3 @@ def _spread(
         return x[:L]
 
     return jax.shard_map(device, mesh=mesh, in_specs=layout, out_specs=layout, check_vma=False)(x_Lmn)
-
-
-def _select(tree: base.Params, keep: base.Params) -> base.Params:
-    """The nested dict without the leaves that `keep` (bools) leaves out, and without dicts left empty."""
-    selected = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            value = _select(value, keep[name])
-            if value:
-                selected[name] = value
-        elif keep[name]:
-            selected[name] = value
-    return selected
-
-
-def _merge(like: base.Params, *parts: base.Params) -> base.Params:
-    """What `_select` took apart, in the order of `like`."""
-    merged = {}
-    for name, value in like.items():
-        inside = [part[name] for part in parts if name in part]
-        merged[name] = _merge(value, *inside) if isinstance(value, dict) else inside[0]
-    return merged

@@ -1,4 +1,4 @@
-"""Training a tokenizer on the run's own stream of documents."""
+"""Trains a tokenizer on the run's own stream of documents."""
 
 import dataclasses
 import io
@@ -24,49 +24,51 @@ from jaxtrain.tokenizers.hf import HFTokenizer
 from jaxtrain.tokenizers.identity import well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
 
-# Written last: its presence says that the tokenizer is whole.
+# Written last: its presence marks the tokenizer as complete.
 _SETTINGS = "training.json"
-# sentencepiece learns from pieces of at most so many bytes (its own default), and drops longer ones without a word.
+# sentencepiece silently drops longer pieces of text (its own default).
 _PIECE_BYTES = 4192
-# Part of sentencepiece's result (each thread sums its own share of the likelihoods), so not the machine's to choose.
+# The result depends on it, as each thread sums its own share of the likelihoods: the machine must not choose it.
 _TRAINING_THREADS = 16
 _END_OF_TEXT = "<|endoftext|>"
 _OWN_TOKENS = ("<unk>", "<s>", "</s>", _END_OF_TEXT)
-# Of the first documents, which are of all lanes: enough to meet what does not come back, little enough to keep.
+# The round trip is checked on the first documents, which come from all lanes.
 _CHECKED_DOCUMENTS, _CHECKED_CHARACTERS = 64, 20_000
 # What byte-level BPE may merge: English contractions, a word with the space before it (and its combining marks), up to
 # three digits, signs with the line ends after them, blank lines with their indentation, the other spaces.
 _WORDS = r"'(?i:[sdmt]|ll|re|ve)| ?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-_LOGGED_DOCUMENTS = 10_000  # lines of progress are no closer than that
+_LOGGED_DOCUMENTS = 10_000  # at least, between two lines of progress
 
 logger = logging.getLogger("jaxtrain")
 
 
 class NotTrainedError(UserError):
-    """The config's tokenizer is to be trained, and is not yet in the work directory."""
+    """The config trains its tokenizer, and the work directory does not hold it yet."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainTokenizer:
-    """A tokenizer that is trained on the run's own mixed stream before the first step, and kept in `workdir/tokenizer`.
+    """A tokenizer trained on the run's own mixed stream before the first step, and kept in `workdir/tokenizer`.
 
     Every text round-trips (with byte_fallback): spaces, tabs, line ends and any character. The same documents give the
     same tokenizer, bit for bit, on any machine with the same version of the library.
 
-    kind: "sentencepiece" or "bpe" (byte-level, tokenizer.json).
-    vocab_size: tokens, special ones included. Few documents may give fewer, which is logged.
-    max_samples: documents that it is trained on.
-    model_type: "unigram" or "bpe"; sentencepiece only.
-    byte_fallback: spell unknown characters in bytes instead of one unknown token that loses them; sentencepiece only.
-    character_coverage: share of the text's characters that are tokens of their own, above 0, at most 1; sentencepiece
-        only.
-    sample_mb: megabytes of text that are kept, a fair sample of all documents, as sentencepiece learns in memory: it
-        takes about 25 times as much for "unigram", 20 for "bpe". sentencepiece only; `kind="bpe"` keeps the distinct
-        words of all documents and their counts.
-    special_tokens: reserved for later use (roles of a chat, tools), with the ids after the end-of-document token (and,
-        for sentencepiece, those before it): 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to one.
-    threads: as in HuggingFaceTokenizer; for encoding only.
+    Attributes:
+        kind: "sentencepiece", or "bpe" (byte-level, tokenizer.json).
+        vocab_size: number of tokens, special ones included. Few documents may give fewer, which is logged.
+        max_samples: number of documents to train on.
+        model_type: "unigram" or "bpe"; sentencepiece only.
+        byte_fallback: spell unknown characters in bytes instead of replacing them by one unknown token; sentencepiece
+            only.
+        character_coverage: share of the text's characters that get their own token, above 0, at most 1; sentencepiece
+            only.
+        sample_mb: megabytes of text to keep, a uniform sample of all documents, as sentencepiece learns in memory: it
+            needs about 25 times as much for "unigram", 20 for "bpe". sentencepiece only; `kind="bpe"` keeps the
+            distinct words of all documents and their counts.
+        special_tokens: reserved for later use (chat roles, tools). Their ids follow the end-of-document token (and,
+            for sentencepiece, those before it): 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to
+            one.
+        threads: as in HuggingFaceTokenizer; for encoding only.
     """
 
     kind: str = "sentencepiece"
@@ -87,7 +89,7 @@ class TrainTokenizer:
         least = 300 + len(self.special_tokens)
         if self.vocab_size < least and (self.kind == "bpe" or self.byte_fallback):
             raise ValueError(
-                f"vocab_size={self.vocab_size}: 256 bytes and the special tokens need some of it; give {least} or more"
+                f"vocab_size={self.vocab_size}: it must hold 256 bytes and the special tokens; give {least} or more"
             )
         if self.max_samples < 1:
             raise ValueError(f"max_samples={self.max_samples}: give the number of documents to train on, at least 1")
@@ -95,10 +97,6 @@ class TrainTokenizer:
             raise ValueError(f"character_coverage={self.character_coverage}: give a share above 0, at most 1")
         if self.sample_mb <= 0:
             raise ValueError(f"sample_mb={self.sample_mb}: give the megabytes of text to keep, above 0")
-        self._check_special_tokens()
-        check_threads(self.threads)
-
-    def _check_special_tokens(self) -> None:
         for token in self.special_tokens:
             if token in _OWN_TOKENS or re.fullmatch(r"<0x..>|", token) or re.search(r"[\s\u2581]", token):
                 raise ValueError(
@@ -106,7 +104,8 @@ class TrainTokenizer:
                     "for example <|user|>"
                 )
         if len(set(self.special_tokens)) < len(self.special_tokens):
-            raise ValueError(f"special_tokens={self.special_tokens}: a token is there twice; give each once")
+            raise ValueError(f"special_tokens={self.special_tokens}: one is listed twice; give each once")
+        check_threads(self.threads)
 
     def needs_training(self, workdir: epath.PathLike) -> bool:
         """Whether `train` must run before `build`."""
@@ -114,14 +113,16 @@ class TrainTokenizer:
 
     def train(
         self, documents: Iterable[str], workdir: epath.PathLike, progress: bool = True
-    ) -> "HFTokenizer | SentencePieceTokenizer":
-        """Trains on the first `max_samples` documents, in one process, and keeps the result in the work directory."""
+    ) -> HFTokenizer | SentencePieceTokenizer:
+        """Trains on the first `max_samples` documents, in one process, and saves the result in the work directory."""
         return train(self, documents, epath.Path(workdir) / "tokenizer", progress)
 
-    def build(self, workdir: epath.PathLike) -> "HFTokenizer | SentencePieceTokenizer":
-        """Loads what `train` left in the work directory.
+    def build(self, workdir: epath.PathLike) -> HFTokenizer | SentencePieceTokenizer:
+        """Loads what `train` saved in the work directory.
 
-        Raises NotTrainedError if there is nothing, UserError if it was trained with other settings.
+        Raises:
+            NotTrainedError: there is nothing yet.
+            UserError: it was trained with other settings.
         """
         folder = epath.Path(workdir) / "tokenizer"
         if self.needs_training(workdir):
@@ -129,44 +130,40 @@ class TrainTokenizer:
                 f"{folder} holds no tokenizer yet: start the training in this work directory, or run "
                 f"python -m tools.train_tokenizer with --output={folder}"
             )
-        trained_with = json.loads((folder / _SETTINGS).read_text())["settings"]
-        if trained_with != self._settings():
-            changes = (
-                f"  {name}: {trained_with.get(name)} there, {self._settings().get(name)} in the config"
-                for name in sorted(trained_with.keys() | self._settings().keys())
-                if trained_with.get(name) != self._settings().get(name)
-            )
+        try:
+            saved = {**json.loads((folder / _SETTINGS).read_text())["settings"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / _SETTINGS} is damaged ({error!r}): restore it from a copy") from error
+        now = self._settings()
+        changed = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+        if changed:
+            lines = [f"  {name}: {saved.get(name)} there, {now.get(name)} in the config" for name in changed]
             raise UserError(
-                "\n".join([f"{folder} was trained with other settings; delete it, or take these settings:", *changes])
+                "\n".join([f"{folder} was trained with other settings; delete it, or take these settings:", *lines])
             )
         return self._load(files.read(folder))
 
-    def _load(self, tokenizer_files: files.TokenizerFiles) -> "HFTokenizer | SentencePieceTokenizer":
+    def _load(self, tokenizer_files: files.TokenizerFiles) -> HFTokenizer | SentencePieceTokenizer:
         kind = HFTokenizer if self.kind == "bpe" else SentencePieceTokenizer
         return kind(tokenizer_files, threads=self.threads)
 
     def _settings(self) -> Json:
         """The fields that the result depends on."""
-        common: Json = {"kind": self.kind, "vocab_size": self.vocab_size, "max_samples": self.max_samples}
-        if self.special_tokens:
-            common["special_tokens"] = list(self.special_tokens)
-        if self.kind == "bpe":
-            return common
-        return common | {
-            "model_type": self.model_type,
-            "byte_fallback": self.byte_fallback,
-            "character_coverage": self.character_coverage,
-            "sample_mb": self.sample_mb,
-        }
+        names = ["kind", "vocab_size", "max_samples"]
+        if self.kind == "sentencepiece":
+            names += ["model_type", "byte_fallback", "character_coverage", "sample_mb"]
+        special = {"special_tokens": list(self.special_tokens)} if self.special_tokens else {}
+        return {name: getattr(self, name) for name in names} | special
 
 
 def train(
     config: TrainTokenizer, documents: Iterable[str], folder: epath.PathLike, progress: bool = True
 ) -> HFTokenizer | SentencePieceTokenizer:
-    """Trains a tokenizer and writes it into a new (or empty) folder, whole or not at all.
+    """Trains a tokenizer and writes it into a new or empty folder, atomically.
 
-    Errors of `documents` pass through. Raises UserError for a folder with something in it, no documents, or too small
-    a vocabulary.
+    Raises:
+        UserError: the folder is not empty, there are no documents, or the vocabulary is too small for them. Errors
+            of `documents` pass through.
     """
     check_free(folder)
     folder = epath.Path(folder)
@@ -178,11 +175,7 @@ def train(
     tokenizer = config._load(files.TokenizerFiles(str(folder), content))
     if tokenizer.vocab_size != config.vocab_size:
         logger.warning("Asked for %d tokens, but the documents gave %d.", config.vocab_size, tokenizer.vocab_size)
-    record = {
-        "settings": config._settings(),
-        "samples": seen.count,
-        "identity": tokenizer.identity,
-    }
+    record = {"settings": config._settings(), "samples": seen.count, "identity": tokenizer.identity}
     files.publish(tokenizer.content() | {_SETTINGS: json.dumps(record, indent=2).encode()}, folder)
     tokenizer = config._load(files.read(folder))
     _check_round_trip(tokenizer, seen.first)
@@ -191,7 +184,7 @@ def train(
 
 
 def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: list[str]) -> None:
-    """Logs whether the texts come back from their ids, and where the first that does not differs."""
+    """Logs whether the texts come back from their ids, and where the first that does not come back differs."""
     texts = well_formed(texts)
     ids, lengths = tokenizer.encode_batch(texts)
     pieces = np.split(ids, np.cumsum(lengths)[:-1])
@@ -210,19 +203,21 @@ def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: li
 
 
 def check_free(folder: epath.PathLike) -> None:
-    """Raises UserError if a tokenizer cannot be written there because there is something already."""
+    """Raises UserError if the folder already holds something."""
     folder = epath.Path(folder)
     if (folder / _SETTINGS).exists():
         raise UserError(f"{folder} already holds a tokenizer: delete it, or choose another")
-    # An object store may hold what a kill left there, which is written over.
+    # On an object store there may be what a killed run left; it is overwritten.
     if files.is_local(folder) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: delete it, or choose another")
 
 
 class _Counted:
-    """Documents with a progress bar (or, without a terminal, a line for each tenth), counted, and never none.
+    """Documents with a progress bar, or without a terminal a line for each tenth; raises UserError if there is none.
 
-    first: the beginnings of the first documents.
+    Attributes:
+        count: documents so far.
+        first: the beginnings of the first documents.
     """
 
     def __init__(self, documents: Iterator[str], expected: int, progress: bool):
@@ -273,7 +268,7 @@ def _train_bpe(config: TrainTokenizer, documents: Iterable[str]) -> dict[str, by
 
 
 def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> bytes:
-    # Read to the end before the library sees anything: it would turn their errors into its own.
+    # Read to the end first: the library would turn the documents' errors into its own.
     sample = _fair_sample(_pieces(documents), int(config.sample_mb * 1e6) // _PIECE_BYTES + 1)
     model = io.BytesIO()
     try:
@@ -282,7 +277,7 @@ def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> by
             model_writer=model,
             model_type=config.model_type,
             vocab_size=config.vocab_size,
-            # Fewer pieces where there are no more to be found, instead of an error.
+            # Where the text has fewer pieces, take those instead of failing.
             hard_vocab_limit=False,
             byte_fallback=config.byte_fallback,
             character_coverage=config.character_coverage,
@@ -307,9 +302,9 @@ def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> by
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[bytes]:
-    """Documents cut into UTF-8 pieces of at most _PIECE_BYTES, before a line end or a space if there is one.
+    """Cuts documents into UTF-8 pieces of at most _PIECE_BYTES, before a line end or a space if there is one.
 
-    Before, since the library strips line ends from the end of what it is given.
+    The library strips line ends from the end of its input, so they stay at the beginning of a piece.
     """
     for document in documents:
         text = well_formed([document])[0].encode()
@@ -330,7 +325,7 @@ def _pieces(documents: Iterable[str]) -> Iterator[bytes]:
 
 
 def _fair_sample(pieces: Iterable[bytes], size: int) -> list[bytes]:
-    """At most `size` of them, each as likely as any other (Vitter 1985, "Random sampling with a reservoir", R)."""
+    """Returns at most `size` pieces, a uniform sample (Vitter 1985, "Random sampling with a reservoir", R)."""
     random = philox("tokenizer sample")
     sample: list[bytes] = []
     for i, piece in enumerate(pieces):

@@ -15,7 +15,6 @@ from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source, Tokenizer
-from jaxtrain.model.attention import compiler_options
 from jaxtrain.plan import Plan
 from jaxtrain.trainer.state import abstract
 from jaxtrain.trainer.step import Batch, StepComponents, abstract_batch, eval_step, split_batch
@@ -36,8 +35,8 @@ def lower_eval_step(components: StepComponents, batch_size: int, seq_len: int, m
         found = jax.lax.map(lambda part: step(params, part, token_bytes_V), split_batch(batch, micro_batches, mesh))
         return {name: values.sum(dtype=values.dtype) for name, values in found.items()}
 
-    kernel = model.attention_choice(batch_size // micro_batches, seq_len).name
-    function = jax.jit(sums, out_shardings=whole, compiler_options=compiler_options(mesh, kernel))
+    options = model.compiler_options(batch_size // micro_batches, seq_len)
+    function = jax.jit(sums, out_shardings=whole, compiler_options=options)
     params = abstract(model, components.optimizer, mesh)["params"]
     token_bytes = jax.ShapeDtypeStruct((model.vocab_size,), jnp.int32, sharding=whole)
     return function.lower(params, abstract_batch(mesh, batch_size, seq_len), token_bytes)

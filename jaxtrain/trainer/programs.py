@@ -220,10 +220,10 @@ class StagePrograms:
 
     def _misfit(self, key: _Key, needs: str) -> str:
         assert self.limit is not None
-        mesh, remat = self._components.mesh, self._components.model.config.remat
+        mesh = self._components.mesh
         fixes = ["a smaller model", f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})"]
-        if remat != "full" and not key.evaluates:
-            fixes.insert(0, f"model.remat=full (now {remat})")
+        if not key.evaluates:
+            fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
             fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")

@@ -9,7 +9,7 @@ from jaxtrain import cli
 from jaxtrain.checkpoint.restore import load_data, restore_params, step_folder
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.model.llama import Llama, Params
+from jaxtrain.interfaces import Model, Params
 
 
 @dataclasses.dataclass
@@ -24,7 +24,7 @@ class Restored:
 
     step: int
     add_bos: bool
-    model: Llama
+    model: Model
     tokenizer: Any
     params: Params
 

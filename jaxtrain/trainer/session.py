@@ -23,13 +23,14 @@ from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import Json, Source, Tokenizer
+from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
-from jaxtrain.model.generate import continuation, generate
+from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
+from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import StagePrograms
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 
@@ -317,15 +318,18 @@ def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> N
         " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
     # Asked here, since processes agree on each choice: compiling, in a thread, then finds it made.
+    teacher = None if distilled is None else distilled.teacher
     for stage in plan.stages:
-        choice = model.attention_choice(stage.batch_size, stage.seq_len)
-        logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
-        if distilled is not None and distilled.teacher is not None:
-            distilled.teacher.attention_choice(stage.batch_size, stage.seq_len)
-    for stage in () if eval_plan is None else eval_plan.stages:
-        model.attention_choice(stage.batch_size, stage.seq_len)
-    if distilled is not None and distilled.teacher is not None:
-        logger.info("Teacher: %s parameters", f"{distilled.teacher.num_params:,}")
+        if isinstance(model, AttentionModel):
+            choice = model.attention_choice(stage.batch_size, stage.seq_len)
+            logger.info("Stage %d: attention %s (%s)", stage.index, choice.name, choice.reason)
+        if isinstance(teacher, AttentionModel):
+            teacher.attention_choice(stage.batch_size, stage.seq_len)
+    if eval_plan is not None and isinstance(model, AttentionModel):
+        for stage in eval_plan.stages:
+            model.attention_choice(stage.batch_size, stage.seq_len)
+    if teacher is not None:
+        logger.info("Teacher: %s parameters", f"{teacher.num_params:,}")
 
 
 def _clean_up(cache: DiskCache) -> None:
@@ -347,18 +351,21 @@ def _initial_params(config: Config, components: StepComponents) -> Any:
 
 def sample(session: Session, params: Any, monitor: Monitor) -> None:
     """Continues the config's prompts. All processes call it."""
-    prompts, tokenizer = session.config.sample_prompts, session.tokenizer
-    ids, lengths = tokenizer.encode_batch(prompts)
-    prompts_ids = [piece.tolist() for piece in np.split(ids, np.cumsum(lengths)[:-1])]
+    tokenizer, model = session.tokenizer, session.components.model
+    ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
+    context = model.config.max_seq_len
+    prompts_ids = [piece.tolist()[1 - context :] for piece in np.split(ids, np.cumsum(lengths)[:-1])]
     texts = generate(
-        session.components.model,
+        model,
         params,
         prompts_ids,
-        max_new_tokens=_SAMPLE_TOKENS,
+        limit=session.limit,
+        beside=beside_params(session.components),
+        max_new_tokens=min(_SAMPLE_TOKENS, context - max(map(len, prompts_ids))),
         temperature=0.8,
         top_k=50,
         seed=session.config.seed,
         eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(prompts, prompts_ids, texts, strict=True):
+    for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
         monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")

@@ -1,4 +1,17 @@
-"""The train step and the evaluation step: pure functions (state, batch) → (state, metrics), compiled ahead of time."""
+"""The train step and the evaluation step: pure functions, compiled ahead of time for each shape of batch.
+
+One train step, from top to bottom:
+
+1. `_gradients` runs the model and the loss on each micro-batch and adds up sums and gradients.
+2. Sums and gradients are divided by the number of tokens with a loss in the whole batch, so the result does not depend
+   on micro-batches or the mesh.
+3. The gradient is clipped, and the optimizer makes new parameters. If the loss or the gradient is not finite, the old
+   parameters and optimizer state stay.
+4. The fingerprint takes in the batch.
+
+There is no communication to read here: parameters and batches carry shardings (distributed/sharding.py), and XLA
+derives the collectives from them. Only losses, attention and Muon say themselves what their devices exchange.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,36 +20,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, LossFn
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, LossFn, Model, Optimizer, Params
+from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
-from jaxtrain.model.attention import compiler_options
-from jaxtrain.model.llama import Llama
-from jaxtrain.optim.base import Optimizer
-from jaxtrain.optim.clip import clip_by_global_norm
 from jaxtrain.trainer.state import State, abstract
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-
-# A frozen teacher's parameters (() where its records come with the batch), and the weights of cross-entropy and
-# divergence, fp32.
+# A frozen teacher's parameters (() if its records come with the batch), and the weights of loss and divergence, fp32.
 Teaching = tuple[Any, Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """What a teacher adds to a step. abstract: shapes, types and shardings of its parameters.
+    """What a teacher adds to a step.
 
-    teacher: None where its records come with the batch, `width` bytes for each token.
+    Attributes:
+        teacher: None if its records come with the batch.
+        abstract: Shapes, types and shardings of its parameters; () without a teacher.
+        loss: In place of the step's own.
+        width: Bytes of a record for each token; 0 with a teacher.
     """
 
-    teacher: Llama | None
+    teacher: Model | None
     abstract: Any
     loss: DistillationFn
     width: int = 0
@@ -44,12 +57,14 @@ class Distilled:
 
 @dataclasses.dataclass(frozen=True)
 class StepComponents:
-    """What a step is made of. clip_norm: the most that the gradient's global norm may be; None for no clipping.
+    """What a step is made of.
 
-    distilled: None for training without a teacher; evaluation always is.
+    Attributes:
+        clip_norm: The most that the global norm of the gradient may be; None for no clipping.
+        distilled: None for training without a teacher. Evaluation never uses it.
     """
 
-    model: Llama
+    model: Model
     loss: LossFn
     optimizer: Optimizer
     mesh: Mesh
@@ -57,7 +72,7 @@ class StepComponents:
     distilled: Distilled | None = None
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Of the model's training, and of the teacher's forward pass: a third of what its training would take."""
+        """FLOPs of the model's training and the teacher's forward pass, which is a third of what training it takes."""
         flops = self.model.flops_per_token(seq_len)
         if self.distilled is None or self.distilled.teacher is None:
             return flops
@@ -68,11 +83,138 @@ class StepComponents:
         """Bytes of a teacher's record that come with each token of a batch; 0 for none."""
         return 0 if self.distilled is None else self.distilled.width
 
+    def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
+        """Options of XLA for a step with micro-batches of this shape."""
+        teacher = None if self.distilled is None else self.distilled.teacher
+        options = {} if teacher is None else teacher.compiler_options(batch_size, seq_len)
+        return options | self.model.compiler_options(batch_size, seq_len)
+
+
+def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
+    """A function (state, batch, learning_rate fp32, rows_before[, teaching]) -> (state, metrics).
+
+    `rows_before` are the rows trained on before this step as uint32 (low, high). `teaching` comes with a teacher only:
+    it is no part of the state, so it is neither donated nor saved, and gets no gradient.
+
+    Loss and gradient are means over the tokens of the whole batch that have a loss, however it is cut. A non-finite
+    loss or gradient leaves parameters and optimizer alone and is counted. A batch without a single such token changes
+    nothing but the step.
+    """
+
+    def step(
+        state: State, batch: Batch, learning_rate: jax.Array, rows_before: Any, teaching: Teaching | None = None
+    ) -> tuple[State, Metrics]:
+        params, opt, meta = state["params"], state["opt"], state["meta"]
+        grads, sums = _gradients(parts, params, batch, micro_batches, teaching)
+        tokens = batch["loss_mask"].sum(dtype=jnp.int32)
+        scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.tree.norm(grads)
+        if parts.clip_norm is not None:
+            # Pascanu et al. 2013, algorithm 1.
+            shrink = parts.clip_norm / jnp.maximum(norm, parts.clip_norm)
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        new = parts.optimizer.update(grads, opt, params, learning_rate)
+        # A select and no branch: XLA fuses it into the update, and all devices do the same.
+        apply = finite & (tokens > 0)
+        params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
+        numbers = fingerprint.row_numbers(rows_before, batch["tokens"].shape[0], jnp)
+        skipped = (~finite).astype(jnp.int32)
+        in_a_row = meta["skipped_in_a_row"]
+        meta = {
+            "step": meta["step"] + 1,
+            "fingerprint": meta["fingerprint"] + fingerprint.of_rows(batch, *numbers, jnp),
+            "skipped": meta["skipped"] + skipped,
+            "skipped_in_a_row": jnp.where(tokens > 0, (in_a_row + 1) * skipped, in_a_row),
+        }
+        metrics = {name: value * scale for name, value in sums.items()}
+        metrics |= {"grad_norm": norm, **{name: meta[name] for name in ("fingerprint", "skipped", "skipped_in_a_row")}}
+        return {"params": params, "opt": opt, "meta": meta}, metrics
+
+    return step
+
+
+def _gradients(
+    parts: StepComponents, params: Params, batch: Batch, count: int, teaching: Teaching | None
+) -> tuple[Params, Metrics]:
+    """The gradient of the loss's sum over the whole batch, in `count` micro-batches, and all sums, fp32."""
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        sums = _sums(parts, params, batch, teaching)
+        return sums["loss"], sums
+
+    differentiate = jax.grad(loss, has_aux=True)
+    if count == 1:
+        return differentiate(params, batch)
+
+    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
+
+    micro_batches = split_batch(batch, count, parts.mesh)
+    shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
+    grads, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # XLA would replicate the zeros, and with them the sum.
+    grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(parts.mesh, parts.model.axes))
+    return jax.lax.scan(add, (grads, sums), micro_batches)[0]
+
+
+def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """[B, T] -> [count, B / count, T]. Micro-batch a is rows a::count, so that each device splits its own rows."""
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x = x_BT.reshape(-1, count, *x_BT.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, mesh, (None, "batch", "sequence"))
+
+    return {name: split(x_BT) for name, x_BT in batch.items()}
+
+
+def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:
+    """Sums over the tokens of a micro-batch that have a loss: of the loss, its terms, and what the model reports."""
+    inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
+    x_BTD, losses, reports = parts.model.hidden(params, *inputs)
+    head_DV = parts.model.head(params)
+    if parts.distilled is None or teaching is None:
+        sums = parts.loss(x_BTD, head_DV, batch["targets"], batch["loss_mask"])
+    else:
+        teacher = parts.distilled.teacher
+        # Closed over and cut off: nothing of the teacher's forward pass is kept for a backward pass.
+        frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
+        says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
+        rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
+        sums = parts.distilled.loss(x_BTD, head_DV, *says, *rest)
+    # The model's are means over the micro-batch. Times its tokens, they are added up and divided as the loss is.
+    tokens = batch["loss_mask"].sum(dtype=jnp.int32).astype(jnp.float32)
+    extra = {name: value * tokens for name, value in {**losses, **reports}.items()}
+    taken = extra.keys() & {*sums, "grad_norm", "fingerprint", "skipped", "skipped_in_a_row"}
+    if taken:
+        raise ValueError(f"the model reports {', '.join(sorted(taken))}, which the trainer reports: choose other names")
+    return {**sums, **extra, "loss": sum((extra[name] for name in losses), sums["loss"])}
+
+
+def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
+    """A function (params, batch, token_bytes int32 [V]) -> sums: `nats` of the plain cross-entropy, `tokens`, and
+    `bytes` that the targets stand for."""
+    cross_entropy = CrossEntropy().build(parts.model.vocab_size, parts.mesh)
+
+    def step(params: Params, batch: Batch, token_bytes_V: jax.Array) -> Metrics:
+        x_BTD = parts.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
+        mask_BT = batch["loss_mask"]
+        arrays = (x_BTD, parts.model.head(params), batch["targets"], mask_BT)
+        sums = parts.loss(*arrays)
+        if "ce_loss" not in sums:
+            sums = cross_entropy(*arrays)
+        bytes_BT = jnp.where(mask_BT, token_bytes_V[batch["targets"]], 0)
+        return {"nats": sums["ce_loss"], "tokens": mask_BT.sum(dtype=jnp.int32), "bytes": bytes_BT.sum(dtype=jnp.int32)}
+
+    return step
+
 
 def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: int | None) -> int:
     """In how many micro-batches a batch is taken, so that a device has at most `micro_batch_tokens` at once.
 
-    Raises UserError if the mesh does not divide the batch.
+    Raises:
+        UserError: The mesh does not divide the batch.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % devices:
@@ -90,115 +232,12 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
     return next(a for a in sharding.divisors(rows) if a == rows or rows // a * tokens <= micro_batch_tokens)
 
 
-def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """[B, T] → [count, B / count, T]. Micro-batch a is rows a::count: each device splits its own rows."""
-
-    def split(x_BT: jax.Array) -> jax.Array:
-        x = x_BT.reshape(-1, count, *x_BT.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(x, mesh, (None, "batch", "sequence"))
-
-    return {name: split(x_BT) for name, x_BT in batch.items()}
-
-
-def _loss_sums(parts: StepComponents, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    x_BTD = parts.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"])
-    sums = parts.loss(x_BTD, parts.model.head(params), batch["targets"], batch["loss_mask"])
-    return sums["loss"], sums
-
-
-def _distilled_sums(parts: StepComponents, params: Any, batch: Batch, teaching: Teaching) -> tuple[jax.Array, Metrics]:
-    distilled = parts.distilled
-    assert distilled is not None
-    # Both closed over and cut off: nothing of the teacher's forward pass is kept for a backward pass.
-    frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
-    inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
-    if distilled.teacher is None:
-        says = (batch[RECORDS],)
-    else:
-        says = (distilled.teacher.hidden(frozen, *inputs), distilled.teacher.head(frozen))
-    x_BTD = parts.model.hidden(params, *inputs)
-    rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
-    sums = distilled.loss(x_BTD, parts.model.head(params), *says, *rest)
-    return sums["loss"], sums
-
-
-def _gradients(
-    parts: StepComponents, params: Any, batch: Batch, count: int, teaching: Teaching | None
-) -> tuple[Any, Metrics]:
-    """Sums over the whole batch of the loss's parts, and the gradient of the sum, in fp32."""
-
-    def sums(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        return _loss_sums(parts, params, batch) if teaching is None else _distilled_sums(parts, params, batch, teaching)
-
-    differentiate = jax.grad(sums, has_aux=True)
-    if count == 1:
-        return differentiate(params, batch)
-
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
-
-    micro_batches = split_batch(batch, count, parts.mesh)
-    shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    layout = sharding.tree_shardings(parts.mesh, parts.model.axes)
-    zeros = (jax.lax.with_sharding_constraint(zeros[0], layout), zeros[1])
-    return jax.lax.scan(add, zeros, micro_batches)[0]
-
-
-def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
-    """(state, batch, learning_rate fp32, rows_before (uint32 low, high)[, teaching]) → (state, metrics).
-
-    teaching: with a teacher only. It is no part of the state: not donated, not saved, and has no gradient.
-
-    Loss and gradient are means over the tokens of the whole batch that have a loss, however it is cut. A non-finite
-    loss or gradient leaves parameters and optimizer alone and is counted. A batch without any such token changes
-    nothing but the step.
-    """
-
-    def step(
-        state: State, batch: Batch, learning_rate: jax.Array, rows_before: Any, teaching: Teaching | None = None
-    ) -> tuple[State, Metrics]:
-        params, opt, meta = state["params"], state["opt"], state["meta"]
-        grads, sums = _gradients(parts, params, batch, micro_batches, teaching)
-        tokens = batch["loss_mask"].sum(dtype=jnp.int32)
-        scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        grads, norm = clip_by_global_norm(grads, jnp.inf if parts.clip_norm is None else parts.clip_norm)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        apply = finite & (tokens > 0)
-        new = parts.optimizer.update(grads, opt, params, learning_rate)
-        params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
-        numbers = fingerprint.row_numbers(rows_before, batch["tokens"].shape[0], jnp)
-        skipped = (~finite).astype(jnp.int32)
-        meta = {
-            "step": meta["step"] + 1,
-            "fingerprint": meta["fingerprint"] + fingerprint.of_rows(batch, *numbers, jnp),
-            "skipped": meta["skipped"] + skipped,
-            "skipped_in_a_row": jnp.where(
-                tokens > 0, (meta["skipped_in_a_row"] + 1) * skipped, meta["skipped_in_a_row"]
-            ),
-        }
-        metrics = {name: value * scale for name, value in sums.items()}
-        metrics |= {"grad_norm": norm, **{name: meta[name] for name in ("fingerprint", "skipped", "skipped_in_a_row")}}
-        return {"params": params, "opt": opt, "meta": meta}, metrics
-
-    return step
-
-
-def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
-    """(params, batch, token_bytes int32 [V]) → sums: `nats`, `tokens`, and `bytes` that the targets stand for."""
-
-    def step(params: Any, batch: Batch, token_bytes_V: jax.Array) -> Metrics:
-        _, sums = _loss_sums(parts, params, batch)
-        mask_BT = batch["loss_mask"]
-        bytes_BT = jnp.where(mask_BT, token_bytes_V[batch["targets"]], 0)
-        return {"nats": sums["ce_loss"], "tokens": mask_BT.sum(dtype=jnp.int32), "bytes": bytes_BT.sum(dtype=jnp.int32)}
-
-    return step
-
-
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-    """width: bytes of a teacher's record for each token; 0 for a batch without."""
+    """A batch's shapes, types and shardings.
+
+    Args:
+        width: Bytes of a teacher's record for each token; 0 for a batch without records.
+    """
     layout = sharding.batch_sharding(mesh)
     types = {name: np.dtype(bool) if name == "loss_mask" else np.dtype(np.int32) for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), types[name], sharding=layout) for name in BATCH_FIELDS}
@@ -214,14 +253,13 @@ def lower_train_step(parts: StepComponents, batch_size: int, seq_len: int, micro
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     word = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
-    teacher = None if parts.distilled is None else parts.distilled.teacher
-    models = (parts.model,) if teacher is None else (parts.model, teacher)
-    kernels = (model.attention_choice(batch_size // micro_batches, seq_len).name for model in models)
-    options = compiler_options(parts.mesh, *kernels)
+    inputs = [state, abstract_batch(parts.mesh, batch_size, seq_len, parts.record_width), scalar, (word, word)]
+    if parts.distilled is not None:
+        inputs.append((parts.distilled.abstract, scalar, scalar))
     function = jax.jit(
-        train_step(parts, micro_batches), donate_argnums=0, out_shardings=(layout, whole), compiler_options=options
+        train_step(parts, micro_batches),
+        donate_argnums=0,
+        out_shardings=(layout, whole),
+        compiler_options=parts.compiler_options(batch_size // micro_batches, seq_len),
     )
-    inputs = (state, abstract_batch(parts.mesh, batch_size, seq_len, parts.record_width), scalar, (word, word))
-    if parts.distilled is None:
-        return function.lower(*inputs)
-    return function.lower(*inputs, (parts.distilled.abstract, scalar, scalar))
+    return function.lower(*inputs)

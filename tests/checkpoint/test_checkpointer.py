@@ -346,12 +346,14 @@ def test_processes_share_listing_and_verifying(tmp_path):
     folder = epath.Path(tmp_path)
     for process in range(3):
         for item in ("params", "opt"):
-            path = folder / item / f"ocdbt.process_{process}" / "d" / "array"
+            path = folder / f"{item}.orbax-checkpoint-tmp" / f"ocdbt.process_{process}" / "d" / "array"
             path.parent.mkdir(parents=True)
             path.write_bytes(bytes([process]) * 100)
-    (folder / "params" / "manifest.ocdbt").write_bytes(b"x")
     for process in range(3):
         integrity.write_share(folder, process)
+    for item in ("params", "opt"):
+        (folder / f"{item}.orbax-checkpoint-tmp").rename(folder / item)
+    (folder / "params" / "manifest.ocdbt").write_bytes(b"x")
     integrity.write(folder, 3, skip="_CHECKPOINT_METADATA")
     listed = json.loads((folder / "files.json").read_text())
     assert len(listed) == 7

@@ -66,7 +66,7 @@ def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
     @jax.jit
     def log_p(tokens_T: jax.Array) -> jax.Array:
         """Padding comes after the tokens, which see nothing of it."""
-        x = alone.hidden(weights, tokens_T[None], jnp.ones((1, context), jnp.int32), jnp.arange(context)[None])
+        x = alone.hidden(weights, tokens_T[None], jnp.ones((1, context), jnp.int32), jnp.arange(context)[None]).x
         return jax.nn.log_softmax((x @ alone.head(weights))[0, :, :VOCAB])
 
     for tokens, records in zip(documents(), found, strict=True):

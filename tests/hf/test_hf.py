@@ -35,7 +35,7 @@ def logits(model, params, tokens_BT):
 
     @jax.jit
     def run(params):
-        return model.hidden(params, tokens_BT, np.ones_like(positions), positions) @ model.head(params)
+        return model.hidden(params, tokens_BT, np.ones_like(positions), positions).x @ model.head(params)
 
     return np.asarray(run(params))[..., : model.vocab_size]
 

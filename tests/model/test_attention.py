@@ -12,7 +12,7 @@ import pytest
 
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
-from jaxtrain.model import attention, attention_cudnn, attention_xla
+from jaxtrain.model import attention, attention_cudnn, attention_xla, llama
 from jaxtrain.model.attention import Shape, attend, choose
 from jaxtrain.model.llama import LlamaConfig
 from tests.model import reference
@@ -252,10 +252,26 @@ def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatc
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
     model = config.build(50, None)
     inputs = [np.ones((1, 8), np.int32)] * 3
-    x = jax.jit(model.hidden)(jax.jit(model.init)(jax.random.key(0)), *inputs)
+    x = jax.jit(model.hidden)(jax.jit(model.init)(jax.random.key(0)), *inputs).x
     assert x.shape == (1, 8, 16)
     assert "cudnn is not used for rows of 8" in caplog.text
     assert model.attention_choice(1, 8).name == "xla"
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_processes_agree_on_a_kernels_check(elsewhere, monkeypatch):
+    """One check for a length of rows, whatever their number: threads that compile ask for others, without consensus."""
+    checked, told = [], []
+    monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
+    monkeypatch.setattr(attention, "self_check", lambda name, shape: checked.append(shape))
+    monkeypatch.setattr(llama.consensus, "any_process", lambda failed: told.append(failed) or elsewhere)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
+    model = config.build(50, None)
+    choices = [model.attention_choice(rows, 8) for rows in (16, 4, 1)]
+    assert {choice.name for choice in choices} == {"xla" if elsewhere else "cudnn"}
+    assert len(checked) == len(told) == 1
+    if elsewhere:
+        assert "it fails on another process" in choices[0].reason
 
 
 def test_xla_in_bfloat16_errs_by_bfloat16_rounding_only():

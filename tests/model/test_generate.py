@@ -23,7 +23,7 @@ def greedy_by_whole_forward_passes(model, params, prompt):
     for _ in range(NEW):
         tokens = np.zeros((1, 96), np.int32)  # one shape for all lengths: what follows is not seen
         tokens[0, : len(ids)] = ids
-        x = hidden(params, tokens, np.ones_like(tokens), np.arange(96, dtype=np.int32)[None])
+        x = hidden(params, tokens, np.ones_like(tokens), np.arange(96, dtype=np.int32)[None]).x
         ids.append(int(np.argmax((x[0, len(ids) - 1] @ model.head(params))[:VOCAB])))
     return ids[len(prompt) :]
 
@@ -120,6 +120,12 @@ def test_rows_and_steps_draw_independently():
         ([[1], []], {}, "Prompt 1 is empty"),
         ([[1, VOCAB]], {}, "Prompt 0 has the id 300, outside of the model's vocabulary of 300"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        (
+            [[1, 2]],
+            {"max_new_tokens": 2047},
+            "Prompt 0 has 2 tokens, .* context of 2048 .*: lower max_new_tokens to 2046",
+        ),
+        ([[1] * 2048], {}, r"Prompt 0 has 2048 tokens, .* \(max_seq_len\): shorten the prompt"),
         ([[1]], {"temperature": -1.0}, "temperature=-1"),
         ([[1]], {"top_k": 0}, "top_k=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0"),
@@ -135,3 +141,22 @@ def test_bfloat16_generates():
     model = dataclasses.replace(EVERYTHING, dtype="bfloat16").build(VOCAB, None)
     texts = generate(model, random_params(model), PROMPTS[:1], max_new_tokens=3, top_k=5, top_p=0.9)
     assert len(texts[0]) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_number_of_prompts_at_once_changes_no_text(rows):
+    model = TINY.build(VOCAB, None)
+    params = random_params(model)
+    seen = []
+    whole = generate(model, params, PROMPTS, max_new_tokens=NEW, seed=5)
+    parts = generate(
+        model,
+        params,
+        PROMPTS,
+        max_new_tokens=NEW,
+        seed=5,
+        rows_at_once=rows,
+        on_token=lambda row, id: seen.append((row, id)),
+    )
+    assert parts == whole
+    assert sorted(seen) == sorted((row, id) for row, ids in enumerate(whole) for id in ids)

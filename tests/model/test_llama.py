@@ -62,7 +62,7 @@ def _last_names(tree):
 
 def loss_of(model: Llama):
     def loss(params, batch):
-        logits = model.hidden(params, *batch) @ model.head(params)
+        logits = model.hidden(params, *batch).x @ model.head(params)
         targets = jnp.roll(batch[0], -1, axis=1)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
 

@@ -14,7 +14,8 @@ import pytest
 
 from jaxtrain.distributed.sharding import MeshConfig, is_axes, tree_shardings
 from jaxtrain.errors import UserError
-from jaxtrain.optim.base import Optimizer
+from jaxtrain.interfaces import Optimizer
+from jaxtrain.optim.base import state_axes
 
 # One parameter of each kind that the models have; 3 layers, so that no mesh of 8 divides them.
 SIZES = {"layers": 3, "vocab": 32, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 24, "norm": 16}
@@ -60,6 +61,7 @@ def all_finite(tree: Any) -> bool:
 class Battery:
     config: Any
     sharded_rtol = 1e-5  # of a step, sharded against unsharded
+    wrong_fields = ({"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0})
 
     @pytest.fixture
     def optimizer(self) -> Optimizer:
@@ -84,7 +86,7 @@ class Battery:
         def check(axes, leaf):
             assert leaf.shape == tuple(SIZES[axis] for axis in axes)
 
-        jax.tree.map(check, optimizer.state_axes, optimizer.init(sample(0)), is_leaf=is_axes)
+        jax.tree.map(check, state_axes(optimizer, AXES, sample(0)), optimizer.init(sample(0)), is_leaf=is_axes)
 
     def test_memory_is_given_back(self, optimizer):
         params, gradient = sample(0), sample(1)
@@ -138,7 +140,8 @@ class Battery:
     def test_sharded_equals_unsharded(self, optimizer, sizes):
         mesh = MeshConfig(**sizes).build()
         sharded = self.config.build(AXES, mesh)
-        param_shardings, state_shardings = tree_shardings(mesh, AXES), tree_shardings(mesh, sharded.state_axes)
+        param_shardings = tree_shardings(mesh, AXES)
+        state_shardings = tree_shardings(mesh, state_axes(sharded, AXES, sample(0)))
         params = jax.device_put(sample(0), param_shardings)
         state = jax.jit(sharded.init, out_shardings=state_shardings)(params)
         update = jax.jit(sharded.update, out_shardings=(param_shardings, state_shardings))
@@ -162,10 +165,8 @@ class Battery:
             params, state = update(gradient(params), state, params, jnp.float32(0.1))
         assert distance(params) < 0.5 * before
 
-    @pytest.mark.parametrize(
-        "wrong", [{"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0}], ids=str
-    )
-    def test_refuses_wrong_fields(self, wrong):
+    def test_refuses_wrong_fields(self):
         self.config.check()
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            dataclasses.replace(self.config, **wrong).check()
+        for wrong in self.wrong_fields:
+            with pytest.raises(UserError, match=next(iter(wrong))):
+                dataclasses.replace(self.config, **wrong).check()

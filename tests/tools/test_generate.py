@@ -56,6 +56,7 @@ def test_texts_are_those_of_generate(workdir, tmp_path, capsys):
         (["--prompts=/nowhere/at/all"], "/nowhere/at/all"),
         (["--prompt=w1", "--samples=0"], "--samples=0"),
         (["--prompt=w1", "--temperature=-1"], "temperature=-1"),
+        (["--prompt=w1", "--max_new_tokens=64"], "context of 64 (max_seq_len): lower max_new_tokens to 63 or less"),
     ],
 )
 def test_refusals(flags, said, workdir, capsys):

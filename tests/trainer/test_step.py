@@ -1,5 +1,6 @@
 """The train step: the same on every mesh and however a batch is cut; its guards; against a plain loss and gradient."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -13,6 +14,7 @@ from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Hidden
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
@@ -138,9 +140,8 @@ def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
     params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
 
     def plain(params: Any) -> jax.Array:
-        x_BTD = parts.model.hidden(
-            params, *(jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
-        )
+        inputs = (jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
+        x_BTD = parts.model.hidden(params, *inputs).x
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, parts.model.head(params))[..., :VOCAB]
         nats_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["targets"][..., None], axis=-1)[..., 0]
         return (nats_BT * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
@@ -235,3 +236,34 @@ def test_a_mesh_that_does_not_divide_the_batch() -> None:
         accumulation(make_mesh(2, 4), 12, SEQ, None)
     with pytest.raises(UserError, match=r"seq_len=15.*mesh.context=2"):
         accumulation(make_mesh(4, 1, 1, 2), 8, 15, None)
+
+
+def test_auxiliary_losses_are_added_and_reported_however_a_batch_is_cut(alone: Any) -> None:
+    """A model's own loss, a mean over its rows, counts in each micro-batch by the tokens there."""
+    parts = make_parts()
+
+    class Routed:
+        """The model, with a loss that differs between rows."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(parts.model, name)
+
+        def hidden(self, params: Any, tokens: Any, segment_ids: Any, positions: Any) -> Hidden:
+            x = parts.model.hidden(params, tokens, segment_ids, positions).x
+            return Hidden(x, {"router_loss": 0.01 * jnp.mean(jnp.square(x))}, {"load": jnp.mean(tokens * 1.0)})
+
+    model: Any = Routed()
+    routed = dataclasses.replace(parts, model=model)
+    batch = make_batch(1)
+    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    _, (whole,) = run(routed, [batch])
+    np.testing.assert_allclose(whole["loss"], alone[1][0]["loss"] + whole["router_loss"], rtol=1e-6)
+    x = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
+    np.testing.assert_allclose(whole["router_loss"], 0.01 * np.mean(np.square(x)), rtol=1e-5)
+    np.testing.assert_allclose(whole["load"], batch["tokens"].mean(), rtol=1e-6)
+    assert whole["grad_norm"] != alone[1][0]["grad_norm"]
+    _, (cut,) = run(routed, [batch], micro_batches=4)
+    counts = batch["loss_mask"].reshape(-1, 4, SEQ).sum(axis=(0, 2))
+    loads = batch["tokens"].reshape(-1, 4, SEQ).mean(axis=(0, 2))
+    np.testing.assert_allclose(cut["load"], (counts * loads).sum() / counts.sum(), rtol=1e-6)
+    np.testing.assert_allclose(cut["loss"], cut["ce_loss"] + cut["router_loss"], rtol=1e-6)

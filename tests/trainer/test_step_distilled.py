@@ -63,7 +63,7 @@ def test_loss_and_state(alone: Any) -> None:
     params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
 
     def log_softmax(model: Any, params: Any, heat: float) -> jax.Array:
-        x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+        x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
         return jax.nn.log_softmax((x_BTD @ model.head(params))[..., :VOCAB] / heat)
 
     log_q, log_p = log_softmax(parts.model, params, 2.0), log_softmax(parts.distilled.teacher, frozen, 2.0)

@@ -54,7 +54,7 @@ def _forward(step: JaxStep, size: Size) -> Any:
 
     @jax.jit
     def forward(params: Any, batch: Any) -> jax.Array:
-        x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+        x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
         return loss(x_BTD, model.head(params), batch["targets"], batch["loss_mask"])["loss"]
 
     return lambda: jax.block_until_ready(forward(params, step.batch))

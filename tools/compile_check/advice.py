@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from jaxtrain.cost import roofline
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory_formula import state_bytes
 from jaxtrain.interfaces import Json
@@ -20,10 +21,9 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
         misfits: the stages that do not fit, with `batch_size` and `seq_len`.
     """
     model, optimizer, mesh = components.model, components.optimizer, components.mesh.shape
-    remat, longest = model.config.remat, max(stage["seq_len"] for stage in misfits)
+    longest = max(stage["seq_len"] for stage in misfits)
     said = ["\nWhat may help (micro-batches are one row a chip already, so a smaller batch alone does not):"]
-    if remat != "full":
-        said.append(f"  - --config.model.remat=full (now {remat}): the backward pass keeps only each layer's input")
+    said += [f"  - --config.{change}" for change in model.memory_advice()]
     now = state_bytes(model, optimizer, mesh)
     for other in _meshes(components, longest, [stage["batch_size"] for stage in misfits]):
         flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in other.items() if size != mesh[axis])
@@ -47,16 +47,16 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
 
 def _meshes(components: StepComponents, seq_len: int, batch_sizes: Sequence[int]) -> Iterator[dict[str, int]]:
     """A few meshes of the same number of chips that divide model and batches, with less on each chip."""
-    config, now = components.model.config, dict(components.mesh.shape)
+    config, width, now = components.model.config, roofline.width(components.model), dict(components.mesh.shape)
     chips, shown = components.mesh.size, 0
-    heads = math.gcd(config.num_heads, config.num_kv_heads)
+    heads = math.gcd(getattr(config, "num_heads", 1), getattr(config, "num_kv_heads", 0))
     for tensor in (now["tensor"], *(d for d in (2, 4, 8) if heads % d == 0 and d > now["tensor"])):
         for context in (now["context"], *(d for d in (2, 4, 8) if seq_len % d == 0 and d > now["context"])):
             if chips % (tensor * context):
                 continue
             fsdp = chips // (tensor * context)
             other = {"data": 1, "fsdp": fsdp, "tensor": tensor, "context": context}
-            divides = config.hidden_size % fsdp == 0 and all(size % fsdp == 0 for size in batch_sizes)
+            divides = width % fsdp == 0 and all(size % fsdp == 0 for size in batch_sizes)
             if other != now and divides and shown < _MAX_MESHES:
                 shown += 1
                 yield other

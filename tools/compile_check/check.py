@@ -13,7 +13,7 @@ from jaxtrain.cost import clusters, hlo, memory, roofline
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed import sharding
-from jaxtrain.interfaces import Json
+from jaxtrain.interfaces import AttentionModel, Json
 from jaxtrain.trainer import offline, session, state
 from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
 from jaxtrain.trainer.step import StepComponents
@@ -42,7 +42,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
         "cluster": str(cluster),
         "chips": cluster.num_chips,
         "mesh": dict(mesh.shape),
-        "remat": config.model.remat,
+        "remat": roofline.remat(components.model),
         "parameters": components.model.num_params,
         "vocab_size": vocab_size,
         "limit_bytes": limit,
@@ -110,11 +110,13 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
 
 def _stage(config: Config, cluster: Cluster, components: StepComponents, stages: StagePrograms, shown: Json) -> Json:
     batch_size, seq_len = shown["batch_size"], shown["seq_len"]
-    choice = components.model.attention_choice(batch_size, seq_len)
     logger.info(f"\nStage {', '.join(shown['names'])}: {batch_size:,} rows of {seq_len:,} tokens a step")
-    blocks = "; queries in blocks of 128, no [T, T] tensor" if choice.name == "xla" else ""
-    logger.info(f"  Attention: {choice.name} ({choice.reason}{blocks})")
-    found: Json = {"attention": choice.name, "attention_reason": choice.reason}
+    found: Json = {"attention": None, "attention_reason": None}
+    if isinstance(components.model, AttentionModel):
+        choice = components.model.attention_choice(batch_size, seq_len)
+        blocks = "; queries in blocks of 128, no [T, T] tensor" if choice.name == "xla" else ""
+        logger.info(f"  Attention: {choice.name} ({choice.reason}{blocks})")
+        found = {"attention": choice.name, "attention_reason": choice.reason}
     try:
         _check_arrays(components, stages.limit)
         program = stages.program(batch_size, seq_len)
@@ -165,11 +167,11 @@ def _speed(
     )
     flops = components.flops_per_token(shape.seq_len)
     again = roofline.recomputed_flops_per_token(components.model, shape.seq_len)
-    best = roofline.roofline(cluster.chip, components, shape, config.loss.chunk_tokens, traffic)
+    best = roofline.roofline(cluster.chip, components, shape, roofline.loss_chunk(config.loss), traffic)
     per_chip = shape.tokens / shape.chips / 1e12
     logger.info(
         f"  FLOPs: {flops * per_chip:,.2f} TFLOP a chip and step by the model's formula, and {again * per_chip:,.2f} "
-        f"computed again (remat={config.model.remat})"
+        f"computed again (remat={roofline.remat(components.model)})"
     )
     times = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in best.seconds.items())
     logger.info(
@@ -212,7 +214,7 @@ def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tu
         logger.info("  " + cli.table(rows).replace("\n", "\n  "))
     unknown = sum(not one.exact for one in moved)
     if unknown:
-        logger.info(f"  {unknown} of them are in loops whose turns the program does not tell: counted for one turn.")
+        logger.info(f"  {unknown} of them are in loops with an unknown trip count: counted once.")
     return found
 
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from jaxtrain import cli
 from jaxtrain.config import Config
-from jaxtrain.cost import memory_formula
+from jaxtrain.cost import memory_formula, roofline
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory import limit_of_chip
 from jaxtrain.data.sources.webdataset import WebDataset
@@ -124,7 +124,7 @@ def memory(given: Outlook) -> Section:
             tokens = rows // count * stage.seq_len / given.mesh["context"]
             needed = held + teacher
             needed += memory_formula.temporary_bytes(
-                components.model, given.cluster.chip, given.mesh, config.loss.chunk_tokens, tokens, count
+                components.model, given.cluster.chip, given.mesh, roofline.loss_chunk(config.loss), tokens, count
             )
             if needed <= limit:
                 break
