@@ -1,4 +1,4 @@
-"""A 1B Llama on FineWeb-Edu, streamed from the Hub: 20 tokens for each parameter (Hoffmann et al. 2022)."""
+"""A 1B Llama on FineWeb-Edu, streamed from the Hub: 20 tokens per parameter (Hoffmann et al. 2022)."""
 
 from configs._base import pretrain
 from jaxtrain.config import Config

@@ -1,11 +1,11 @@
-"""A 270M Llama (270.6 million parameters) through a curriculum of ten stages, 1 billion tokens, streamed from the Hub.
+"""A 270M Llama (270.6 million parameters) trained through a ten-stage curriculum of 1 billion tokens from the Hub.
 
-Rows grow from 8 tokens to 2,048, and the shares of mathematics and code with them. Half of each row is repeated in the
-next one of its lane and source. The run ends at exactly 1,000,000,000 trained tokens.
+Rows grow from 8 to 2,048 tokens, and the shares of mathematics and code grow with them. Half of each row is repeated in
+the next row of its lane and source. The run ends at exactly 1,000,000,000 trained tokens.
 
-The embedding is the output head too: 50 million of 270. A head of its own would put a third of the parameters into two
-tables, most rows of which hardly occur in a billion tokens (Press & Wolf 2017; MobileLLM, Liu et al. 2024, section
-2.2.3, ties them below a billion parameters).
+The embedding is tied to the output head: 50 million of the 270 million parameters. A separate head would put a third of
+the parameters into two tables whose rows mostly hardly occur in a billion tokens (Press & Wolf 2017; MobileLLM, Liu et
+al. 2024, section 2.2.3, ties them below a billion parameters).
 """
 
 from configs import _curriculum
@@ -18,10 +18,10 @@ from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
-# Multiples of 32 lanes (and so of 8). Stages 1 to 5 take 131,072 tokens a step, the others 245,760 or 262,144: while
-# the loss falls fast, small batches make more of each token (McCandlish et al. 2018), and stage 1's 10 million give 77
-# updates; later, large ones make more of the devices. No stage is a whole number of batches: each ends at the step that
-# reaches its cumulative bound, which shortens the next one by less than 0.7%; the last batch is masked down.
+# Multiples of 32 lanes (and so of 8). Stages 1 to 5 take 131,072 tokens per step, the others 245,760 or 262,144. While
+# the loss falls fast, small batches learn more from each token (McCandlish et al. 2018), and the 10 million tokens of
+# stage 1 give 77 updates. Later, large batches use the devices better. No stage is a whole number of batches: each ends
+# at the step that reaches its cumulative bound, which shortens the next by less than 0.7%. The last batch is masked.
 _BATCH_SIZES = (16_384, 8192, 4096, 2048, 1024, 1024, 512, 320, 160, 128)
 
 
@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> Config:
         micro_batch_tokens=32_768,
         optimizer=AdamW(learning_rate=6e-4, schedule=_curriculum.schedule()),
         checkpoint=CheckpointConfig(every_steps=250, keep=2),
-        # Always on the last stage's rows and mix, so that the stages' losses can be compared.
+        # Evaluation always uses the last stage's rows and mix, so that losses are comparable across stages.
         eval=EvalConfig(every_tokens=25_000_000, tokens=524_288, batch_size=32),
         sample_prompts=("The capital of France is", "To solve 2x + 3 = 11, ", "def fibonacci(n):"),
     )

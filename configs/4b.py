@@ -1,4 +1,4 @@
-"""A 4B Llama on FineWeb-Edu, streamed from the Hub; rows of 4,096 tokens."""
+"""A 4B Llama on FineWeb-Edu, streamed from the Hub, with rows of 4,096 tokens."""
 
 from configs._base import pretrain
 from jaxtrain.config import Config

@@ -1,10 +1,10 @@
 """12 layers, hidden 1024, grouped queries, Muon, 10,000 steps of 64 rows of 2,048 tokens, streamed from FineWeb.
 
-With an argument, from tar shards: `'--config=configs/80m.py:s3://bucket/shard-{00000..01000}.tar.bz2'` (quoted, for the
-shell has braces of its own), through a disk cache of at most 35 GB (`--config.data.max_disk_gb=20` for less).
+With an argument it reads tar shards: `'--config=configs/80m.py:s3://bucket/shard-{00000..01000}.tar.bz2'` (quoted,
+because the shell expands braces), through a disk cache of at most 35 GB (`--config.data.max_disk_gb=20` for less).
 
-"80M" is the name that this shape has where it comes from; it has 141 million parameters without embeddings, and the
-run prints the true count. 64 rows are taken 8 at a time on one device.
+"80M" is the name this shape had originally. It has 141 million parameters without embeddings, and the run prints the
+true count. One device processes the 64 rows 8 at a time.
 """
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig

@@ -1,7 +1,7 @@
-"""A Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3) on FineWeb-Edu: rows of 8,192 tokens, 4M a batch.
+"""Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3) on FineWeb-Edu: rows of 8,192 tokens, batches of 4M.
 
-The tokenizer is Llama 3's own, for whose repository one has to accept Meta's terms; `--config.tokenizer.name=` takes
-another (with its `--config.tokenizer.vocab_size=`).
+The tokenizer is Llama 3's own; its repository requires accepting Meta's terms. `--config.tokenizer.name=` sets another
+(with its `--config.tokenizer.vocab_size=`).
 """
 
 import dataclasses

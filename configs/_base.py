@@ -1,4 +1,4 @@
-"""What the configs of this folder share."""
+"""Shared by the configs in this folder."""
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
@@ -12,7 +12,7 @@ from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 
 def fineweb_edu(tokens: int) -> HuggingFace:
-    """FineWeb-Edu's smallest sample that has so many tokens: of 10, 100 or 350 billion, or all 1.3 trillion."""
+    """The smallest FineWeb-Edu sample with at least `tokens` tokens: 10, 100 or 350 billion, or all 1.3 trillion."""
     samples = {9_500_000_000: "sample-10BT", 95_000_000_000: "sample-100BT", 340_000_000_000: "sample-350BT"}
     config_name = next((name for most, name in samples.items() if tokens <= most), "default")
     return HuggingFace(name="HuggingFaceFW/fineweb-edu", config_name=config_name, split="train", column="text")
@@ -26,7 +26,7 @@ def pretrain(
     learning_rate: float,
     micro_batch_tokens: int | None = None,
 ) -> Config:
-    """Pretraining of a Llama on FineWeb-Edu with a published tokenizer: cosine to a tenth, 1% held out."""
+    """Pretrains a Llama on FineWeb-Edu with a published tokenizer: cosine decay to a tenth, 1% held out."""
     return Config(
         model=model,
         tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M", vocab_size=49_152),

@@ -1,4 +1,4 @@
-"""What `270m_curriculum.py` and `curriculum_smoke.py` share: ten stages, in which rows, mathematics and code grow."""
+"""Shared by `270m_curriculum.py` and `curriculum_smoke.py`: ten stages of growing rows and shares of math and code."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,12 @@ SOURCES = ("web", "math", "code")
 
 
 def stages(batch_sizes: Sequence[int], tokens_per_million: int) -> tuple[Stage, ...]:
-    """batch_sizes: rows, one for each stage. tokens_per_million: what the table's million tokens are here."""
+    """The stages of the table.
+
+    Args:
+        batch_sizes: rows per batch, one for each stage.
+        tokens_per_million: number of tokens that stand for a million of the table's.
+    """
     return tuple(
         Stage(
             name=name,
@@ -37,5 +42,5 @@ def stages(batch_sizes: Sequence[int], tokens_per_million: int) -> tuple[Stage, 
 
 
 def schedule() -> WSD:
-    """Warm-up in stage 1, the peak up to stage 10, so that no stage learns less for its place; a decay inside that."""
+    """Warmup in stage 1, then constant so that every stage trains at the peak rate; decay within stage 10."""
     return WSD(warmup_fraction=0.01, decay_fraction=0.2)

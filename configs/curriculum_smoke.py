@@ -1,8 +1,8 @@
-"""The curriculum of `270m_curriculum.py` in minutes on two cores, without any network: half a million tokens in
-the same ten stages, lengths, shares and overlap, and a model of 0.66M parameters.
+"""The curriculum of `270m_curriculum.py` in minutes on two cores, without a network.
 
-Python's own standard library stands in for the three sources: its modules for the web, the tables in `encodings` for
-mathematics, its packages for code. All are in every installation of Python, small ones too.
+Half a million tokens in the same ten stages, with the same lengths, shares and overlap, and a model of 0.66M
+parameters. Python's own standard library stands in for the three sources: its modules for the web, the tables in
+`encodings` for mathematics, its packages for code. Every installation of Python has them, even a minimal one.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.tokenizers.training import TrainTokenizer
 
-# Multiples of 8 lanes; 512 to 16,384 tokens a step, so that every stage has eight steps or more.
+# Multiples of 8 lanes; 512 to 16,384 tokens per step, so that every stage has at least eight steps.
 _BATCH_SIZES = (64, 64, 32, 16, 16, 8, 8, 8, 8, 8)
 _PACKAGES = ("asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json", "logging",
              "multiprocessing", "re", "unittest", "urllib", "xml/*")  # fmt: skip

@@ -1,9 +1,9 @@
-"""A student of SmolLM2-360M's shape that learns from SmolLM2-1.7B on the fly, on FineWeb-Edu streamed from the Hub.
+"""A student with SmolLM2-360M's shape, distilled on the fly from SmolLM2-1.7B on FineWeb-Edu streamed from the Hub.
 
-The teacher's bfloat16 parameters (3.4 GB) lie on the devices beside the student's, sharded the same way; nothing of
-its outputs is stored. `--config.teacher.model=` takes another model of the same vocabulary, or a folder.
+The teacher's bfloat16 parameters (3.4 GB) are on the devices beside the student's, sharded the same way. Its outputs
+are not stored. `--config.teacher.model=` sets another model with the same vocabulary, or a folder.
 
-`:cached` learns from what the teacher said once of the first million documents (260 GB), several times over:
+`:cached` trains for several epochs on the teacher's cached outputs for the first million documents (260 GB):
 
     launch/local.sh 8 python -m tools.cache_teacher --config=configs/distill.py:cached --output=/data/teacher
     python -m jaxtrain.main --config=configs/distill.py:cached --config.teacher.cache=/data/teacher

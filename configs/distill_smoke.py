@@ -1,17 +1,19 @@
-"""Distillation in minutes on a processor, without any network. First the teacher, a small Llama on Python's standard
-library; then a smaller student that learns from it, and, to compare, the same student alone:
+"""Distillation in minutes on a CPU, without a network.
+
+First train the teacher, a small Llama on Python's standard library. Then distill a smaller student from it and, for
+comparison, train the same student alone:
 
     python -m jaxtrain.main --config=configs/distill_smoke.py:teacher
     python -m jaxtrain.main --config=configs/distill_smoke.py
     python -m jaxtrain.main --config=configs/distill_smoke.py:alone
 
-The same from a cache of what the teacher says of 200 documents, about 300 MB in the work directory:
+The same from a cache of the teacher's outputs for 200 documents, about 300 MB in the work directory:
 
     python -m tools.cache_teacher --config=configs/distill_smoke.py:cached
     python -m jaxtrain.main --config=configs/distill_smoke.py:cached
 
-Each command given again goes on where it stopped. All read the teacher's tokenizer, and some its parameters, from
-runs/distill_smoke-teacher: start them in the same folder as the first.
+Repeat a command to resume where it stopped. All commands read the teacher's tokenizer, and some its parameters, from
+runs/distill_smoke-teacher, so start them in the same folder as the first.
 """
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
@@ -32,7 +34,7 @@ from jaxtrain.tokenizers.training import TrainTokenizer
 TEACHER = "runs/distill_smoke-teacher"
 CACHE = "runs/distill_smoke-cached/teacher"
 STUDENT = (48, 128, 2, 2, 120)
-# Hidden, MLP, layers, heads, steps.
+# Hidden size, MLP size, layers, heads, steps.
 SIZES = {"teacher": (128, 352, 3, 4, 240), "": STUDENT, "alone": STUDENT, "cached": STUDENT}
 
 
@@ -41,7 +43,7 @@ def get_config(arg: str = "") -> Config:
         raise UserError(f"configs/distill_smoke.py:{arg}: give teacher, alone, cached, or nothing")
     hidden, mlp, layers, heads, steps = SIZES[arg]
     cached = arg == "cached"
-    # Processors have no bfloat16 units.
+    # CPUs have no bfloat16 units.
     teacher = Teacher(model=TEACHER, dtype="float32", cache=CACHE if cached else None)
     trained = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
     return Config(

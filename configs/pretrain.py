@@ -1,11 +1,11 @@
-"""Presets by size: `configs/pretrain.py:tiny`, `small`, `medium`, `large` (1.8B), `xlarge`; FineWeb-Edu by stream."""
+"""Presets by size, on streamed FineWeb-Edu: `configs/pretrain.py:tiny`, `small`, `medium`, `large` (1.8B), `xlarge`."""
 
 from configs._base import pretrain
 from jaxtrain.config import Config
 from jaxtrain.errors import UserError
 from jaxtrain.model.llama import LlamaConfig
 
-# hidden, mlp, layers, heads, kv heads, tokens of the run, tokens of a batch, learning rate, tokens of a micro-batch
+# hidden, mlp, layers, heads, kv heads, tokens per run, tokens per batch, learning rate, tokens per micro-batch
 SIZES = {
     "tiny": (256, 768, 8, 4, 2, 500_000_000, 131_072, 1e-3, 65_536),
     "small": (768, 2048, 12, 12, 4, 3_000_000_000, 262_144, 6e-4, 32_768),
@@ -17,7 +17,7 @@ SIZES = {
 
 def get_config(arg: str = "small") -> Config:
     if arg not in SIZES:
-        raise UserError(f"configs/pretrain.py:{arg}: there is no such size; give one of {', '.join(SIZES)}")
+        raise UserError(f"configs/pretrain.py:{arg}: unknown size; give one of {', '.join(SIZES)}")
     hidden, mlp, layers, heads, kv_heads, tokens, batch, rate, micro_batch = SIZES[arg]
     model = LlamaConfig(
         hidden_size=hidden,

@@ -1,6 +1,6 @@
-"""A first run in minutes on a laptop's processor, without any network: a tiny Llama on Python's own standard library.
+"""A first run, in minutes on a laptop's CPU and without a network: a tiny Llama on Python's own standard library.
 
-Its tokenizer is trained on the same stream first, and kept in the work directory.
+It first trains a tokenizer on the same stream and keeps it in the work directory.
 """
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> Config:
         data=DataConfig(sources={"python": TextFiles()}, num_lanes=8, holdout=0.03),
         stages=(Stage(seq_len=256, batch_size=16),),
         steps=120,
-        # 120 steps of Muon end where over 200 of AdamW do, so that it stays within four minutes on two cores.
+        # 120 steps of Muon reach the loss of over 200 of AdamW, which keeps the run under four minutes on two cores.
         optimizer=Muon(learning_rate=3e-3, schedule=Cosine(warmup_fraction=0.05)),
         checkpoint=CheckpointConfig(every_steps=40),
         eval=EvalConfig(every_steps=40, tokens=32_768),

@@ -1,7 +1,7 @@
 """usage: launch/local.sh N COMMAND...
 
-Runs N processes of one command on this machine, as one run of JAX. On a machine with GPUs each process gets one of
-them. SIGTERM and SIGINT are passed on; the exit code is that of the first process that failed, and 0 if none did.
+Runs N processes of one command on this machine, as one JAX run. On a machine with GPUs, each process gets one GPU.
+Forwards SIGTERM and SIGINT. Exits with the code of the first process that failed, or 0 if none did.
 
 example: launch/local.sh 2 python -m jaxtrain.main --config=configs/quickstart.py
 """
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 
-# After one process has failed the others cannot go on: seconds that they have to say why and to end by themselves.
+# After one process fails, the others cannot continue. They have this many seconds to report why and exit.
 GRACE_SECONDS = 20.0
 
 
 def gpus() -> list[str]:
-    """The GPUs that this launcher may use, none where there are none."""
+    """The GPUs this launcher may use; empty if there are none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -41,12 +41,16 @@ def start(command: list[str], count: int, devices: list[str], processes: list[su
         own = {"JAX_PROCESS_ID": str(index)}
         if devices:
             own["CUDA_VISIBLE_DEVICES"] = devices[index]
-        # Sessions of their own: a terminal's Ctrl-C then reaches them once, through this launcher.
+        # In its own session, so that a terminal's Ctrl-C reaches it only once, through this launcher.
         processes.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
 
 
 def wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended. The first failure's code; 128 + the signal's number for a process that one ended."""
+    """Waits until all processes have exited.
+
+    Returns:
+        The exit code of the first that failed: 128 + the signal's number if a signal killed it. 0 if none failed.
+    """
     code, deadline = 0, None
     while running := [process for process in processes if process.poll() is None]:
         failed = next((process.returncode for process in processes if process.returncode), 0)
@@ -66,7 +70,7 @@ def main() -> int:
         return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
     count, command, devices = int(sys.argv[1]), sys.argv[2:], gpus()
     if devices and len(devices) < count:
-        print(f"launch/local.sh: {count} processes, but {len(devices)} GPU(s): give that or fewer", file=sys.stderr)
+        print(f"launch/local.sh: {count} processes, but only {len(devices)} GPU(s): start no more", file=sys.stderr)
         return 2
     processes: list[subprocess.Popen[bytes]] = []
 

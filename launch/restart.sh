@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # usage: launch/restart.sh COMMAND...
 #
-# Runs a command again until it is done. By its exit code:
-#   0, 2, 126, 127  the end: finished, something for you to change, no such command
-#   75              stopped after saving: again, after the shortest pause
-#   anything else   again, after pauses that double from RESTART_PAUSE to 300 seconds, until RESTART_LIMIT failures in a
-#                   row. A run of RESTART_PROGRESS seconds or more starts the count anew.
-# SIGTERM and SIGINT are passed on to the command, which is then not run again; the exit code is the command's.
+# Restarts a command until it is done. By its exit code:
+#   0, 2, 126, 127  stop: finished, a mistake to fix, no such command
+#   75              stopped after saving: restart after the shortest pause
+#   anything else   restart after pauses that double from RESTART_PAUSE to 300 seconds, until RESTART_LIMIT failures in
+#                   a row. A run of RESTART_PROGRESS seconds or more resets the count.
+# SIGTERM and SIGINT are forwarded to the command, which is then not restarted. The exit code is the command's.
 #
-# Fill in, in the environment, only to change it: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10), RESTART_PROGRESS (600
-# seconds), RESTART_FINAL ("0 2 126 127": the codes that end it), RESTART_RESULT (a file that gets the last code).
+# Fill in, in the environment, only to change a default: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10),
+# RESTART_PROGRESS (600 seconds), RESTART_FINAL ("0 2 126 127": the codes that stop it), RESTART_RESULT (a file for the
+# last code).
 #
 # example: launch/restart.sh python -m jaxtrain.main --config=configs/1b.py
 
-# -m: the command gets a process group of its own, so that a terminal's Ctrl-C reaches it once, through this script.
+# -m: the command gets its own process group, so that a terminal's Ctrl-C reaches it only once, through this script.
 set -u -m
 
 longest=300
@@ -34,11 +35,12 @@ pass_on() {
     fi
 }
 
-# Sets `code`. In the background, since a signal is trapped at once only in `wait`, which it ends: hence until none did.
+# Sets `code`. The command runs in the background because only `wait` lets a trap run at once. A signal interrupts
+# `wait`, so it is repeated until none did.
 run() {
     "$@" &
     child=$!
-    if [ -n "$signal" ]; then # it came before the process had a number
+    if [ -n "$signal" ]; then # it arrived before the process had an id
         kill -s "$signal" "$child" 2> /dev/null
     fi
     while :; do
@@ -85,11 +87,11 @@ while :; do
         fi
         failures=$((failures + 1))
         if [ "$failures" -ge "${RESTART_LIMIT:-10}" ]; then
-            echo "launch/restart.sh: $failures failures in a row, the last with code $code: given up" >&2
+            echo "launch/restart.sh: giving up after $failures failures in a row, the last with exit code $code" >&2
             finish "$code"
         fi
     fi
-    echo "launch/restart.sh: exit code $code, again in $wanted s" >&2
+    echo "launch/restart.sh: exit code $code, running again in $wanted s" >&2
     run sleep "$wanted"
     if [ -n "$signal" ]; then
         finish 75

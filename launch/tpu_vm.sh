@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # One run on all hosts of a TPU VM (one host or a slice of many), from your own machine, with gcloud:
 #
-#   launch/tpu_vm.sh keep [COMMAND...]    all of the below, and again after each pre-emption, until the run has ended
-#   launch/tpu_vm.sh create               the TPU VM, as a spot one
+#   launch/tpu_vm.sh keep [COMMAND...]    creates, starts, and repeats both after each preemption, until the run ends
+#   launch/tpu_vm.sh create               creates the TPU VM, as a spot instance
 #   launch/tpu_vm.sh start [COMMAND...]   copies this checkout to all hosts, installs it, starts the command on all
 #   launch/tpu_vm.sh logs                 follows the first host's output
-#   launch/tpu_vm.sh stop                 SIGTERM: the run saves and is not restarted; then `start` goes on
-#   launch/tpu_vm.sh delete               the TPU VM
+#   launch/tpu_vm.sh stop                 sends SIGTERM: the run saves and is not restarted; `start` resumes it
+#   launch/tpu_vm.sh delete               deletes the TPU VM
 #
 # Fill in, here or in the environment: MY_TPU (a name), MY_ZONE, MY_BUCKET (for the work directory), TYPE and VERSION
-# (gcloud compute tpus tpu-vm accelerator-types|versions list --zone=...). HF_TOKEN for a gated dataset.
+# (gcloud compute tpus tpu-vm accelerator-types|versions list --zone=...). Set HF_TOKEN for a gated dataset.
 #
 # Each host restarts the command after 75 and 1, not after 0 and 2 (launch/restart.sh). `keep` exits with its last code.
 set -eu
@@ -32,12 +32,12 @@ tpu() {
     gcloud compute tpus tpu-vm "$action" "$NAME" --zone="$ZONE" "$@"
 }
 
-# A command on hosts: `on all '...'`, `on 0 '...'`.
+# Runs a command on hosts: `on all '...'`, `on 0 '...'`.
 on() {
     tpu ssh --worker="$1" --command="$2"
 }
 
-# Its name, nothing if there is none. Fails, with a word that is not nothing, if that cannot be known just now.
+# Prints the TPU VM's name, nothing if it does not exist, or `unknown` if the request fails.
 found() {
     gcloud compute tpus tpu-vm list --zone="$ZONE" --filter="name~/$NAME\$" --format='value(name)' || echo unknown
 }
@@ -50,10 +50,10 @@ running() {
     on all 'kill -0 $(cat jaxtrain.pid) 2> /dev/null' 2> /dev/null
 }
 
-# Each step with its own `return`: `set -e` is off in a function whose result is asked for.
+# Each step has its own `|| return`, because `set -e` is off in a function called as a condition.
 start() {
     if running; then
-        echo 'launch/tpu_vm.sh: it runs already; `stop` ends it, after it has saved' >&2
+        echo 'launch/tpu_vm.sh: already running; `stop` saves and ends it' >&2
         return
     fi
     hosts=$(tpu describe --flatten='networkEndpoints[]' --format='value(networkEndpoints.ipAddress)') || return
@@ -65,14 +65,14 @@ start() {
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxtrain.tar.gz" --zone="$ZONE" --worker=all || return
     rm -f "$archive"
 
-    # The images' own Python is older than 3.11.
+    # The image's own Python is older than 3.11.
     on all 'set -e
 mkdir -p jaxtrain && tar -xzf jaxtrain.tar.gz -C jaxtrain && cd jaxtrain
 python3 -m pip install -q --user uv
 test -d .venv || python3 -m uv venv -q --python 3.12 .venv
 python3 -m uv pip install -q --python .venv/bin/python -e ".[tpu,gcs]"' || return
 
-    # What jaxtrain reads to join the processes; the metadata server knows each host's number.
+    # jaxtrain reads these variables to join the processes. The metadata server knows each host's number.
     on all "set -e
 if test -f jaxtrain.pid && kill -0 \$(cat jaxtrain.pid) 2> /dev/null; then
     exit 0
@@ -88,8 +88,8 @@ nohup launch/restart.sh $(printf '%q ' "$@")>> ../jaxtrain.log 2>&1 < /dev/null 
 echo \$! > ../jaxtrain.pid"
 }
 
-# Until the run has ended on the first host. What fails just now (a connection, capacity, a booting host) is tried
-# again.
+# Exits when the run has ended on the first host. Retries whatever fails temporarily (a connection, capacity, a booting
+# host).
 keep() {
     started=''
     while :; do

@@ -1,25 +1,25 @@
-"""The strict runtime of all tests: 8 simulated CPU devices, no silent rank promotion, warnings are errors."""
+"""Strict runtime for all tests: 8 simulated CPU devices, no silent rank promotion, warnings are errors."""
 
 import os
 import signal
 
-# Before anything imports JAX.
+# Must be set before anything imports JAX.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-import jax  # after the flags
+import jax  # after the flags are set
 import pytest
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # Started in the background of a script: so would be all runs that a test starts and then interrupts.
+    # A script's background job ignores SIGINT, and so would every run that a test starts and then interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, so before the clients of the Hub
+pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, hence before the Hub's clients
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile far more than they compute: this halves their time. Whole runs (tests/e2e) are compiled as a user's are.
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Later lines win. Each exception says whose warning it is.
+# Later lines win. Each exception names the library that warns.
 _WARNINGS = ("error",)
 
 

@@ -1,9 +1,9 @@
-"""Processes that stream from a Hub with many reads under way and end in different ways, for trainer/test_exits.py.
+"""Processes that stream from a Hub with many reads in flight and exit in different ways, for trainer/test_exits.py.
 
-python -m tests.exiting_run IDENTITIES WAY...: a fork of this process for each way, so that imports are paid once, a few
-at a time; each then runs to the end of this module and through the interpreter's own exit, which commands avoid
-(cli.leave). Prints a line of JSON for each: {"way", "status" (as os.waitpid has it), "seconds"}. HF_ENDPOINT is in
-the environment; IDENTITIES is a file with those of the sources, so that looking them up is quick.
+`python -m tests.exiting_run IDENTITIES WAY...` forks this process once per way, a few at a time, so that imports happen
+once. Each fork runs to the end of this module and through the interpreter's own exit, which commands avoid (cli.leave).
+Prints a line of JSON for each: {"way", "status" (as returned by os.waitpid), "seconds"}. Set HF_ENDPOINT in the
+environment. IDENTITIES is a file with the sources' identities, so that resolving them is quick.
 """
 
 import importlib
@@ -25,12 +25,12 @@ from jaxtrain.plan import Stage
 from tests.data.memory_source import WordTokenizer
 from tests.data.runs import plan_of
 
-_PATIENCE = 60.0  # seconds after which a process hangs
-_AT_ONCE = 3  # most of a process's time is waiting for a slow Hub
+_PATIENCE = 60.0  # seconds after which a process counts as hanging
+_AT_ONCE = 3  # a process spends most of its time waiting for a slow Hub
 
 
 def config() -> DataConfig:
-    """Three sources of other formats, 8 lanes each."""
+    """Three sources of different formats, 8 lanes each."""
     names = {"web": "org/web", "code": "org/code", "table": "org/table"}
     sources = {name: HuggingFace(name=at, fetch_rows=20) for name, at in names.items()}
     return DataConfig(sources=dict(sources), num_lanes=8, shuffle_window=16)
@@ -46,10 +46,10 @@ def batches() -> Iterator[StepBatch]:
 
 
 def read(way: str) -> int:
-    """Reads for a while, and ends as `way` says; the exit code, unless it is an exception that ends it."""
+    """Reads for a while, then ends as `way` says: returns the exit code or raises."""
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        # An exception from here would get lost in a callback of the garbage collector's.
+        # The garbage collector's callback would swallow an exception raised here.
         signal.signal(number, lambda number, frame: stopped.append(number))
     seconds = random.uniform(0.0, 0.4)
     if way in ("SIGTERM", "SIGINT"):
@@ -77,7 +77,7 @@ def run(way: str) -> None:
 
 
 def status_of(pid: int, deadline: float) -> int | None:
-    """A child's, as os.waitpid has it; None of one that has not ended in time, and is killed."""
+    """A child's status, as returned by os.waitpid; None if it did not end in time and was killed."""
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -89,9 +89,9 @@ def status_of(pid: int, deadline: float) -> int | None:
 
 
 def main() -> str | None:
-    """The way to end, in a process that has one; None where all have ended."""
+    """Returns the way to end in a forked process, and None in the parent once all forks have ended."""
     for module in ("datasets", "huggingface_hub.hf_api", "pandas", "scipy.sparse"):
-        importlib.import_module(module)  # reading imports these; 3 s in each fork otherwise
+        importlib.import_module(module)  # reading imports these: 3 s in each fork otherwise
     ways = sys.argv[2:]
     for first in range(0, len(ways), _AT_ONCE):
         children: dict[int, str] = {}

@@ -1,7 +1,7 @@
 """`python -m tests.failing_process PROCESS:HOW`: one of several processes fails while the others wait for it.
 
-HOW: `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself), `kill`
-(SIGKILL) or `nothing`. Prints `failed TIME` just before.
+HOW is `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself), `kill` (SIGKILL) or `nothing`. Prints `failed TIME`
+just before it fails.
 """
 
 import os

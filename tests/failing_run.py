@@ -1,7 +1,7 @@
-"""`python -m tests.failing_run FLAGS...`: jaxtrain.main, where one process fails when it asks for the batch of a step.
+"""`python -m tests.failing_run FLAGS...`: jaxtrain.main with one process that fails when it requests a step's batch.
 
-FAIL=PROCESS:HOW:STEP in the environment. HOW: `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself) or `kill`
-(SIGKILL). The time of the failure goes to $FAILED_AT.
+Set FAIL=PROCESS:HOW:STEP in the environment. HOW is `error`, `mistake` (a UserError), `stop` (SIGSTOP to itself) or
+`kill` (SIGKILL). Writes the time of the failure to $FAILED_AT.
 """
 
 import os

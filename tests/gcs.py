@@ -1,6 +1,7 @@
-"""A server on the loopback interface that speaks Google Cloud Storage: gcp-storage-emulator, and what it lacks.
+"""A loopback server that speaks Google Cloud Storage: gcp-storage-emulator plus the features it lacks.
 
-TensorStore reads and writes by generation, which the emulator keeps and neither tells nor obeys; gcsfs moves objects.
+TensorStore reads and writes by generation. The emulator tracks generations but neither reports nor honors them. gcsfs
+moves objects, which the emulator does not support.
 """
 
 import contextlib
@@ -14,17 +15,17 @@ import pytest
 
 
 class Bucket:
-    """Objects of one bucket, as the server has them."""
+    """The objects of one bucket, as stored by the server."""
 
     def __init__(self, storage: Any, name: str, url: str):
         self._storage, self.name, self.url = storage, name, url
 
     def env(self) -> dict[str, str]:
-        """What makes gcsfs and TensorStore ask this server."""
+        """Environment variables that point gcsfs and TensorStore to this server."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google about the bucket
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # otherwise it asks Google about the bucket
         }
 
     def put(self, name: str, data: bytes) -> None:
@@ -43,7 +44,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def serve(*names: str) -> Iterator[list[Bucket]]:
-    """Buckets of these names. SkippedFiles the test where the `buckets` extra is not installed."""
+    """Serves buckets with these names. Skips the test if the `buckets` extra is not installed."""
     pytest.importorskip("gcsfs")
     module = pytest.importorskip("gcp_storage_emulator.server")
     _teach(module)
@@ -61,11 +62,11 @@ def serve(*names: str) -> Iterator[list[Bucket]]:
 
 
 def _teach(server: Any) -> None:
-    """The conditions ifGenerationMatch and ifGenerationNotMatch, the header with an object's generation, and moveTo."""
+    """Adds ifGenerationMatch, ifGenerationNotMatch, the header with an object's generation, and moveTo."""
     objects, missing = server.objects, importlib.import_module("gcp_storage_emulator.exceptions").NotFound
     theirs = {"download": objects.download, "insert": objects.insert}
     if theirs["download"].__module__ == __name__:
-        return  # by an earlier test
+        return  # an earlier test has added them
 
     def generation(request: Any, storage: Any, name: str) -> str:
         try:

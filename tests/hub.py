@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface, for the real, unmodified client libraries.
 
-Serves datasets and models (several commits and branches, gated and private repositories, ranges, redirects to signed
-addresses) from memory, counts requests and bytes, and injects faults by rule. In a test:
+Serves datasets and models from memory (several commits and branches, gated and private repositories, ranges, redirects
+to signed addresses), counts requests and bytes, and injects faults by rule. In a test:
 
     hub = LoopbackHub()
     sha = hub.commit("org/web", {"data/train-0.parquet": parquet_bytes(texts, row_group_size=100)})
@@ -10,7 +10,8 @@ addresses) from memory, counts requests and bytes, and injects faults by rule. I
     assert hub.count("train-0") < 10
 
 By hand: `python -m tests.hub --root DIR` serves DIR/datasets/ORG/NAME/... and DIR/models/ORG/NAME/... and prints the
-environment to set. The client reads HF_ENDPOINT when it is imported: set it before (see tests/hub_fixtures.py).
+environment variables to set. Set HF_ENDPOINT before importing the client, which reads it at import time (see
+tests/hub_fixtures.py).
 """
 
 import argparse
@@ -48,7 +49,7 @@ __all__ = ["SECRET", "TOKEN", "LoopbackHub", "csv_bytes", "jsonl_bytes", "parque
 
 @dataclasses.dataclass
 class Fault:
-    """A rule of `LoopbackHub.fault`."""
+    """A rule added by `LoopbackHub.fault`."""
 
     match: str
     kind: str
@@ -78,7 +79,7 @@ class Fault:
 
 @dataclasses.dataclass
 class Limit:
-    """Requests that are answered in each window of `seconds`; what comes on top of them gets 429."""
+    """A rate limit: `requests` are served per window of `seconds`, and the rest get 429."""
 
     match: str
     requests: int
@@ -88,7 +89,7 @@ class Limit:
     refused: int = 0
 
     def refuses(self, path: str) -> float | None:
-        """Seconds to the next window, if the request is one too many."""
+        """Seconds until the next window if the request exceeds the limit, else None."""
         if self.match not in path:
             return None
         now = time.monotonic()
@@ -102,7 +103,7 @@ class Limit:
 
 
 class LoopbackHub(Store):
-    """The server. Starts at once in a daemon thread; `close()` stops it and removes its temporary HF_HOME."""
+    """The server. It starts at once in a daemon thread. `close()` stops it and removes its temporary HF_HOME."""
 
     def __init__(self, port: int = 0):
         super().__init__()
@@ -121,7 +122,7 @@ class LoopbackHub(Store):
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True, name="loopback-hub").start()
 
     def clear(self) -> None:
-        """Forget repositories, faults and the log."""
+        """Removes all repositories, faults and log entries."""
         with self.lock:
             self.repos.clear()
             self.faults.clear()
@@ -143,7 +144,7 @@ class LoopbackHub(Store):
         self.close()
 
     def env(self) -> dict[str, str]:
-        """What a process that talks to this hub has in its environment (from before it imports the client)."""
+        """Environment variables for a process that uses this hub. Set them before it imports the client."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": self.home,
@@ -174,13 +175,13 @@ class LoopbackHub(Store):
         seconds: float = 5.0,
         method: str | None = None,
     ) -> Fault:
-        """Spoil requests whose path contains `match` (or matches it as a regular expression).
+        """Injects faults into requests whose path contains `match` (or matches it as a regular expression).
 
-        kind: "status:N", "reset" (connection reset; in the body with `after_bytes`), "truncate" (orderly end after
+        Kinds: "status:N", "reset" (connection reset; within the body with `after_bytes`), "truncate" (orderly end after
         `after_bytes`, by default half of the body), "slow" (a pause of `seconds` in the middle of the body),
-        "latency:S" (S seconds before the answer), "wrong_range" (a 206 for other bytes), "ignore_range" (a 200 with
-        the whole file), "loop" (a redirect to itself), "corrupt" (right length, some bytes changed).
-        The first `after` matching requests pass, then `count` are spoiled (all, if None), each with `probability`. The
+        "latency:S" (S seconds before the response), "wrong_range" (a 206 for other bytes), "ignore_range" (a 200 with
+        the whole file), "loop" (a redirect to itself), "corrupt" (correct length, some bytes changed).
+        The first `after` matching requests pass. The next `count` fail (all, if None), each with `probability`. The
         first rule that fires wins.
         """
         rng = random.Random(seed)
@@ -190,18 +191,18 @@ class LoopbackHub(Store):
         return rule
 
     def limit(self, match: str, requests: int, seconds: float) -> Limit:
-        """Answer 429, with the Hub's own headers, to more than so many requests in so many seconds."""
+        """Answers 429, with the Hub's own headers, beyond `requests` matching requests per `seconds`."""
         rule = Limit(match, requests, seconds)
         with self.lock:
             self.limits.append(rule)
         return rule
 
     def count(self, match: str = "", method: str | None = None) -> int:
-        """Requests whose path matches."""
+        """Number of requests whose path matches."""
         return len(self.requests(match, method))
 
     def bytes(self, match: str = "") -> int:
-        """Bytes of bodies sent for paths that match."""
+        """Bytes of response bodies sent for matching paths."""
         return sum(request.sent for request in self.requests(match))
 
     def requests(self, match: str = "", method: str | None = None) -> list[Request]:
@@ -217,13 +218,13 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignores clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # headers and body leave in one segment: without this each answer waits 40 ms for an acknowledgement
+    wbufsize = -1  # sends headers and body in one segment; otherwise each response waits 40 ms for an ACK
     hub: LoopbackHub
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -260,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "loop":
             answer = Answer(302, b"", {"Location": self.path})
         if waits:
-            # The Hub's windows are 300 s and its times whole seconds: rounded up, as there.
+            # The Hub has windows of 300 s and reports whole seconds, rounded up. So does this.
             left = {"ratelimit": f'"resolvers";r=0;t={math.ceil(max(waits))}'}
             answer = Answer(429, b'{"error": "too many requests"}', left)
         if fault and kind == "reset" and fault.after_bytes is None:
@@ -271,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(answer, request, fault, kind)
 
     def _cut(self, answer: Answer, wanted: str | None, kind: str) -> None:
-        """Turn a whole file into the range that was asked for (RFC 9110, section 14)."""
+        """Reduces a whole file to the requested range (RFC 9110, section 14)."""
         size = len(answer.body)
         found = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted or "")
         if (
@@ -325,14 +326,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _reset(self) -> None:
-        """Close with a reset instead of an orderly end."""
+        """Closes the connection with a reset instead of an orderly end."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 
 
 def load_folder(hub: LoopbackHub, root: pathlib.Path) -> None:
-    """Commit every repository under ROOT/datasets/ORG/NAME and ROOT/models/ORG/NAME."""
+    """Commits every repository under ROOT/datasets/ORG/NAME and ROOT/models/ORG/NAME."""
     for repo_type in ("dataset", "model"):
         for folder in sorted(root.glob(f"{repo_type}s/*/*/")):
             files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

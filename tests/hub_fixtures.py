@@ -1,8 +1,8 @@
-"""Fixtures on the loopback Hub, and the environment that they need.
+"""Fixtures for the loopback Hub, and the environment they need.
 
-The client libraries read HF_ENDPOINT and their cache folders when they are imported, so this module must be imported
-before them: tests/conftest.py imports it first of all. One Hub serves the whole (xdist worker's) session; every test
-that asks for it starts from an empty one.
+The client libraries read HF_ENDPOINT and their cache folders at import time, so this module must be imported first.
+tests/conftest.py does that. One Hub serves the whole session of an xdist worker, and every test that requests it starts
+with an empty one.
 """
 
 import atexit
@@ -22,7 +22,7 @@ os.environ.update(_HUB.env())
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    """The session's Hub, empty: no repositories, no faults, an empty log, and a client that remembers nothing."""
+    """The session's Hub, emptied: no repositories, no faults, an empty log, and cleared client caches."""
     from huggingface_hub import HfFileSystem, close_session
 
     from jaxtrain.data.io import rate_limit

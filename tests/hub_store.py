@@ -1,7 +1,7 @@
-"""What the loopback Hub serves: repositories with their commits, and the answers of the Hub's pages.
+"""The content of the loopback Hub: repositories with their commits, and the responses of the Hub's routes.
 
-Knows nothing of sockets, ranges or faults (tests/hub.py): a request goes in, an `Answer` comes out. The shapes of the
-answers follow the real Hub's (status codes, X-Error-Code headers, pagination by Link), as huggingface_hub reads them.
+This module maps a request to an `Answer` and knows nothing of sockets, ranges or faults (tests/hub.py). Responses have
+the real Hub's format as huggingface_hub reads it (status codes, X-Error-Code headers, pagination by Link).
 """
 
 import csv
@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TOKEN = "hf_loopback_valid"  # accepted everywhere; any other token is refused with 401
-SECRET = "loopback-signature"  # part of every signed address: must never appear in a message
+SECRET = "loopback-signature"  # part of every signed address; must never appear in a message
 
 
 def parquet_bytes(texts: Sequence[str | None], row_group_size: int | None = None, **columns: Sequence[Any]) -> bytes:
-    """A parquet file with a column `text` and further columns of the same length, its pages with checksums."""
+    """A parquet file with a column `text`, further columns of the same length, and page checksums."""
     sink = io.BytesIO()
     table = pa.table({"text": pa.array(texts, pa.string()), **columns})
     pq.write_table(table, sink, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
@@ -32,7 +32,7 @@ def parquet_bytes(texts: Sequence[str | None], row_group_size: int | None = None
 
 
 def jsonl_bytes(texts: Sequence[str | None], compress: bool = False, **columns: Sequence[Any]) -> bytes:
-    """JSON lines, gzipped or not, with `text` and further columns."""
+    """JSON lines, optionally gzipped, with `text` and further columns."""
     names = ["text", *columns]
     rows = zip(texts, *columns.values(), strict=True)
     data = "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows).encode()
@@ -40,7 +40,7 @@ def jsonl_bytes(texts: Sequence[str | None], compress: bool = False, **columns: 
 
 
 def csv_bytes(texts: Sequence[str], **columns: Sequence[Any]) -> bytes:
-    """CSV with a header, `text` and further columns."""
+    """CSV with a header, with `text` and further columns."""
     sink = io.StringIO(newline="")
     writer = csv.writer(sink)
     writer.writerow(["text", *columns])
@@ -54,7 +54,7 @@ def text_bytes(lines: Iterable[str]) -> bytes:
 
 @dataclasses.dataclass
 class Request:
-    """One line of the log. `sent` counts the body's bytes that were written to the socket."""
+    """One line of the log. `sent` counts the body bytes written to the socket."""
 
     method: str
     path: str
@@ -77,7 +77,7 @@ class Repo:
 
 @dataclasses.dataclass
 class Answer:
-    """What a page answers."""
+    """The response of a route."""
 
     status: int
     body: bytes = b""
@@ -85,7 +85,7 @@ class Answer:
 
 
 class AnswerError(Exception):
-    """An answer that ends the page where it is raised."""
+    """A response raised from within a route."""
 
     def __init__(self, answer: Answer):
         super().__init__(answer.status)
@@ -94,7 +94,7 @@ class AnswerError(Exception):
 
 @functools.lru_cache(maxsize=1024)
 def _etag(data: bytes) -> str:
-    """SHA-256, computed once for each file: 40 MB take 20 ms."""
+    """SHA-256, computed once per file: 40 MB take 20 ms."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -108,7 +108,7 @@ def _error(status: int, code: str, message: str) -> Answer:
 
 
 class Store:
-    """Repositories by (type, name), and the pages that show them."""
+    """Repositories by (type, name), and the routes that serve them."""
 
     endpoint: str
 
@@ -117,9 +117,9 @@ class Store:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.signature = 0
         self.redirect = (
-            False  # answer `resolve` by a redirect to a signed address, as the real Hub does for large files
+            False  # answer `resolve` with a redirect to a signed address, as the real Hub does for large files
         )
-        self.page_size = 1000  # entries of a page of `tree`
+        self.page_size = 1000  # entries per page of `tree`
 
     # Repositories
 
@@ -132,7 +132,7 @@ class Store:
         branch: str = "main",
         delete: Iterable[str] = (),
     ) -> str:
-        """Add a commit with `files` on top of the branch (made if new), move the branch, return the commit's sha."""
+        """Adds a commit with `files` to the branch (created if new), moves the branch, returns the commit's sha."""
         with self.lock:
             repo = self.repos.setdefault((repo_type, name), Repo())
             parent = repo.branches.get(branch, "")
@@ -148,16 +148,16 @@ class Store:
             return sha
 
     def forget(self, name: str, sha: str, *, repo_type: str = "dataset") -> None:
-        """Remove a commit, as squashing a repository's history does."""
+        """Removes a commit, as squashing a repository's history does."""
         with self.lock:
             del self.repos[repo_type, name].commits[sha]
 
     def access(self, name: str, access: str, *, repo_type: str = "dataset") -> None:
-        """access: "public", "gated" (files need a token), "refused" (gated, no token is accepted) or "private"."""
+        """Sets `access`: "public", "gated" (files need a token), "refused" (gated for any token) or "private"."""
         self.repos[repo_type, name].access = access
 
     def expire_signatures(self) -> None:
-        """Signed addresses given out so far answer 403 from now on."""
+        """Makes signed addresses issued so far answer 403."""
         self.signature += 1
 
     # Routes
@@ -185,7 +185,7 @@ class Store:
             raise AnswerError(_error(401, "", "Invalid credentials in Authorization header"))
         repo = self.repos.get((repo_type, name))
         if repo is None or (repo.access == "private" and token != TOKEN):
-            # The real Hub answers 401 to strangers, so that private names do not leak.
+            # The real Hub answers 401 to unauthorized clients, so that private names do not leak.
             raise AnswerError(_error(404 if token else 401, "RepoNotFound", "Repository not found"))
         return repo
 
@@ -247,7 +247,7 @@ class Store:
         headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if self.redirect:
             headers |= {"X-Linked-Size": str(len(tree[path])), "X-Linked-ETag": f'"{etag}"'}
-            # Another origin than 127.0.0.1, as the real store is: the client must not send its token there.
+            # A different origin from 127.0.0.1, like the real store: the client must not send its token there.
             store = self.endpoint.replace("127.0.0.1", "localhost")
             headers["Location"] = f"{store}/cdn/{etag}?X-Signature={SECRET}-{self.signature}&Expires=3600"
             return Answer(302, b"", headers)
@@ -265,7 +265,7 @@ class Store:
 
 
 def _entries(tree: Mapping[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    """The listing of a folder as the `tree` API gives it."""
+    """A folder's listing in the format of the `tree` API."""
     prefix = folder + "/" if folder else ""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(tree):

@@ -1,7 +1,7 @@
-"""A stand-in for a training run, for the tests of test_stopping.py that stop and kill whole processes.
+"""A stand-in for a training run, for the tests in test_stopping.py that stop and kill whole processes.
 
-python -m tests.stoppable_run PROCESSES INDEX PORT FOLDER MODE; prints `step N` before and `saved N` after each save.
-MODE `stop` counts up until a signal stops it; `stuck` does not react to the first signal; `save` saves all the time.
+`python -m tests.stoppable_run PROCESSES INDEX PORT FOLDER MODE` prints `step N` before and `saved N` after each save.
+MODE `stop` counts up until a signal stops it, `stuck` ignores the first signal, and `save` saves all the time.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`import jaxtrain`: the Python API, and its datasets in Grain's own pipelines and tests."""
+"""The Python API of `import jaxtrain`, with its datasets in Grain's own pipelines and tests."""
 
 import dataclasses
 import itertools
@@ -166,7 +166,7 @@ def test_mistakes_are_named(hub: LoopbackHub) -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A curriculum of two stages over two sources, with a tokenizer that is there already."""
+    """A curriculum of two stages over two sources, with an existing tokenizer."""
     from jaxtrain.config import Config
     from jaxtrain.data.pipeline import DataConfig
     from jaxtrain.model.llama import LlamaConfig
@@ -247,7 +247,7 @@ def test_train_restore_generate_and_the_same_batches(config: Any, tmp_path: path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     fingerprints = [line["fingerprint"] for line in lines if "fingerprint" in line]
     assert len(fingerprints) == 9
-    # The NumPy twin of the fingerprint over the batches gives the run's.
+    # The NumPy version of the fingerprint, applied to the batches, equals the run's.
     words, rows = np.zeros(2, np.uint32), 0
     for batch, expected in zip(jaxtrain.batches(config), fingerprints, strict=True):
         low, high = np.uint32(rows & 0xFFFFFFFF), np.uint32(rows >> 32)

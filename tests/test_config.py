@@ -1,4 +1,4 @@
-"""Rules that span the parts of a config."""
+"""Rules that span several components of a config."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The loopback Hub against the real client libraries: what they see must be what the real Hub would show them."""
+"""The loopback Hub and the real client libraries, which must see what the real Hub would show them."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_faults_by_rule(hub: LoopbackHub):
     ]
     for kind, options, expected in cases:
         hub.fault("a.bin", kind, count=1, after=1, **options)
-        assert outcome() == whole  # the first one passes
+        assert outcome() == whole  # the first request passes
         begun = time.monotonic()
         found = outcome()
         assert found == expected or found in expected, (kind, found)

@@ -1,4 +1,4 @@
-"""The architecture: imports between folders point down this list, and libraries stay behind their fences."""
+"""The architecture: imports between folders point down a list of layers, and libraries stay behind their fences."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A folder or file may import those before it, and imports freely within itself.
+# A folder or file may import those listed before it. Imports within a folder are free.
 ORDER = (
     "errors",
     "interfaces",
@@ -31,17 +31,17 @@ ORDER = (
     "main",
     "tools/",
 )
-# Library -> where it may be imported, as folders or files under the root.
+# Library -> folders or files under the root that may import it.
 FENCES = {
     "absl": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "array_record": ("jaxtrain/data/",),
-    "datasets": ("jaxtrain/data/", "tools/bench/plain.py"),  # the latter measures it for comparison
+    "datasets": ("jaxtrain/data/", "tools/bench/plain.py"),  # the latter benchmarks it for comparison
     "ml_collections": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "orbax": ("jaxtrain/checkpoint/",),
     "safetensors": ("jaxtrain/hf/",),
     "tensorflow_datasets": ("jaxtrain/data/",),
 }
-# What reports a user's mistake before any slow import, and what follows from the config alone.
+# Code that reports a user error before any slow import, or that depends on the config alone.
 WITHOUT_JAX = (
     "jaxtrain/errors.py",
     "jaxtrain/interfaces.py",
@@ -52,13 +52,13 @@ WITHOUT_JAX = (
 
 CODE = ("jaxtrain", "tools", "configs")
 TEXT = (*CODE, "launch", "tests", "docs", ".ci", ".github", "benchmarks")
-# Folders of the machine that a file was written on. Not in a URL or after a variable.
+# Folders of the author's machine. Allowed in a URL or after a variable.
 MACHINE_PATH = re.compile(rf"(?<![\w.~}}*-])/(?:{'|'.join(('work', 'root', 'venvs'))})/".encode())
 LAUNCH_IMPORT = re.compile(r"\b(?:from|import)\s+jaxtrain\b")
 
 
 def problems(root: Path) -> list[str]:
-    """Everything that breaks a rule in the tree below `root`, one line each."""
+    """All violations in the tree below `root`, one line each."""
     found = [line for path in python_files(root, CODE) for line in code_problems(root, path)]
     found += [
         f"{name_of(root, path)}: launch/ starts commands and imports nothing"
@@ -88,7 +88,7 @@ def code_problems(root: Path, path: Path) -> Iterator[str]:
 
 
 def layer_problem(name: str, imported: str) -> str | None:
-    """name: the importing file; imported: dotted name."""
+    """The violation, if any, of the file `name` importing the dotted name `imported`."""
     importer, module = layer_of_file(name), layer_of_import(imported)
     if importer is None or module is None or module == importer:
         return None
@@ -110,7 +110,7 @@ def fence_problem(name: str, imported: str) -> str | None:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all imports, at any depth; `from a import b` is a.b, since b may be a module."""
+    """(line, dotted name) of all imports at any depth; `from a import b` gives a.b, because b may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -120,8 +120,10 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def layer_of_file(name: str) -> str | None:
-    """jaxtrain/data/lanes.py -> data, tools/bench.py and configs/1b.py -> tools/; None for jaxtrain/__init__.py, the
-    public API, which nothing in the package imports."""
+    """jaxtrain/data/lanes.py -> data, tools/evaluate.py and configs/1b.py -> tools/.
+
+    None for jaxtrain/__init__.py, the public API, which nothing in the package imports.
+    """
     first, *rest = name.removesuffix(".py").split("/")
     if first != "jaxtrain":
         return "tools/"
@@ -129,7 +131,7 @@ def layer_of_file(name: str) -> str | None:
 
 
 def layer_of_import(imported: str) -> str | None:
-    """As layer_of_file, for a dotted name; None for what is not of this project."""
+    """Like layer_of_file, for a dotted name; None if it is not part of this project."""
     first, *rest = imported.split(".")
     if first in ("tools", "configs"):
         return "tools/"

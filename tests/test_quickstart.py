@@ -1,4 +1,4 @@
-"""The README's first run, as it stands: a newcomer's four minutes."""
+"""The README's first run, exactly as written: a newcomer's four minutes."""
 
 import json
 import math

@@ -8,7 +8,7 @@ COMMAND = cli.Command(
     name="python -m tools.export_hf",
     description=(
         "Writes safetensors, config.json, generation_config.json and the tokenizer's files, for AutoModelForCausalLM "
-        "and AutoTokenizer. A folder with config.json is whole; after an interruption, give the same command again."
+        "and AutoTokenizer. A folder with config.json is complete. After an interruption, repeat the same command."
     ),
     examples=(
         "python -m tools.export_hf --workdir=runs/quickstart --output=exported",
@@ -19,7 +19,10 @@ COMMAND = cli.Command(
         cli.Flag(name="output", help="the folder to write"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
         cli.Flag(
-            name="dtype", type=Literal["bfloat16", "float32"], default="bfloat16", help="of the written parameters"
+            name="dtype",
+            type=Literal["bfloat16", "float32"],
+            default="bfloat16",
+            help="dtype of the output",
         ),
         cli.IMPORT,
     ),

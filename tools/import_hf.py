@@ -57,7 +57,7 @@ def main(flags: cli.Flags) -> None:
         checkpointer.wait()
     finally:
         checkpointer.close()
-    print(f"Wrote {model.num_params:,} parameters to {flags.output}. For a config that goes on from them:")
+    print(f"Wrote {model.num_params:,} parameters to {flags.output}. To start a config from them:")
     print(f"    model={config},\n    tokenizer={kept},\n    init_from={flags.output!r},")
 
 

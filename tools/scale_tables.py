@@ -1,4 +1,4 @@
-"""`python -m tools.scale_tables`: docs/scale.md's tables, from what tools.compile_check and tools.estimate say."""
+"""`python -m tools.scale_tables`: writes docs/scale.md's tables from tools.compile_check and tools.estimate."""
 
 import json
 import os
@@ -28,7 +28,7 @@ COMMAND = cli.Command(
     flags=(
         cli.Flag(name="compile", type=tuple[str, ...], default=(), help="chips whose missing rows are compiled"),
         cli.Flag(name="results", default="docs/scale.json", help="the file of results"),
-        cli.Flag(name="output", default="docs/scale.md", help="the page; what is before its tables is kept"),
+        cli.Flag(name="output", default="docs/scale.md", help="the page; the text above its tables is kept"),
     ),
     config="none",
     resumes=True,
@@ -69,7 +69,7 @@ def key_of(config: str, chip: str, shape: str, slices: int) -> str:
 
 
 def compiled(config: str, topology: str, slices: int) -> Json:
-    """The JSON result of tools.compile_check, in a process of its own, since compilers do not give memory back."""
+    """The JSON result of tools.compile_check, run in its own process because compilers do not release memory."""
     print(f"Compiling {config} for {topology}" + (f", {slices} slices" if slices > 1 else ""), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")

@@ -40,13 +40,13 @@ COMMAND = cli.Command(
             name="model_type",
             type=Literal["unigram", "bpe"] | None,
             default=None,
-            help="of sentencepiece; unigram by default",
+            help="sentencepiece's model type; unigram by default",
         ),
         cli.Flag(
             name="byte_fallback",
             type=bool | None,
             default=None,
-            help="of sentencepiece: spell unknown characters in bytes; true by default",
+            help="sentencepiece: encode unknown characters as bytes; true by default",
         ),
         cli.Flag(
             name="special_tokens",

@@ -1,7 +1,7 @@
-"""From documents to rows: concatenate, cut, and know where every token came from.
+"""From documents to rows: concatenate, cut, and track where every token came from.
 
-Lanes cut their rows, each its own; what segments and masks need is written for a host's whole batch at once (`finish`),
-which takes a fifth of the time that it takes lane by lane.
+Each lane cuts its own rows. `finish` adds segments, positions and masks for the host's whole batch at once, in a fifth
+of the time that it takes lane by lane.
 
 Shapes: N documents, R rows of one block, T tokens of a row (seq_len), P pieces: parts of documents within rows.
 """
@@ -55,7 +55,7 @@ class Cut:
 
 @dataclasses.dataclass
 class Counts:
-    """What a lane has drawn from a source. `tokens`: trained on, overlap each time; `unique`: overlap once."""
+    """What a lane has drawn from a source. `tokens` counts overlap every time it is trained on, `unique` once."""
 
     documents: int = 0
     tokens: int = 0
@@ -86,7 +86,7 @@ class Packer:
         skips: bool = False,
         width: int = 0,
     ):
-        """skips: the document that the cursor stands in may be given up since (skips.py); the next one follows then.
+        """skips: the cursor's document may have been skipped since (skipped_files.py); the next one follows then.
 
         width: of the documents' records; 0 for none.
         """
@@ -118,7 +118,7 @@ class Packer:
         ]
 
     def _fill(self, needed: int) -> None:
-        """Have `needed` tokens in the buffer, or all that are left."""
+        """Read until the buffer holds `needed` tokens, or all that are left."""
         have = len(self._tokens)
         if have >= needed:
             return
@@ -131,7 +131,7 @@ class Packer:
                 continue
             found = Position(*documents.where[0, :_POSITION].tolist())
             if self._skip and self._skips and found > self.cursor[0]:
-                # How many of the tokens that were had already belong to the next documents, nobody knows any more.
+                # How many of the tokens already seen belong to the next documents is no longer known.
                 self._skip = self.seen = 0
             ends = have - self._skip + np.cumsum(documents.lengths)
             if self._skip:
@@ -184,7 +184,7 @@ class Packer:
         return Cut(rows, last, left_R)
 
     def addresses(self, rows: int, seq_len: int, stride: int) -> list[Pieces]:
-        """The documents in each of the next rows. Call it before `cut`."""
+        """The documents in each of the next rows. Call before `cut`."""
         self._fill((rows - 1) * stride + seq_len + 1)
         ends = np.append(self._starts[1:], len(self._tokens))
         found: list[Pieces] = []

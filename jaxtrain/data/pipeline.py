@@ -1,4 +1,23 @@
-"""The only place where the stages of the data path are joined: sources → lanes → packing → batches of this host."""
+"""The way of a document, from its source to the batch of a training step. The stages are joined here and nowhere else.
+
+Shapes: N documents, R rows of a lane, T tokens of a row, B rows of the batch, S sources. V lanes (`num_lanes`) share
+every source; a host runs the lanes whose rows its devices hold.
+
+    step                             what it makes                                    what it remembers
+    1 `resolve`                      Source: files, each readable from any row        identity (dataset, commit, files)
+    2 `SourceReader`, units.py       units of each lane, permuted for every epoch     nothing: a function of the seed
+    3 `SourceReader.windows`         Window: shuffled, filtered texts [N]             Position: epoch, unit, row
+    4 `documents_of`, tokenizing.py  Documents: token ids [sum of lengths]            nothing
+    5 `Packer.cut`, packing.py       tokens and targets [R, T], written in place;     token in the document, tokens
+                                     Cut: where documents end in them                 already seen, counts
+    6 `LaneIterator`, lanes.py       the lane's rows from all sources, by the plan    steps 3 and 5, for each source
+    7 `HostIterator`                 StepBatch: rows of all lanes of this host,       the step, and its lanes' states
+                                     with segment ids, positions, loss mask           int64 [V, S, STATE_FIELDS]
+    8 `Feed`, feed.py                the same StepBatch as global arrays [B, T]       nothing
+
+Steps 3 and 4 read ahead in threads (`Prefetcher`), step 7 as well (`host_batches`). What is read ahead is never part
+of the state: a StepBatch carries the states after its own step, and a checkpoint of them resumes exactly there.
+"""
 
 import collections
 import dataclasses
@@ -180,7 +199,7 @@ class StepBatch:
 
 
 class HostDataset(grain.IterDataset):
-    """The batches of some lanes, from step `after` + 1 on."""
+    """The batches of some lanes, from step `after` + 1 on. Made by `host_dataset`."""
 
     def __init__(self, lanes: Sequence[LaneDataset], after: int, states: Mapping[int, np.ndarray]):
         super().__init__()
@@ -191,9 +210,10 @@ class HostDataset(grain.IterDataset):
 
 
 class HostIterator(grain.DatasetIterator):
-    """Joins the lanes; its state is theirs: {"step", "lanes": int64 [lanes of this host, S, STATE_FIELDS]}.
+    """An iterator of StepBatch that joins the lanes.
 
-    After an error it raises that error for ever: some lanes have taken a step that others have not.
+    Its state is {"step": the last step taken, "lanes": int64 [lanes of this host, S, STATE_FIELDS]}. Once a step has
+    failed, every further `next` raises the same error, because some lanes have taken that step and others have not.
     """
 
     def __init__(self, dataset: HostDataset):
@@ -217,7 +237,7 @@ class HostIterator(grain.DatasetIterator):
         self._failed: Exception | None = None
 
     def addresses(self) -> list[tuple[int, Pieces]]:
-        """For each of this host's rows of the next step: its source, and the documents in it. Reads as `next` would."""
+        """The source and the documents of each row of the next step. Reads what `next` would read."""
         if not self._started:
             self._start()
         return [row for lane in self._lanes for row in lane.addresses()]
@@ -237,7 +257,7 @@ class HostIterator(grain.DatasetIterator):
             raise
 
     def _start(self) -> None:
-        """Every lane says where it stands before any reads, and all read before any waits for what is read."""
+        """Register all lanes before any of them reads, and let all of them read before any waits for data."""
         for index, reader in enumerate(self._readers):
             starts = map(position_of, self._states[:, index])
             reader.register(dict(zip(self._numbers, starts, strict=True)))
@@ -274,9 +294,13 @@ def host_dataset(
     after: int,
     states: Mapping[int, np.ndarray],
 ) -> HostDataset:
-    """The batches of `lanes` from step `after` + 1 on.
+    """The batches of `lanes` from step `after` + 1 on, as a Grain dataset without prefetching.
 
-    states: where each lane stood after step `after`; those missing start at the beginning.
+    Args:
+        readers: one for each source, in the order of the plan.
+        rows: how documents become rows.
+        lanes: the lanes that this host reads, ascending.
+        states: lane → its state after step `after`, int64 [S, STATE_FIELDS]; lanes that are missing start afresh.
     """
     names = tuple(reader.name for reader in readers)
     assert names == plan.source_names, f"readers of {names} for a plan of {plan.source_names}"
@@ -295,9 +319,9 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """As `host_dataset`, made `prefetch` batches ahead in a thread: an iterator of StepBatch.
+    """An iterator of StepBatch over `host_dataset`, with `prefetch` batches made ahead in a thread.
 
-    To stop before its end, `close` it.
+    Args: as for `host_dataset`. Call `close` to stop before the end.
     """
     dataset: grain.IterDataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states)
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
@@ -306,10 +330,15 @@ def host_batches(
 def resolve(
     config: DataConfig, identities: Mapping[str, Json] | None = None, cache: DiskCache | None = None
 ) -> dict[str, Source]:
-    """Look all sources up, side by side. identities: from a checkpoint, to have exactly what it had of those named.
-    cache: what `cached` sources read through; without one they read in ranges.
+    """Look up all sources, in parallel.
 
-    Raises UserError, with the source's name in front, and TransientError past PATIENCE_AT_START or retry_minutes.
+    Args:
+        identities: from a checkpoint, by source: sources named there resolve to exactly what the checkpoint read.
+        cache: the disk cache for sources that need one; without it they read byte ranges.
+
+    Raises:
+        UserError: A source does not exist or cannot be read; the message starts with its name.
+        TransientError: The outage outlasted PATIENCE_AT_START or retry_minutes, whichever is shorter.
     """
     deadline = min(60 * config.retry_minutes, PATIENCE_AT_START)
 
@@ -338,10 +367,10 @@ def _through(cache: DiskCache, source: CacheableSource, retry_seconds: float) ->
 
 
 def texts(config: DataConfig, readers: Sequence[SourceReader], plan: Plan, max_samples: int) -> Iterator[str]:
-    """Documents in the plan's mix, for training a tokenizer: the first `max_samples` that the lanes begin with.
+    """The first `max_samples` documents in the plan's mix, to train a tokenizer on.
 
-    Before there is a tokenizer there are no token weights, so sources are drawn by characters: each next document is
-    from the source that lags most behind its share over the whole run. Of each source `_TEXT_LANES` windows are held.
+    Without a tokenizer there are no token counts, so the mix counts characters: the next document comes from the source
+    that lags furthest behind its share of the whole run. At most `_TEXT_LANES` windows of each source are in memory.
     """
     shares = _shares(plan)
     pool = DaemonPool(_TEXT_LANES, "jaxtrain-texts")

@@ -1,8 +1,8 @@
 """One reader for each file and host, whose windows feed all lanes of the host: for sources with few units.
 
-A reader only goes forward. Windows that other lanes of this host have yet to ask for are kept until they do; past a
-bound they are spilled to an unnamed temporary file in `scratch`. What is read never depends on what is kept: a window
-that is neither kept nor ahead is read again.
+A reader only goes forward. It keeps windows that other lanes of this host still need, and spills those past a bound to
+an unnamed temporary file in `scratch`. What a lane reads never depends on what is kept: a window that is neither kept
+nor ahead is read again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ File = tuple[int, int]  # (epoch, position in the epoch's order)
 
 @dataclasses.dataclass(frozen=True)
 class Want:
-    """Where a lane stands: it will ask for `window` of `file` next, and has all of the files before."""
+    """Where a lane stands: it needs `window` of `file` next, and is done with all earlier files."""
 
     file: File
     window: int
@@ -64,7 +64,7 @@ class SharedFileReader:
         return (lane - position * self._step) % self._lanes
 
     def register(self, wants: Mapping[int, Want]) -> None:
-        """These lanes, and no others, go on from there. Before any reads: it decides what is kept for whom."""
+        """Announce the lanes that will read and where each starts. Call before any reads: it decides what is kept."""
         with self._lock:
             self._wants = dict(wants)
 
@@ -90,7 +90,7 @@ class SharedFileReader:
         return rows
 
     def close(self) -> None:
-        """Forget all windows, and keep no more. A lane that reads on opens its file again."""
+        """Drop all windows and keep no more. A lane that reads on opens its file again."""
         with self._lock:
             self._wants = {}
             readers = list(self._readers.values())

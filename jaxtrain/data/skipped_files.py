@@ -1,8 +1,8 @@
-"""Corrupt files whose rows are given up, from the first bad one on: `skips.json` in the work directory.
+"""Corrupt files that a run skips from their first bad row on: `skips.json` in the work directory.
 
-No process ever skips by itself in mid-run: the one that finds a corrupt file records it here and ends, all start again,
-and each then has the same list. Every checkpoint holds it too, so that a lost file is no loss. What was trained on
-before stays as it was; from the restart on, those rows are as if a filter had dropped them, in every epoch.
+No process skips rows in mid-run. The process that finds a corrupt file records it and exits; all processes restart and
+read the same list. Every checkpoint holds the list too, in case the file is lost. Past training is not affected; from
+the restart on, the skipped rows behave as if a filter dropped them in every epoch.
 """
 
 import json
@@ -14,13 +14,13 @@ from etils import epath
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Json
 
-SkippedFiles = Mapping[str, Mapping[str, int]]  # source → file, by its lasting name → the first row that is given up
+SkippedFiles = Mapping[str, Mapping[str, int]]  # source → file (its lasting name) → the first skipped row
 
-FOOTER = -1  # instead of a row: the file's row groups cannot be told, so it has no units at all
+FOOTER = -1  # in place of a row: the footer is unreadable, so the file has no units at all
 
 
 def union(*lists: SkippedFiles) -> dict[str, dict[str, int]]:
-    """The skips of all lists; of two rows of one file the earlier."""
+    """All lists merged; the earlier row wins."""
     found: dict[str, dict[str, int]] = {}
     for one in lists:
         for source, files in one.items():
@@ -31,7 +31,7 @@ def union(*lists: SkippedFiles) -> dict[str, dict[str, int]]:
 
 
 def load(path: epath.Path) -> dict[str, dict[str, int]]:
-    """What `skips.json` says, nothing if there is none. Raises UserError if it cannot be understood."""
+    """The content of `skips.json`, empty without a file. Raises UserError if it is not a valid list."""
     if not path.exists():
         return {}
     try:
@@ -42,9 +42,9 @@ def load(path: epath.Path) -> dict[str, dict[str, int]]:
 
 
 def record(path: epath.Path, error: CorruptError) -> None:
-    """Adds the file of `error`.
+    """Add the file of `error`.
 
-    Processes that find different files at one moment may each replace the other's list: what is lost is found again
+    Processes that find different files at the same time may overwrite each other's list; a lost entry is found again
     after the restart. A kill leaves the old list or the new one.
     """
     now = union(load(path), {error.source: {error.file: error.row}})
@@ -54,12 +54,12 @@ def record(path: epath.Path, error: CorruptError) -> None:
 
 
 def saved(sources: Mapping[str, Json]) -> dict[str, dict[str, int]]:
-    """The list in a checkpoint's source identities."""
+    """The list that a checkpoint's source identities hold."""
     return {name: identity["skips"] for name, identity in sources.items()}
 
 
 def compare(source: str, old: Mapping[str, int], new: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """(differences that a resume allows, differences that it refuses) between two lists of one source, as lines."""
+    """Compare two lists of one source. Returns the lines of (changes a resume allows, changes it refuses)."""
     allowed, refused = [], []
     for file in sorted(old.keys() | new.keys()):
         before, now = old.get(file), new.get(file)

@@ -45,7 +45,7 @@ class ReadOptions:
 class Position:
     """Where a document is: the `unit`-th of the lane's units in this epoch, the `row`-th row in the shuffled order.
 
-    base: rows of the files before this one (only counted where `max_samples` cuts a striped source).
+    base: rows of the files before this one (only counted where `max_samples` limits shared files).
     """
 
     epoch: int
@@ -73,7 +73,10 @@ class Window:
 
 
 class SourceReader:
-    """One source as seen by all lanes of this host: cuts it, orders it, opens its windows. Safe for several threads."""
+    """One source as the lanes of this host read it: partitioned into units, shuffled, filtered, window by window.
+
+    Safe for several threads. `register` all lanes, then iterate over `windows(lane, start, epochs)` of each.
+    """
 
     def __init__(
         self,
@@ -86,7 +89,17 @@ class SourceReader:
         skips: Mapping[str, int] | None = None,
         scratch: str | None = None,
     ):
-        """skips: by file, the first row that is given up (see skips.py). scratch: see StripedFiles."""
+        """Partitions the source, which may read footers.
+
+        Args:
+            retry_seconds: how long an outage may last.
+            skips: file → the first row to skip, see skipped_files.py.
+            scratch: see SharedFileReader.
+
+        Raises:
+            UserError: The source has no rows, or all of its rows are skipped.
+            CorruptError, TransientError: A footer cannot be read.
+        """
         self.name = name
         self.source = source
         self.options = options
@@ -105,7 +118,7 @@ class SourceReader:
 
     @property
     def identity(self) -> Json:
-        """What must stay for a resume to see the same documents in the same order."""
+        """What must not change for a resume to read the same documents in the same order."""
         transforms = [describe(transform) for transform in self._transforms]
         return {
             "source": versioned(self.source.identity),
@@ -119,25 +132,25 @@ class SourceReader:
     def summary(self) -> str:
         """For the log."""
         cut = (
-            "striped over the lanes"
+            "shared by all lanes"
             if self.partition.shared
-            else f"{len(self.partition.units):,} units dealt to the lanes"
+            else f"{len(self.partition.units):,} units divided among the lanes"
         )
         return f"{self.name}: {len(self.source.files):,} files, {cut}"
 
     @property
     def rows(self) -> int | None:
-        """All rows of an epoch, with those that filters drop; None where only reading tells."""
+        """Rows of an epoch, including those that filters drop; None if only reading shows."""
         counts = [unit.rows for unit in self.partition.units]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def register(self, starts: Mapping[int, Position]) -> None:
-        """These lanes, and no others, will read from there on. Call it before any of them reads."""
+        """Announce the lanes that will read and where each starts. Call before any of them reads."""
         if self._shared is not None:
             self._shared.register({lane: self._want(lane, start) for lane, start in starts.items()})
 
     def close(self) -> None:
-        """Let go of what is kept for lanes that no longer read. Reading on opens the files again."""
+        """Free what is kept for lanes. Reading on opens the files again."""
         if self._shared is not None:
             self._shared.close()
 
@@ -148,7 +161,7 @@ class SourceReader:
         return Want((start.epoch, start.unit), window)
 
     def _own_window(self, lane: int, unit: int, window: int) -> int:
-        """The lane's first window of a striped file from number `window` on."""
+        """The lane's first window of a shared file from number `window` on."""
         assert self._shared is not None
         first, lanes = self._shared.first_window(lane, unit), self.options.num_lanes
         return first + -(-max(window - first, 0) // lanes) * lanes
@@ -192,7 +205,7 @@ class SourceReader:
         )
 
     def _rows(self, number: int, unit: units.Unit) -> int:
-        """Rows of a striped file, as far as there is a window for each lane."""
+        """Rows of a shared file, counted no further than one window for each lane."""
         assert self._shared is not None
         enough = self.options.num_lanes * self.options.shuffle_window
         return unit.rows if unit.rows is not None else self._shared.rows((0, number), unit.file, enough)
@@ -245,8 +258,8 @@ class SourceReader:
         name = self.source.files[file]
         rest = "this file" if row <= 0 else f"its rows from {row:,} on"
         return CorruptError(
-            f"source {self.name!r}, file {name}: {error}. Mend or replace the file, or set data.on_corrupt=skip to go "
-            f"on without {rest}.",
+            f"source {self.name!r}, file {name}: {error}. Repair or replace the file, or set data.on_corrupt=skip to "
+            f"go on without {rest}.",
             name,
             row,
             self.name,

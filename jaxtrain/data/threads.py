@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 class DaemonPool(Executor):
-    """Up to `size` threads, started as they are needed, first come first served.
+    """Up to `size` daemon threads, started on demand; work runs in the order of submission.
 
-    ThreadPoolExecutor's threads are joined at the interpreter's exit, whatever they do: a reader that waits out an
-    outage would keep a process that was told to stop, and has saved, alive for data.retry_minutes.
+    The interpreter joins ThreadPoolExecutor's threads at exit, whatever they do: a reader waiting out an outage would
+    keep a process that was told to stop, and has saved, alive for data.retry_minutes.
     """
 
     def __init__(self, size: int, name: str):
         self._size, self._name = size, name
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._idle = 0  # threads that wait for work, less the work that waits for them
+        self._idle = 0  # threads waiting for work, minus queued work
         self._lock = threading.Lock()
         self._closed = False
 
@@ -41,7 +41,7 @@ class DaemonPool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let no more work in; what waits is done first, or cancelled. wait: for all of it."""
+        """Refuse new work; finish (or cancel) what is queued. wait: until all of it is done."""
         with self._lock:
             self._closed = True
             while cancel_futures and not self._work.empty():
@@ -65,7 +65,7 @@ class DaemonPool(Executor):
                 else:
                     future.set_result(result)
                     del result
-            # Or what was made stays alive until the next work comes.
+            # Otherwise the result stays alive until the next item arrives.
             del item, future, function
             with self._lock:
                 self._idle += 1
@@ -80,12 +80,10 @@ class Pools:
 
 
 class Prefetcher(Iterator[T]):
-    """An iterator whose next items are made in a pool before they are asked for. It starts with the first `next`.
+    """An iterator whose next items are made in a pool ahead of time, one after the other, from the first `next` on.
 
-    weigh, enough: items are made until what is held weighs so much; by default that is one item. Less than `enough` and
-    one item more is held at once. One item is made at a time.
-
-    What the making of an item raises is raised by the `next` that wants it, and by every further one.
+    Items are made until those held weigh `enough` by `weigh`; by default that is one item. An error is raised by the
+    `next` that would return the failed item, and by every later one.
     """
 
     def __init__(self, items: Iterator[T], pool: Executor, weigh: Callable[[T], int] = lambda item: 1, enough: int = 1):
@@ -98,7 +96,7 @@ class Prefetcher(Iterator[T]):
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin with the first item, without waiting for it."""
+        """Start on the first item without waiting for it."""
         with self._lock:
             self._go_on()
 
@@ -109,7 +107,7 @@ class Prefetcher(Iterator[T]):
 
     def _make(self) -> T | None:
         item = next(self._items, None)
-        if item is not None:  # else, as after an error, there is nothing to go on with
+        if item is not None:  # at the end, as after an error, there is nothing left to make
             with self._lock:
                 self._held += self._weigh(item)
                 self._making = False

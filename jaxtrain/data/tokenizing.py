@@ -1,4 +1,4 @@
-"""From a lane's windows to tokenized documents, with what else is known of their tokens."""
+"""From a lane's windows of texts to tokenized documents, with a teacher's records if there are any."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from jaxtrain.data.source_reader import Position, Window
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.interfaces import Tokenizer
 
-CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, little enough to be there soon
-CHUNK_TOKENS = 50_000  # about as much, where there are tokens already
+CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, few enough to be done soon
+CHUNK_TOKENS = 50_000  # about as much, if a store has the tokens already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def documents_of(
 ) -> Iterator[Documents]:
     """The tokenized documents of a lane's windows from `start` on, with their records.
 
-    nothing: called where the first epoch has no document with a token; then this is the end, unless it raises.
+    nothing: called if the first epoch has no document with a token. The stream ends there unless it raises.
     """
     empty = start == Position(0, 0, 0)
     for window in windows:

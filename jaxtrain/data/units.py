@@ -1,11 +1,11 @@
-"""Where documents are: units, their order in an epoch, and which lane has which. Pure functions, no I/O but footers.
+"""How a source is partitioned: its units, their order in an epoch, and the lane of each. Pure but for reading footers.
 
-Two ways to deal a source to lanes, chosen by the files and `num_lanes` alone:
+The files and `num_lanes` alone decide between two ways:
 
-- *dealt*: units (a file, or a range of a parquet file's row groups) are permuted by (seed, source, epoch), and lane l
-  takes every num_lanes-th of them from the l-th on;
-- *striped*, where units are too few: files come in the epoch's order, and lane l takes the windows w of the i-th file
-  with (i · interleave_step + w) mod num_lanes = l.
+- *Whole units*: units (files, or ranges of a parquet file's row groups) are permuted by (seed, source, epoch), and lane
+  l takes every num_lanes-th unit from the l-th on.
+- *Shared files*, if there are too few units: files come in the epoch's order, and their windows are interleaved: lane l
+  takes the windows w of the i-th file with (i · interleave_step + w) mod num_lanes = l.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtrain.interfaces import Source
 from jaxtrain.plan import stable_hash
 
 FILES_PER_LANE = 16  # with fewer, parquet files are cut into ranges of row groups
-UNITS_PER_LANE = 4  # with fewer, lanes would end an epoch far apart: stripe instead
+UNITS_PER_LANE = 4  # with fewer, lanes would end an epoch far apart: share files instead
 _FOOTERS_AT_ONCE = 32  # where max_samples decides how many are needed
 RULE = "units-2"  # goes into the identity; change it with the rules above
 
@@ -36,7 +36,13 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How a source is cut. `limit`: rows in all, in the listing's order, that may be read (striped sources only)."""
+    """How a source is partitioned.
+
+    Attributes:
+        units: in the order of the listing.
+        shared: all lanes read every unit, which is a file, and take turns at its windows.
+        limit: rows that may be read in all, in the order of the listing (shared files only); None for all.
+    """
 
     units: tuple[Unit, ...]
     shared: bool
@@ -49,10 +55,11 @@ def partition(
     max_samples: int | None,
     row_groups: Callable[[Sequence[int]], list[list[int]]],
 ) -> Partition:
-    """Cut a source for `num_lanes` lanes.
+    """Partition a source for `num_lanes` lanes.
 
-    max_samples: the first so many rows in the order of the listing. row_groups: `source.row_groups` of several files,
-    which is called only where they are needed.
+    Args:
+        max_samples: read the first `max_samples` rows in the order of the listing; None for all.
+        row_groups: `source.row_groups` of several files at once. Called only if the footers are needed.
     """
     files = range(len(source.files))
     if not source.random_access:
@@ -110,18 +117,18 @@ def order(num_units: int, *, seed: int, source: str, epoch: int, shuffle: bool) 
 
 
 def share(units: np.ndarray, lane: int, num_lanes: int) -> np.ndarray:
-    """A lane's part of the units of a dealt source, given in the order of an epoch."""
+    """A lane's part of the units, which are given in the order of an epoch."""
     return units[lane::num_lanes]
 
 
 @functools.cache
 def interleave_step(num_lanes: int) -> int:
-    """How many lanes after a striped source's file its next one begins.
+    """How many lanes after the first lane of a shared file the next file's first lane comes.
 
-    Without a divisor of num_lanes, so that files of one window each give every lane its turn; and such that the starts
-    of any number of files lie evenly over the lanes, which they do if the partial quotients of step / num_lanes are
-    small (Niederreiter 1992, "Random number generation and quasi-Monte Carlo methods", theorem 3.4): those near the
-    golden ratio are. With a step of 1 a thousand files of about 20 windows reached 1,104 of 16,384 lanes.
+    It is coprime to num_lanes, so that files of one window each reach every lane, and it spreads the starts of any
+    number of files evenly over the lanes. It does if the partial quotients of step / num_lanes are small, as they are
+    near the golden ratio (Niederreiter 1992, "Random number generation and quasi-Monte Carlo methods", theorem 3.4).
+    With a step of 1 a thousand files of about 20 windows reached 1,104 of 16,384 lanes.
     """
     about = round(num_lanes * 0.6180339887498949)
     near = range(max(about - 50, 1), min(about + 50, num_lanes) + 1)

@@ -63,7 +63,7 @@ def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
 
 
 class Scorer:
-    """Implements data.cache_writer.Score.
+    """Implements the teacher store's `Score` protocol.
 
     rows: of a batch, a multiple of the devices that share it.
     """

@@ -24,7 +24,7 @@ from jaxtrain.data import fingerprint
 from jaxtrain.data.io import retry
 from jaxtrain.data.pipeline import PATIENCE_AT_START, DataConfig
 from jaxtrain.data.stores import teacher_store
-from jaxtrain.data.stores.teacher_store import CachedRecords, Manifest
+from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherStore
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model, ModelConfig, Params, Source, Tokenizer
@@ -121,7 +121,7 @@ class Teacher:
                 "teacher.cache needs data.document_mask=true: the teacher has seen each document by itself, and knows "
                 "nothing of those before it in a row."
             )
-        manifests: dict[str, Manifest] = {}
+        manifests: dict[str, TeacherManifest] = {}
         for name, config in data.sources.items():
             folder = os.path.join(self.cache, name)
             manifests[name] = teacher_store.load(folder)
@@ -244,7 +244,7 @@ class Frozen:
 class Cached:
     """A teacher's cache that fits the run. layout: of its records, the same for all sources."""
 
-    def __init__(self, config: Teacher, manifests: Mapping[str, Manifest]):
+    def __init__(self, config: Teacher, manifests: Mapping[str, TeacherManifest]):
         self.config = config
         self._manifests = manifests
         (first, one), *others = manifests.items()
@@ -280,10 +280,10 @@ class Cached:
             f"of {some.context:,}, in {self.config.cache}"
         )
 
-    def records(self) -> dict[str, CachedRecords]:
+    def records(self) -> dict[str, TeacherStore]:
         """By source."""
         assert self.config.cache is not None
-        return {n: CachedRecords(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
+        return {n: TeacherStore(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
 
 
 def bytes_per_device(abstract: object) -> int:

@@ -1,6 +1,7 @@
 """Writes parameters as a checkpoint that transformers' AutoModelForCausalLM and AutoTokenizer load."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ from jaxtrain.hf import families
 from jaxtrain.hf.reading import CONFIG, INDEX, SINGLE
 from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama
-from jaxtrain.tokenizers.files import GENERATION_CONFIG, TokenizerFiles
+from jaxtrain.tokenizers.files import GENERATION_CONFIG, TOKENIZER_CONFIG, TokenizerFiles
+
+logger = logging.getLogger("jaxtrain")
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 2_000_000_000  # a file's tensors are in host memory at once
@@ -65,6 +68,16 @@ def export(
     special = {f"{name}_token_id": generation.get(f"{name}_token_id") for name in ("bos", "eos")}
     # Rows may have padding on either side: no position is lost to it.
     config = families.to_json(model.config, model.vocab_size, dtype) | special | {"pad_token_id": None}
+    if (
+        tokenizer is not None
+        and config["model_type"] == "qwen2"
+        and b"Qwen2Tokenizer" not in tokenizer.content()[TOKENIZER_CONFIG]
+    ):
+        logger.warning(
+            "AutoTokenizer gives every qwen2 model the rules of Qwen2Tokenizer, which are not this tokenizer's: load "
+            "it with PreTrainedTokenizerFast.from_pretrained(%r).",
+            folder,
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     for old in (path / CONFIG, path / INDEX, *path.glob("model*.safetensors")):

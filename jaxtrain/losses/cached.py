@@ -1,9 +1,9 @@
-"""A teacher's most likely tokens as they are stored: one record of fixed width for each position, cut like tokens.
+"""The storage format of a teacher's most likely tokens: one fixed-width record per position, packed like tokens.
 
-A record holds, little-endian: k ids (16 bits each, and 8 more where the vocabulary has more than 65,536 tokens), their
+A record holds, little-endian: k ids (16 bits each, plus 8 if the vocabulary has more than 65,536 tokens), their
 log-probabilities at temperature 1 (float16, most likely first), and for each temperature the logarithm of the mass of
-all other tokens (float32). A log-probability at another temperature follows from it up to a constant, and the tail's
-mass gives that constant. Shapes: see interfaces.py; K stored tokens, W bytes of a record.
+all other tokens (float32). Log-probabilities at temperature 1 determine those at another temperature up to a constant,
+and the tail's mass gives that constant. Shapes: see interfaces.py; K stored tokens, W bytes per record.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import numpy as np
 from jaxtrain.errors import UserError
 from jaxtrain.losses.chunks import NEVER
 
-# What float16 can hold; a probability of exp(-60,000) is none.
+# Within float16's range; exp(-60,000) is as good as zero.
 _LEAST = -60_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """k: tokens stored for a position. temperatures: those at which the tail's mass is stored."""
+    """k: tokens stored per position. temperatures: those at which the tail's mass is stored."""
 
     vocab_size: int
     k: int
@@ -38,7 +38,7 @@ class Layout:
         return self.k * (5 if self.high_bytes else 4) + 4 * len(self.temperatures)
 
     def slot(self, temperature: float) -> int:
-        """Which of the stored tails. Raises UserError if that temperature is not stored."""
+        """The index of the temperature's tail. Raises UserError if that temperature is not stored."""
         for index, stored in enumerate(self.temperatures):
             if stored == temperature:
                 return index
@@ -60,8 +60,8 @@ class Layout:
     def unpack(self, records: jax.Array, slot: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """uint8 [..., W] → (ids int32 [..., K], log-probabilities fp32 [..., K], log of the tail's mass fp32 [...]).
 
-        Both at the temperature of `slot`. The rounding of the stored numbers is taken out of their sum: they and the
-        tail have a mass of 1 together.
+        Both are at the temperature of `slot`. They are renormalized to remove the rounding of the stored numbers, so
+        that they and the tail sum to a mass of 1.
         """
         k = self.k
         ids = _from_bytes(records[..., : 2 * k], jnp.uint16).astype(jnp.int32)
@@ -89,7 +89,7 @@ def top_records(logits_CV: jax.Array, layout: Layout) -> jax.Array:
     for heat in layout.temperatures:
         log_z_C = jax.nn.logsumexp(log_p_CV / heat, axis=1)
         tails.append(jax.nn.logsumexp(rest_CV / heat, axis=1) - log_z_C)
-    # Where nothing is left over, NEVER / heat has been summed: as good as no mass.
+    # If no token is left over, the sum is over NEVER / heat, which is as good as no mass.
     return layout.pack(ids_CK, log_p_CK, jnp.stack(tails, axis=-1))
 
 

@@ -26,15 +26,16 @@ def build_plan(
     schedule: Schedule,
     loss_weights: tuple[Schedule, Schedule] = CROSS_ENTROPY_ALONE,
 ) -> Plan:
-    """The plan of a run. loss_weights: of cross-entropy and of the divergence from a teacher.
+    """Builds the plan of a run. loss_weights: of the cross-entropy and of the divergence from a teacher.
 
-    A stage ends at the step that reaches its cumulative bound, and its overshoot shortens the next one (one that it
-    would leave nothing of is refused). The run ends at
-    exactly its token target (total_tokens, or the sum of the stages), its last batch masked down to it, or after
-    `steps`, whichever comes first; without any of them it goes on until the data ends, if `epochs` bounds that.
+    A stage ends at the step that reaches its cumulative bound, and its overshoot shortens the next stage (a stage left
+    with no tokens is refused). The run ends at exactly its token target (total_tokens, or the sum of the stages), with
+    its last batch masked, or after `steps`, whichever comes first. Without any of them it continues until the data
+    ends, if `epochs` bounds it.
 
-    Raises UserError, with the stage's number, for stages that are wrong in themselves or together, for a run without a
-    bound, and whatever `schedule` raises.
+    Raises:
+        UserError: with the stage's number, if a stage is invalid by itself or combined with others; if the run has no
+            bound; or from `schedule`.
     """
     if not stages:
         raise UserError("stages=(): a run needs one stage at least, for example (Stage(seq_len=2048, batch_size=64),)")
@@ -56,14 +57,14 @@ def build_plan(
         schedule=schedule,
         loss_weights=loss_weights,
     )
-    plan.at(1)  # a schedule that does not fit the run says so now
+    plan.at(1)  # a schedule that does not fit the run raises now
     return plan
 
 
 def _laid_out(
     stages: Sequence[Stage], resolved: Sequence[tuple[int, dict[str, Fraction]]], target: int | None, steps: int | None
 ) -> tuple[StagePlan, ...]:
-    """The stages one after the other. resolved: batch size and weights of each; target: the run's token target."""
+    """Lays the stages out in order. resolved: batch size and weights of each; target: the run's token target."""
     bounds = [*accumulate(stage.tokens for stage in stages if stage.tokens is not None), target][: len(stages)]
     _check_reached(stages, [batch_size for batch_size, _ in resolved], bounds)
     planned: list[StagePlan] = []
@@ -99,9 +100,9 @@ def _laid_out(
 
 
 def _check_reached(stages: Sequence[Stage], batch_sizes: Sequence[int], bounds: Sequence[int | None]) -> None:
-    """Raises UserError for a stage that gets no step, as the last batch of the one before reaches to its end.
+    """Raises UserError for a stage without a step because the last batch of the previous stage covers it.
 
-    Whether `steps` ends the run before it does not matter: more steps are to go on with the same plan.
+    It does not matter whether `steps` ends the run earlier: a run with more steps continues with the same plan.
     """
     token = start = 0
     for index, (stage, batch_size, end) in enumerate(zip(stages, batch_sizes, bounds, strict=True)):

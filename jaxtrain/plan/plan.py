@@ -16,7 +16,7 @@ _COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "weights",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What a stage came to. It has no steps (last_step = first_step - 1) where the run's `steps` end before it."""
+    """A resolved stage. It has no steps (last_step = first_step - 1) if the run's `steps` end before it."""
 
     index: int  # from 1
     name: str
@@ -67,10 +67,10 @@ class StepPlan:
 
 
 class Plan:
-    """See `build_plan`. `last_step` and `total_tokens` (where the run ends) are None for a run that only data ends.
+    """See `build_plan`. `last_step` and `total_tokens` (the end of the run) are None if only the data ends the run.
 
-    `horizon` is the token count that schedules look at: the run's token target, even if `steps` ends it before, so
-    that going on with more steps continues the same schedule; without a target, total_tokens.
+    `horizon` is the token count that schedules use: the run's token target even if `steps` ends the run earlier, so
+    that a resume with more steps continues the same schedule; total_tokens without a target.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Plan:
     def sources_of(self, step: int) -> np.ndarray:
         """Index into source_names for every row of a step: int16 [B], read-only. See plan/mixing.py for the rule.
 
-        In a last batch that is masked down, rows are divided, and permuted, before and after the place where it is cut.
+        In a masked last batch, the rows before and after the cut are divided among sources and permuted separately.
         """
         stage = self._stage(step)
         batches = step - stage.first_step
@@ -161,7 +161,7 @@ class Plan:
         return tokens
 
     def record(self) -> Json:
-        """What `differences` needs to know of this plan, for a checkpoint."""
+        """The part of this plan that `differences` needs, recorded in checkpoints."""
         return {
             "seed": self._seed,
             "total_tokens": self.total_tokens,
@@ -180,8 +180,8 @@ class Plan:
     def differences(self, recorded: Json, step: int) -> list[str]:
         """How this plan's steps 1 to `step` differ from those of an earlier plan's `record()`, one line each.
 
-        Empty if both train on the same shapes, sources and tokens up to there; what comes later may differ, and so may
-        learning rates, names, and the order of sources. Lists the first stage that differs and stops.
+        Empty if both train on the same shapes, sources and tokens up to `step`. Later steps may differ, and so may
+        learning rates, names, and the order of sources. Stops after the first stage that differs.
         """
         if self.last_step is not None and self.last_step < step:
             return [f"step {step:,} is trained, but the plan now ends at step {self.last_step:,}"]
@@ -210,7 +210,7 @@ class Plan:
         return []
 
     def table(self) -> str:
-        """The plan as text, a line for each stage: what --dry_run prints."""
+        """The plan as text, one line per stage, as printed by --dry_run."""
         header = ("stage", "steps", "seq_len", "batch", "tokens", "learning rate", "overlap", "weights")
         lines = [header, *(self._table_line(stage) for stage in self.stages)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -273,7 +273,7 @@ class Plan:
 
 
 def _until(value: Any, field: str, step: int) -> Any:
-    """A field of a recorded stage as far as `step` shows it: where the stage ends is open until it is reached."""
+    """A field of a recorded stage as known at `step`: the end of a stage is open until it is reached."""
     if field == "last_step":
         return step if value is None else min(value, step)
     return value

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: functions of tokens, so that a change of batch size does not bend them.
+"""Learning-rate schedules: functions of tokens, so that a change of batch size does not distort them.
 
-`build()` gives `schedule(tokens, total) -> factor`, the share (0 to 1) of the peak rate when `tokens` of the run's
-`total` tokens are trained. The plan asks for the middle of each step: for a straight ramp that is the step's mean, so
-a warm-up or a decay amounts to the same whatever the batch size, and the first and the last step's rates are above 0.
+`build()` returns `schedule(tokens, total) -> factor`, the share (0 to 1) of the peak rate after `tokens` of the run's
+`total` tokens. The plan evaluates it in the middle of each step, which is the step's mean on a linear ramp. A warmup or
+decay therefore has the same effect for any batch size, and the first and the last step's rates are above 0.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtrain.interfaces import Schedule
 
 @dataclasses.dataclass(kw_only=True)
 class WarmUp:
-    """The beginning that all schedules share: from 0 to the peak in a straight line. Without either field, none.
+    """The linear warmup from 0 to the peak, shared by all schedules. Without either field there is none.
 
     warmup_tokens: length in tokens.
     warmup_fraction: length as a share of the run's tokens, 0 to below 1; needs a run with a known end.
@@ -41,7 +41,7 @@ class WarmUp:
 
 @dataclasses.dataclass(kw_only=True)
 class Constant(WarmUp):
-    """The peak rate to the end; the only one that a run without a known end can have. Fields: see WarmUp."""
+    """The peak rate to the end; the only schedule for a run without a known end. Fields: see WarmUp."""
 
     def build(self) -> Schedule:
         """schedule(tokens, total) → factor, 0 to 1; total may be None unless warmup_fraction is given."""
@@ -163,7 +163,7 @@ def _length(what: str, tokens: int | None, fraction: float | None, total: int | 
 
 
 def _progress(tokens: int, warmup: float, horizon: int) -> float:
-    """How much of the way from the warm-up's end to the run's end is done, 0 to 1 (below 0 in the warm-up: 0)."""
+    """Progress from the end of the warmup to the end of the run, 0 to 1 (0 during the warmup)."""
     if warmup >= horizon:
         raise UserError(
             f"the warm-up of {warmup:,.0f} tokens fills the run's {horizon:,}; shorten warmup_tokens, "

@@ -1,4 +1,4 @@
-"""The config of a stage, and what it means for given lanes and sources."""
+"""The config of a stage, and its resolution for given lanes and sources."""
 
 import dataclasses
 import difflib

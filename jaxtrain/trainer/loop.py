@@ -21,7 +21,7 @@ from jaxtrain.data import fingerprint, ledger, skipped_files
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.consensus import InterruptedWaitError, any_process
-from jaxtrain.errors import CorruptError
+from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.monitor import Monitor, Run, console_logging
 from jaxtrain.plan import StepPlan
@@ -82,6 +82,7 @@ def _run(
         if compatibility.is_complete(saved, config, config.plan(), step):
             logger.info("The run is complete: step %s, %s tokens. Nothing to do.", f"{step:,}", f"{saved['tokens']:,}")
             return FINISHED
+    session: Session | None = None
     try:
         session = open_session(config, workdir, checkpointer, fetch=not dry_run)
         if keep is not None:
@@ -97,6 +98,8 @@ def _run(
         raise explained from error
     except CorruptError as error:
         if dry_run or config.data.on_corrupt == "stop" or not error.source:
+            if dry_run or (session is None and not step):
+                raise UserError(str(error)) from None
             raise
         skipped_files.record(workdir.skips, error)
         recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
@@ -185,6 +188,10 @@ class Loop:
                     batch = next(session.feed)
             except InterruptedWaitError:  # a signal while waiting for the next batch
                 return self._finish(STOPPED, last)
+            except CorruptError as error:
+                if step > 1 or session.config.data.on_corrupt == "skip":
+                    raise
+                raise UserError(str(error)) from None  # nothing was trained: a restart would meet it at once
             # The feed reads ahead, but its n-th batch is that of step n, and carries the lanes' positions after it.
             assert batch.step == step
             metrics = self._update(at, batch)

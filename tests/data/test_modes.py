@@ -33,7 +33,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture
 def case(hub: LoopbackHub) -> Case:
-    """`web` is dealt to the lanes, `wiki` and `code` are striped over them, `code` without random access."""
+    """`web` is divided by units, `wiki` and `code` by windows of shared files, `code` without random access."""
     web = {}
     for n in range(4):
         texts = documents(60, n)

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a Hub with three datasets, a tokenizer, and an uninterrupted run to compare with."""
+"""Fixtures of the end-to-end tests: a Hub with three datasets, a tokenizer, and an uninterrupted reference run."""
 
 import os
 import pathlib
@@ -21,9 +21,10 @@ WIKI = documents(10, 32, words=5)
 
 
 def fill(hub: LoopbackHub) -> None:
-    """The datasets of configs/tiny.py: `web` is dealt to the lanes, `wiki` and `code` are striped over them.
+    """Commits the datasets of configs/tiny.py: lanes take units of `web` and share the files of `wiki` and `code`.
 
-    `wiki` is small: the run reads it more than once."""
+    `wiki` is small, so the run reads it more than once.
+    """
     web = {f"data/train-{n}.parquet": parquet_bytes(documents(n, 120), row_group_size=12) for n in range(4)}
     hub.commit("e2e/web", web)
     hub.commit("e2e/wiki", {"data/train-0.parquet": parquet_bytes(WIKI, row_group_size=16)})
@@ -33,14 +34,14 @@ def fill(hub: LoopbackHub) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder that all workers of pytest-xdist share."""
+    """A folder shared by all pytest-xdist workers."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(shared: pathlib.Path) -> Iterator[None]:
-    """Programs are compiled once a session."""
+    """Compiles each program once per session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(runs.OF_ALL_RUNS, COMPILED, str(shared / "compiled"))
         yield
@@ -48,7 +49,7 @@ def compiled(shared: pathlib.Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def datasets(compiled: None) -> Iterator[LoopbackHub]:
-    """A Hub of its own: that of tests/hub_fixtures.py is emptied by each test that uses it."""
+    """A separate Hub, because each test that uses the one in tests/hub_fixtures.py empties it."""
     with LoopbackHub() as hub:
         fill(hub)
         yield hub
@@ -64,9 +65,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def once(shared: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path) -> Once:
-    """Makes runs that a session needs once: the first worker that asks trains, the others wait for what it leaves.
+    """Makes runs that a session needs once: the first worker that asks trains, the others wait for its work directory.
 
-    Each worker has a Hub of its own. They are filled alike, so their commits have the same names.
+    Each worker has its own Hub. All have the same content, so their commits have the same names.
     """
 
     def once(name: str, train: Callable[[Run], object], config: str = TINY) -> Run:
@@ -85,13 +86,13 @@ def once(shared: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path) -
 
 @pytest.fixture(scope="session")
 def reference(once: Once) -> Run:
-    """configs/tiny.py from beginning to end, on one device, without any interruption."""
+    """configs/tiny.py from start to end, on one device, uninterrupted."""
     return once("reference", lambda run: run())
 
 
 @pytest.fixture(scope="session")
 def stopped(once: Once) -> Run:
-    """The same, stopped by SIGTERM in its second stage. To be copied by those who go on with it."""
+    """The same, stopped by SIGTERM in its second stage. Copy it to resume it."""
 
     def train(run: Run) -> None:
         run.start()
@@ -104,7 +105,7 @@ def stopped(once: Once) -> Run:
 
 @pytest.fixture
 def make_run(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[MakeRun]:
-    """Makes runs; `copy`: in a copy of another run's work directory."""
+    """Makes runs, with `copy` in a copy of another run's work directory."""
     made: list[Run] = []
 
     def make(

@@ -1,7 +1,7 @@
-"""`python -m tests.e2e.one_compiler FLAGS...`: jaxtrain.main in several processes of which one compiles for all.
+"""`python -m tests.e2e.one_compiler FLAGS...`: jaxtrain.main in several processes, one of which compiles for all.
 
-On CPUs JAX makes the keys of its persistent cache of something that each process has of its own, so that all but
-process 0 compile everything in every run. On other platforms the keys are equal.
+On CPUs, the keys of JAX's persistent cache depend on something specific to each process, so all processes except 0
+would compile everything in every run. On other platforms the keys are equal.
 """
 
 import runpy
@@ -11,7 +11,7 @@ from jax._src import cache_key
 
 
 def share() -> None:
-    """To be called before anything is compiled."""
+    """Makes the keys equal. Call it before anything is compiled."""
     assert hasattr(cache_key, "_hash_accelerator_config"), "this version of JAX makes its keys in another way"
     cache_key._hash_accelerator_config = lambda hash_obj, accelerators: None
     jax.config.update("jax_share_binary_between_hosts", True)

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: processes of `python -m jaxtrain.main`, and what they leave behind."""
+"""Whole runs as a user starts them: processes of `python -m jaxtrain.main` and their work directories."""
 
 import contextlib
 import json
@@ -19,19 +19,19 @@ import orbax.checkpoint as ocp
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
-OF_ALL_RUNS: dict[str, str] = {}  # conftest.py says where all runs of a session keep compiled programs
+OF_ALL_RUNS: dict[str, str] = {}  # conftest.py sets the folder for compiled programs, shared by all runs of a session
 ONE_COMPILER = "tests.e2e.one_compiler"
 TINY = "tests/e2e/configs/tiny.py"
 STOPPED = 75
-PATIENCE = 540.0  # seconds that a run may take on a machine with much else to do
+PATIENCE = 540.0  # seconds a run may take on a busy machine
 
-# What two equal runs may differ in.
+# Keys in which two equal runs may differ.
 _TIMES = ("tokens_per_sec", "mfu", "data_wait", "time", "goodput", "seconds", "memory_gb", "disk_cache_gb")
 
 
 def environment(hub: dict[str, str], devices: int = 1, **more: str) -> dict[str, str]:
-    """The environment of a run's processes, `devices` simulated ones each; nothing of the test's own JAX settings."""
-    # Without compiled modules every process would spend 5 s on compiling those that it imports.
+    """The environment of a run's processes: `devices` simulated devices each, and none of the test's JAX settings."""
+    # Without bytecode files, every process would spend 5 s compiling the modules it imports.
     dropped = ("JAX_", "XLA_", "HF_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: text for name, text in os.environ.items() if not name.startswith(dropped)}
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -39,7 +39,7 @@ def environment(hub: dict[str, str], devices: int = 1, **more: str) -> dict[str,
 
 
 class Run:
-    """A work directory, and one process (or one launcher of several) at a time that trains in it."""
+    """A work directory and, one at a time, a process (or a launcher of several) that trains in it."""
 
     def __init__(self, workdir: pathlib.Path, spec: str, env: dict[str, str], processes: int = 1):
         self.workdir = workdir
@@ -48,7 +48,7 @@ class Run:
         self.processes = processes
         self.module = "jaxtrain.main" if processes == 1 else ONE_COMPILER
         self.process: subprocess.Popen[str] | None = None
-        self.output = ""  # of the process that ended last: stdout and stderr
+        self.output = ""  # stdout and stderr of the process that ended last
         self.output_file = workdir.with_name(workdir.name + ".out")
 
     def start(self, *flags: str) -> "Run":
@@ -69,7 +69,7 @@ class Run:
         return self
 
     def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code; nothing of the run is left when it returns."""
+        """Waits for the run, ends any process left over, and returns the exit code."""
         assert self.process is not None
         try:
             return self.process.wait(seconds)
@@ -77,7 +77,7 @@ class Run:
             self.kill()
 
     def __call__(self, *flags: str, code: int | None = 0) -> "Run":
-        """Runs to the end and checks the exit code (None: any)."""
+        """Runs to the end and checks the exit code (None accepts any)."""
         found = self.start(*flags).wait()
         assert code in (None, found), f"exit code {found}, not {code}:\n{self.output}"
         return self
@@ -87,14 +87,14 @@ class Run:
         self.process.send_signal(number)
 
     def takes_sigterm(self) -> bool:
-        """Whether the process has a handler of its own for SIGTERM yet."""
+        """Whether the process has installed its SIGTERM handler."""
         assert self.process is not None
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
         return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
     def kill(self) -> None:
-        """SIGKILL to all processes of the run, at once."""
+        """Sends SIGKILL to all processes of the run at once."""
         assert self.process is not None
         if self.process.poll() is None:
             for pid in [*_children(self.process.pid), self.process.pid]:
@@ -104,16 +104,16 @@ class Run:
         self.output = self.output_file.read_text()
 
     def kill_one(self) -> None:
-        """SIGKILL to the last process of several."""
+        """Sends SIGKILL to the last of several processes."""
         self.signal_one(signal.SIGKILL)
 
     def signal_one(self, number: int) -> None:
-        """To the last process of several, or to the only one."""
+        """Sends a signal to the last of several processes, or to the only one."""
         assert self.process is not None
         os.kill(_children(self.process.pid)[-1] if self.processes > 1 else self.process.pid, number)
 
     def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-        """Waits for it, or for the end of the process: whether the process still runs."""
+        """Waits for the condition or the end of the process. Returns whether the process is still running."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
@@ -127,11 +127,11 @@ class Run:
         return self.wait_until(lambda: self.last_step() >= step)
 
     def stands_still(self, seconds: float) -> bool:
-        """Whether metrics.jsonl has not grown for so long, by the file's own time."""
+        """Whether metrics.jsonl has not grown for `seconds`, by its modification time."""
         return time.time() - (self.workdir / "metrics.jsonl").stat().st_mtime > seconds
 
     def last_step(self) -> int:
-        """Of metrics.jsonl as it is now; 0 without one."""
+        """The last step in metrics.jsonl now; 0 if there is none."""
         lines = self._lines()
         return lines[-1]["step"] if lines else 0
 
@@ -141,7 +141,7 @@ class Run:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of steps, with all their keys."""
+        """The steps' lines of metrics.jsonl, with all their keys."""
         return [line for line in self._lines() if "loss" in line]
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -152,7 +152,7 @@ class Run:
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
 
     def state(self, step: int | None = None) -> dict[str, np.ndarray]:
-        """Every array of a checkpoint (by default of the newest) by its path."""
+        """Every array of a checkpoint (by default the newest), by path."""
         folder = self.workdir / "checkpoints" / str(self.checkpoints()[-1] if step is None else step)
         arrays: dict[str, np.ndarray] = {}
         for item in ("params", "opt", "meta"):
@@ -171,14 +171,14 @@ def _children(pid: int) -> list[int]:
 
 
 def comparable(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what depends on the clock."""
+    """Lines of metrics.jsonl without the keys that depend on the clock."""
     return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
 
 
 def assert_equal(run: Run, reference: Run) -> None:
-    """Same steps, each once, with the same numbers; the same final state; the same places in the data. All bit for bit.
+    """Asserts the same steps, each once, with the same numbers, final state and data cursors. All bit for bit.
 
-    Numbers of JSON are exact: Python writes the shortest decimal that gives the same float again.
+    JSON numbers are exact: Python writes the shortest decimal that reads back as the same float.
     """
     assert comparable(run.steps()) == comparable(reference.steps())
     assert comparable(run.evaluations()) == comparable(reference.evaluations())
@@ -191,7 +191,7 @@ def assert_equal(run: Run, reference: Run) -> None:
 
 
 def documents(seed: int, count: int, words: int = 30) -> list[str]:
-    """Random texts of about so many words, some of them empty, one very long."""
+    """Random texts of about `words` words, some of them empty, one very long."""
     rng = random.Random(seed)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(200)]
     lengths = [0 if rng.random() < 0.03 else rng.randint(1, 2 * words) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""configs/270m_curriculum.py against a Hub that has small stand-ins of its three datasets, with a small model."""
+"""configs/270m_curriculum.py with a small model, against a Hub with small stand-ins for its three datasets."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ SMALL = (
     "--config.model.num_kv_heads=1",
     "--config.eval.tokens=4096",
     "--config.eval.seq_len=128",
-    "--config.data.shuffle_window=8",  # or the stand-ins have no documents for every lane
+    "--config.data.shuffle_window=8",  # with larger windows, the stand-ins do not have documents for every lane
 )
 
 

@@ -1,6 +1,6 @@
-"""What goes wrong: one clear message with the fix, the right exit code, no traceback for a user's error, nothing lost.
+"""Failures give one clear message with the fix, the right exit code, no traceback for a user error, and lose nothing.
 
-Mistakes that are answered before anything is compiled run inside the test's process, by the command's own function.
+Mistakes reported before anything is compiled run inside the test's process, through the command's own function.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from tests.tiers import nightly_but
 
 @dataclasses.dataclass
 class Answer:
-    """What a command answered."""
+    """A command's exit code and output."""
 
     code: int
     out: str
     err: str
 
     def is_error(self, code: int, *words: str) -> None:
-        """One message on stderr that has these words."""
+        """Asserts one message on stderr that contains these words."""
         assert self.code == code, self
         assert self.err.startswith("error: "), self
         assert all(word in self.err for word in words), self
@@ -49,7 +49,7 @@ Command = Callable[..., Answer]
 def command(
     tokenizer: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Command]:
-    """`python -m jaxtrain.main` with the tiny config in this process, for what ends before it trains."""
+    """`python -m jaxtrain.main` with the tiny config in this process, for commands that end before training."""
     monkeypatch.chdir(ROOT)
     names = (
         *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
@@ -90,7 +90,7 @@ def command(
 def test_mistakes_on_the_command_line(
     command: Command, hub: LoopbackHub, tmp_path: pathlib.Path, flags: list[str], words: list[str]
 ) -> None:
-    """Answered before any network or other slow work."""
+    """Reported before any network access or other slow work."""
     command(*flags).is_error(2, *words)
     assert hub.count() == 0
     assert not (tmp_path / "run").exists()
@@ -169,7 +169,7 @@ def copied(stopped: Run, tmp_path: pathlib.Path) -> pathlib.Path:
 def test_refused_resumes(
     command: Command, hub: LoopbackHub, stopped: Run, tmp_path: pathlib.Path, flags: list[str], words: list[str]
 ) -> None:
-    """What would change the data or what the parameters mean; the checkpoint stays as it is."""
+    """Changes of the data or of the parameters' meaning are refused, and the checkpoint is untouched."""
     fill(hub)
     workdir = copied(stopped, tmp_path)
     metrics = (workdir / "metrics.jsonl").read_bytes()
@@ -187,7 +187,7 @@ def test_another_tokenizer(command: Command, hub: LoopbackHub, stopped: Run, tmp
 
 
 def test_no_network(make_run: MakeRun) -> None:
-    """A port where nobody listens."""
+    """A port without a listener."""
     run = make_run(HF_ENDPOINT="http://127.0.0.1:9")("--config.data.retry_minutes=0.03", code=1)
     assert "Is there a network? Gave up" in run.output
     assert "Gave up after" in run.output
@@ -195,7 +195,7 @@ def test_no_network(make_run: MakeRun) -> None:
 
 
 def test_nothing_but_skipped_updates(make_run: MakeRun) -> None:
-    """A learning rate that makes every number infinite: the run stops by itself, and what is not a number is null."""
+    """A learning rate that makes every number infinite: the run stops by itself and logs non-finite numbers as null."""
     run = make_run()
     run("--config.optimizer.learning_rate=1e30", "--config.max_skipped_steps=3", code=1)
     assert "error: 3 updates in a row had non-finite gradients" in run.output
@@ -216,7 +216,7 @@ def test_later_stages_may_change(make_run: MakeRun, stopped: Run, reference: Run
 
 @pytest.mark.parametrize("damage", nightly_but(["cut"], ["cut", "lost"]))
 def test_a_damaged_checkpoint(make_run: MakeRun, stopped: Run, reference: Run, damage: str) -> None:
-    """The newest one is moved aside, and an older one gives the same end."""
+    """The newest checkpoint is moved aside, and the run resumes from an older one to the same result."""
     run = make_run(copy=stopped)
     newest, older = run.checkpoints()[-1], run.checkpoints()[-2]
     folder = run.workdir / "checkpoints" / str(newest)
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint(make_run: MakeRun, stopped: Run, reference: Run, d
 
 @pytest.mark.slow
 def test_a_full_disk(make_run: MakeRun, reference: Run, tmp_path: pathlib.Path) -> None:
-    """The run stops at the checkpoint that does not fit, and goes on when there is room."""
+    """The run stops at the checkpoint that does not fit, and resumes once there is room."""
     run = make_run()
     folder = run.workdir / "checkpoints"
     folder.mkdir(parents=True)
@@ -248,7 +248,7 @@ def test_a_full_disk(make_run: MakeRun, reference: Run, tmp_path: pathlib.Path) 
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, size: str) -> Iterator[Callable[[str], None]]:
-    """Mounts a small file system; what it gives can make it larger."""
+    """Mounts a small file system and yields a function that enlarges it."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
@@ -260,7 +260,7 @@ def small_disk(folder: pathlib.Path, size: str) -> Iterator[Callable[[str], None
 
 @pytest.mark.slow
 def test_faults_on_the_way_change_nothing(make_run: MakeRun, datasets: LoopbackHub, reference: Run) -> None:
-    """A fifth of all requests fail, in all ways; then the Hub is away for some seconds."""
+    """A fifth of all requests fail, in every way; then the Hub is down for some seconds."""
     with datasets.lock:
         datasets.faults.clear()
     try:
@@ -279,7 +279,7 @@ def test_faults_on_the_way_change_nothing(make_run: MakeRun, datasets: LoopbackH
 
 @pytest.mark.parametrize("number", nightly_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_stopped_in_an_outage(make_run: MakeRun, datasets: LoopbackHub, reference: Run, number: signal.Signals) -> None:
-    """No batch comes for as long as the Hub is away; what was trained is saved, and the process ends."""
+    """While the Hub is down no batch arrives; a signal still saves the trained state and ends the process."""
     run = make_run()
     run.start("--config.checkpoint.every_steps=1000")
     try:
@@ -287,7 +287,7 @@ def test_stopped_in_an_outage(make_run: MakeRun, datasets: LoopbackHub, referenc
         datasets.fault("", "status:503")
         assert run.wait_until(lambda: run.stands_still(2.0)), run.output
         run.signal(number)
-        # Not for as long as the readers would try again: they are left behind.
+        # The exit does not wait for the readers, which would go on retrying.
         assert run.wait(40) == STOPPED, run.output
     finally:
         datasets.faults.clear()

@@ -1,4 +1,4 @@
-"""Tokenizers and Hugging Face models that cannot be used, given to the commands: one message, exit code 2."""
+"""Commands given unusable tokenizers or Hugging Face models: one message, exit code 2."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def get_config(arg):
 
 @pytest.fixture
 def spec(tmp_path: pathlib.Path, hub: LoopbackHub) -> str:
-    """A config whose argument is the tokenizer's folder."""
+    """A config that takes the tokenizer's folder as its argument."""
     fill(hub)
     (tmp_path / "config.py").write_text(CONFIG)
     return f"{tmp_path / 'config.py'}:{tmp_path / 'tokenizer'}"

@@ -1,4 +1,4 @@
-"""Sources and a work directory in S3, from a server on the loopback interface that speaks it (the `buckets` extra)."""
+"""Sources and a work directory in S3, served by a loopback server (the `buckets` extra)."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ KEYS = {name: PLANTED[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS
 
 
 def data() -> dict[str, bytes]:
-    """What the config reads."""
+    """The files the config reads."""
     found: dict[str, bytes] = {}
     for n in range(4):
         found[f"tars/shard-{n}.tar.bz2"] = COMPRESS["tar.bz2"](shard(documents(n, 60)))
@@ -29,7 +29,7 @@ def data() -> dict[str, bytes]:
 
 
 class Objects:
-    """Those of one bucket, as the server has them."""
+    """The objects of one bucket, as stored by the server."""
 
     def __init__(self, client: Any, name: str):
         self.client, self.name = client, name
@@ -47,7 +47,7 @@ class Objects:
 
 
 class Runs:
-    """Runs with these settings in their environment; all that they said is in `output`."""
+    """Runs with these settings in their environment. `output` collects everything they print."""
 
     def __init__(self, spec: str, env: dict[str, str]):
         self.spec, self.env = spec, env
@@ -64,7 +64,7 @@ class Runs:
 
 @pytest.fixture
 def bucket(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[tuple[Runs, Objects]]:
-    """Runs that read from one bucket of a server, and the bucket that they may write to."""
+    """Runs that read from one bucket of a server, and the bucket they may write to."""
     pytest.importorskip("s3fs")
     boto3 = pytest.importorskip("boto3")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
@@ -94,7 +94,7 @@ def fingerprints(metrics: bytes) -> dict[int, str]:
 
 
 class Bucket(Protocol):
-    """What is in a bucket, by the server's own means."""
+    """A bucket's contents, accessed on the server itself."""
 
     def __call__(self, prefix: str = "") -> dict[str, bytes]: ...
     def put(self, name: str, data: bytes) -> None: ...
@@ -102,8 +102,11 @@ class Bucket(Protocol):
 
 
 def resumed_as_on_a_disk(runs: Runs, bucket: Bucket, url: str, local: pathlib.Path) -> dict[str, bytes]:
-    """A run in a bucket, and the same in a folder. The first is resumed past a save that a kill left unfinished, and
-    past a checkpoint that has lost a file. Returns what it leaves."""
+    """Checks that a run in a bucket equals the same run in a folder.
+
+    The first is resumed past a save that a kill left unfinished, and past a checkpoint that lost a file. Returns the
+    files it leaves.
+    """
     runs(str(local))
     wanted = fingerprints((local / "metrics.jsonl").read_bytes())
     assert max(wanted) == 30

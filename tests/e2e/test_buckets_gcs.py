@@ -1,4 +1,4 @@
-"""Sources and a work directory in Google Cloud Storage, from an emulator of it (the `buckets` extra)."""
+"""Sources and a work directory in Google Cloud Storage, served by an emulator (the `buckets` extra)."""
 
 import pathlib
 

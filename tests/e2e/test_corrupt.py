@@ -1,6 +1,7 @@
-"""Corrupt files in whole runs: named and fatal by default, or given up for good by a list that outlives everything."""
+"""Corrupt files in whole runs: named and fatal by default, or skipped for good by a persistent list."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ NAMES = ("--config.data.sources.web.name=bad/web", "--config.data.sources.code.n
 
 @pytest.fixture(scope="module", autouse=True)
 def corrupt_datasets(datasets: LoopbackHub) -> None:
-    """As `web` and `code` of the tiny config: a page of the one and the middle of one file of the other are spoiled."""
+    """The tiny config's `web` with a corrupt page, and its `code` with one file that is corrupt in the middle."""
     web = parquet_bytes(documents(0, 120), row_group_size=12)
     datasets.commit("bad/web", {WEB: spoiled(web, 0.35)})
     code = [documents(20 + n, 300) for n in range(2)]
@@ -32,7 +33,7 @@ def skips_of(run: Run) -> dict[str, dict[str, int]]:
 
 
 def run_until_done(run: Run, *flags: str) -> list[int]:
-    """Gives the same command again as long as it asks for that; the exit codes."""
+    """Repeats the command as long as its exit code requests a restart. Returns the exit codes."""
     codes = []
     while not codes or (codes[-1] != 0 and len(codes) < 6):
         codes.append(run.start(*flags).wait())
@@ -50,8 +51,23 @@ def test_a_corrupt_file_stops_the_run(make_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
+def test_a_corrupt_file_at_the_very_start(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
+    """Nothing was trained: the user's to change, and no launcher is to try again. The row is named, as it is."""
+    rows = [{"content": text} for text in documents(3, 300)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "code.jsonl").write_bytes(data.replace(b":", b"", 1))
+    flags = ["--config.data.sources.web.name=json", "--config.data.sources.web.column=content"]
+    run = make_run()(*flags, f"--config.data.sources.web.data_files=('{tmp_path}/code.jsonl',)", code=2)
+    assert f"file {tmp_path}/code.jsonl: {tmp_path}/code.jsonl, row 0: is not JSON" in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.slow
 def test_skipped_for_good(make_run: MakeRun) -> None:
-    """Found, recorded, gone on without; the same as a run that knew from the start, also if that is killed."""
+    """Finding, recording and skipping corrupt rows gives the same as a run that had the list from the start.
+
+    The latter also if it is killed.
+    """
     run = make_run("finder")
     codes = run_until_done(run, *NAMES, SKIP)
     assert codes == [STOPPED] * (len(codes) - 1) + [0], run.output
@@ -71,7 +87,7 @@ def test_skipped_for_good(make_run: MakeRun) -> None:
     killed.start(*NAMES)
     assert killed.wait_for_step(17), killed.output
     killed.kill()
-    # The checkpoint holds the list too.
+    # The checkpoint records the list too.
     (killed.workdir / "skips.json").unlink()
     killed(*NAMES)
     assert_equal(killed, knows)
@@ -81,7 +97,7 @@ def test_skipped_for_good(make_run: MakeRun) -> None:
 
 @pytest.mark.nightly
 def test_two_processes_skip_together(make_run: MakeRun) -> None:
-    """The finder ends with 75, the other is ended; all start again with the list."""
+    """The process that finds the file exits with 75, the other is ended, and all restart with the list."""
     run = make_run("two", processes=2)
     codes = run_until_done(run, *NAMES, SKIP)
     assert codes[-1] == 0, (codes, run.output)
@@ -89,6 +105,6 @@ def test_two_processes_skip_together(make_run: MakeRun) -> None:
     knows = make_run("knows")
     shutil.copy(run.workdir / "skips.json", knows.workdir)
     knows(*NAMES)
-    # Not the whole run: what was trained before the list grew may have had rows of those files' ends.
+    # Not the whole run: steps before the list grew may have trained on rows from the ends of those files.
     assert run.data_state()["sources"] == knows.data_state()["sources"]
     assert run.last_step() == knows.last_step()

@@ -1,4 +1,4 @@
-"""Ten stages, killed at random and exactly at their boundaries: what comes out is the uninterrupted run."""
+"""Ten stages, killed at random and exactly at their boundaries: the result equals the uninterrupted run."""
 
 import pathlib
 import random
@@ -14,7 +14,7 @@ from tests.e2e.runs import Run, assert_equal
 from tests.tiers import nightly_but
 
 CURRICULUM = "tests/e2e/configs/curriculum.py"
-# Saving after each step, so that there is a checkpoint to resume at exactly where the test wants it.
+# Saves after each step, so that the test can resume from any step.
 EVERY_STEP = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=3")
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def whole(once: Once) -> Run:
-    """From beginning to end, without any interruption."""
+    """From start to end, uninterrupted."""
     return once("curriculum", lambda run: run(), config=CURRICULUM)
 
 
@@ -46,9 +46,9 @@ def test_the_whole_run_has_what_it_is_to_show(whole: Run) -> None:
     assert [line["stage"] for line in lines] == sorted(line["stage"] for line in lines)
     assert {line["stage"] for line in lines} == set(range(1, 11))
     assert lines[-1]["tokens"] == sum(source["tokens"] for source in lines[-1]["sources"].values()) == 12_000
-    # Some in the middle of an interval of 3 steps, some at its end.
+    # Some are in the middle of an interval of 3 steps, some at its end.
     assert {step % 3 for step in boundaries(whole)} == {0, 1, 2}
-    # After the steps that reach a multiple of 3,000 tokens, of which the last is the run's end.
+    # Evaluation follows the steps that reach a multiple of 3,000 tokens. The last one ends the run.
     reached = [line["step"] for before, line in zip([{"tokens": 0}, *lines], lines, strict=False)
                if line["tokens"] // 3000 > before["tokens"] // 3000]  # fmt: skip
     assert [line["step"] for line in whole.evaluations()] == reached
@@ -77,8 +77,10 @@ def test_killed_at_random(run: Run, whole: Run) -> None:
     "stages", nightly_but([slice(1, None, 3)], [slice(1, None, 3), slice(None)]), ids=["some", "all"]
 )
 def test_killed_at_boundaries(run: Run, whole: Run, stages: slice) -> None:
-    """Killed so that the newest checkpoint is of a stage's last step; at each third one of the step before, and of the
-    next stage's first, too."""
+    """Kills leave the newest checkpoint at a stage's last step.
+
+    At every third boundary also at the step before, and at the next stage's first step.
+    """
     ends = boundaries(whole)[stages]
     wanted = sorted({*ends, *(end + offset for end in ends[::3] for offset in (-1, 1))})
     for step in wanted:
@@ -86,7 +88,7 @@ def test_killed_at_boundaries(run: Run, whole: Run, stages: slice) -> None:
         assert run.wait_until(lambda: step in run.checkpoints()), run.output  # noqa: B023 - waits here
         run.kill()
         for later in run.checkpoints():
-            if later > step:  # as if the kill had come sooner
+            if later > step:  # as if the kill had come earlier
                 shutil.rmtree(run.workdir / "checkpoints" / str(later))
         assert run.checkpoints()[-1] == step
     run(*EVERY_STEP)
@@ -95,7 +97,7 @@ def test_killed_at_boundaries(run: Run, whole: Run, stages: slice) -> None:
 
 
 def test_a_later_stage_is_edited_and_an_earlier_one_is_not(run: Run, whole: Run) -> None:
-    """In the config between two runs: shown in the log where it may be, refused with the number and both values."""
+    """Edits between two runs: an allowed one is logged, another is refused with the stage's number and both values."""
     at = boundaries(whole)[4]  # stage 5 ends here
     run("--config.steps=" + str(at))
     earlier = ("--config.total_tokens=none", "--config.stages[3].tokens=960")

@@ -1,4 +1,4 @@
-"""A run on tar shards, within a disk limit of a few of them: killed and resumed, it ends as if nothing had happened."""
+"""A run on tar shards, with a disk limit of a few shards: killed and resumed, it ends like an uninterrupted run."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ CONFIG = "tests/e2e/configs/shards.py"
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
-    """(pattern, bytes of the largest) of 9 shards: more than lanes, so each lane reads its own."""
+    """(pattern, size of the largest in bytes) of 9 shards: more shards than lanes, so each lane reads its own."""
     folder = tmp_path_factory.mktemp("shards")
     for number in range(9):
         (folder / f"s-{number:02d}.tar.bz2").write_bytes(COMPRESS["tar.bz2"](shard(documents(number, 12))))
@@ -63,7 +63,7 @@ def test_what_cannot_fit_is_refused(shards: tuple[str, int], tokenizer: pathlib.
     assert "more than the disk cache in" in small.output
     assert "Traceback" not in small.output
     dry = Run(tmp_path / "dry", f"{CONFIG}:{tokenizer}|{pattern}|1000000", environment({}))("--dry_run")
-    assert "disk cache: at most 0.00 GB, 0.00 used" in dry.output  # all shards are that small
+    assert "disk cache: at most 0.00 GB, 0.00 used" in dry.output  # the shards are that small
     with pytest.raises(UserError, match=r"GB free, both need 1000000000\.0: lower data\.max_disk_gb, or give"):
         dry_run._check_free(str(tmp_path), 10**18, "both need", "data.max_disk_gb")
 

@@ -1,4 +1,4 @@
-"""Distillation on the fly from the reference run's own checkpoint, killed and resumed, with wrong teachers refused."""
+"""Distillation on the fly from the reference run's checkpoint, killed and resumed. Wrong teachers are refused."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def test_killed_distillation_ends_as_if_nothing_had_happened(make_run: MakeRun, 
     lines = whole.steps()
     assert {line["stage"] for line in lines} == {1, 2, 3}
     assert all(line["ce_loss"] > 0 and line["kd_loss"] > 0 for line in lines)
-    # By the last step the weights are 0.1 and 0.5.
+    # At the last step the weights are 0.1 and 0.5.
     mixed = 0.5 * lines[-1]["kd_loss"] + 0.5 * (0.2 + 0.8 * 50 / 11_000) * lines[-1]["ce_loss"]
     assert lines[-1]["loss"] == pytest.approx(mixed, rel=0.02)
     assert np.mean([line["kd_loss"] for line in lines[-5:]]) < 0.9 * lines[0]["kd_loss"]

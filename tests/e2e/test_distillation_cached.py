@@ -1,4 +1,4 @@
-"""Distillation from a cache that several workers wrote, one of them killed in between: exact over kills and layouts."""
+"""Distillation from a cache written by several workers, one of them killed: exact across kills and meshes."""
 
 import pathlib
 import random
@@ -20,7 +20,7 @@ SAMPLES = [
 
 @pytest.fixture
 def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_path: pathlib.Path) -> pathlib.Path:
-    """Of the reference run as the teacher: two workers, killed once, then three of which one comes late."""
+    """A cache with the reference run as the teacher: two workers, killed once, then three, one of them late."""
     output = tmp_path / "cache"
     flags = [
         f"--config={DISTILL}:{tokenizer}",

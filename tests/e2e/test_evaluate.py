@@ -1,4 +1,4 @@
-"""tools.evaluate on a run that has trained: the numbers that the run logged, from its checkpoint alone."""
+"""tools.evaluate on a trained run: it gives the numbers that the run logged, from its checkpoint alone."""
 
 import json
 import pathlib

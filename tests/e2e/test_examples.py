@@ -27,6 +27,7 @@ SMALL = (
     "--config.checkpoint.every_steps=1",
     "--config.eval.every_steps=none",
     "--config.data.holdout=0",
+    "--config.data.shuffle_window=16",
     "--config.tokenizer.vocab_size=400",
     "--config.tokenizer.max_samples=100",
     "--config.sample_prompts=()",

@@ -1,4 +1,4 @@
-"""One of several processes fails, dies or stands still: all end soon, with its reason, and a restart goes on."""
+"""One of several processes fails, dies or hangs: all end soon, with the reason, and a restart resumes."""
 
 import pathlib
 import time
@@ -28,7 +28,7 @@ def seconds_since_failure(tmp_path: pathlib.Path) -> float:
 def test_an_error_ends_all_with_its_message(
     make_run: MakeRun, reference: Run, tmp_path: pathlib.Path, processes: int, failed: int
 ) -> None:
-    """The others wait for it in a collective operation meanwhile."""
+    """The others wait for it in a collective."""
     run = failing(make_run, tmp_path, processes, f"{failed}:error:12")
     run(code=1)
     print(f"\n{processes} processes, {failed} raises: all ended after {seconds_since_failure(tmp_path):.1f} s")
@@ -55,7 +55,7 @@ def test_a_mistake_of_one_host_is_not_restarted(make_run: MakeRun, tmp_path: pat
 def test_a_host_that_is_gone_ends_all(
     make_run: MakeRun, reference: Run, tmp_path: pathlib.Path, how: str, failed: int
 ) -> None:
-    """A restart is asked for: any code but 0, 2 and 75."""
+    """The exit code requests a restart: any code but 0, 2 and 75."""
     run = failing(make_run, tmp_path, 2, f"{failed}:{how}:12")
     code = run.start().wait()
     print(f"\n{how} of process {failed}: all ended after {seconds_since_failure(tmp_path):.1f} s, code {code}")

@@ -1,4 +1,4 @@
-"""tools.inspect_stream on a run that has trained: its real checkpoints, in a process of its own that ends at once."""
+"""tools.inspect_stream on a trained run: real checkpoints, in a separate process that exits at once."""
 
 import json
 import pathlib
@@ -38,14 +38,14 @@ def inspect(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Pa
 
 
 def text_of(source: str, file: str, row: int) -> str:
-    """A document, from what the files hold."""
+    """A document, read from the files themselves."""
     if source == "web":
         return documents(int(file.removeprefix("data/train-").removesuffix(".parquet")), 120)[row]
     return {"wiki": WIKI, "code": documents(20, 300)}[source][row]
 
 
 def row_of(answer: dict, row: dict, tokenizer: SentencePieceTokenizer) -> dict[str, np.ndarray]:
-    """A row with masks and targets again, from the documents named, each read from its file and tokenized."""
+    """Rebuilds a row with masks and targets from the documents listed, each read from its file and tokenized."""
     fields: dict[str, list[int]] = {name: [] for name in ("tokens", "targets", "segment_ids", "loss_mask")}
     for segment, piece in enumerate(row["documents"], 1):
         ids, _ = tokenizer.encode_batch([text_of(row["source"], piece["file"], piece["row"])])
@@ -62,7 +62,7 @@ def row_of(answer: dict, row: dict, tokenizer: SentencePieceTokenizer) -> dict[s
 
 @pytest.mark.slow
 def test_a_step_of_a_run_is_traced(reference: Run, inspect, tokenizer: pathlib.Path, tmp_path: pathlib.Path):
-    """From a checkpoint and from the beginning alike; and what is named adds up to the fingerprint that was logged."""
+    """A checkpoint and the beginning give the same answer, and the listed documents give the logged fingerprint."""
     last = reference.checkpoints()[-1]
     answer = inspect(f"--at_step={last}", f"--workdir={reference.workdir}")
     from_beginning = inspect(f"--at_step={last}", f"--workdir={tmp_path / 'none'}")

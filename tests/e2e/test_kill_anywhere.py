@@ -1,4 +1,4 @@
-"""The promise: a run that is killed at any moment, any number of times, ends as if nothing had happened."""
+"""The promise: a run killed at any moment, any number of times, ends exactly like an uninterrupted run."""
 
 import random
 import signal
@@ -22,7 +22,7 @@ def test_the_reference_has_what_it_is_to_show(reference: Run) -> None:
 
 
 def kill_at(run: Run, step: int, delay: float) -> None:
-    """Starts the run again and kills it `delay` seconds after metrics.jsonl has the step, if it still runs."""
+    """Restarts the run and kills it `delay` seconds after metrics.jsonl has the step, if it is still running."""
     run.start()
     if run.wait_for_step(step):
         time.sleep(delay)
@@ -36,7 +36,7 @@ def test_kill_anywhere(make_run: MakeRun, reference: Run, kills: int, seed: int)
     rng = random.Random(seed)
     run = make_run()
     last = reference.last_step()
-    # One inside each of `kills` equal parts of the run: the first in stage 1, the last in stage 3.
+    # One kill in each of `kills` equal parts of the run: the first in stage 1, the last in stage 3.
     for part in range(kills):
         step = round(last * (part + rng.random()) / (kills + 0.5))
         kill_at(run, max(step, 1), rng.uniform(0, 0.1))
@@ -46,7 +46,7 @@ def test_kill_anywhere(make_run: MakeRun, reference: Run, kills: int, seed: int)
 
 @pytest.mark.slow
 def test_kill_during_a_save(make_run: MakeRun, reference: Run) -> None:
-    """Every kill falls between the beginning of a checkpoint and its commit, or just after."""
+    """Every kill falls between the start of a save and its commit, or just after."""
     rng = random.Random(3)
     run = make_run()
     folder = run.workdir / "checkpoints"
@@ -84,7 +84,7 @@ def test_interrupted_by_ctrl_c(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_before_there_is_anything_to_save(make_run: MakeRun, number: signal.Signals) -> None:
-    """While libraries are imported, sources looked up, programs compiled: at once."""
+    """A signal during imports, source lookups or compilation ends the run at once."""
     run = make_run()
     for seconds in (0.0, 1.0, 2.5):
         run.start()

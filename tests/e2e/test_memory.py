@@ -1,4 +1,4 @@
-"""Runs that are given less memory: they take smaller parts of the same batches, or say at once what cannot fit."""
+"""Runs with less memory split the same batches into smaller micro-batches, or report at once what cannot fit."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def test_less_memory_trains_on_the_same_batches(make_run: MakeRun, reference: Ru
     run(f"--config.memory_gb={limit!r}", "--config.steps=30")
     parts = re.findall(r"Stage \d \(\w+\): (\d+) micro-batches", run.output)
     whole = re.findall(r"Stage \d \(\w+\): (\d+) micro-batches", reference.output)
-    assert len(parts) == 2  # of 30 steps the third stage has none
+    assert len(parts) == 2  # none of the 30 steps is in the third stage
     assert sum(map(int, parts)) > sum(map(int, whole[:2]))
     mine, theirs = run.steps(), reference.steps()[:30]
     assert [line["fingerprint"] for line in mine] == [line["fingerprint"] for line in theirs]
@@ -46,7 +46,7 @@ def test_less_memory_trains_on_the_same_batches(make_run: MakeRun, reference: Ru
 
 @pytest.mark.nightly
 def test_a_restart_compiles_nothing(make_run: MakeRun, stopped: Run) -> None:
-    """Every stage's program comes from the work directory's cache, wherever that directory is now."""
+    """Every stage's program comes from the work directory's cache, even after the directory has moved."""
     first, run = make_run("first"), make_run(copy=stopped)
     for each in (first, run):
         del each.env[COMPILED]

@@ -1,4 +1,4 @@
-"""A run that changes between streaming, a download and token stores at every resume, and one that never did."""
+"""A run that switches between streaming, downloads and token stores at every resume equals one that never does."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from tests.e2e.runs import PATIENCE, ROOT, STOPPED, Run, assert_equal, documents
 
 
 def pretokenize(run: Run, *flags: str, code: int | None = 0) -> str:
-    """Runs the tool on the run's config and work directory; returns what it said."""
+    """Runs the tool on the run's config and work directory, and returns its output."""
     command = [sys.executable, "-m", "tools.pretokenize", f"--config={run.spec}", f"--workdir={run.workdir}", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=run.env, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
@@ -38,7 +38,7 @@ def test_modes_may_change_at_every_resume(make_run: MakeRun, reference: Run, dat
     assert "Source web: stream, as data.mode says" in run.output
     stop_at(run, 12, "--config.data.mode=download")
     assert "Source web: download, as data.mode says" in run.output
-    # With the commit of the run's checkpoint, whatever the branch has now. Two workers, one after the other.
+    # Reads the commit in the run's checkpoint, wherever the branch is now. Two workers, one after the other.
     said = pretokenize(run, code=2)
     assert "max_samples MUST be specified for streaming datasets!" in said
     run("--config.data.mode=pretokenized", code=2)
@@ -61,7 +61,7 @@ def test_modes_may_change_at_every_resume(make_run: MakeRun, reference: Run, dat
 
 @pytest.mark.slow
 def test_a_killed_tool_goes_on(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
-    """Killed at any moment, by SIGKILL, it writes in the end what it writes at once."""
+    """After SIGKILLs at arbitrary moments, the store equals that of an uninterrupted tool."""
     run = make_run()
     pretokenize(run, "--all", f"--output={tmp_path / 'whole'}")
     command = [sys.executable, "-m", "tools.pretokenize", f"--config={run.spec}", f"--workdir={run.workdir}", "--all"]
@@ -90,7 +90,7 @@ def test_a_killed_tool_goes_on(make_run: MakeRun, tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.slow
 def test_streaming_leaves_no_data_behind(make_run: MakeRun, reference: Run, tmp_path: pathlib.Path) -> None:
-    """No file below the work directory, the Hub's folder or the temporary one has bytes of the datasets."""
+    """No file under the work directory, the Hub's folder or the temporary folder contains bytes of the datasets."""
     (tmp_path / "tmp").mkdir()
     run = make_run("streamed", TMPDIR=str(tmp_path / "tmp"), HF_HOME=str(tmp_path / "hub"))
     stop_at(run, 6)

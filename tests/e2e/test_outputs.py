@@ -1,4 +1,4 @@
-"""What a run leaves behind and prints, as people, scripts and checks rely on it."""
+"""A run's files and printed output, as people, scripts and checks rely on them."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def test_metrics(reference: Run) -> None:
     for line in lines:
         assert all(type(line[name]) is int for name in COUNTS)
         assert all(type(line[name]) is float for name in NUMBERS)
-        assert line["mfu"] is None  # the peak of a simulated device is not known
+        assert line["mfu"] is None  # the peak of a simulated device is unknown
         assert line["disk_cache_gb"] is None
         assert re.fullmatch("[0-9a-f]{16}", line["fingerprint"])
         assert 0 <= line["data_wait"] <= 1
@@ -53,7 +53,7 @@ def test_console_and_files(reference: Run) -> None:
     assert all(LINE.fullmatch(line) for line in printed), printed
     log = (reference.workdir / "log.txt").read_text()
     assert all(line in log for line in printed)
-    assert "Source web: " in log  # what is said before the first step, too
+    assert "Source web: " in log  # messages before the first step are included
     config = json.loads((reference.workdir / "config.json").read_text())
     assert config["stages"][1]["seq_len"] == 32
     assert config["seed"] == 7
@@ -68,13 +68,13 @@ def test_console_and_files(reference: Run) -> None:
 
 
 def scalars(folder: pathlib.Path, tag: str) -> dict[int, float]:
-    """Step → value, from TensorBoard's files: records of length, checksum, event, checksum."""
+    """Step → value, from TensorBoard's files, whose records are length, checksum, event, checksum."""
     found: dict[int, float] = {}
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            # protobuf makes the class when it is imported, so pyright cannot see it.
+            # protobuf creates the class at import time, so pyright cannot see it.
             event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue]
             for value in event.summary.value:
                 if value.tag == tag:
@@ -94,7 +94,7 @@ def test_a_complete_run_says_so(make_run: MakeRun, reference: Run) -> None:
 def test_the_data_ends_the_run(make_run: MakeRun, tokenizer: pathlib.Path) -> None:
     run = make_run(config="tests/e2e/configs/epoch.py")()
     _, lengths = SentencePiece(path=str(tokenizer)).build("").encode_batch([text for text in WIKI if text])
-    (last,) = [line for line in run.steps() if line["step"] == run.last_step()]  # logged though 7 does not divide it
+    (last,) = [line for line in run.steps() if line["step"] == run.last_step()]  # logged although 7 does not divide it
     assert last["sources"]["wiki"]["documents"] == len(lengths)
     assert last["sources"]["wiki"]["unique_tokens"] == (lengths + 1).sum()
     assert run.checkpoints()[-1] == last["step"]
@@ -103,7 +103,7 @@ def test_the_data_ends_the_run(make_run: MakeRun, tokenizer: pathlib.Path) -> No
 
 
 def test_init_from(make_run: MakeRun, reference: Run) -> None:
-    """A new run with the parameters of another: at a rate that moves no fp32 number, its first step keeps them."""
+    """A new run starts from another's parameters. Its first step, at a rate too small to change fp32, keeps them."""
     run = make_run()
     run(f"--config.init_from={reference.workdir}", "--config.steps=1", "--config.optimizer.learning_rate=1e-30")
     (line,) = run.steps()
@@ -114,7 +114,7 @@ def test_init_from(make_run: MakeRun, reference: Run) -> None:
     assert params
     for name in params:
         np.testing.assert_array_equal(mine[name], theirs[name])
-    # Moments of one step, not of the other run's many.
+    # The moments are those of one step, not of the other run's many.
     assert any((mine[name] != theirs[name]).any() for name in mine if name.startswith("opt"))
 
 
@@ -122,7 +122,7 @@ def test_dry_run(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
     run = make_run(HOME=str(tmp_path / "home"))
     del run.env["HF_HOME"]
     run("--dry_run")
-    # The Hub's client keeps nothing outside the work directory.
+    # The Hub's client stores nothing outside the work directory.
     assert not (tmp_path / "home").exists()
     assert (run.workdir / "cache" / "huggingface").exists()
     for wanted in (

@@ -1,4 +1,4 @@
-"""Several processes (gloo on the loopback interface, launched as users do) train on the same batches as one."""
+"""Several processes (gloo on the loopback interface, launched as users do) train on the same batches as one process."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ from tests.tiers import nightly_but
 
 
 def assert_same_data(run: Run, reference: Run) -> None:
-    """Equal fingerprints at all steps, and losses that agree within rounding: sums over devices are other sums."""
+    """Asserts equal fingerprints at all steps, and losses equal within rounding: devices sum in another order."""
     mine, theirs = run.steps(), reference.steps()
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for key in ("fingerprint", "tokens", "sources", "stage"):
@@ -25,7 +25,7 @@ def assert_same_data(run: Run, reference: Run) -> None:
 
 
 def stop_after(run: Run, step: int, number: signal.Signals) -> int:
-    """Stops all processes of a run by one signal to the launcher; the step that they have saved."""
+    """Stops all processes of a run with one signal to the launcher. Returns the step they saved."""
     run.start()
     assert run.wait_for_step(step), run.output
     run.signal(number)
@@ -37,7 +37,7 @@ def stop_after(run: Run, step: int, number: signal.Signals) -> int:
 @pytest.mark.slow
 def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     run = make_run(processes=2, devices=2)
-    run.module = "jaxtrain.main"  # with nothing of the tests' own in it
+    run.module = "jaxtrain.main"  # without the tests' own code
     stopped = stop_after(run, 18, signal.SIGTERM)
     assert run.output.count(f"Step {stopped}: Loss") == 1  # one process prints
     alone = make_run()
@@ -46,9 +46,9 @@ def test_two_processes_then_one(make_run: MakeRun, reference: Run) -> None:
     assert_same_data(alone, reference)
 
 
-# Devices of all processes together: 4, so that each mesh fits any number of them. In the runs below 2 and 4 processes
-# train on each of them (4 on fsdp with eight devices), one process on two (trainer/test_step.py has them all on one),
-# through a change of stage: after step 16 or 36.
+# All processes together have 4 devices, so that each mesh fits any number of processes. In the runs below, 2 and 4
+# processes train on each mesh (4 on fsdp with eight devices) and one process on two of them (trainer/test_step.py has
+# all of them on one process), through a stage change after step 16 or 36.
 MESHES = {
     "data": ("--config.mesh.data=4", "--config.mesh.fsdp=1"),
     "fsdp": ("--config.mesh.fsdp=4",),
@@ -70,7 +70,7 @@ def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int
 
 @pytest.mark.slow
 def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
-    """SIGTERM to a single process, each time, and another mesh."""
+    """Each time, SIGTERM goes to a single process, and the mesh changes."""
     for processes, mesh, step in ((4, "context", 17), (1, "tensor", 37)):
         run = make_run(processes=processes, devices=4 // processes)
         run.start(*MESHES[mesh])
@@ -84,7 +84,7 @@ def test_four_then_one_then_two(make_run: MakeRun, reference: Run) -> None:
 
 @pytest.mark.nightly
 def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
-    """On eight devices, all of them fsdp."""
+    """On eight devices, with pure FSDP."""
     run = make_run(processes=4, devices=2)
     run()
     assert_same_data(run, reference)
@@ -93,7 +93,7 @@ def test_four_processes_to_the_end(make_run: MakeRun, reference: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", nightly_but([2], [2, 4]))
 def test_one_is_killed_and_the_run_goes_on_on_another_mesh(make_run: MakeRun, reference: Run, processes: int) -> None:
-    """The survivors cannot go on: the launcher ends them and gives a code that asks for a restart, which goes on."""
+    """The survivors cannot continue. The launcher ends them and its exit code requests a restart, which resumes."""
     run = make_run(processes=processes, devices=4 // processes)
     run.start(*MESHES["data"])
     assert run.wait_for_step(18), run.output
@@ -129,7 +129,7 @@ cli.leave(0)
 
 @pytest.mark.slow
 def test_one_process_asks_how_many_rows_there_are(datasets: LoopbackHub) -> None:
-    """No file is asked for more often, however many processes cut the sources."""
+    """No file is requested more often, however many processes cut the sources."""
     many = {f"data/train-{n:02}.parquet": parquet_bytes(documents(n, 24), row_group_size=12) for n in range(12)}
     datasets.commit("e2e/many", many)
     asked = []

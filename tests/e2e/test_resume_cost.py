@@ -1,4 +1,4 @@
-"""To go on in a parquet source costs the same at any depth, in requests and in bytes: counted by the loopback Hub."""
+"""Resuming in a parquet source costs the same requests and bytes at any depth, counted by the loopback Hub."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ PLAN = build_plan(
 
 @dataclasses.dataclass
 class Start:
-    """A start of the data path: its first batches, what it saves as the source's identity, and what it asked for."""
+    """A start of the data path: its first batches, the source's identity that it saves, and its requests."""
 
     batches: list[StepBatch]
     identity: Json
@@ -43,7 +43,7 @@ class Start:
 def start(
     hub: LoopbackHub, tokenizer: SentencePiece, after: StepBatch | None, identity: Json | None, count: int
 ) -> Start:
-    """Takes `count` batches after the given one, and waits until reading ahead is done."""
+    """Takes `count` batches after the given one, and waits until read-ahead is done."""
     requests, sent = hub.count(), hub.bytes()
     resolved = resolve(CONFIG, None if identity is None else {"web": {"source": identity}})
     readers = CONFIG.build(resolved, seed=0)
@@ -88,9 +88,9 @@ def test_the_same_cost_at_any_depth(hub: LoopbackHub, tokenizer: pathlib.Path) -
             np.testing.assert_array_equal(found.batches[0].arrays[field], rows_BT)
         starts.append(found)
     requests, sent = [found.requests for found in starts], [found.sent for found in starts]
-    # Where in a row group a lane stands makes the difference between these, and not how deep.
+    # They differ by the lanes' positions within row groups, not by depth.
     assert max(requests) <= 1.5 * min(requests), (requests, whole.requests)
     assert max(sent) <= 1.5 * min(sent), (sent, whole.sent)
-    # Footers are looked at in any case: 256 kB from the end, which is all of files as small as these.
+    # Footers are always read: 256 kB from the end, which is the whole file for files this small.
     footers = sum(min(len(content), 1 << 18) for content in files.values())
     assert max(sent) - footers < (whole.sent - footers) / 3, (sent, footers, whole.sent)

@@ -1,4 +1,4 @@
-"""Tokens and credentials stay where they were given: whatever a run writes or prints is searched for planted ones."""
+"""Tokens and credentials do not leak: everything a run writes or prints is searched for planted ones."""
 
 import hashlib
 import pathlib
@@ -23,7 +23,7 @@ SEARCHED = ("PLANTED", "proxyuser", "duser", SECRET)
 
 
 def address(hub: LoopbackHub, data: bytes, name: str) -> str:
-    """A signed address of a file, with credentials in front, as stores and colleagues hand out."""
+    """A signed address of a file, with credentials in it, as stores and colleagues share them."""
     hub.commit(f"secret/{name}", {"train.parquet": data})
     server = hub.endpoint.replace("http://", "http://duser:dPLANTEDpass@")
     tag = hashlib.sha256(data).hexdigest()
@@ -31,7 +31,7 @@ def address(hub: LoopbackHub, data: bytes, name: str) -> str:
 
 
 def search(run: Run, output: str) -> None:
-    """Raises if something planted is in the output or in any file of the work directory."""
+    """Raises if a planted secret is in the output or in any file of the work directory."""
     places = {"the output": output.encode()}
     places |= {str(path): path.read_bytes() for path in run.workdir.rglob("*") if path.is_file()}
     assert len(places) > 3
@@ -41,7 +41,7 @@ def search(run: Run, output: str) -> None:
 
 @pytest.fixture
 def start(datasets: LoopbackHub, tokenizer: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Callable[[bytes], Run]]:
-    """A run on a file, with secrets all around it."""
+    """A run on a file, surrounded by secrets."""
     runs = []
 
     def make(data: bytes) -> Run:
@@ -72,7 +72,7 @@ def test_planted_secrets_are_nowhere(start: Callable[[bytes], Run], datasets: Lo
     end(1)
     datasets.faults.remove(away)
     end(2, "--config.data.sources.web.fetch_rows=https://duser:PLANTED@example.org/?token=PLANTED")
-    # Outages on the way, and one that lasts; then to the end.
+    # Brief outages and a lasting one; then the run completes.
     for kind in ("status:503", "reset", "truncate"):
         datasets.fault("/cdn/", kind, probability=0.1)
     lasting = datasets.fault("/cdn/", "status:500", after=8)

@@ -1,4 +1,4 @@
-"""What each stage took of each source: the same wherever the run was killed and resumed, and on how many processes."""
+"""Each stage's use of each source is the same wherever the run was killed and resumed, on any number of processes."""
 
 import json
 import shutil
@@ -13,12 +13,12 @@ from tests.tiers import nightly_but
 
 KEEP_ALL = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=100")
 FLAGS = (*KEEP_ALL, "--config.log_every=7")
-ENDS = (16, 36, 48)  # of the stages of configs/tiny.py
+ENDS = (16, 36, 48)  # last steps of the stages of configs/tiny.py
 COUNTS = ("tokens", "unique_tokens", "documents")
 
 
 def cut_back(run: Run, step: int) -> Run:
-    """Leaves the checkpoints up to a step: as if the run had been killed just after that one."""
+    """Keeps only the checkpoints up to a step, as if the run had been killed just after it."""
     for later in run.checkpoints():
         if later > step:
             shutil.rmtree(run.workdir / "checkpoints" / str(later))
@@ -26,7 +26,7 @@ def cut_back(run: Run, step: int) -> Run:
 
 
 def forget_stage_ends(run: Run) -> None:
-    """Makes the newest checkpoint one of a version that did not have them."""
+    """Turns the newest checkpoint into one of a version without `stage_ends`."""
     folder = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
     path = folder / "data" / "metadata"
     data = json.loads(path.read_text())
@@ -38,7 +38,7 @@ def forget_stage_ends(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def whole(once: Once) -> Run:
-    """Without any interruption, with a checkpoint of every step."""
+    """Uninterrupted, with a checkpoint at every step."""
     return once("ledger", lambda run: run(*FLAGS))
 
 
@@ -73,13 +73,13 @@ def test_the_same_after_a_resume_at_around_and_between_boundaries(
     for key in ("step", "fingerprint", "sources", "stage_sources"):
         assert [line[key] for line in run.steps()] == [line[key] for line in whole.steps()]
     assert run.data_state()["stage_ends"] == whole.data_state()["stage_ends"]
-    if processes == 1:  # on several the order of sums is another
+    if processes == 1:  # several processes sum in another order
         assert_equal(run, whole)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version(make_run: MakeRun, reference: Run, whole: Run) -> None:
-    """Goes on; the stage that it is in is not known, the next one is."""
+    """The run resumes. The current stage's numbers are unknown, the next stage's are known."""
     for step in (20, 36):
         run = cut_back(make_run(f"old-{step}", copy=whole), step)
         forget_stage_ends(run)

@@ -1,7 +1,7 @@
-"""What version 0.1 wrote is read, and what it trained is trained again: the goldens of tests/golden/v0_1.
+"""Reads the files that version 0.1 wrote and reproduces the runs it trained: the goldens in tests/golden/v0_1.
 
-Data is compared bit for bit: fingerprints, ledgers, tokens, restored arrays. Losses only within 1e-5: they are sums of
-float32 whose order XLA chooses, and another processor, version or program may choose another.
+Data is compared bit for bit: fingerprints, ledgers, tokens, restored arrays. Losses are compared within 1e-5: they are
+float32 sums whose order XLA chooses, and another processor, version or program may choose another order.
 """
 
 import json
@@ -23,7 +23,7 @@ LOSS = 1e-5
 
 
 def check(run: Run, name: str, after: int = 0) -> None:
-    """The steps of a run after a given one, against the uninterrupted run of version 0.1."""
+    """Compares the steps of a run after a given one with the uninterrupted run of version 0.1."""
     expected = place.load(name)
     _check_lines(run.steps()[after:], expected["steps"][after:])
     evaluations = [line for line in expected["evaluations"] if line["step"] > after]
@@ -42,7 +42,7 @@ def _check_lines(lines: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[
 
 
 def check_resumed(at: Place, spec: str, name: str, *flags: str) -> str:
-    """Goes on with a work directory of version 0.1, to its end."""
+    """Resumes a work directory of version 0.1 and runs it to its end."""
     run = at.read(name)
     (step,) = run.checkpoints()
     expected = place.load(f"{name}_arrays")["checkpoint"]
@@ -55,14 +55,14 @@ def check_resumed(at: Place, spec: str, name: str, *flags: str) -> str:
 
 
 def test_a_run_is_resumed(tmp_path: pathlib.Path) -> None:
-    """Four kinds of sources, all transforms, two stages; AdamW, held-out evaluation, a tokenizer of its own."""
+    """Four kinds of sources, all transforms, two stages, AdamW, held-out evaluation, a tokenizer trained by the run."""
     with LoopbackHub() as hub:
         check_resumed(Place(tmp_path / "place", hub, "mixed"), MIXED, "mixed")
 
 
 @pytest.mark.slow
 def test_a_run_is_resumed_from_a_teachers_cache(tmp_path: pathlib.Path) -> None:
-    """Muon; the teacher is the run of the test above, in a cache."""
+    """Muon, with the cached outputs of the run of the test above as the teacher."""
     with LoopbackHub() as hub:
         at = Place(tmp_path / "place", hub, "distilled", "teacher", "mixed")
         output = check_resumed(at, DISTILLED, "distilled")
@@ -81,7 +81,7 @@ def test_a_token_store_is_the_stream(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_parameters_are_exported(tmp_path: pathlib.Path) -> None:
-    """Restored by what the checkpoint says of itself, without a config file."""
+    """Restored from the config recorded in the checkpoint, without a config file."""
     with LoopbackHub() as hub:
         at = Place(tmp_path / "place", hub, "mixed", "distilled")
     for name in ("mixed", "distilled"):
@@ -92,7 +92,7 @@ def test_parameters_are_exported(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_is_evaluated(tmp_path: pathlib.Path) -> None:
-    """By the config that the checkpoint records: sources, transforms, tokenizer, stages."""
+    """With the config recorded in the checkpoint: sources, transforms, tokenizer, stages."""
     expected = place.load("evaluated")["loss"]["all"]
     with LoopbackHub() as hub:
         at = Place(tmp_path / "place", hub, "mixed")
@@ -105,7 +105,7 @@ def test_a_checkpoint_is_evaluated(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WHOLE_RUNS if name != "teacher"])
 def test_whole_runs(name: str, datasets: LoopbackHub, tmp_path: pathlib.Path) -> None:
-    """Configs of tests/e2e, and a few steps of the shipped smoke configs."""
+    """The configs of tests/e2e, and a few steps of the shipped smoke configs."""
     at = Place(tmp_path / "place", datasets, "mixed")
     for one in ("teacher", "student") if name == "student" else (name,):
         check(at.whole(one), one)

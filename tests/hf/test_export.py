@@ -31,7 +31,7 @@ def chat_model(tmp_path: Path, adds_bos: bool, **configs: Any) -> Path:
         template = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", 1), ("</s>", 2)])
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])  # pyright: ignore
     folder = tmp_path / "chat"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     files = {
         "tokenizer_config": {"eos_token": "<|im_end|>", "bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"},
@@ -131,3 +131,14 @@ def test_sentencepiece(add_bos, tmp_path):
     assert (config["add_bos_token"], config["add_eos_token"]) == (add_bos, False)
     before, after = (HuggingFaceTokenizer(name=str(path)).build("") for path in (tmp_path / "m.model", out))
     np.testing.assert_array_equal(before.encode_batch([TEXT])[0], after.encode_batch([TEXT])[0])
+
+
+def test_a_tokenizer_that_transformers_would_replace_is_reported(tmp_path, caplog):
+    model = in_float32(GOLDEN / "qwen2")
+    params = hf.load(str(GOLDEN / "qwen2"), model, ONE_DEVICE)
+    for kind, told in (("LlamaTokenizer", 1), ("Qwen2Tokenizer", 1)):
+        config = {"eos_token": "</s>", "tokenizer_class": kind}
+        source = chat_model(tmp_path / kind, False, tokenizer_config=config)
+        tokenizer = HuggingFaceTokenizer(name=str(source)).build("")
+        hf.export(params, model, str(tmp_path / "out"), tokenizer=tokenizer)
+        assert caplog.text.count("AutoTokenizer gives every qwen2 model the rules of Qwen2Tokenizer") == told

@@ -4,6 +4,8 @@ import bz2
 import csv
 import dataclasses
 import gzip
+import importlib
+import importlib.util
 import io
 import json
 import lzma
@@ -104,6 +106,11 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
+
+if importlib.util.find_spec("lz4"):
+    lz4 = importlib.import_module("lz4.frame")
+    UNPACK["lz4"] = lambda data: lz4.open(io.BytesIO(data)).read()
+    PACK["lz4"] = lz4.compress
 
 
 def _unpacked(path: pathlib.Path) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores import token_store, writer
 from jaxtrain.data.transforms import AtLeast, MinLength, Template
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Transform
@@ -56,15 +56,15 @@ def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
         rows.resolve(of_0_1(rows.resolve().identity))
 
 
-def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_store.Manifest:
+def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_store.TokenManifest:
     """The manifest of a store, with another identity than it was written with."""
-    job = token_store_writer.Job("web", str(folder / "store"), config, config.resolve(), 10.0)
-    token_store_writer.write(job, TOKENIZER, 0, 1, lambda *_: None)
+    job = writer.Job("web", str(folder / "store"), config, config.resolve(), TOKENIZER, 10.0)
+    writer.write_tokens(job, 0, 1, lambda *_: None)
     manifest = token_store.load(str(folder / "store"))
     return dataclasses.replace(manifest, source={**manifest.source, **identity})
 
 
-def check(folder: pathlib.Path, config: HuggingFace, manifest: token_store.Manifest) -> None:
+def check(folder: pathlib.Path, config: HuggingFace, manifest: token_store.TokenManifest) -> None:
     token_store.check(manifest, str(folder / "store"), config, TOKENIZER, None)
 
 

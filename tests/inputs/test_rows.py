@@ -16,7 +16,7 @@ from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.errors import CorruptError, UserError
 from tests.data.sources.tars import tar
-from tests.inputs.formats import FORMATS, read
+from tests.inputs.formats import FORMATS, PACK, read
 
 # More than a megabyte of JSON: the datasets library decides by a file's first megabyte.
 TEXTS = [f'He said "no {n}".\nSecond line of document {n}. ' + "x" * 900 for n in range(1300)]
@@ -315,6 +315,16 @@ def test_lines_of_text_that_are_not_utf8(tmp_path: pathlib.Path, row: int) -> No
     assert (found, error) == ([*lines[:row], "", *lines[row + 1 :]], None)
 
 
+@pytest.mark.parametrize("document", ["line", "file"])
+def test_text_files_that_are_compressed(tmp_path: pathlib.Path, document: str) -> None:
+    """Their bytes are no text, and rows without text would be all that is left of them."""
+    (tmp_path / "a.txt").write_bytes(PACK["gz"](b"one\ntwo\n"))
+    found, error = read(TextFiles(patterns=(str(tmp_path / "a.txt"),), document=document))
+    assert found == []
+    assert isinstance(error, UserError)
+    assert "is compressed (gzip)" in str(error)
+
+
 # Tables with types
 
 
@@ -420,7 +430,9 @@ def test_members_of_tars(tmp_path: pathlib.Path, suffix: str) -> None:
 
     def documents(data: bytes) -> tuple[list[str], Exception | None]:
         packed = tar([("0.json", b'{"text": "zero"}'), ("1.json", data), ("2.txt", b"two")])
-        path.write_bytes({"tar": lambda tar: tar, **_packs()}[suffix](packed))
+        path.write_bytes(
+            {"tar": lambda tar: tar, **{f"tar.{name}": pack for name, pack in PACK.items()}}[suffix](packed)
+        )
         return read(kind.config(path))
 
     assert documents(b'{"text": null}') == (["zero", "", "two"], None)
@@ -432,9 +444,3 @@ def test_members_of_tars(tmp_path: pathlib.Path, suffix: str) -> None:
     found, error = documents(b'{"text": ')
     assert isinstance(error, CorruptError)
     assert (found, error.row) == (["zero"], 1)
-
-
-def _packs() -> dict[str, Callable[[bytes], bytes]]:
-    from tests.inputs.formats import PACK
-
-    return {f"tar.{name}": pack for name, pack in PACK.items()}

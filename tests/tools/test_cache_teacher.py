@@ -10,11 +10,16 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
+from jaxtrain.cost import memory
 from jaxtrain.data.stores import teacher_store
+from jaxtrain.distill.scorer import Scorer
+from jaxtrain.distributed import sharding
+from jaxtrain.losses.cached import Layout
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tests.hub import LoopbackHub, jsonl_bytes
 from tools.cache_teacher import __main__ as cache_teacher
+from tools.cache_teacher import write
 
 CONFIG = """
 from jaxtrain.config import Config
@@ -113,12 +118,31 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
         (["--output=s3://a/b"], "", "a cache is written to a local path"),
         (["--max_samples=9", "--context=33"], "", "--context=33: the teacher sees 32 tokens at most"),
         (["--max_samples=9", "--stride=9"], "", "--stride=9: windows of 8 tokens would leave some out"),
+        (
+            ["--max_samples=9", "--config.memory_gb=0.000001"],
+            "",
+            "the teacher does not fit: with one row of 8 tokens at a time a device needs",
+        ),
         (["--max_samples=9"], "alone", "has no teacher: give --config.teacher.model="),
     ],
 )
 def test_refusals(config: pathlib.Path, capsys: Any, arguments: list[str], arg: str, message: str) -> None:
     assert run(config, *arguments, arg=arg) == 2
     assert message in capsys.readouterr().err
+
+
+def test_less_memory_takes_fewer_rows_at_once() -> None:
+    model = MODEL.build(300, sharding.MeshConfig(fsdp=2).build(jax.devices()[:2]))
+    params = model.init(jax.random.key(0))
+    layout = Layout(300, 5, (1.0,))
+
+    def scorer(limit: int | None) -> Scorer:
+        return write.make_scorer(model, params, layout, 8, 4, batch_tokens=64, limit=limit)
+
+    whole = scorer(None)
+    needed = memory.needed(whole._run)
+    assert needed is not None
+    assert (whole._rows, scorer(needed)._rows, scorer(needed - 1)._rows) == (16, 16, 8)
 
 
 def test_too_little_room_is_refused_before_anything_is_computed(

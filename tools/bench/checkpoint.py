@@ -17,8 +17,8 @@ from tools.bench.common import at_least_one, median, progress, result, rounds_fl
 
 COMMAND = Command(
     name="python -m tools.bench checkpoint",
-    description="Saves and restores train states of several sizes: seconds that a save blocks and runs in the "
-    "background, and that verifying and restoring take (of files that the system may still hold in memory).",
+    description="Saves and restores train states of several sizes: the seconds a save blocks and runs in the "
+    "background, and the seconds to verify and restore (files may still be in the page cache).",
     examples=(
         "python -m tools.bench checkpoint",
         "python -m tools.bench checkpoint --megabytes=64,1024 --folder=/mnt/disk",

@@ -66,11 +66,11 @@ COMMAND = Command(
         Flag(name="num_layers", type=int, default=0, help="another depth of it; 0: 6"),
         Flag(name="vocab_size", type=int, default=0, help="another vocabulary of it, a multiple of 128; 0: 5,120"),
         Flag(
-            name="data_tokens", type=int, default=524_288, help="tokens of a batch of the data path; 0: do not measure"
+            name="data_tokens", type=int, default=524_288, help="tokens per batch of the data path; 0: do not measure"
         ),
-        Flag(name="data_batches", type=int, default=4, help="batches of the data path for each stage"),
+        Flag(name="data_batches", type=int, default=4, help="batches of the data path per stage"),
         Flag(name="data_vocab_size", type=int, default=8000, help="tokens of the data path's tokenizer"),
-        Flag(name="megabytes", type=float, default=16.0, help="millions of characters that the data path has"),
+        Flag(name="megabytes", type=float, default=16.0, help="millions of characters for the data path"),
         Flag(name="one_core", type=bool, default=False, help="use one core: other load hardly changes its CPU seconds"),
         rounds_flag(3),
     ),
@@ -158,7 +158,7 @@ def _step(flags: Flags, seq_len: int) -> Json:
 def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], object]]]:
     """The parts of a step, compiled alone, forward and backward: how often each occurs, and a function that runs it.
 
-    With remat="full" a layer's forward pass is there twice; the parts count it once, so layers' shares are low.
+    With remat="full" a layer's forward pass runs twice; the parts count it once, so layers' shares are low.
     """
     model = step.model
     params = jax.tree.map(jnp.copy, step.state["params"])  # the step donates its own

@@ -51,8 +51,8 @@ _KINDS = ("sentencepiece", "bpe")
 COMMAND = Command(
     name="python -m tools.bench data",
     description="The data path's tokens/s on one core, from local parquet files of the Python standard library, with a "
-    "sentencepiece and a BPE tokenizer that are trained on it first; and which share of its time is machinery, "
-    "neither reading nor tokenizing.",
+    "sentencepiece and a BPE tokenizer trained on it first, and the share of its time that is neither reading nor "
+    "tokenizing (machinery).",
     examples=("python -m tools.bench data", "python -m tools.bench data --megabytes=12 --vocab_size=8000 --rounds=1"),
     flags=(
         Flag(name="megabytes", type=float, default=48.0, help="millions of characters of an epoch"),

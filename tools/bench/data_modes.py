@@ -1,6 +1,6 @@
 """A part of `bench data`: the three modes (docs/data.md) on one dataset, served over HTTP by this process.
 
-wait: seconds from the first look at the source until the first batch is there, with what has to be fetched before.
+wait: seconds from resolving the source until the first batch, with everything that is fetched before it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jaxtrain.data import modes, pipeline
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig
-from jaxtrain.data.stores import token_store_writer
+from jaxtrain.data.stores import writer
 from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from tools.bench import stream
@@ -54,8 +54,8 @@ def measure(
 
 def _write(data: DataConfig, tokenizer: Tokenizer, folder: str) -> None:
     for name, source in pipeline.resolve(data).items():
-        job = token_store_writer.Job(name, f"{folder}/{name}", data.sources[name], source, retry_seconds=60.0)
-        token_store_writer.write(job, tokenizer, 0, 1, lambda documents, tokens: None)
+        job = writer.Job(name, f"{folder}/{name}", data.sources[name], source, tokenizer, retry_seconds=60.0)
+        writer.write_tokens(job, 0, 1, lambda documents, tokens: None)
 
 
 def _epoch(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folder: str, number: int) -> tuple[float, float]:

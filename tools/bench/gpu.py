@@ -32,7 +32,7 @@ COMMAND = Command(
     name="python -m tools.bench gpu",
     description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
     "backward), the loss's memory and values, the 1B train step's time, memory and MFU, and the same step in torch "
-    "where that has CUDA. StepComponents that fail are reported as errors; those that no time is left for are null.",
+    "if torch has CUDA. Parts that fail are reported as errors; parts for which no time is left are null.",
     examples=("python -m tools.bench gpu", "python -m tools.bench gpu --tiny --parts=device,loss"),
     flags=(
         Flag(name="tiny", type=bool, default=False, help="sizes that a CPU can do, to check the script itself"),

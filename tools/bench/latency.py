@@ -22,7 +22,7 @@ from tools.bench.range_server import RangeServer, serving
 COMMAND = Command(
     name="python -m tools.bench latency",
     description="The data path's tokens/s from parquet files over HTTP, with a sentencepiece tokenizer, without and "
-    "with a pause before every answer; and how many answers there were.",
+    "with a delay before every response, and the number of responses.",
     examples=("python -m tools.bench latency", "python -m tools.bench latency --milliseconds=500 --num_lanes=64"),
     flags=(
         Flag(name="milliseconds", type=int, default=200, help="delay of every response"),

@@ -15,8 +15,8 @@ from tools.bench.jax_step import memory
 
 COMMAND = Command(
     name="python -m tools.bench loss",
-    description="Value and gradient of the cross-entropy, chunked as in training and plain: temporary memory as the "
-    "compiler plans it, time, and how far they differ.",
+    description="Value and gradient of the cross-entropy, chunked as in training and plain: the compiler's temporary "
+    "memory, time, and the difference between the two.",
     examples=("python -m tools.bench loss", "python -m tools.bench loss --tokens=16384 --dtype=bfloat16"),
     flags=(
         Flag(name="tokens", type=int, default=4096, help="positions, B * T"),

@@ -1,7 +1,7 @@
 """`bench resume`: what it costs to resume at a depth of a parquet stream, and to restore a checkpoint.
 
 A file is served on this machine, so requests and bytes are counted. The stream is read once to its end; then it is
-started again from where it stood at several depths, until the first batch is there, which must be the one it was.
+resumed at several depths, until the first batch arrives, which must be the same as before.
 """
 
 import pathlib

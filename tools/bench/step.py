@@ -31,7 +31,7 @@ BASELINES = ("torch_eager", "torch_compiled")
 COMMAND = Command(
     name="python -m tools.bench step",
     description="Time of a train step (forward, backward, clipping, AdamW) of a Llama in jaxtrain, and of the same in "
-    "torch, eager and compiled, where torch is installed; measured in turns. The default is a model of 12.6M "
+    "torch, eager and compiled, if torch is installed, measured alternately. The default is a model of 12.6M "
     "parameters in fp32.",
     examples=(
         "python -m tools.bench step",
@@ -53,7 +53,7 @@ COMMAND = Command(
         Flag(name="remat", type=Literal["none", "dots", "full"], default="full", help="see jaxtrain.model.llama"),
         Flag(name="one_core", type=bool, default=False, help="use one core: other load hardly changes its CPU seconds"),
         Flag(
-            name="distill", type=bool, default=False, help="with a teacher, against the student and the teacher alone"
+            name="distill", type=bool, default=False, help="with a teacher, compared with the student and teacher alone"
         ),
         Flag(
             name="teacher_times", type=int, default=2, help="the teacher's width, heads and layers, times the model's"

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
-from jaxtrain.data.stores import teacher_store, teacher_store_writer
-from jaxtrain.data.stores.teacher_store_writer import Job, Writer
+from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Model, Params
@@ -47,7 +47,7 @@ class Settings:
 def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
     assert config.teacher is not None
-    begun = {name: teacher_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    begun = {name: teacher_store.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
     config.data.row_spec(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
@@ -60,7 +60,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     print(f"Reading the teacher {config.teacher.model}...", flush=True)
     params = frozen.load()
     identity = frozen.identity(params)
-    writers: dict[str, Writer] = {}
+    writers: dict[str, TeacherWriter] = {}
     for name, source in sources.items():
         manifest = teacher_store.manifest_of(
             source,
@@ -74,8 +74,8 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
             part_rows=PART_ROWS,
         )
         folder, retry = os.path.join(output, name), 60 * config.data.retry_minutes
-        job = Job(name, folder, config.data.sources[name], source, tokenizer, manifest, retry)
-        writers[name] = Writer(job, worker, workers)
+        job = Job(name, folder, config.data.sources[name], source, tokenizer, retry)
+        writers[name] = TeacherWriter(job, manifest, worker, workers)
     documents = _check_space(writers, output, layout)
     limit = memory.limit(mesh, config.memory_gb)
     scorer = make_scorer(frozen.model, params, layout, context, stride, settings.batch_tokens, limit)
@@ -119,7 +119,7 @@ def make_scorer(
     return scorers[count]
 
 
-def _write_source(name: str, writer: Writer, scorer: Scorer, documents: int | None, workers: int) -> bool:
+def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: int | None, workers: int) -> bool:
     """Whether the source is complete."""
     mine = None if documents is None else documents // workers
     with tqdm(total=mine, desc=f"Caching {name}", unit=" documents", unit_scale=True, disable=None) as bar:
@@ -134,7 +134,7 @@ def _write_source(name: str, writer: Writer, scorer: Scorer, documents: int | No
         return writer.write(scorer, progress)
 
 
-def _check_space(writers: dict[str, Writer], output: str, layout: Layout) -> dict[str, int | None]:
+def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout) -> dict[str, int | None]:
     """Documents left of each source; None if that is only known by reading it.
 
     Raises:

@@ -6,8 +6,8 @@ from jaxtrain.cost import clusters
 COMMAND = cli.Command(
     name="python -m tools.compile_check",
     description=(
-        "Compiles the train step of every stage for a cluster that need not be there: the program that a run on it "
-        "would take, with the same attention. Prints the sharding of the parameters, the memory of a chip, FLOPs and "
+        "Compiles the train step of every stage for a cluster you do not need to have: the program that a run on it "
+        "would use, with the same attention. Prints the sharding of the parameters, the memory per chip, FLOPs and "
         "the roofline by the model's own formula, and the collectives with their bytes. Exits with 1 and advice if a "
         "stage does not fit, with 2 for settings that cannot go together. Needs no network and no accelerator; for "
         "TPUs libtpu (pip install -e '.[tpu-check]'), for GPUs JAX's CUDA plugin ('.[gpu]'). "

@@ -214,7 +214,7 @@ def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tu
         logger.info("  " + cli.table(rows).replace("\n", "\n  "))
     unknown = sum(not one.exact for one in moved)
     if unknown:
-        logger.info(f"  {unknown} of them are in loops whose turns the program does not tell: counted for one turn.")
+        logger.info(f"  {unknown} of them are in loops with an unknown trip count: counted once.")
     return found
 
 

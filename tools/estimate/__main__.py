@@ -7,9 +7,9 @@ from jaxtrain.errors import UserError
 COMMAND = cli.Command(
     name="python -m tools.estimate",
     description=(
-        "Estimates what a config's run takes: memory of a chip, disk for checkpoints and data, and for each stage "
-        "time, chip-hours and price. It is arithmetic from the plan and the model's own formula, takes seconds and "
-        "needs no network; tools.compile_check gives the exact memory. Time is tokens x FLOPs per token / (MFU x "
+        "Estimates the cost of a config's run: memory per chip, disk for checkpoints and data, and for each stage "
+        "time, chip-hours and price. It computes them from the plan and the model's own formula, takes seconds and "
+        "needs no network. tools.compile_check gives the exact memory. Time is tokens x FLOPs per token / (MFU x "
         "peak): --mfu is an assumption. Published: 50% (MaxText, Llama 2 7B on 8 H100), 32% (nanotron, 1B on 8 H100)."
     ),
     examples=(

@@ -9,9 +9,9 @@ from jaxtrain.plan import Plan
 COMMAND = cli.Command(
     name="python -m tools.inspect_stream",
     description=(
-        "Reads a config's stream as training would and shows that every source is in reach, samples, the realized mix, "
-        "the speed, and how long the data path takes for the run: for the first and the last stage, or for those you "
-        "choose. With --at_step it names source, file, row and token range of every row of that step, from the nearest "
+        "Reads a config's stream as training would. Checks that every source is reachable and shows samples, the "
+        "actual mix, the speed, and the data path's time for the whole run: for the first and last stage, or those you "
+        "choose. With --at_step it lists source, file, row and token range of every row of that step, from the nearest "
         "checkpoint in the work directory or from the beginning. Trains nothing, and may inspect a live run."
     ),
     examples=(
@@ -34,7 +34,7 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     asked = [name for name in ("stage", "all_stages", "transitions", "at_step") if getattr(flags, name)]
     if len(asked) > 1:
-        raise UserError(f"--{' and --'.join(asked)} ask for different things: give one of them")
+        raise UserError(f"--{' and --'.join(asked)} are mutually exclusive: give one of them")
     if flags.samples < 1:
         raise UserError(f"--samples={flags.samples}: give the number of documents to read, 1 or more")
     workdir = cli.workdir_of(flags)

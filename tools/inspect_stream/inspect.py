@@ -82,7 +82,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
         described.append(_stage(found, stage, measured))
     seconds = _estimate(plan, speeds)
     if seconds is None:
-        print("\nThe run ends with its data: how long that takes is only known by reading it.")
+        print("\nThe run ends when its data ends, so its duration is only known by reading it.")
     else:
         print(
             f"\nTime estimate: the data path alone takes {_duration(seconds)} for the run's {plan.total_tokens:,} "
@@ -170,7 +170,7 @@ def transitions(found: Inputs) -> Json:
     plan, described = found.plan, []
     starts = [stage for stage in plan.stages if stage.has_steps][1:]
     if not starts:
-        print("\nThe run has one stage: there is no transition.")
+        print("\nThe run has one stage and no transition.")
     for stage in starts:
         before = next(one for one in reversed(plan.stages[: stage.index - 1]) if one.has_steps)
         print(f"\nStage {before.index} ({before.name}) to stage {stage.index} ({stage.name}):")

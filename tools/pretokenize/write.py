@@ -5,14 +5,14 @@ import os
 from tqdm import tqdm
 
 from jaxtrain.config import Config
-from jaxtrain.data.stores import token_store, token_store_writer
-from jaxtrain.data.stores.token_store_writer import Job
+from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores.writer import Job, write_tokens
 from jaxtrain.trainer import open_data
 
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
-    begun = {name: token_store_writer.planned(os.path.join(output, name)) for name in config.data.sources}
+    begun = {name: token_store.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
     for name, source in sources.items():
@@ -24,7 +24,7 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
                 "by reading them.",
                 flush=True,
             )
-        job = Job(name, folder, config.data.sources[name], source, 60 * config.data.retry_minutes)
+        job = Job(name, folder, config.data.sources[name], source, tokenizer, 60 * config.data.retry_minutes)
         with tqdm(desc=f"Pretokenizing {name}", unit=" documents", unit_scale=True, disable=None) as bar:
             total = 0
 
@@ -34,7 +34,7 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
                 bar.set_postfix_str(f"{total / 1e6:,.1f}M tokens", refresh=False)
                 bar.update(documents)
 
-            complete = token_store_writer.write(job, tokenizer, worker, workers, progress)
+            complete = write_tokens(job, worker, workers, progress)
         if complete:
             print(f"Source {name}: {_summary(folder)} Read it with data.mode=pretokenized or auto.", flush=True)
         else:

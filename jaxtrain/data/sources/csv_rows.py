@@ -18,12 +18,12 @@ from jaxtrain.interfaces import Json
 _LONGEST_FIELD = 1 << 28  # characters; a quote without an end makes one field of all that follows
 csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
 
-# What pandas' settings, of which a dataset's card may have any, do here: they count, or make no difference.
-_COUNT = {
+# Settings of pandas that a dataset's card may have: those that are followed, and those that change nothing here.
+_SUPPORTED = {
     *("sep", "delimiter", "header", "names", "column_names", "quotechar", "quoting", "escapechar", "doublequote"),
     *("skipinitialspace", "skiprows", "skip_blank_lines", "nrows", "encoding", "encoding_errors", "on_bad_lines"),
 }
-_NO_MATTER = {
+_IGNORED = {
     *("index_col", "usecols", "prefix", "mangle_dupe_cols", "engine", "true_values", "false_values", "na_values"),
     *("keep_default_na", "na_filter", "verbose", "thousands", "decimal", "memory_map", "float_precision", "chunksize"),
     *("date_format", "error_bad_lines", "warn_bad_lines", "features"),
@@ -94,7 +94,7 @@ def csv_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwarg
 
 def _check(kwargs: Json, what: str) -> None:
     separator = kwargs.get("delimiter") or kwargs.get("sep", ",")
-    unknown = sorted(key for key in kwargs if key not in _COUNT | _NO_MATTER)
+    unknown = sorted(key for key in kwargs if key not in _SUPPORTED | _IGNORED)
     if len(separator or "") != 1:
         unknown.append(f"sep={separator!r}")
     if unknown:

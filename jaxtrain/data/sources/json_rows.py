@@ -2,7 +2,7 @@
 
 Each value is parsed by itself, and only the wanted columns of it count. The datasets library parses a megabyte at a
 time into one table, so that a value of another type changes or fails its neighbors: texts become JSON-escaped where one
-of them is a number, and a new key in a column that nobody reads ends the file.
+of them is a number, and a new key in an unused column ends the file.
 """
 
 import codecs

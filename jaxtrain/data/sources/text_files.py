@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 
 from jaxtrain.data.io import retry
+from jaxtrain.data.io.compression import format_of
 from jaxtrain.data.io.locations import expand
 from jaxtrain.data.io.names import NAMING, named
 from jaxtrain.errors import UserError
@@ -100,6 +101,11 @@ class TextFilesSource:
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
         try:
             with open(self.paths[file], "rb") as lines:
+                if (kind := format_of(lines.peek(16))) is not None:
+                    raise UserError(
+                        f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, "
+                        "or read its lines by HuggingFace(name='text', data_files=...)."
+                    )
                 if self.random_access:
                     if row == 0:
                         yield {"text": [self._decode(lines.read())]}

@@ -1,4 +1,4 @@
-"""Teachers' caches: what a teacher says of every token of a source's documents. Written by teacher_store_writer.py.
+"""Teachers' caches: what a teacher says of every token of a source's documents. Written by writer.py.
 
 A cache has a folder for each source. It is keyed by documents' identities (file, row) and nothing else, so sequence
 length, packing, mix, lanes and hosts may change. `part_rows` rows of a file make a part, an ArrayRecord with one
@@ -28,7 +28,7 @@ _CHECKSUM = 4  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TeacherShard:
     """rows, tokens: in it. size, digest: of its file."""
 
     rows: int
@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TeacherManifest:
     """What a cache says of itself, for one source.
 
     source, settings, names, max_samples, transforms, tokenizer: as of a token store. teacher: its identity.
@@ -58,7 +58,7 @@ class Manifest:
     context: int
     stride: int
     part_rows: int
-    parts: list[list[Part]] = dataclasses.field(default_factory=list)
+    parts: list[list[TeacherShard]] = dataclasses.field(default_factory=list)
     # Of the text that it was read from, which may be an earlier version's.
     digest: str | None = dataclasses.field(default=None, compare=False)
 
@@ -93,9 +93,9 @@ def manifest_of(
     context: int,
     stride: int,
     part_rows: int,
-) -> Manifest:
+) -> TeacherManifest:
     """Of a cache that is to be written."""
-    return Manifest(
+    return TeacherManifest(
         source=source.identity,
         settings=token_store.settings_of(config),
         names=list(source.files),
@@ -111,16 +111,21 @@ def manifest_of(
     )
 
 
-def manifest_from_json(text: str, where: str) -> Manifest:
+def manifest_from_json(text: str, where: str) -> TeacherManifest:
     """Raises UserError for a damaged one or another format."""
     content, digest = record_store.unsealed(text, where, "tools.cache_teacher")
     layout = content.pop("layout")
     made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
-    parts = [[Part(**part) for part in file] for file in content.pop("parts")]
-    return Manifest(**content, layout=made, parts=parts, digest=digest)
+    parts = [[TeacherShard(**part) for part in file] for file in content.pop("parts")]
+    return TeacherManifest(**content, layout=made, parts=parts, digest=digest)
 
 
-def part_name(file: int, part: int) -> str:
+def planned(folder: str) -> TeacherManifest | None:
+    """The manifest of a store that is finished or begun; None if there is none."""
+    return record_store.planned(folder, MANIFEST, manifest_from_json)
+
+
+def shard_name(file: int, part: int) -> str:
     return f"{file:06d}-{part:06d}.array_record"
 
 
@@ -144,7 +149,7 @@ def exists(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
-def load(folder: str) -> Manifest:
+def load(folder: str) -> TeacherManifest:
     """The manifest of a complete cache whose parts are all there. Raises UserError."""
     path = os.path.join(folder, MANIFEST)
     try:
@@ -166,7 +171,7 @@ def load(folder: str) -> Manifest:
     return manifest
 
 
-def verify(folder: str) -> Manifest:
+def verify(folder: str) -> TeacherManifest:
     """As `load`, and every part is read and its digest compared."""
     manifest = load(folder)
     for name, part in _named(manifest):
@@ -175,13 +180,13 @@ def verify(folder: str) -> Manifest:
     return manifest
 
 
-def _named(manifest: Manifest) -> Iterator[tuple[str, Part]]:
+def _named(manifest: TeacherManifest) -> Iterator[tuple[str, TeacherShard]]:
     for file, parts in enumerate(manifest.parts):
         for number, part in enumerate(parts):
-            yield part_name(file, number), part
+            yield shard_name(file, number), part
 
 
-def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
+def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
     lines = record_store.differences(
         "cache", manifest, names.comparable(manifest.source), names.comparable(source.identity), config, tokenizer
@@ -194,10 +199,10 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, source: Source,
         )
 
 
-class CachedRecords:
+class TeacherStore:
     """The records of one source's documents. Implements data.tokenizing.Records. Safe for several threads."""
 
-    def __init__(self, folder: str, manifest: Manifest):
+    def __init__(self, folder: str, manifest: TeacherManifest):
         self.folder, self.manifest = folder, manifest
         self._files = ArrayRecords(_READER, "remove the teacher's cache and write it again with tools.cache_teacher")
 
@@ -231,5 +236,5 @@ class CachedRecords:
                 f"the teacher's cache {self.folder} has no row {max(rows)} of {self.manifest.names[file]}: the file "
                 "has grown. Write the cache again with tools.cache_teacher."
             )
-        with self._files.open(os.path.join(self.folder, part_name(file, part)), parts[part].rows) as opened:
+        with self._files.open(os.path.join(self.folder, shard_name(file, part)), parts[part].rows) as opened:
             return opened.some([row - first for row in rows])

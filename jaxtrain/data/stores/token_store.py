@@ -1,4 +1,4 @@
-"""Token stores: the tokens of a source's rows, which are read instead of its text. Written by token_store_writer.py.
+"""Token stores: the tokens of a source's rows, which are read instead of its text. Written by writer.py.
 
 A store stands behind its source: it has the source's identity, files and row groups, so that the same units are cut
 from it, and one record for each row of each file, an empty one where a document is empty or filtered away. It is a
@@ -18,14 +18,15 @@ import numpy as np
 
 from jaxtrain import cli
 from jaxtrain.data.io import names
+from jaxtrain.data.source_reader import describe
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.sources.streams import distrusted
+from jaxtrain.data.sources.streams import distrusted, read_now
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, versioned
+from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Tokenizer, versioned
 
 MANIFEST = "store.json"
 # Ranges of records are read 6 to 9 times as fast with a readahead (735 M tokens/s instead of 95 to 214); a single
@@ -101,7 +102,7 @@ class StoredFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TokenManifest:
     """What a store says of itself.
 
     source: the identity of the resolved source. settings: what its config says (`settings_of`). names: of its files.
@@ -122,11 +123,30 @@ class Manifest:
         return record_store.sealed(dataclasses.asdict(self))
 
 
-def manifest_from_json(text: str, where: str) -> Manifest:
+def manifest_from_json(text: str, where: str) -> TokenManifest:
     """Raises UserError for a damaged one or another format."""
     content, _ = record_store.unsealed(text, where, "tools.pretokenize")
     files = [StoredFile(**file) for file in content.pop("files")]
-    return Manifest(**content, files=files)
+    return TokenManifest(**content, files=files)
+
+
+def manifest_of(source: Source, config: SourceConfig, tokenizer: Tokenizer) -> TokenManifest:
+    """The manifest of a store that is to be written, without files."""
+    return TokenManifest(
+        source=read_now(source.identity),
+        settings=settings_of(config),
+        names=list(source.files),
+        random_access=source.random_access,
+        max_samples=config.max_samples,
+        transforms=[describe(transform) for transform in config.transforms],
+        tokenizer=tokenizer.identity,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def planned(folder: str) -> TokenManifest | None:
+    """The manifest of a store that is finished or begun; None if there is none."""
+    return record_store.planned(folder, MANIFEST, manifest_from_json)
 
 
 def settings_of(config: SourceConfig) -> Json:
@@ -176,7 +196,9 @@ class TokenStore:
     row groups are those of the source that it was written from. Safe for several threads.
     """
 
-    def __init__(self, folder: str, manifest: Manifest, cache: RamCache | None = None, identity: Json | None = None):
+    def __init__(
+        self, folder: str, manifest: TokenManifest, cache: RamCache | None = None, identity: Json | None = None
+    ):
         """identity: the source's, from a checkpoint that the store was checked against."""
         self.folder = folder
         self.manifest = manifest
@@ -223,7 +245,7 @@ def exists(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
-def load(folder: str) -> Manifest:
+def load(folder: str) -> TokenManifest:
     """The manifest of a complete store whose shards are all there. Raises UserError."""
     path = os.path.join(folder, MANIFEST)
     try:
@@ -247,7 +269,7 @@ def load(folder: str) -> Manifest:
     return manifest
 
 
-def verify(folder: str) -> Manifest:
+def verify(folder: str) -> TokenManifest:
     """As `load`, and every shard is read and its digest compared."""
     manifest = load(folder)
     for file in manifest.files:
@@ -258,7 +280,9 @@ def verify(folder: str) -> Manifest:
     return manifest
 
 
-def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Tokenizer, identity: Json | None) -> None:
+def check(
+    manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer, identity: Json | None
+) -> None:
     """Raises UserError, both sides shown, if the store does not hold what `config` reads with `tokenizer`.
 
     identity: of the source, from a checkpoint; None if the config alone says what is wanted.
@@ -284,7 +308,7 @@ def check(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Toke
         )
 
 
-def _misread(manifest: Manifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
+def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
     """Why the store may hold other documents than its files do; None if it does not."""
     source = manifest.source
     if source.get("kind") != "huggingface":

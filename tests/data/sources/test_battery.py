@@ -18,7 +18,7 @@ import zstandard
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores import token_store, writer
 from jaxtrain.data.stores.token_store import TokenStore
 from jaxtrain.interfaces import BATCH_FIELDS, Json, SourceConfig, Transform
 from tests.data.sources.battery import SCENARIOS, Battery, ByteTokenizer, FileTexts, Write, assert_batches
@@ -113,9 +113,9 @@ class Stored:
         assert identity is None
         if not token_store.exists(str(self.folder)):
             inner = dataclasses.replace(self.inner, max_samples=self.max_samples if self.is_cut else None)  # type: ignore[type-var]
-            job = token_store_writer.Job("web", str(self.folder), inner, inner.resolve(), 10.0)
+            job = writer.Job("web", str(self.folder), inner, inner.resolve(), ByteTokenizer(), 10.0)
             for worker in (1, 0):
-                token_store_writer.write(job, ByteTokenizer(), worker, 2, lambda *_: None)
+                writer.write_tokens(job, worker, 2, lambda *_: None)
         return TokenStore(str(self.folder), token_store.load(str(self.folder)))
 
 

@@ -102,7 +102,7 @@ def test_csv_texts_that_look_like_something_else(hub: LoopbackHub):
 
 
 def test_json_rows_with_columns_that_come_late(hub: LoopbackHub):
-    """They are nobody's business, whether the dataset's card knows them or not."""
+    """They do not matter, whether the dataset's card lists them or not."""
     lines = [{"text": "x" * 1000} for _ in range(2000)] + [{"text": "y", "late": 1}]
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     hub.commit("org/web", {"train.jsonl": data})

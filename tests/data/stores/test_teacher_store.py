@@ -11,8 +11,8 @@ import pytest
 
 from jaxtrain.data.pipeline import DataConfig, host_batches, pools
 from jaxtrain.data.stores import teacher_store
-from jaxtrain.data.stores.teacher_store import CachedRecords
-from jaxtrain.data.stores.teacher_store_writer import Job, Writer, planned
+from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherStore
+from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import RECORDS
 from jaxtrain.losses.cached import Layout
@@ -55,19 +55,21 @@ def source(seed: int = 0, **options: Any) -> MemorySource:
     return MemorySource(rows=rows, **options)
 
 
-def job(config: MemorySource, folder: pathlib.Path, **changes: Any) -> Job:
+def job(config: MemorySource, folder: pathlib.Path, **changes: Any) -> tuple[Job, TeacherManifest]:
     said = {"add_bos": False, "teacher": {"found": "x"}, "layout": LAYOUT, "context": 8, "stride": 4, "part_rows": 16}
     made = teacher_store.manifest_of(config, config, WordTokenizer(), **(said | changes))
-    return Job("a", str(folder), config, config, WordTokenizer(), made, 5.0)
+    return Job("a", str(folder), config, config, WordTokenizer(), 5.0), made
 
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxtrain.data.stores.teacher_store_writer._TOGETHER", 300)
+    monkeypatch.setattr("jaxtrain.data.stores.writer._SCORED_TOKENS", 300)
 
 
-def write(made: Job, workers: int = 1, score: Any = score) -> list[bool]:
-    return [Writer(made, worker, workers).write(score, lambda documents, tokens: None) for worker in range(workers)]
+def write(made: tuple[Job, TeacherManifest], workers: int = 1, score: Any = score) -> list[bool]:
+    return [
+        TeacherWriter(*made, worker, workers).write(score, lambda documents, tokens: None) for worker in range(workers)
+    ]
 
 
 def stored(folder: pathlib.Path) -> dict[str, bytes]:
@@ -100,7 +102,7 @@ def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib
         break
     assert ends == [False, False, True]  # pyright: ignore[reportPossiblyUnboundVariable]
     assert stored(folder) == wanted
-    assert all(Writer(job(config, folder), worker, 3).complete for worker in range(3))
+    assert all(TeacherWriter(*job(config, folder), worker, 3).complete for worker in range(3))
     made = teacher_store.verify(str(folder))
     parts = [part for file in made.parts for part in file]
     rows = sum(part.rows for part in parts)
@@ -111,7 +113,7 @@ def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib
 def batches(
     config: MemorySource, folder: pathlib.Path, data: DataConfig, stages: Sequence[Stage], tokenizer: Any
 ) -> Iterator[Any]:
-    records = CachedRecords(str(folder), teacher_store.load(str(folder)))
+    records = TeacherStore(str(folder), teacher_store.load(str(folder)))
     rows = dataclasses.replace(data.row_spec(tokenizer, 2), records={"a": records}, width=LAYOUT.width)
     readers = data.build({"a": config}, seed=3)
     plan, threads = plan_of(data, stages, 3), pools(data)
@@ -159,10 +161,10 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     stages = [Stage(seq_len=8, batch_size=4, tokens=320)]
     with pytest.raises(UserError, match=r"tokens for row \d+ of file-\d, and the run reads \d+ there, or others"):
         list(batches(config, tmp_path, data, stages, Shifted()))
-    records = CachedRecords(str(tmp_path), teacher_store.load(str(tmp_path)))
+    records = TeacherStore(str(tmp_path), teacher_store.load(str(tmp_path)))
     with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
         records.read(0, np.array([40]), np.zeros(1, np.int32), np.array([1]))
-    path = tmp_path / teacher_store.part_name(3, 1)
+    path = tmp_path / teacher_store.shard_name(3, 1)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -181,7 +183,7 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     config = source(max_samples=70)
     write(job(config, tmp_path))
     with pytest.raises(UserError, match=r"holds another cache.*\n.*context: the cache has 8, wanted is 16"):
-        Writer(job(config, tmp_path, context=16), 0, 1)
+        TeacherWriter(*job(config, tmp_path, context=16), 0, 1)
     made, tokenizer = teacher_store.load(str(tmp_path)), WordTokenizer()
     teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)
     other = source(max_samples=71, transforms=(Drop(3),), name="b")
@@ -195,7 +197,7 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
         teacher_store.load(str(tmp_path / "nowhere"))
     (tmp_path / "cache.json").write_text((tmp_path / "cache.json").read_text().replace('"stride": 4', '"stride": 3'))
     with pytest.raises(UserError, match="is damaged"):
-        planned(str(tmp_path))
+        teacher_store.planned(str(tmp_path))
 
 
 def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +207,10 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, mon
     def disk_usage(path: str) -> Any:
         return SimpleNamespace(free=next(free))
 
-    monkeypatch.setattr("jaxtrain.data.stores.teacher_store_writer.shutil.disk_usage", disk_usage)
-    with pytest.raises(UserError, match=r"cannot take more \(0\.00 GB are free\)\. What is written is kept"):
+    monkeypatch.setattr("jaxtrain.data.stores.writer.shutil.disk_usage", disk_usage)
+    with pytest.raises(UserError, match=r"is full \(0\.00 GB are free\)\. Finished shards are kept"):
         write(made)
-    documents, tokens, size = Writer(made, 0, 1).done()
+    documents, tokens, size = TeacherWriter(*made, 0, 1).done()
     assert documents > 0
     assert tokens * LAYOUT.width < size
     monkeypatch.undo()
@@ -223,10 +225,8 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, mon
             raise RuntimeError("write() failed: No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "jaxtrain.data.stores.teacher_store_writer.array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full)
-        )
-        with pytest.raises(UserError, match=r"cannot take more \(write\(\) failed: No space left on device\)"):
+        patched.setattr("jaxtrain.data.stores.writer.array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
+        with pytest.raises(UserError, match=r"is full \(write\(\) failed: No space left on device\)"):
             write(made)
     assert not [path for path in (tmp_path / "work").iterdir() if path.suffix == ".tmp"]
     assert write(made) == [True]

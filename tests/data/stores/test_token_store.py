@@ -15,9 +15,9 @@ import pytest
 from jaxtrain.data import modes
 from jaxtrain.data.io import retry
 from jaxtrain.data.pipeline import DataConfig, StepBatch
-from jaxtrain.data.stores import token_store, token_store_writer
+from jaxtrain.data.stores import token_store, writer
 from jaxtrain.data.stores.token_store import RamCache, TokenStore
-from jaxtrain.data.stores.token_store_writer import Job
+from jaxtrain.data.stores.writer import Job
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Source, versioned
@@ -30,14 +30,14 @@ TOKENIZER = WordTokenizer()
 def write(folder: pathlib.Path, sources: Mapping[str, Any], workers: int = 1, tokenizer: Any = TOKENIZER) -> None:
     for name, source in sources.items():
         done = [
-            token_store_writer.write(job(folder, name, source), tokenizer, worker, workers, lambda *_: None)
+            writer.write_tokens(job(folder, name, source, tokenizer), worker, workers, lambda *_: None)
             for worker in range(workers)
         ]
         assert any(done)
 
 
-def job(folder: pathlib.Path, name: str, source: Any) -> Job:
-    return Job(name, str(folder / name), source, source.resolve(), retry_seconds=10.0)
+def job(folder: pathlib.Path, name: str, source: Any, tokenizer: Any = TOKENIZER) -> Job:
+    return Job(name, str(folder / name), source, source.resolve(), tokenizer, retry_seconds=10.0)
 
 
 def stored(folder: pathlib.Path, data: Any, **changes: Any) -> dict[str, Source]:
@@ -125,8 +125,8 @@ def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
 
     source = MemorySource(rows=[documents(9, 1)])
     with monkeypatch.context() as patched:
-        patched.setattr(token_store_writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
-        with pytest.raises(UserError, match=r"cannot take more .*No space left.*Files that are done are kept"):
+        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
+        with pytest.raises(UserError, match=r"is full .*No space left.*Finished shards are kept"):
             write(tmp_path, {"a": source})
     assert not list((tmp_path / "a").rglob("*.tmp"))
     write(tmp_path, {"a": source})
@@ -211,7 +211,7 @@ def test_workers_and_kills_leave_no_trace(tmp_path, random_access, cut):
 
         try:
             killed = job(tmp_path / "killed", "a", source(fault=fault, block=40))
-            complete = token_store_writer.write(killed, TOKENIZER, rng.randrange(3), 3, lambda *_: None) or complete
+            complete = writer.write_tokens(killed, rng.randrange(3), 3, lambda *_: None) or complete
         except Killed:
             pass
     assert complete
@@ -224,7 +224,7 @@ def test_a_finisher_that_is_killed_anywhere(tmp_path, monkeypatch):
     for name in ("_move", "_write_metadata", "write_text"):
         folder = tmp_path / name
         calls = 0
-        original = getattr(token_store_writer, name)
+        original = getattr(writer, name)
 
         def dying(*arguments: Any, original: Any = original) -> None:
             nonlocal calls
@@ -234,9 +234,9 @@ def test_a_finisher_that_is_killed_anywhere(tmp_path, monkeypatch):
                 raise Killed
 
         for _ in range(9):
-            monkeypatch.setattr(token_store_writer, name, dying)
+            monkeypatch.setattr(writer, name, dying)
             try:
-                token_store_writer.write(job(folder, "a", source), TOKENIZER, 0, 1, lambda *_: None)
+                writer.write_tokens(job(folder, "a", source), 0, 1, lambda *_: None)
             except Killed:
                 continue
             finally:

@@ -1,7 +1,7 @@
-"""The ten stages of configs/curriculum_smoke.py in some 27 steps, from the loopback Hub; no stage is a whole number of
-batches, or of checkpoint intervals.
+"""The ten stages of configs/curriculum_smoke.py in about 27 steps, from the loopback Hub.
 
-The argument is the path of the tokenizer's model, as in tiny.py.
+No stage is a whole number of batches or of checkpoint intervals. The argument is the path of the tokenizer's model, as
+in tiny.py.
 """
 
 import dataclasses

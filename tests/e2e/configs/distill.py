@@ -1,5 +1,6 @@
-"""configs/tiny.py with a smaller student and a teacher, given by `--config.teacher.model=`: three stages, a mix that
-changes, accumulation, document masks; the divergence fades in and the cross-entropy out.
+"""configs/tiny.py with a smaller student and a teacher, set by `--config.teacher.model=`.
+
+Three stages, a changing mix, accumulation, document masks. The divergence fades in and the cross-entropy fades out.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One epoch of one source, to its last document: nothing but the data ends the run."""
+"""One epoch of one source, to its last document: only the data ends the run."""
 
 from jaxtrain.config import Config
 from jaxtrain.plan import Stage

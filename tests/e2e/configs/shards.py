@@ -1,4 +1,4 @@
-"""One stage on tar shards, through a disk cache. The argument: "TOKENIZER|PATTERN|GB of the cache"."""
+"""One stage on tar shards, through a disk cache. The argument is "TOKENIZER|PATTERN|GB of the cache"."""
 
 from jaxtrain.config import Config
 from jaxtrain.data.sources.webdataset import WebDataset

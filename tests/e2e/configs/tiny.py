@@ -1,7 +1,8 @@
-"""The smallest run that has everything: three stages of other shapes and mixes, three sources on the loopback Hub
-(parquet dealt and striped, gzipped JSON lines), shuffle, packing, overlap, accumulation, held-out evaluation.
+"""The smallest run with every feature.
 
-The argument is the path of the tokenizer's model: `--config=tests/e2e/configs/tiny.py:/tmp/x/tokenizer.model`.
+Three stages with different shapes and mixes, three sources on the loopback Hub (parquet with whole units per lane,
+parquet with shared files, gzipped JSON lines), shuffle, packing, overlap, accumulation, held-out evaluation. The
+argument is the path of the tokenizer's model: `--config=tests/e2e/configs/tiny.py:/tmp/x/tokenizer.model`.
 """
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
