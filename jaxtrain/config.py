@@ -22,13 +22,13 @@ class EvalConfig:
     """Evaluation on the documents that `data.holdout` keeps out of training.
 
     Attributes:
-        every_steps: evaluate after each multiple of so many steps, and at the end; None: not by steps.
-        every_tokens: evaluate after each step that reaches or passes a multiple of so many trained tokens, and at the
-            end: changes of batch size do not bend it; this or every_steps. Neither: never.
-        tokens: how many held-out tokens. To find them a stream is read from its start: about tokens / data.holdout.
-        seq_len: of the rows; None: that of the last stage.
-        batch_size: rows of a batch, a multiple of data.num_lanes; None: that of the last stage.
-        weights: share of each source; None: those of the last stage.
+        every_steps: Evaluate every N steps, and at the end.
+        every_tokens: Evaluate every N trained tokens, after the step that reaches them, and at the end, whatever the
+            batch sizes. Give one of the two; without either there is no evaluation.
+        tokens: Held-out tokens to evaluate on. To find them, about tokens / data.holdout tokens of the stream are read.
+        seq_len: Tokens of a row; None for the last stage's.
+        batch_size: Rows of a batch, a multiple of data.num_lanes; None for the last stage's.
+        weights: The share of each source; None for the last stage's.
     """
 
     every_steps: int | None = None
@@ -87,25 +87,29 @@ class Config:
     """A run.
 
     Attributes:
-        model, tokenizer, data, optimizer, loss, mesh, checkpoint, eval, monitor: see their classes.
-        teacher: a frozen model to distil from, on the fly; None: none. distillation: how; only with a teacher.
-        stages: spans of training tokens with one sequence length, batch size and mix each; often just one.
-        total_tokens: where the run ends, exactly; None: where the stages, `steps` or `epochs` end it.
-        steps: the most steps; the schedule stays that of total_tokens, where that is given.
-        epochs: how often each source is read, at most; None: as often as the run needs.
-        seed: of parameters, shuffle and mix.
-        clip_norm: the most that the gradient's global norm may be (Pascanu et al. 2013); None: no clipping.
-        micro_batch_tokens: the most tokens of a batch that a device takes at once; gradients of the parts accumulate
-            to what the whole would give. None: the whole batch.
-        memory_gb: the most memory (10^9 bytes) that a step may take on a device: each stage gets the fewest
-            micro-batches, of at most micro_batch_tokens, with which it fits. None: what the devices say they have, less
-            a reserve; no limit where they do not say (CPU).
-        max_skipped_steps: stop (exit code 1) after so many updates in a row with non-finite gradients.
-        log_every: steps between two logged ones.
-        init_from: a work directory or checkpoint of jaxtrain's, or a Hugging Face model (folder or id), whose
-            parameters a new run starts with; "": random ones.
-        deterministic: on GPUs, use deterministic operations only, so that equal runs give equal parameters.
-        sample_prompts: texts to continue at the end of the run.
+        model: Any interfaces.ModelConfig, such as LlamaConfig.
+        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
+        stages: Spans of training tokens with one sequence length, batch size and mix each; often just one.
+        optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
+        loss: Any interfaces.LossConfig.
+        teacher: A frozen model to distill from; None for none.
+        distillation: How to distill; used only with a teacher.
+        total_tokens: Where the run ends, exactly; None if the stages, `steps` or `epochs` end it.
+        steps: The most steps. The schedule stays that of total_tokens, if given.
+        epochs: How often each source is read at most; None for as often as the run needs.
+        seed: Of parameters, shuffle and mix.
+        clip_norm: The most that the gradient's global norm may be (Pascanu et al. 2013); None for no clipping.
+        micro_batch_tokens: The most tokens of a batch that a device takes at once. Gradients of micro-batches add up
+            to that of the whole batch. None for the whole batch.
+        memory_gb: The most memory (10^9 bytes) that a step may take on a device. Each stage gets the fewest
+            micro-batches, of at most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
+            limit if they report none (CPU).
+        max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
+        log_every: Log every N steps.
+        init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
+            a new run starts with; "" for random ones.
+        deterministic: On GPUs, use deterministic operations only, so that equal runs give equal parameters.
+        sample_prompts: Texts to continue at the end of the run.
     """
 
     model: ModelConfig

@@ -1,7 +1,7 @@
 """usage: launch/local.sh N COMMAND...
 
 Runs N processes of one command on this machine, as one JAX run. On a machine with GPUs, each process gets one GPU.
-Forwards SIGTERM and SIGINT. Exits with the code of the first process that failed, or 0 if none did.
+Forwards SIGTERM, SIGINT and SIGHUP. Exits with the code of the first process that failed, or 0 if none did.
 
 example: launch/local.sh 2 python -m jaxtrain.main --config=configs/quickstart.py
 """
@@ -78,8 +78,9 @@ def main() -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, forward)
     start(command, count, devices, processes)
     return wait(processes)
 

@@ -6,7 +6,7 @@
 #   75              stopped after saving: restart after the shortest pause
 #   anything else   restart after pauses that double from RESTART_PAUSE to 300 seconds, until RESTART_LIMIT failures in
 #                   a row. A run of RESTART_PROGRESS seconds or more resets the count.
-# SIGTERM and SIGINT are forwarded to the command, which is then not restarted. The exit code is the command's.
+# SIGTERM, SIGINT and SIGHUP are forwarded to the command, which is then not restarted. The exit code is the command's.
 #
 # Fill in, in the environment, only to change a default: RESTART_PAUSE (10 seconds), RESTART_LIMIT (10),
 # RESTART_PROGRESS (600 seconds), RESTART_FINAL ("0 2 126 127": the codes that stop it), RESTART_RESULT (a file for the
@@ -61,6 +61,7 @@ fi
 
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
+trap 'pass_on HUP' HUP # has no effect under nohup
 
 failures=0 wanted=$pause
 while :; do

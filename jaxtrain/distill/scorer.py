@@ -1,8 +1,8 @@
-"""A teacher's most likely next tokens for whole documents, by its forward pass alone, for its cache.
+"""A teacher's most likely next tokens for whole documents, from its forward pass, for its cache.
 
-A document longer than the context is seen in windows `stride` tokens apart, the last one at its end; each says what
-the one before it has not, so a token has at least context - stride tokens before it, where the document has them.
-Documents share rows, each its own segment, so what is said of one does not depend on the others.
+A document longer than the context is scored in windows `stride` tokens apart, the last one at its end. Each window
+scores the tokens that the one before has not, so every token sees at least context - stride tokens before it, as far as
+the document has them. Documents share rows, each as its own segment, so their scores do not depend on each other.
 """
 
 import collections

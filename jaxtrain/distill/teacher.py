@@ -1,8 +1,7 @@
-"""A frozen model to distil from: found, checked against the run's tokenizer, and read onto the run's mesh; or what it
-said once of every document, from a cache.
+"""A frozen model to distill from, checked against the run's tokenizer and read onto its mesh; or its cache.
 
-Its parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
-checkpoint records which teacher it was: a hash of the parameters as they are used, whatever files they came from.
+The parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
+checkpoint records which teacher it was by a hash of the parameters as they are used, whatever files they came from.
 """
 
 import dataclasses
@@ -36,22 +35,23 @@ from jaxtrain.tokenizers.identity import PROBE
 T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float32")
-# Of the identity: what makes it the same teacher. The rest tells where it was found.
+# The part of the identity that makes it the same teacher. The rest records where it was found.
 _ENFORCED = ("parameters", "model", "dtype")
-# These say how a model is computed, not what it is.
+# How a model is computed, not what it is.
 _HOW = ("dtype", "remat", "scan_layers", "attention", "max_seq_len", "initializer_std")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Teacher:
-    """Its shape follows from its own config; its vocabulary must be the run's (rows that only pad it do not matter).
+    """The teacher. Its shape follows from its own config. Its vocabulary must be the run's, padding aside.
 
-    model: a Hugging Face model (a folder, or an id on the Hub), or a work directory or checkpoint of jaxtrain's.
-    revision: a branch, tag or commit of the Hub; None for the newest.
-    dtype: of its parameters and its forward pass, "bfloat16" or "float32".
-    tokenizer: where its tokenizer's files are (a folder, a file or an id), if not with the model.
-    cache: a folder that tools.cache_teacher has written: what the model said is read from there, and the model is not
-        needed. None: the model runs as the student trains.
+    Attributes:
+        model: A Hugging Face model (a folder, or an id on the Hub), or a work directory or checkpoint of jaxtrain.
+        revision: A branch, tag or commit on the Hub; None for the newest.
+        dtype: Of its parameters and its forward pass, "bfloat16" or "float32".
+        tokenizer: Where its tokenizer's files are (a folder, a file or an id), if not with the model.
+        cache: A folder written by tools.cache_teacher, from which its outputs are read; the model itself is then not
+            needed. None runs the model as the student trains.
     """
 
     model: str = ""
@@ -69,13 +69,14 @@ class Teacher:
             raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
 
     def build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
-        """The teacher for a run with this tokenizer; its parameters are not read yet.
+        """The teacher for a run with this tokenizer. Its parameters are not read yet.
 
-        Raises UserError for one that is not there, not supported, of another tokenizer, or not divided by the mesh;
-        TransientError where the network stays away.
+        Raises:
+            UserError: It does not exist, is not supported, has another tokenizer, or the mesh does not divide it.
+            TransientError: The network is down.
         """
         if not self.is_checkpoint:
-            # Tokenizer, config and weights are of one commit, which the checkpoint can name.
+            # Tokenizer, config and weights come from one commit, which the checkpoint records.
             commit = self._attempt(lambda: hf.commit(self.model, self.revision))
             return dataclasses.replace(self, revision=commit)._build(tokenizer, mesh)
         return self._build(tokenizer, mesh)
@@ -98,7 +99,7 @@ class Teacher:
         return self._frozen(config, tokenizer.vocab_size, mesh)
 
     def outline(self, vocab_size: int, mesh: Mesh) -> "Frozen":
-        """The teacher by its config alone, to compile for: the tokenizers are not compared. Raises as `build`."""
+        """The teacher by its config alone, for compiling: the tokenizers are not compared. Raises as `build`."""
         return self._frozen(self._shape()[0], vocab_size, mesh)
 
     def _frozen(self, config: ModelConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
@@ -114,7 +115,7 @@ class Teacher:
         return retry.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
 
     def open_cache(self, data: DataConfig, resolved: Mapping[str, Source], tokenizer: Tokenizer) -> "Cached":
-        """What the cache says of the run's sources. Raises UserError for one that is not whole, or of another run."""
+        """The cache of the run's sources. Raises UserError if it is incomplete or belongs to another run."""
         assert self.cache is not None
         if not data.document_mask:
             raise UserError(
@@ -183,8 +184,12 @@ def _differences(ours: Json, theirs: Json) -> str:
 
 
 class Frozen:
-    """A teacher that fits the run. model: built for the run's mesh. abstract: shapes, types, shardings of its
-    parameters.
+    """A teacher that fits the run.
+
+    Attributes:
+        config: What describes it.
+        model: Built for the run's mesh.
+        abstract: Shapes, types and shardings of its parameters.
     """
 
     def __init__(self, config: Teacher, model: Model, mesh: Mesh):
@@ -207,9 +212,11 @@ class Frozen:
                 )
 
     def check_memory(self, state: object, limit: int | None) -> None:
-        """Raises UserError if the teacher and the state alone do not fit into a device. limit: its bytes, if known.
+        """Raises UserError if the teacher and the state alone do not fit into a device.
 
-        state: the train state's abstract arrays. What a step needs besides, the compiled step knows.
+        Args:
+            state: The train state's abstract arrays. The compiled step knows what else it needs.
+            limit: Bytes of a device, if known.
         """
         teacher, held = bytes_per_device(self.abstract), bytes_per_device(state)
         if limit is not None and teacher + held > limit:
@@ -220,16 +227,16 @@ class Frozen:
             )
 
     def load(self) -> Params:
-        """The parameters, born sharded; all processes call it. Raises UserError, or TransientError, as `build`."""
+        """The parameters, born sharded. All processes call it. Raises as `build`."""
         config = self.config
         if config.is_checkpoint:
             return restore.restore_params(config.model, self.abstract)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        # Weights are gigabytes: their download has its own retries, and may take longer than PATIENCE_AT_START.
+        # Downloading gigabytes has its own retries, and may take longer than PATIENCE_AT_START.
         return hf.load(config.model, self.model, places, revision=config.revision, dtype=config.dtype)
 
     def identity(self, params: Params) -> Json:
-        """What a checkpoint says of the teacher."""
+        """What a checkpoint records of the teacher."""
         words = jax.device_get(jax.jit(functools.partial(fingerprint.of_arrays, xp=jnp))(params))
         shape = cli.to_json(self.model.config)
         return {
@@ -242,7 +249,12 @@ class Frozen:
 
 
 class Cached:
-    """A teacher's cache that fits the run. layout: of its records, the same for all sources."""
+    """A teacher's cache that fits the run.
+
+    Attributes:
+        config: What describes it.
+        layout: Of its records, the same for all sources.
+    """
 
     def __init__(self, config: Teacher, manifests: Mapping[str, TeacherManifest]):
         self.config = config
@@ -267,7 +279,7 @@ class Cached:
 
     @property
     def identity(self) -> Json:
-        """What a checkpoint says of the teacher."""
+        """What a checkpoint records of the teacher."""
         return {**self._teacher, "cache": {name: manifest.identity for name, manifest in self._manifests.items()}}
 
     @property
@@ -295,10 +307,10 @@ def bytes_per_device(abstract: object) -> int:
 
 
 def mismatch(saved: Json | None, now: Json | None) -> str | None:
-    """None if both are of one teacher (or of none), else the text that shows both sides."""
+    """None if both are the same teacher (or none), else a text that shows both."""
     if saved is None or now is None:
         return None if saved is now else f"the teacher was {_where(saved)}, is {_where(now)}"
-    cached, was_cached = now.get("cache"), saved.get("cache")  # older checkpoints do not say
+    cached, was_cached = now.get("cache"), saved.get("cache")  # absent in older checkpoints
     if (cached is None) != (was_cached is None):
         was, is_now = ("the model itself" if each is None else "a cache" for each in (was_cached, cached))
         return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree but for rounding and context"
@@ -316,7 +328,7 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
 
 
 def _meaning(model: Json) -> Json:
-    """Of a recorded model config: the fields that say what the model is, not how it is computed."""
+    """The fields of a recorded model config that say what the model is, not how it is computed."""
     return {name: value for name, value in model.items() if name not in _HOW}
 
 

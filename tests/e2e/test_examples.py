@@ -67,9 +67,8 @@ def test_it_trains_resumes_and_is_read_back(name: str, tmp_path: Path) -> None:
     for field in path.split("."):
         recorded = recorded[field]
     assert recorded[cli.KIND] == f"examples.{name}:{cls}"
-    found: Any = cli.from_json(recorded)
     module = importlib.import_module(f"examples.{name}")
-    assert type(found) is getattr(module, cls)
+    assert type(cli.from_json(recorded)) is getattr(module, cls)
     if name == "gpt2":
         flags = (f"--workdir={run.workdir}", "--prompt=def", "--max_new_tokens=4")
         refused = tool("generate", *flags)

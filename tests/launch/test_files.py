@@ -57,7 +57,7 @@ def test_shell_in_yaml_parses() -> None:
 def test_every_placeholder_is_in_the_header_and_the_docs(name: str) -> None:
     found = set(PLACEHOLDER.findall((LAUNCH / name).read_text()))
     docs = (ROOT / "docs" / "launch.md").read_text()
-    (section,) = (text for text in docs.split("\n## ")[1:] if text.split("\n\n")[1].startswith(f"`launch/{name}`"))
+    (section,) = (text for text in docs.split("\n## ")[1:] if f"`launch/{name}`" in text.split("\n\n")[1])
     assert found
     assert "Fill in" in header(name)
     assert found <= set(PLACEHOLDER.findall(header(name)))

@@ -31,8 +31,13 @@ def test_the_first_failure_gives_the_code() -> None:
     assert found.returncode == 75
 
 
+def heed_hangups() -> None:
+    """The tests themselves may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_signals_are_passed_on() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         program = (
             "import signal, sys, time\n"
             f"signal.signal({number.value}, lambda *_: sys.exit(75))\n"
@@ -40,7 +45,7 @@ def test_signals_are_passed_on() -> None:
             "time.sleep(30)"
         )
         command = [str(LOCAL), "2", sys.executable, "-c", program]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_hangups) as launcher:
             assert launcher.stdout is not None
             assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
             launcher.send_signal(number)

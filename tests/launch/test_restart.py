@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests.launch.test_local import heed_hangups
+
 RESTART = pathlib.Path(__file__).parents[2] / "launch" / "restart.sh"
 
 
@@ -70,12 +72,14 @@ def test_pauses_grow(tmp_path: pathlib.Path) -> None:
     assert pauses == ["50", "100", "200", "300", "300"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_and_end_it(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     name = number.name.removeprefix("SIG")
     program = f"echo >> {tmp_path}/runs; trap 'echo saved; exit 75' {name}; echo ready; while :; do sleep 0.05; done"
     command = [str(RESTART), "sh", "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as loop:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment(), preexec_fn=heed_hangups
+    ) as loop:
         assert loop.stdout is not None
         assert loop.stdout.readline() == "ready\n"
         loop.send_signal(number)

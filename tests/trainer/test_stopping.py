@@ -147,7 +147,11 @@ def test_a_signal_before_the_first_step_ends_with_75_wherever_it_falls(tmp_path,
     config = f"import gc, os\ngc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\ngc.collect()\n"
     (tmp_path / "config.py").write_text(config)
     command = [sys.executable, "-m", "jaxtrain.main", f"--config={tmp_path / 'config.py'}"]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert ended.returncode == 75
     assert ended.stderr.strip() == "Stopped: no step is under way, so there is nothing to save."
 

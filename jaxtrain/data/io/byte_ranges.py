@@ -329,7 +329,7 @@ def _body(response: Any, most: int, timeout: float, what: str) -> bytes:
     return b"".join(parts)
 
 
-class Pieces:
+class RangeBuffer:
     """The last few ranges of a file that were fetched. For one thread.
 
     Attributes:
@@ -370,10 +370,10 @@ class Pieces:
 
 
 class RangeFile(io.RawIOBase):
-    """A read-only file object over `Pieces`."""
+    """A read-only file object over a `RangeBuffer`."""
 
-    def __init__(self, pieces: Pieces):
-        self.pieces = pieces
+    def __init__(self, buffer: RangeBuffer):
+        self.buffer = buffer
         self.position = 0
 
     def readable(self) -> bool:
@@ -387,13 +387,13 @@ class RangeFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position}
-        self.position = offset + (base[whence] if whence in base else self.pieces.source.size())
+        self.position = offset + (base[whence] if whence in base else self.buffer.source.size())
         return self.position
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
-            size = max(self.pieces.source.size() - self.position, 0)
-        data = self.pieces.read(self.position, size)
+            size = max(self.buffer.source.size() - self.position, 0)
+        data = self.buffer.read(self.position, size)
         self.position += len(data)
         return data
 

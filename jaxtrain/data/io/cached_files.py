@@ -1,12 +1,13 @@
-"""Files read through the disk cache: a read brings the whole file there first, and then reads are local.
+"""Files read through the disk cache: a read brings the whole file there first, and later reads are local.
 
-A file may be evicted between two reads, as more of them may be in use than the limit has room for (a lane each, say).
-If each read then brought its file back, every 4 MB would cost a whole file, for ever. So a file that went while it was
-read is read past the cache, in ranges, until those have cost as much as the file; then it is fetched again. Whatever
-the order of reads, that is at most twice what the best decision would have cost.
+A file may be evicted between two reads, since more may be in use than the limit has room for (one per lane, say). If
+each read then brought its file back, every 4 MB would cost a whole file. So a file that was evicted while it was read
+is read past the cache, in ranges, until those have cost as much as the file; then it is fetched again. Whatever the
+order of reads, that costs at most twice what the best decision would have.
 """
 
 import threading
+from typing import IO
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes
@@ -14,17 +15,26 @@ from jaxtrain.data.io.disk_cache import DiskCache, Sink
 from jaxtrain.errors import TransientError
 from jaxtrain.interfaces import Json
 
-_PIECE = 1 << 23  # bytes of a request: 8 MB, at 200 ms a request 40 MB/s for each file
+_REQUEST = 1 << 23  # bytes: 8 MB, at 200 ms a request 40 MB/s for each file
 
 
 class CachedBytes:
-    """The bytes of another `Bytes`, through a DiskCache. Implements ranges.Bytes; safe for several threads.
+    """The bytes of another `Bytes`, through a DiskCache. Implements `Bytes`; safe for several threads.
 
-    key: names the file and its version for ever, the same in all processes of all runs. retry_seconds: how long an
-    outage may last while the file is fetched. It is waited out in place, so what has arrived is not fetched again.
+    Attributes:
+        what: Names the file in messages.
     """
 
     def __init__(self, inner: Bytes, key: str, cache: DiskCache, retry_seconds: float):
+        """Makes no request.
+
+        Args:
+            inner: The file.
+            key: Names the file and its version for ever, the same in all processes of all runs.
+            cache: Where the file goes.
+            retry_seconds: How long an outage may last while the file is fetched. It is waited out in place, so what
+                has arrived is not fetched again.
+        """
         self.what = inner.what
         self._inner, self._key, self._cache = inner, key, cache
         self._retry_seconds = retry_seconds
@@ -45,17 +55,14 @@ class CachedBytes:
             return b""
         with self._cache.find(self._key, size) as file:
             if file is not None:
-                self._note(None)
-                file.seek(start)
-                return _exactly(file.read(stop - start), stop - start, self.what)
+                return self._read(file, start, stop)
         if self._was_here and self._past_cache + stop - start <= size:
             data = self._inner.fetch(start, stop)
-            self._note(len(data))
+            with self._lock:
+                self._past_cache += len(data)
             return data
         with self._cache.open(self._key, size, self._bring, self.what) as file:
-            self._note(None)
-            file.seek(start)
-            return _exactly(file.read(stop - start), stop - start, self.what)
+            return self._read(file, start, stop)
 
     def tail(self, count: int) -> bytes:
         return self.fetch(max(self.size() - count, 0), self.size())
@@ -70,26 +77,23 @@ class CachedBytes:
         with self._lock:
             self._size, self._was_here, self._past_cache = None, False, 0
 
-    def _note(self, past_cache: int | None) -> None:
-        """past_cache: bytes that were read past the cache, or None: the file is here."""
+    def _read(self, file: IO[bytes], start: int, stop: int) -> bytes:
         with self._lock:
-            self._was_here = True
-            self._past_cache = 0 if past_cache is None else self._past_cache + past_cache
+            self._was_here, self._past_cache = True, 0
+        file.seek(start)
+        return self._whole(file.read(stop - start), stop - start)
 
     def _bring(self, sink: Sink) -> None:
         size = self.size()
-        for start in range(0, size, _PIECE):
-            stop = min(start + _PIECE, size)
-            sink.write(
-                retry.attempt(
-                    lambda start=start, stop=stop: _exactly(self._inner.fetch(start, stop), stop - start, self.what),
-                    what=self.what,
-                    deadline=self._retry_seconds,
-                )
-            )
+        for start in range(0, size, _REQUEST):
+            count = min(_REQUEST, size - start)
 
+            def request(start: int = start, count: int = count) -> bytes:
+                return self._whole(self._inner.fetch(start, start + count), count)
 
-def _exactly(data: bytes, count: int, what: str) -> bytes:
-    if len(data) != count:
-        raise TransientError(f"{what}: {len(data)} of {count} bytes arrived")
-    return data
+            sink.write(retry.attempt(request, what=self.what, deadline=self._retry_seconds))
+
+    def _whole(self, data: bytes, count: int) -> bytes:
+        if len(data) != count:
+            raise TransientError(f"{self.what}: {len(data)} of {count} bytes arrived")
+        return data

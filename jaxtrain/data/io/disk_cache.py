@@ -1,15 +1,15 @@
-"""Whole files kept on this machine's disk, the least recently used ones making room, under a limit that always holds.
+"""An LRU cache of whole files on the local disk, under a limit that always holds.
 
-Several processes may share a directory, and any may be killed at any point: nothing is remembered but the files
-themselves and the kernel's locks on them, which end with their holder.
+Several processes may share a directory, and any may be killed at any point. The only state is the files themselves and
+the kernel's locks on them, which end with their holder.
 
-- `HASH`: a file. Readers hold it shared-locked (a pin); its modification time is when it was last asked for.
-- `HASH.part`: one that is being fetched, exclusively locked by its writer, of its full size from the beginning: the
-  space is taken before a byte is written.
-- Any other `HASH.*`, and a `.part` without a lock: garbage, removed by whoever comes next.
-- `lock`: held while one of these is made, found or removed; never while bytes are moved.
+- `HASH`: a file. Readers pin it with a shared lock. Its modification time is its last use.
+- `HASH.part`: a file being fetched. Its writer holds an exclusive lock, and it has its full size from the start, so the
+  space is reserved before a byte is written.
+- Any other `HASH.*`, and a `.part` without a lock: left over, removed by the next process that makes room.
+- `lock`: held while one of these is made, found or removed, never while bytes are moved.
 
-Locks are `flock`s: of the kernel, on one machine or on network file systems that carry them (NFS 4, Lustre with flock).
+Locks are `flock`s, which work on one machine and on network file systems that support them (NFS 4, Lustre with flock).
 """
 
 import contextlib
@@ -26,21 +26,23 @@ from typing import IO, Protocol
 from jaxtrain.data.io import retry
 from jaxtrain.errors import TransientError, UserError
 
-_POLL = 0.05  # seconds between two looks, for those who wait for room or for another's fetch
+_POLL = 0.05  # seconds between looks while waiting for room or for another's fetch
 _WHOLE = re.compile(r"[0-9a-f]{40}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Sink(Protocol):
-    """Where a fetch puts a file's bytes, in order."""
+    """Takes a file's bytes, in order."""
 
     def write(self, data: bytes, /) -> object: ...
 
 
 class DiskCache:
-    """An LRU of whole files under `directory`, of at most `max_gb` x 1e9 bytes in all. Safe for threads and processes.
+    """An LRU of whole files. Safe for threads and processes. Makes no file before the first `open`.
 
-    Makes no file before the first `open`.
+    Attributes:
+        directory: Where the files are.
+        limit: Bytes that they may take in all (`max_gb` x 1e9).
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_gb: float):
@@ -48,32 +50,36 @@ class DiskCache:
         self.limit = round(max_gb * 1e9)
 
     def used_bytes(self) -> int:
-        """Of all files, with what is reserved for those that are being fetched."""
+        """Bytes of all files, including what is reserved for those being fetched."""
         return sum(size for _, size, _ in self._entries())
 
     def check(self, what: str, size: int) -> None:
-        """Raises UserError if a file of `size` bytes can never be here."""
+        """Raises UserError if a file of `size` bytes can never fit."""
         if size > self.limit:
             raise UserError(
                 f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may hold "
-                f"({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, at best to that for "
-                "each file that is read at once, or cut the file into smaller ones."
+                f"({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, ideally to that "
+                "for each file that is read at once, or split the file."
             )
 
     @contextlib.contextmanager
     def open(
         self, key: str, size: int, fetch: Callable[[Sink], object], what: str | None = None
     ) -> Iterator[IO[bytes]]:
-        """The file of `key`, open for reading at its path, and not evicted while the context lasts.
+        """Open a file for reading, pinned while the context lasts; fetch it first if it is not here.
 
-        key: a lasting name with whatever tells one version from another. size: of the file, in bytes. fetch: writes
-        them all; called if the file is not here, by one thread of one process, with the room taken before. what:
-        names the file in messages, by default the key.
+        Waits while another thread or process fetches the same file, and while everything that could make room is
+        pinned. For this to end, pin for no longer than a read takes, and open nothing else meanwhile.
 
-        Waits while another fetches the same file, and while all that could make room is pinned. So that this ends, pin
-        for no longer than a read takes, and open nothing else meanwhile.
+        Args:
+            key: Names the file and its version.
+            size: Of the file, in bytes.
+            fetch: Writes all bytes. Called by one thread of one process, after the space is reserved.
+            what: Names the file in messages; by default the key.
 
-        Raises UserError if the file is larger than the limit or the disk is full, and what `fetch` raises.
+        Raises:
+            UserError: The file is larger than the limit, or the disk is full.
+            Exception: Whatever `fetch` raises.
         """
         what = key if what is None else what
         self.check(what, size)
@@ -93,23 +99,23 @@ class DiskCache:
 
     @contextlib.contextmanager
     def find(self, key: str, size: int) -> Iterator[IO[bytes] | None]:
-        """As `open`, without fetching or waiting: None if the file is not here."""
+        """Like `open`, without fetching or waiting: None if the file is not here."""
         with self._locked():
             pinned = self._pin(_name(key), size)
         with pinned or contextlib.nullcontext():
             yield pinned
 
     def drop(self, key: str) -> None:
-        """Forget a file whose bytes are wrong. Who reads it now keeps what is open, which counts until it is closed."""
+        """Remove a file whose bytes are wrong. Readers keep it open; it counts until they close it."""
         with self._locked():
             self._discard(os.path.join(self.directory, _name(key)))
 
     def trim(self) -> None:
-        """Remove what killed processes left, and what is over a limit that was higher before."""
+        """Remove what killed processes left, and what exceeds a limit that was higher before."""
         with self._locked():
             self._make_room(0)
 
-    # All below, but for `_fill`, are called with the lock held.
+    # Everything below except `_fill` and `_publish` runs with the lock held.
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -119,7 +125,7 @@ class DiskCache:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
                 raise UserError(
-                    f"{self.directory}: its file system has no locks ({error}), which the disk cache needs. Give a "
+                    f"{self.directory}: its file system has no locks ({error}), which the disk cache needs. Use a "
                     "--workdir on another one, or set data.max_disk_gb=0."
                 ) from error
             yield
@@ -129,7 +135,7 @@ class DiskCache:
         found = []
         with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
             for entry in entries:
-                # Without the lock another process may remove one meanwhile.
+                # `used_bytes` holds no lock, so another process may remove one meanwhile.
                 with contextlib.suppress(FileNotFoundError):
                     if entry.name != "lock" and entry.is_file(follow_symlinks=False):
                         stat = entry.stat(follow_symlinks=False)
@@ -150,26 +156,26 @@ class DiskCache:
         return file
 
     def _reserve(self, name: str, size: int) -> IO[bytes] | None:
-        """A new, locked, empty file of `size` bytes; None if another writes this one, or if there is no room now."""
+        """A new, locked file of `size` bytes; None if another process writes it, or if there is no room now."""
         if not self._make_room(size):
             return None
         path = os.path.join(self.directory, f"{name}.part")
         if os.path.exists(path):
-            return None  # not removed as garbage: it has a writer
+            return None  # `_make_room` left it, so it has a writer
         file = open(path, "x+b", buffering=0)  # noqa: SIM115 - closed by `_publish`
         fcntl.flock(file, fcntl.LOCK_EX)
         os.truncate(file.fileno(), size)
         return file
 
     def _make_room(self, size: int) -> bool:
-        """Remove garbage, then the least recently used files until `size` more bytes fit; none if they cannot."""
+        """Remove leftovers, then the least recently used files until `size` more bytes fit; none if they cannot."""
         used, whole = 0, []
         for path, held, last_use in self._entries():
             if _WHOLE.fullmatch(os.path.basename(path)):
                 whole.append((last_use, path, held))
-            elif os.path.basename(path)[40:41] == "." and (garbage := _hold(path, fcntl.LOCK_EX)) is not None:
+            elif os.path.basename(path)[40:41] == "." and (leftover := _hold(path, fcntl.LOCK_EX)) is not None:
                 os.unlink(path)
-                garbage.close()
+                leftover.close()
                 continue
             used += held
         with contextlib.ExitStack() as held_back:
@@ -197,7 +203,7 @@ class DiskCache:
             file.close()
 
     def _fill(self, part: IO[bytes], size: int, fetch: Callable[[Sink], object], what: str) -> None:
-        """Fetch into the reserved file; if that fails, nothing is left of it."""
+        """Fetch into the reserved file; remove it on failure."""
         sink = _Bounded(part, size, what, self.directory)
         try:
             fetch(sink)
@@ -236,7 +242,7 @@ class _Bounded:
                 raise UserError(
                     f"the disk of {self.directory} is full ({error.strerror}), though the disk cache is below its "
                     f"limit: free {(self.size - self.written) / 1e9:.2f} GB there, set data.max_disk_gb to less, or "
-                    "give a --workdir on a larger disk."
+                    "use a --workdir on a larger disk."
                 ) from None
             raise
         self.written += len(data)
@@ -248,7 +254,7 @@ def _name(key: str) -> str:
 
 
 def _hold(path: str, kind: int) -> IO[bytes] | None:
-    """The file, locked until it is closed; None if it is not there, or locked by another so that this cannot be."""
+    """The file, locked until it is closed; None if it does not exist or another's lock forbids this one."""
     try:
         file = open(path, "r+b", buffering=0)  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:

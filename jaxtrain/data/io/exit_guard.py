@@ -1,10 +1,10 @@
-"""Keeps threads out of pyarrow while the interpreter ends.
+"""Keeps threads out of C++ libraries while the interpreter exits.
 
-A daemon thread that comes back from C++ into an interpreter that is being torn down is ended by unwinding its stack,
-and inside a callback from pyarrow's C++ that calls std::terminate: SIGABRT, and the exit code is lost (7 exits of 8
-with 24 threads that wait for a read; arrow issue 45214 is of the same kind). So every call into pyarrow's or datasets'
-iterators goes through `guarded`, and every call into a tokenizer through `gate`. At exit we wait for the threads that
-are inside, and let no further one in.
+A daemon thread that returns from C++ into an interpreter being torn down is ended by unwinding its stack. Inside a
+callback from pyarrow's C++ that calls std::terminate: SIGABRT, and the exit code is lost (7 exits of 8 with 24 threads
+that wait for a read; arrow issue 45214 is of the same kind). So every call into pyarrow's or datasets' iterators goes
+through `guarded`, and every call into a tokenizer through `gate`. The exit waits for the threads inside and lets no
+more in.
 """
 
 import atexit
@@ -15,11 +15,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE = 10.0  # seconds that the exit waits for reads that are under way
+_PATIENCE = 10.0  # seconds that the exit waits for reads under way
 
 
 class Gate:
-    """Counts the threads inside; once closed, further ones wait for the end (they are daemons, or would be joined)."""
+    """Counts the threads inside. Once it is closed, others block for good (they are daemons, or would be joined)."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -41,9 +41,9 @@ class Gate:
 
     @contextlib.contextmanager
     def letting_go(self) -> Iterator[None]:
-        """For what gives up objects of C++ that hold Python ones (a half-read file): that calls back, too.
+        """For dropping C++ objects that hold Python ones (a half-read file): that calls back into Python, too.
 
-        May be entered by who is inside already, and by the thread that ends the interpreter.
+        A thread that is already inside may enter, and so may the thread that ends the interpreter.
         """
         if getattr(self._mine, "depth", 0) or threading.current_thread() is threading.main_thread():
             yield
@@ -52,14 +52,14 @@ class Gate:
                 yield
 
     def be_first(self) -> None:
-        """At exit, close before whatever has been registered up to now. Call it after a client library's import."""
+        """At exit, close before every handler registered so far. Call it after a client library's import."""
         atexit.unregister(self.close)
         atexit.register(self.close)
 
     def check(self) -> None:
-        """Raises RuntimeError at exit: who is inside is not to begin another request, but to come out."""
+        """Raises RuntimeError at exit: a thread inside must not start another request, but come out."""
         if self.closed:
-            raise RuntimeError("the process ends")
+            raise RuntimeError("the process is exiting")
 
     def close(self) -> None:
         with self.changed:
@@ -72,7 +72,7 @@ gate.be_first()
 
 
 def guarded(items: Generator[T, None, None]) -> Iterator[T]:
-    """The same items (None is not one of them), each fetched inside the gate, and the generator closed there."""
+    """The same items, none of which is None, each fetched inside the gate; the generator is closed there."""
     try:
         while True:
             with gate:

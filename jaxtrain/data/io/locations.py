@@ -24,9 +24,14 @@ _HUB = re.compile(r"hf://(?P<type>datasets/|spaces/|)(?P<repo>[^/@]+/[^/@]+)(@(?
 
 
 def expand(patterns: Sequence[str]) -> dict[str, str]:
-    """Lasting name → address of every file that the patterns match, in their order, sorted within a pattern.
+    """The files that patterns match, in the patterns' order, sorted within each.
 
-    Raises UserError for a pattern without a file, TransientError where the listing cannot be had now.
+    Returns:
+        Lasting name -> address.
+
+    Raises:
+        UserError: A pattern matches no file, or two files share a name.
+        TransientError: The listing failed.
     """
     found: list[str] = []
     for pattern in patterns:
@@ -56,7 +61,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _expand_hub(pattern: str) -> list[str]:
-    """The files of a pattern such as hf://datasets/org/name@main/data/*.parquet, at the commit it names now."""
+    """Addresses for a pattern such as hf://datasets/org/name@main/data/*.parquet, at the commit it names now."""
     from huggingface_hub import HfApi, HfFileSystem
 
     parts = _HUB.fullmatch(pattern)
@@ -90,16 +95,16 @@ def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
 
 
 def cache_key(address: str, stamp: Json | None) -> str:
-    """Names a file and its version among the files of all sources, for ever.
+    """A key that no other file or version shares, in any source of any run.
 
-    By the address, since names of version 0.1 may stand for several files. stamp: see `stamps`.
+    It uses the address, since a name of version 0.1 may stand for several files. stamp: see `stamps`.
     """
     return json.dumps([lasting_name(address), stamp], sort_keys=True)
 
 
 def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
-    """What each file is like now, by name, asked for 16 at a time. Without those of the Hub: their commit says it."""
-    # Each look keeps to the deadline of the attempt that this is part of.
+    """Each file's stamp by name, 16 requests at a time. Files of the Hub have none: their commit pins them."""
+    # The copied context carries the deadline of the attempt under way into the pool's threads.
     looks = [functools.partial(contextvars.copy_context().run, file.stamp) for file in files]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = pool.map(lambda look: look(), looks)
@@ -107,7 +112,16 @@ def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
 
 
 def check_unchanged(known: Json, names: Sequence[str], files: Sequence[Bytes]) -> None:
-    """Raises UserError if files are no longer what a checkpoint's stamps, by name, say."""
+    """Compare files with a checkpoint's stamps.
+
+    Args:
+        known: The stamps, by name.
+        names: Of all files.
+        files: The files as they are now.
+
+    Raises:
+        UserError: A file has changed.
+    """
     now = stamps(names, files)
     changed = [f"{name} (was {stamp}, is {now[name]})" for name, stamp in known.items() if now[name] != stamp]
     if changed:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from jaxtrain.data.io.byte_ranges import Bytes, Pieces, RangeFile
+from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.compression import DamagedError, Decoded, format_of
 
 _PIECE = 1 << 22  # bytes of a request
@@ -27,7 +27,7 @@ def members(source: Bytes) -> Iterator[tuple[str, IO[bytes]]]:
     Raises tarfile.TarError and DamagedError for what is no whole archive (also where a content is read), and
     TransientError and UserError as they come.
     """
-    file = RangeFile(Pieces(source, lambda position: position + _PIECE, keep=1))
+    file = RangeFile(RangeBuffer(source, lambda position: position + _PIECE, keep=1))
     kind = format_of(file.read(16))
     file.seek(0)
     stream: Any = file if kind is None else Decoded(file, kind)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.io.byte_ranges import Bytes, Pieces, RangeFile
+from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.exit_guard import gate, guarded
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block
@@ -129,7 +129,7 @@ class ParquetFiles:
             # With a buffer pyarrow asks for column chunks piece by piece: a chunk of a 1M-row group can have 2 GB.
             with gate:  # it asks the file for its size
                 reader = pq.ParquetFile(
-                    RangeFile(Pieces(source, plan.end, keep=len(plan.leaves))),
+                    RangeFile(RangeBuffer(source, plan.end, keep=len(plan.leaves))),
                     metadata=footer,
                     pre_buffer=False,
                     buffer_size=1 << 16,

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from jaxtrain.data.io.byte_ranges import Bytes, Pieces, RangeFile
+from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.compression import CutShortError, DamagedError, streams
 from jaxtrain.data.io.exit_guard import guarded
 from jaxtrain.data.sources.csv_rows import csv_rows
@@ -91,7 +91,7 @@ def stream_blocks(
         UserError: A row or a file that is sound and of which no documents can be made.
         TransientError: As it comes.
     """
-    pieces = Pieces(source, lambda position: position + _PIECE, _KEPT)
+    pieces = RangeBuffer(source, lambda position: position + _PIECE, _KEPT)
     opened: list[io.BufferedReader] = []
 
     def rows() -> Iterator[Json]:

@@ -91,7 +91,7 @@ class WebDataset:
     def _addresses(self) -> Iterator[str]:
         """Of all shards. Only wildcards are looked up here: a missing shard is found by its stamp."""
         for url in self.urls:
-            if url.startswith("hf://") or (not url.startswith("http") and re.search(r"[*?\[]", url)):
+            if url.startswith("hf://") or (not url.startswith(("http://", "https://")) and re.search(r"[*?\[]", url)):
                 yield from expand(braces(url)).values()
             else:
                 yield from braces(url)

@@ -17,7 +17,7 @@ DATA = random.Random(0).randbytes(50_000)
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(cached_files, "_PIECE", 7000)
+    monkeypatch.setattr(cached_files, "_REQUEST", 7000)
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
 
 

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from jaxtrain.data.io import byte_ranges, retry
-from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, LocalBytes, Pieces, RangeFile
+from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, LocalBytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.locations import expand, locate, stamps
 from jaxtrain.errors import TransientError, UserError
 from tests.hub import SECRET, TOKEN, LoopbackHub
@@ -47,7 +47,7 @@ def test_any_range(source: Bytes):
 
 
 def test_a_file_object(source: Bytes):
-    file = RangeFile(Pieces(source, lambda position: position + 700, keep=2))
+    file = RangeFile(RangeBuffer(source, lambda position: position + 700, keep=2))
     rng = random.Random(2)
     position = 0
     for _ in range(200):
@@ -70,7 +70,7 @@ def test_an_empty_file(hub: LoopbackHub, tmp_path):
     for source in (on_hub(hub, b""), LocalBytes(str(tmp_path / "a.bin"))):
         assert source.tail(10) == source.fetch(0, 10) == b""
         assert source.size() == 0
-        assert RangeFile(Pieces(source, lambda position: position + 9, keep=1)).read() == b""
+        assert RangeFile(RangeBuffer(source, lambda position: position + 9, keep=1)).read() == b""
 
 
 def test_a_read_is_one_request_also_when_redirected(hub: LoopbackHub):
