@@ -1,7 +1,7 @@
-"""Metrics of each logged step to every writer, timing, and the watchdog.
+"""Metrics, timing and the watchdog.
 
-Throughput is trained tokens over the time in steps, which includes waiting for data. MFU is the model's own FLOPs
-(Chowdhery et al. 2022, "PaLM", appendix B, with causal attention halved) over the devices' published peak.
+Throughput is trained tokens divided by the time spent in steps, including the wait for data. MFU is the model's FLOPs
+(Chowdhery et al. 2022, "PaLM", appendix B, with causal attention halved) divided by the devices' published peak.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class StepInfo(Protocol):
-    """The part of a `StepPlan` that the monitor reads."""
+    """The fields of a `StepPlan` that the monitor reads."""
 
     @property
     def step(self) -> int: ...
@@ -51,9 +51,9 @@ class MonitorConfig:
     Attributes:
         tensorboard: Write event files to the work directory's `tensorboard/`.
         trackers: Any of "wandb" and "trackio", which must be installed.
-        project: The trackers' project.
-        watchdog_minutes: Exit with code 1 if no step finishes for this long; None: never. Must exceed the longest
-            compile or evaluation, and data.retry_minutes, after which an outage ends the run with its cause.
+        project: Project name in the trackers.
+        watchdog_minutes: Exit with code 1 if no step finishes for this long; None disables it. Must exceed the longest
+            compile or evaluation, and data.retry_minutes, after which an outage ends the run and reports its cause.
     """
 
     tensorboard: bool = True
@@ -74,17 +74,17 @@ class MonitorConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """The facts of a run that the monitor needs.
+    """What the monitor needs to know about a run.
 
     Attributes:
-        start_step: The restored step, 0 for a new run.
-        start_tokens: Tokens trained up to it.
-        total_tokens: The target; None without one.
-        num_stages: How many stages the plan has.
-        flops_per_token: The model's training FLOPs per token, by sequence length.
-        peak_flops: Published FLOP/s of all devices of the run together; None if unknown.
+        start_step: The restored step; 0 for a new run.
+        start_tokens: Tokens trained up to start_step.
+        total_tokens: Target number of tokens; None without one.
+        num_stages: Number of stages in the plan.
+        flops_per_token: Training FLOPs per token, by sequence length.
+        peak_flops: Published peak FLOP/s, summed over all devices of the run; None if unknown.
         log_every: Log every N steps.
-        config: For the trackers.
+        config: The run's config, for the trackers.
     """
 
     start_step: int
@@ -99,7 +99,7 @@ class Run:
 
 @contextlib.contextmanager
 def console_logging() -> Iterator[Console]:
-    """Prints the logger `jaxtrain`: everything on process 0, warnings on the others. For the whole program."""
+    """Prints messages of the logger `jaxtrain`: all on process 0, warnings on the others. Wraps the whole program."""
     console = Console(jax.process_index())
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
@@ -113,10 +113,10 @@ def console_logging() -> Iterator[Console]:
 
 
 class Goodput:
-    """Divides wall time into spans and the rest, which is steps. Main thread only; nested spans count once.
+    """Splits wall time into named spans; the rest is steps. Main thread only. Nested spans count once.
 
     Attributes:
-        seconds: Time so far by span.
+        seconds: Seconds so far, by span.
     """
 
     def __init__(self, started_at: float):
@@ -142,7 +142,7 @@ class Goodput:
             self._open.pop()
 
     def end_of_start(self) -> None:
-        """Counts as "start" all time outside spans so far."""
+        """Counts all time outside spans so far as "start"."""
         self.seconds["start"] += self.steps()
 
     def elapsed(self) -> float:
@@ -160,10 +160,10 @@ class Goodput:
 
 
 class Monitor:
-    """Use it as a context manager; in the loop call `span`, `stepped`, and `log_step` when `due`.
+    """Writes metrics and tracks time. A context manager; the loop calls `span`, `stepped`, and `log_step` when `due`.
 
-    All processes make one and call the same methods; only process 0 writes. Construction drops the lines of
-    metrics.jsonl from steps after `run.start_step`.
+    All processes create one and call the same methods; only process 0 writes. Creating it removes the lines of
+    metrics.jsonl for steps after `run.start_step`.
 
     Raises:
         UserError: A file cannot be written.
@@ -224,7 +224,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Counts the time inside as `name`, one of SPANS, instead of steps."""
+        """Counts the time inside the context as `name`, one of SPANS, instead of as steps."""
         self._beat()
         with self._goodput.span(name):
             yield
@@ -235,7 +235,7 @@ class Monitor:
             self._watchdog.beat()
 
     def begin(self) -> None:
-        """Call it just before the first step: all time outside spans so far was the start."""
+        """Ends the start-up time. Call it just before the first step."""
         self._begun = True
         self._goodput.end_of_start()
         self._mark(self._run.start_tokens)
@@ -243,7 +243,7 @@ class Monitor:
         self._beat()
 
     def stepped(self, at: StepInfo) -> None:
-        """Call it after dispatching each step."""
+        """Records a step. Call it after dispatching the step."""
         self._beat()
         self._console.advance(at.tokens_after)
 
@@ -256,8 +256,8 @@ class Monitor:
 
         Args:
             at: The step.
-            metrics: Python numbers: `loss` in nats per token, `ce_loss` if perplexity is not that of `loss`, and
-                whatever else the line of metrics.jsonl holds (`grad_norm`, `fingerprint`, `sources`, ...).
+            metrics: Python numbers: `loss` in nats per token; `ce_loss` if perplexity is not exp(loss); and any other
+                values for metrics.jsonl (`grad_norm`, `fingerprint`, `sources`, ...).
         """
         if jax.process_index() != 0:
             return
@@ -289,7 +289,7 @@ class Monitor:
         logger.info(console_line(at, values, self._run))
 
     def log_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of its own with `eval_loss` (nats per token), `eval_bits_per_byte`, and others."""
+        """Writes a separate line with `eval_loss` (nats per token), `eval_bits_per_byte` and others."""
         if jax.process_index() != 0:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
@@ -306,11 +306,11 @@ class Monitor:
                 ) from error
 
     def message(self, text: str) -> None:
-        """Prints a line on process 0 and writes it to log.txt."""
+        """Prints a line and writes it to log.txt, on process 0."""
         logger.info(text)
 
     def close(self) -> None:
-        """Reports where the time went, ends the watchdog, and closes all files."""
+        """Reports where the time went, stops the watchdog and closes all files."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
@@ -343,16 +343,16 @@ def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite once float64 overflows."""
+    """Returns exp(loss), or infinity if float64 overflows."""
     return math.exp(loss) if not loss > 700 else math.inf
 
 
 def peak_memory_gb() -> float:
-    """Peak memory in GB (10^9 bytes): of the fullest local device, or of the process on CPU."""
+    """Returns peak memory in GB (10^9 bytes): the highest of the local devices, or the process's on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     if peaks:
         return max(peaks) / 1e9
-    # Kilobytes on Linux, bytes on macOS.
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

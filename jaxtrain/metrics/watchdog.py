@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, after printing every thread's stack."""
+"""Ends a process that makes no progress, after dumping the stacks of all threads."""
 
 import faulthandler
 import logging
@@ -10,7 +10,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class Watchdog:
-    """Exits with code 1, for the launcher to restart, once `beat` was not called for `minutes`."""
+    """Exits with code 1, so that the launcher restarts, if `beat` is not called for `minutes`."""
 
     def __init__(self, minutes: float):
         self._minutes = minutes
@@ -35,7 +35,7 @@ class Watchdog:
     def _end(self) -> None:
         logger.error("No step finished for %g minutes: every thread's stack follows, then exit 1.", self._minutes)
         for handler in logger.handlers:
-            # faulthandler writes to the file descriptor: Python's own locks may be what hangs.
+            # faulthandler writes to the file descriptor directly, in case a Python lock is what hangs.
             stream = getattr(handler, "stream", None)
             if stream is not None:
                 faulthandler.dump_traceback(stream, all_threads=True)

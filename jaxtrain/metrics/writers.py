@@ -1,7 +1,7 @@
-"""Where metrics and messages go: the terminal, log.txt, metrics.jsonl, TensorBoard, W&B or Trackio.
+"""Outputs for metrics and messages: the terminal, log.txt, metrics.jsonl, TensorBoard, W&B and Trackio.
 
-An object store cannot append. For a remote work directory the files are written to a local folder and uploaded whole
-when they have changed, once a minute and at the end: a kill loses at most the last minute of the log there.
+Object stores cannot append. For a remote work directory the files are written to a local folder, and changed files are
+uploaded whole every minute and at the end. A kill loses at most the last minute of the remote log.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
 _UPLOAD_SECONDS = 60.0
-# Their classes are made at run time: type checkers do not see them.
+# protobuf creates its classes at run time, so type checkers do not see them.
 _EVENT: Any = event_pb2
 _SUMMARY: Any = summary_pb2
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class Writer(Protocol):
-    """Takes the values of one step: finite numbers, strings, None, and nested mappings of these."""
+    """Writes the values of one step: finite numbers, strings, None, and nested mappings of these."""
 
     def write(self, step: int, values: Json) -> None: ...
 
@@ -44,21 +44,21 @@ class Writer(Protocol):
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every number that is not finite: JSON has no NaN."""
+    """Replaces non-finite numbers in a nested value with None: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per line, cut back at a resume to the steps up to the checkpoint.
+    """metrics.jsonl: one JSON object per line, truncated on resume to the steps up to the checkpoint.
 
     Attributes:
-        seconds: How long the run has taken before, including steps that were lost.
+        seconds: Time the run has taken so far, including lost steps.
     """
 
     def __init__(self, path: epath.Path, start_step: int):
-        """Drops the lines of later steps, and those that a kill or a damaged disk left unreadable."""
+        """Removes lines of later steps, and lines left unreadable by a kill or a damaged disk."""
         self.seconds = 0.0
         kept, dropped = [], 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -75,11 +75,11 @@ class JsonLines:
         if dropped:
             logger.warning("%d unreadable line(s) of %s were dropped.", dropped, path)
         write_atomically(path, b"".join(kept))
-        # Open for the whole run and unbuffered: on a full disk nothing is left for `close` to write.
+        # Open for the whole run, and unbuffered, so that on a full disk `close` has nothing left to write.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: int, values: Json) -> None:
-        # One call per line, so that a reader of the file sees whole lines.
+        # One call per line, so that readers of the file see whole lines.
         self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
@@ -87,13 +87,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    """The same scalars; nested ones as `sources/web/tokens`."""
+    """TensorBoard event files with the scalars; nested ones are named like `sources/web/tokens`."""
 
     def __init__(self, folder: epath.Path, start_step: int):
-        # Not a SummaryWriter: its thread ends silently on a full disk, and its queue is then never emptied.
+        # Not a SummaryWriter: on a full disk its thread ends silently and its queue never drains.
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
-        # Hides what an earlier process wrote after the restored step.
+        # Hides events that an earlier process wrote after the restored step.
         begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)
         self._events.write_event(_EVENT.Event(wall_time=time.time(), step=start_step + 1, session_log=begin))
 
@@ -104,15 +104,15 @@ class TensorBoard:
         self._events.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # `write` has reported a full disk
+        with contextlib.suppress(OSError):  # `write` has already reported a full disk
             self._events.close()
 
 
 class Tracker:
-    """Weights & Biases or Trackio, which both have `init`, `log` and `finish`. What they raise never ends the run."""
+    """Weights & Biases or Trackio, which both have `init`, `log` and `finish`. Their exceptions never end the run."""
 
     def __init__(self, module: str, project: str, workdir: Workdir, config: Json):
-        """Continues the work directory's run of the tracker, if it has one.
+        """Continues the work directory's run in the tracker, if there is one.
 
         Raises:
             UserError: The package is not installed.
@@ -122,7 +122,7 @@ class Tracker:
         except ImportError as error:
             raise UserError(f"trackers=({module!r},): the package is not installed; pip install {module}.") from error
         self._name, self._failed = module, False
-        # Trackio continues a run by its name, W&B by its id.
+        # Trackio continues a run by name, W&B by id.
         run = {"id": _wandb_id(workdir)} if module == "wandb" else {}
         self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
 
@@ -143,7 +143,7 @@ class Tracker:
 
 
 def _wandb_id(workdir: Workdir) -> str:
-    """The id of the work directory's W&B run, made at its first start and kept in `wandb_id.txt`."""
+    """The id of the work directory's W&B run, created at the first start and kept in `wandb_id.txt`."""
     path = workdir.wandb_id
     found = path.read_text().strip() if path.exists() else ""
     if not found:
@@ -153,7 +153,7 @@ def _wandb_id(workdir: Workdir) -> str:
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested values, by path."""
+    """Flattens nested values to numbers by path."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -164,13 +164,13 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Console(logging.Handler):
-    """Prints the messages of the logger `jaxtrain`, on a terminal above a live progress bar with the time left.
+    """Prints the messages of the logger `jaxtrain`; on a terminal above a progress bar with the remaining time.
 
-    Process 0 prints everything; the others print warnings, with their number.
+    Process 0 prints all messages; the others print warnings, with their process index.
 
     Attributes:
-        started_at: When it was made (`time.monotonic`), for the program's start.
-        before_log_file: What was printed so far, kept until log.txt is open; None from then on.
+        started_at: Time of creation (`time.monotonic`), used as the program's start.
+        before_log_file: Messages printed before log.txt is open; None afterwards.
     """
 
     def __init__(self, process: int):
@@ -182,14 +182,14 @@ class Console(logging.Handler):
         self.setFormatter(_Formatter())
 
     def start_bar(self, tokens: int, total_tokens: int | None) -> None:
-        """Shows progress from `tokens` on, if this process prints and its output is a terminal."""
+        """Shows a progress bar starting at `tokens`, if this process prints and its output is a terminal."""
         if self._process == 0 and sys.stdout is not None and sys.stdout.isatty():
             self._bar = tqdm.tqdm(
                 initial=tokens, total=total_tokens, unit="tok", unit_scale=True, dynamic_ncols=True, file=sys.stdout
             )
 
     def advance(self, tokens: int, loss: float | None = None) -> None:
-        """Moves the bar to the tokens trained so far, and shows the last known loss."""
+        """Moves the bar to the tokens trained so far and shows the latest loss."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix_str(f"Loss={loss:.4f}", refresh=False)
@@ -201,7 +201,7 @@ class Console(logging.Handler):
         text = self.format(record)
         if self._process:
             text = f"[process {self._process}] {text}"
-        # Output must never end a run. Our commands' stdout takes everything (cli/output.py); other programs' may not.
+        # Output must never end a run. Our commands' stdout never raises (cli/output.py); other programs' may.
         with contextlib.suppress(OSError, ValueError):
             if self._bar is None:
                 print(text, flush=True)
@@ -222,7 +222,7 @@ class _Formatter(logging.Formatter):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """A full disk: the line is on the console, and writing metrics.jsonl ends the run with a message."""
+        """Ignores a full disk: the console has the line, and writing metrics.jsonl ends the run with a message."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -230,14 +230,14 @@ class _LogFile(logging.FileHandler):
 
 
 def log_file(path: epath.Path) -> logging.Handler:
-    """log.txt: what the console shows, over all restarts."""
+    """Returns a handler for log.txt, which has the console's messages across restarts."""
     handler = _LogFile(path, mode="a")
     handler.setFormatter(_Formatter())
     return handler
 
 
 class Mirror:
-    """The folder the writers use: the work directory itself, or a local copy of a remote one."""
+    """The folder that the writers use: the work directory, or a local copy of a remote one."""
 
     def __init__(self, workdir: Workdir):
         self._remote = None if workdir.is_local else workdir.path
@@ -268,7 +268,7 @@ class Mirror:
             try:
                 (self._remote / name).parent.mkdir(parents=True, exist_ok=True)
                 (self._remote / name).write_bytes(path.read_bytes())
-            except Exception as error:  # bucket clients raise errors of their own
+            except Exception as error:  # bucket clients raise their own errors
                 logger.warning("%s could not be copied to %s: %s", path, self._remote, error)
             else:
                 self._uploaded[name] = min(changed, started)

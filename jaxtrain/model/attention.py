@@ -1,4 +1,4 @@
-"""Causal attention within the documents of packed rows: one function, chosen by platform and shape.
+"""Causal attention within the documents of packed rows. Platform and shape select the implementation.
 
 Shapes: see interfaces.py.
 """
@@ -21,15 +21,19 @@ IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
 # Shorter rows are one [T, T] block, for which XLA's batched matmuls are no worse than a flash kernel's 128-wide tiles.
 SHORTEST_FOR_KERNELS = 128
-# Of the largest element, between a kernel and XLA in bfloat16: rounding is at most 2^-7 of it, mistakes are near 1.
+# Maximum difference of a kernel from XLA in bfloat16, relative to the largest element: rounding is at most 2^-7, bugs
+# are near 1.
 TOLERANCE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the choice depends on, on one device.
+    """The shape of attention on one device, which determines the implementation.
 
-    platform: "cpu", "gpu" or "tpu". compute_capability: of an NVIDIA GPU, (9, 0) for Hopper. rows: of the batch.
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        compute_capability: Of an NVIDIA GPU; (9, 0) for Hopper.
+        rows: Rows of the batch.
     """
 
     platform: str
@@ -45,14 +49,22 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation by name ("xla", "splash" or "cudnn"), and why it was chosen."""
+    """An implementation by name ("xla", "splash" or "cudnn"), and the reason for choosing it."""
 
     name: str
     reason: str
 
 
 def choose(implementation: str, shape: Shape) -> Choice:
-    """implementation: one of IMPLEMENTATIONS. UserError if one is asked for that cannot run there."""
+    """Chooses the implementation for a shape.
+
+    Args:
+        implementation: One of IMPLEMENTATIONS.
+        shape: The shape on one device.
+
+    Raises:
+        UserError: `implementation` names one that cannot run there.
+    """
     if implementation == "xla":
         return Choice("xla", "the config asks for it")
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(shape.platform)
@@ -98,10 +110,19 @@ def attend(
     implementation: str,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """softmax(q kᵀ / sqrt(h)) v, where a token sees itself and the earlier tokens of its own segment: x_BTHh.
+    """Computes softmax(q kᵀ / sqrt(h)) v, where a token attends to itself and to earlier tokens of its segment.
 
-    sliding_window: tokens in sight, the token itself included; None for all. implementation: a name from `choose`;
-    "splash" is interpreted where the mesh has no TPU.
+    Args:
+        q_BTHh: Queries.
+        k_BTKh: Keys.
+        v_BTKh: Values.
+        segment_ids_BT: Document of each token, int32.
+        mesh: The mesh that the arrays are sharded over, if any.
+        implementation: A name from `choose`. "splash" runs interpreted if the mesh has no TPU.
+        sliding_window: Visible tokens, including the token itself; None for all.
+
+    Returns:
+        x_BTHh.
     """
     kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
     if mesh is None or mesh.size == 1:
@@ -109,7 +130,7 @@ def attend(
     rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
     if share_of_context(mesh, q_BTHh.shape[2], k_BTKh.shape[2]) is not None:
         kernel, names = _by_heads(kernel, mesh.shape["context"]), ("batch", "sequence", "activation_heads", None)
-    # Each device has its own rows and heads, so nothing else is exchanged.
+    # Each device has its own rows and heads, so there is no other communication.
     heads = spec(names)
     return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
@@ -117,7 +138,7 @@ def attend(
 
 
 def attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_BS: jax.Array) -> jax.Array:
-    """Attention of a single query (T = 1) to the keys that it may see: x_BTHh."""
+    """Attention of a single query (T = 1) to the visible keys: x_BTHh."""
     batch, _, heads, width = q_BTHh.shape
     q_BKGh = q_BTHh.reshape(batch, k_BSKh.shape[2], -1, width)
     wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)
@@ -128,12 +149,12 @@ def attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_
 
 
 def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:
-    """(query heads, key heads) of one device, with its whole rows, where `context` splits the sequence.
+    """Returns (query heads, key heads) per device, over whole rows, if `context` splits the sequence.
 
-    The devices of `context` trade their parts of the sequence for parts of the heads, attend, and trade back (DeepSpeed
-    Ulysses, Jacobs et al. 2023, arXiv:2309.14509, section 3): each has an equal share of a causal mask, any kernel
-    serves, and nothing is larger than before. Key heads too few to be shared are repeated. None where the query heads
-    cannot be shared: then every device of `context` gathers the rows and computes all of its heads.
+    The devices of `context` exchange their parts of the sequence for parts of the heads, attend, and exchange back
+    (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509, section 3). Each device gets an equal share of the causal
+    mask, any kernel works, and no array grows. If there are too few key heads to split, they are repeated. Returns None
+    if the query heads cannot be split: every device of `context` then gathers the rows and computes all of its heads.
     """
     tensor, context = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["context"])
     heads, kv_heads = num_heads // tensor, num_kv_heads // tensor
@@ -143,7 +164,7 @@ def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tu
 
 
 def _repeats(heads: int, kv_heads: int, context: int) -> int:
-    """The fewest copies of the key heads that `context` divides and that still divide the query heads."""
+    """The fewest copies of the key heads such that `context` divides them and they divide the query heads."""
     return next(n for n in range(1, heads + 1) if kv_heads * n % context == 0 and heads % (kv_heads * n) == 0)
 
 
@@ -161,12 +182,12 @@ def _by_heads(kernel: Any, context: int) -> Any:
 
 
 def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
-    """For `jax.jit` of whatever runs layers with the implementations `names`.
+    """XLA options for `jax.jit` of any function that runs layers with the implementations `names`.
 
-    XLA's pass that gathers the next layer's parameters ahead of a loop's turn clones the loop's body and shares the
-    loops in it among the clones; a later pass then aborts the process ("Call graph must have been flattened": jaxlib
-    0.10.2, a 1B on 8 A100s). attention_xla's block rows are such loops, and without the pass it compiles. So do those
-    of cuDNN's layers with it, which are behind a `cond`.
+    XLA's pass that gathers the next layer's parameters one loop iteration ahead clones the loop body, and the clones
+    share its inner loops. A later pass then aborts the process ("Call graph must have been flattened": jaxlib 0.10.2,
+    1B model on 8 A100s). The block rows of attention_xla are such inner loops; without the pass they compile. In layers
+    with cuDNN those loops are inside a `cond` and compile with the pass too.
     """
     if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or "xla" not in names:
         return {}
@@ -178,7 +199,7 @@ def platform_of(mesh: Mesh | None) -> str:
 
 
 def _kernel(implementation: str, mesh: Mesh | None) -> Any:
-    # Imported where they are chosen: Pallas takes 0.5 s, and the private module may not be there.
+    # Imported on use: Pallas takes 0.5 s, and the private cuDNN module may not exist.
     if implementation == "splash":
         from jaxtrain.model.attention_splash import attend_splash
 
@@ -195,20 +216,23 @@ def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window):
 
 
 def self_check(implementation: str, shape: Shape) -> str | None:
-    """Runs the kernel forward and backward on this process's first device, against XLA, on at most two packed rows.
+    """Compares a kernel's forward and backward pass with XLA's, on at most two packed rows on the first local device.
 
-    Returns what is wrong with it, or None. It may be called while something else is traced.
+    May be called during tracing.
+
+    Returns:
+        A description of the failure, or None.
     """
     try:
-        # A thread of its own has no trace in progress, which the kernel would become a part of.
+        # A new thread has no trace in progress, so the kernel runs instead of being traced.
         with ThreadPoolExecutor(1) as thread:
             got, want = thread.map(lambda name: jax.device_get(_run(name, shape)), (implementation, "xla"))
-    # Private or young code on a machine never seen before: anything it raises is a reason not to use it.
+    # This is private or new code on an unknown machine: any exception is a reason not to use it.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
         error = np.abs(a.astype(np.float32) - b.astype(np.float32)).max() / np.abs(b.astype(np.float32)).max()
-        # Not `>`: NaN is an error too.
+        # Not `>`: NaN must fail too.
         if not error <= TOLERANCE:
             return f"its {name} differs from XLA's by {error:.1%} of the largest element"
     return None

@@ -1,7 +1,7 @@
-"""Causal attention within segments by cuDNN's flash attention for packed sequences, on NVIDIA GPUs from Hopper on.
+"""Causal attention within segments by cuDNN's flash attention for packed sequences, on NVIDIA Hopper GPUs or newer.
 
-JAX's public function takes no segments, so this calls a private one. `attention.self_check` compares it with the XLA
-form on the run's own shapes before it is trusted.
+JAX's public function does not support segments, so this calls a private one. `attention.self_check` compares it with
+the XLA implementation on the run's own shapes before use.
 """
 
 import math
@@ -14,21 +14,22 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxtrain.distributed import sharding
 from jaxtrain.model.attention_xla import attend_xla
 
-# Documents of a row that the kernel is compiled for. It keeps softmax statistics of MAX_DOCUMENTS * H * T fp32 numbers
-# for each row (17 MB at H=32, T=2,048), so that it cannot be T. A batch with more documents in a row goes through XLA.
+# Maximum documents per row that the kernel is compiled for. It keeps MAX_DOCUMENTS * H * T fp32 softmax statistics per
+# row (17 MB at H=32, T=2,048), so this cannot be T. A batch with more documents in a row uses XLA.
 MAX_DOCUMENTS = 64
 # The largest offset, in elements of the queries, that JAX's wrapper can represent (int32).
 MAX_OFFSET = (1 << 31) - 1
-# Grouped queries are wrong, silently, in jax before 0.11.2 (jax PR 39521).
+# Grouped queries give silently wrong results in jax before 0.11.2 (jax PR 39521).
 GROUPS_ARE_RIGHT = jax.__version_info__ >= (0, 11, 2)
 
 
 def attend_cudnn(
     q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, *, sliding_window: int | None
 ) -> jax.Array:
-    """softmax(q kᵀ / sqrt(h)) v over keys of the same segment, at most `sliding_window` - 1 tokens back: x_BTHh.
+    """Computes softmax(q kᵀ / sqrt(h)) v in bfloat16, within segments, up to `sliding_window` - 1 tokens back.
 
-    In bfloat16.
+    Returns:
+        x_BTHh.
     """
     parts = row_parts(q_BTHh.shape)
     if parts > 1:
@@ -63,19 +64,22 @@ def attend_cudnn(
 
 
 def row_parts(shape_BTHh: tuple[int, ...]) -> int:
-    """The fewest equal parts of the rows in which no offset reaches 2^31.
+    """Returns the fewest equal parts of the rows such that no offset reaches 2^31.
 
-    JAX's wrapper multiplies the offsets of documents, up to B * T, by H * h in int32 (`_fix_seqlen_offsets`), so larger
-    queries would wrap silently. The caller has ruled out a single row of that size (`attention.choose`).
+    JAX's wrapper multiplies document offsets, up to B * T, by H * h in int32 (`_fix_seqlen_offsets`), so larger queries
+    would silently overflow. `attention.choose` has already ruled out a single row of that size.
     """
     rows, *row = shape_BTHh
     return next(parts for parts in sharding.divisors(rows) if rows // parts * math.prod(row) <= MAX_OFFSET)
 
 
 def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(starts [B, most + 1], lengths [B, most], count [B]) of the runs of equal ids in each row, filled up with -1.
+    """Finds the runs of equal ids in each row, in the layout that cuDNN's wrapper requires.
 
-    That is the layout cuDNN's wrapper asks for. Padding (0) is a run like any other. int32.
+    Padding (0) is a run like any other.
+
+    Returns:
+        (starts [B, most + 1], lengths [B, most], count [B]), int32, filled up with -1.
     """
     seq_len = segment_ids_BT.shape[1]
     changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
@@ -88,9 +92,12 @@ def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Arra
 
 
 def compile_for(capability: tuple[int, int]) -> None:
-    """For this process: JAX's wrapper asks the machine's own GPU what it is, and there is none when compiling ahead.
+    """Sets the compute capability to compile for, in this process.
 
-    capability: the compute capability of the GPUs that are compiled for.
+    JAX's wrapper queries the local GPU, which does not exist when compiling ahead of time.
+
+    Args:
+        capability: The compute capability of the target GPUs.
     """
 
     def parsed(text: str) -> tuple[int, ...]:

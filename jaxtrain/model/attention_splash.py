@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128  # the kernel's blocks are multiples of it
-BLOCKS = (512, 256, LANES)  # the largest that divides the row is the fastest on v5e and v5p (MaxText takes 512 too)
+BLOCKS = (512, 256, LANES)  # the largest that divides the row is fastest on v5e and v5p (MaxText uses 512 too)
 
 
 def attend_splash(
@@ -21,17 +21,17 @@ def attend_splash(
     sliding_window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """softmax(q kᵀ / sqrt(h)) v over keys of the same segment, at most `sliding_window` - 1 tokens back: x_BTHh.
+    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back: x_BTHh.
 
-    interpret: runs anywhere, slowly, without a TPU. Rows are padded to a multiple of 128.
+    Rows are padded to a multiple of 128. `interpret` runs it without a TPU, slowly.
     """
     batch, seq_len, heads, width = q_BTHh.shape
     padding = -seq_len % LANES
-    # Padding follows every real token, so that causality alone hides it from them.
+    # Padding follows all real tokens, so the causal mask already hides it.
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTHh, k_BTKh, v_BTKh))
     segments = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     kv_heads = k.shape[2]
-    # The kernel takes no scale.
+    # The kernel has no scale argument.
     q_BKGTh = (q / math.sqrt(width)).reshape(batch, -1, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     k_BKTh, v_BKTh = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     kernel = _kernel(heads // kv_heads, q.shape[1], sliding_window, interpret)

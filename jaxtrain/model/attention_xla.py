@@ -1,12 +1,12 @@
-"""Causal attention within segments in plain XLA, for any platform: block rows of queries against the keys they may see.
+"""Causal attention within segments in plain XLA, for any platform: block rows of queries against the visible keys.
 
-Each block row sees a static slice of the keys, so the blocks above the diagonal and those left of the window are never
-computed, and nothing larger than [B * K, G * BLOCK, T] in fp32 exists. The backward pass is our own: it keeps the
-log-sum-exp of each query and computes the probabilities again (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+Each block row reads a static slice of the keys, so blocks above the diagonal or left of the window are never computed,
+and no array exceeds [B * K, G * BLOCK, T] in fp32. The custom backward pass keeps the log-sum-exp of each query and
+recomputes the probabilities (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
 
-Why this shape: with batch and heads in front, XLA's CPU matmuls read each block contiguously. Forward and backward on 2
-cores in fp32, h=64: 68 ms at B=8, T=512, H=K=6, where one [T, T] einsum takes 114; 335 ms at B=2, T=3000, H=6, K=2,
-where it takes 1,245.
+Why this layout: with batch and heads leading, XLA's CPU matmuls read each block contiguously. Forward and backward on 2
+cores in fp32, h=64: 68 ms at B=8, T=512, H=K=6, versus 114 ms for one [T, T] einsum; 335 ms at B=2, T=3000, H=6, K=2,
+versus 1,245 ms.
 """
 
 import functools
@@ -17,18 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Rows of queries handled at once. At T=512 on 2 cores 64, 128 and 256 are within 15% of each other.
+# Query rows per block. At T=512 on 2 cores 64, 128 and 256 are within 15% of each other.
 BLOCK = 128
-# More block rows than this are grouped: compile time stays flat, at the price of at most 1 / MAX_GROUPS more scores.
+# More block rows than this are grouped, which keeps compile time flat and computes at most 1 / MAX_GROUPS more scores.
 MAX_GROUPS = 8
-MASKED = -1e30  # finite: a fully masked row cannot occur (each query sees itself), and -inf makes NaN of padding
+MASKED = -1e30  # finite: no row is fully masked (each query sees itself), but -inf would produce NaN in padding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_xla(
     q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
 ) -> jax.Array:
-    """softmax(q kᵀ / sqrt(h)) v over keys of the same segment, at most `sliding_window` - 1 tokens back: x_BTHh."""
+    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back: x_BTHh."""
     return _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)[0]
 
 
@@ -94,7 +94,7 @@ def _padded_length(seq_len: int) -> int:
 
 
 def _groups(length: int, sliding_window: int | None) -> Iterator[tuple[int, int, int]]:
-    """(first query, last query + 1, first key that they may see) of each group of block rows."""
+    """Yields (first query, last query + 1, first visible key) of each group of block rows."""
     size = -(-length // (BLOCK * MAX_GROUPS)) * BLOCK
     for start in range(0, length, size):
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1) // BLOCK * BLOCK
@@ -102,7 +102,7 @@ def _groups(length: int, sliding_window: int | None) -> Iterator[tuple[int, int,
 
 
 def _over_rows(block_row: Callable, start: int, stop: int, carry: Any) -> tuple[Any, Any]:
-    """`block_row` over the blocks of a group; results [B, K, R, ...] are stacked to [n, B, K, R, ...]."""
+    """Runs `block_row` over the blocks of a group and stacks results [B, K, R, ...] to [n, B, K, R, ...]."""
     if stop - start <= BLOCK:
         out, carry = block_row(start, carry)
         return jax.tree.map(lambda x: x[None], out), carry
@@ -111,12 +111,12 @@ def _over_rows(block_row: Callable, start: int, stop: int, carry: Any) -> tuple[
 
 
 class _Mask:
-    """Scores of keys that a query may not see become MASKED."""
+    """Sets the scores of keys that a query may not see to MASKED."""
 
     def __init__(self, segment_ids_BT: jax.Array, sliding_window: int | None):
         self.length = _padded_length(segment_ids_BT.shape[1])
         padding = self.length - segment_ids_BT.shape[1]
-        # Padding comes after every real token, so that causality alone hides it from them.
+        # Padding follows all real tokens, so the causal mask already hides it.
         self.segments = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
         self.window = sliding_window
 
@@ -136,7 +136,7 @@ def _scores(q_BKRh: jax.Array, k_BKSh: jax.Array) -> jax.Array:
 
 
 def _matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-    """Batched over the two leading dimensions, accumulated and returned in fp32 or wider."""
+    """Matrix product, batched over the two leading dimensions, accumulated and returned in fp32 or wider."""
     contract = ((2 if transpose_a else 3,), (3 if transpose_b else 2,))
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return jax.lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=wide)

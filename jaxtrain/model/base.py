@@ -1,4 +1,4 @@
-"""What models share: everything that follows from a model's axes and shapes."""
+"""Base class of models. Derives everything that follows from a model's axes and shapes."""
 
 import functools
 import math
@@ -13,13 +13,13 @@ from jaxtrain.interfaces import Axes, Mesh, Model, Params
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-# NNX modules may be built and called in several threads only from flax 0.12.9 on, which Python 3.11 does not have, and
-# the next stage is traced in the background.
+# NNX modules are thread-safe only from flax 0.12.9 on, which does not support Python 3.11, and the next stage is traced
+# in the background.
 _nnx = threading.RLock()
 
 
 def one_thread_at_a_time(method: Method) -> Method:
-    """For methods that run NNX modules. They run only while JAX traces, so no step ever waits for the lock."""
+    """Decorates methods that run NNX modules. These run only during tracing, so no step ever waits for the lock."""
 
     @functools.wraps(method)
     def locked(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Text from a model: reads the prompts, then samples a token at a time.
+"""Text generation: prefill of the prompts, then one sampled token at a time.
 
-Prompts are padded on the left, so that all rows write the same slot. Shapes: see interfaces.py; S is the length of
-prompts and continuations together.
+Prompts are padded on the left, so that all rows write to the same slot. Shapes: see interfaces.py; S is the combined
+length of prompts and continuations.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxtrain.interfaces import CachingModel, Model, Params, Tokenizer
 
 Sampling = Literal["greedy", "plain", "filtered"]
 
-# Prompts and caches are rounded up to it, so that few lengths are compiled.
+# Lengths of prompts and caches are rounded up to a multiple of it, to compile few programs.
 LENGTH_MULTIPLE = 64
 
 logger = logging.getLogger("jaxtrain")
@@ -43,17 +43,17 @@ def generate(
 
     Args:
         model: A CachingModel keeps keys and values; any other recomputes the whole text for each token.
-        params: Of the model.
-        prompts_ids: At least one id each.
-        max_new_tokens: The most ids of a continuation.
-        temperature: 0 takes the likeliest token.
-        top_k: Sample among the k likeliest tokens; None for all.
-        top_p: Sample among the likeliest tokens that together reach this probability (Holtzman et al. 2020,
+        params: The model's parameters.
+        prompts_ids: Ids of each prompt, at least one.
+        max_new_tokens: Maximum length of a continuation.
+        temperature: Softmax temperature; 0 picks the most likely token.
+        top_k: Sample among the k most likely tokens; None for all.
+        top_p: Sample among the fewest most likely tokens that together reach this probability (Holtzman et al. 2020,
             arXiv:1904.09751).
-        seed: The same one gives the same text.
-        eos_id: Ends a continuation, and is left out of it.
-        on_token: Called with (prompt's index, id) for each token.
-        rows_at_once: Prompts of a batch; None for all of them. The texts differ by rounding only.
+        seed: The same seed gives the same text.
+        eos_id: Ends a continuation; not included in it.
+        on_token: Called with (index of the prompt, id) for each token.
+        rows_at_once: Prompts per batch; None for all. Results differ only by rounding.
 
     Returns:
         The ids of each continuation.
@@ -105,7 +105,7 @@ def generate(
 def compile_programs(
     model: Model, params: Params, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, rows_at_once: int
 ) -> list[Any]:
-    """The executables of `generate` with these settings, to see what memory they need. They stay in JAX's cache."""
+    """Compiles the programs of `generate` for these settings, to measure their memory. They stay in JAX's cache."""
     prompt_length, length = _lengths(prompts_ids, max_new_tokens)
     tokens_BT, start_B = _left_padded(model, (), rows_at_once, prompt_length)
     prefill, decode_one = _programs(model)
@@ -120,15 +120,15 @@ def compile_programs(
 
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` after a prompt.
+    """Returns the text of `ids` after a prompt.
 
-    Decoded alone it would lose its first space with sentencepiece, which strips the one it adds to a text.
+    Decoded alone, it would lose a leading space with sentencepiece, which strips the dummy prefix.
     """
     return tokenizer.decode([*prompt_ids, *ids]).removeprefix(tokenizer.decode(prompt_ids))
 
 
 def check(model: Model, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises UserError for prompts that the model cannot continue."""
+    """Raises UserError if the model cannot continue the prompts."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1.")
     for row, ids in enumerate(prompts_ids):
@@ -150,7 +150,7 @@ def check(model: Model, prompts_ids: Sequence[Sequence[int]], max_new_tokens: in
 
 
 def _lengths(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, int]:
-    """(slots of the prompts, slots of prompts and continuations)."""
+    """Returns (slots of the prompts, slots of prompts and continuations)."""
     prompt_length = -(-max(map(len, prompts_ids)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return prompt_length, -(-(prompt_length + max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
@@ -158,7 +158,7 @@ def _lengths(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int) -> tuple
 def _left_padded(
     model: Model, prompts_ids: Sequence[Sequence[int]], rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, length], where each prompt starts int32 [B]); B is `rows`, padded to what the mesh divides."""
+    """Returns (tokens int32 [B, length], first slot of each prompt int32 [B]). B is `rows`, padded to suit the mesh."""
     ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     rows = -(-rows // ways) * ways
     tokens_BT = np.zeros((rows, length), np.int32)
@@ -170,7 +170,7 @@ def _left_padded(
 
 
 class _Recomputing:
-    """A CachingModel made of any model: its cache is the text so far, int32 [B, S], and each token reads all of it."""
+    """Makes any model a CachingModel. Its cache is the text so far, int32 [B, S], recomputed for each token."""
 
     def __init__(self, model: Model):
         self._model = model
@@ -190,7 +190,7 @@ class _Recomputing:
 
     def _read(self, params: Params, tokens_BS: jax.Array, start_B: jax.Array, slot: jax.Array) -> jax.Array:
         slots = jnp.arange(tokens_BS.shape[1])[None]
-        # Slots after the last token hold zeros, which causality hides.
+        # Slots after the last token are zero; the causal mask hides them.
         segment_ids_BS = ((slots >= start_B[:, None]) & (slots <= slot)).astype(jnp.int32)
         positions_BS = jnp.clip(slots - start_B[:, None], 0, slot - start_B[:, None])
         x_BSD = self._model.hidden(params, tokens_BS, segment_ids_BS, positions_BS).x
@@ -199,7 +199,7 @@ class _Recomputing:
 
 @functools.cache
 def _programs(model: Model) -> tuple[Any, Any]:
-    """`prefill` and `decode_one` of the model, compiled, with logits fp32 [B, V] in place of hidden states."""
+    """Compiled `prefill` and `decode_one` of the model, with logits fp32 [B, V] in place of hidden states."""
     if isinstance(model, CachingModel):
         decoder = model
     else:
@@ -222,7 +222,7 @@ def _programs(model: Model) -> tuple[Any, Any]:
 
 
 def _logits(model: Model, params: Params, x_BD: jax.Array) -> jax.Array:
-    """fp32 [B, V], whole on every device, without the vocabulary's padding."""
+    """Returns logits fp32 [B, V], replicated on every device, without vocabulary padding."""
     wide = jnp.promote_types(x_BD.dtype, jnp.float32)
     logits_BV = jnp.dot(x_BD, model.head(params).astype(x_BD.dtype), preferred_element_type=wide)
     if model.mesh is not None:
@@ -234,7 +234,7 @@ def _logits(model: Model, params: Params, x_BD: jax.Array) -> jax.Array:
 def _pick(
     keys_B: jax.Array, count: jax.Array, logits_BV: jax.Array, *, sampling: Sampling, settings: tuple
 ) -> jax.Array:
-    """The next token of each row; `count` tokens were picked before. settings: temperature, top_k, top_p."""
+    """Picks the next token of each row, after `count` earlier ones. `settings` is (temperature, top_k, top_p)."""
     if sampling == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     temperature, top_k, top_p = settings

@@ -1,7 +1,7 @@
-"""The modules of a decoder layer in Flax NNX: structure, initialisers, logical axes, and the maths.
+"""The modules of a decoder layer in Flax NNX: structure, initializers, logical axes and math.
 
-Modules are built once, abstractly; training works on the plain dict of their parameters (see llama.py). Shapes: see
-interfaces.py. Activations are [B * T, D] or [B, T, D] ("..D"): every module here works on both.
+Modules are built once, abstractly; training uses the plain dict of their parameters (see llama.py). Shapes: see
+interfaces.py. Activations are [B * T, D] or [B, T, D] ("..D"); every module here accepts both.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxtrain.model.rope import rotate
 if TYPE_CHECKING:
     from jaxtrain.model.llama import LlamaConfig
 
-# (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, whatever the caller wants back, such as the layer's key/value cache)
+# (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, any extra output, such as the layer's key/value cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -48,7 +48,7 @@ class Linear(nnx.Module):
         self.mesh = mesh
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Cast on the shard, so that what FSDP gathers is half as large.
+        # Cast before the FSDP all-gather, which halves its size.
         kernel = constrain(self.kernel[...].astype(x.dtype), self.mesh, self.axes)
         y = x @ kernel
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -110,9 +110,9 @@ class DecoderLayer(nnx.Module):
 
 
 class Frame(nnx.Module):
-    """What stands around the layers: embedding, last norm, and the output head unless it is the embedding's transpose.
+    """The parameters around the layers: embedding, final norm, and the output head unless it is tied to the embedding.
 
-    Rows of the embedding from `vocab_size` on are padding and zero.
+    Rows of the embedding from `vocab_size` on are zero padding.
     """
 
     def __init__(self, config: "LlamaConfig", vocab_size: int, padded_vocab_size: int, rngs: nnx.Rngs):
@@ -128,5 +128,5 @@ class Frame(nnx.Module):
 
 
 def activation_axes(x: jax.Array) -> Axes:
-    """[B * T, D] or [B, T, D]."""
+    """Returns the logical axes of activations [B * T, D] or [B, T, D]."""
     return ("batch", "activation_embed") if x.ndim == 2 else ("batch", "sequence", "activation_embed")

@@ -1,9 +1,8 @@
-"""The decoder of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM, by options of one config.
+"""The decoder of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM, as options of one config.
 
-How to read it: `Llama.hidden` is the forward pass. The modules of a layer are in layers.py, attention in attention.py.
-NNX modules are built once, abstractly, for their structure; training works on the plain dict of their parameters. All
-layers are stacked ([L, ...] parameters) and scanned, so that compile time does not grow with depth. Shapes: see
-interfaces.py.
+Start with `Llama.hidden`, the forward pass. The modules of a layer are in layers.py, attention is in attention.py. NNX
+modules are built once, abstractly, for their structure; training uses the plain dict of their parameters. All layers
+are stacked ([L, ...] parameters) and scanned, so that compile time does not grow with depth. Shapes: see interfaces.py.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ logger = logging.getLogger("jaxtrain")
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
-# What the backward pass finds in memory of a layer, besides its input.
+# What the backward pass keeps of each layer, besides its input.
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -40,7 +39,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(kw_only=True)
 class LlamaConfig:
-    """The shape of the decoder. Fields are named as in Hugging Face configs where those have them.
+    """The shape of the decoder. Fields have the names of Hugging Face configs where those exist.
 
     Attributes:
         hidden_size: Width of the model.
@@ -49,24 +48,24 @@ class LlamaConfig:
         num_heads: Query heads, a multiple of num_kv_heads.
         num_kv_heads: Key and value heads (grouped-query attention).
         head_dim: Width of a head; None for hidden_size / num_heads.
-        max_seq_len: Tokens of context that the model is meant for. Recorded in exports; nothing is sized by it.
+        max_seq_len: Context length in tokens that the model is meant for. Recorded in exports; no array depends on it.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: How they stretch to a longer context; None for not at all.
-        no_rope_every: Every n-th layer goes without rotary positions (4 in SmolLM3); None if none does.
-        sliding_window: Tokens that a token sees, itself included (4,096 in Mistral 7B); None for all.
+        rope_scaling: Scaling of the frequencies for a longer context; None for no scaling.
+        no_rope_every: Every N-th layer has no rotary positions (4 in SmolLM3); None if all layers have them.
+        sliding_window: Tokens visible to a token, including itself (4,096 in Mistral 7B); None for all.
         norm_eps: Added to the mean square in RMSNorm.
-        tie_embeddings: The output head is the embedding's transpose.
+        tie_embeddings: Use the transposed embedding as the output head.
         attention_bias: Biases on q, k and v (Qwen2).
         attention_output_bias: A bias on the output projection of attention.
         mlp_bias: Biases in the MLP.
         qk_norm: RMSNorm on each head of q and k (Qwen3).
-        initializer_std: Of all matrices; the two projections into the residual stream get it / sqrt(2 * num_layers)
-            (GPT-2, Radford et al. 2019, section 2.3).
-        dtype: Of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and softmax
-            are fp32.
-        remat: What the backward pass computes again: "none"; "full", all of a layer; "dots", all but its matmuls with
+        initializer_std: Standard deviation of all matrices. The two projections into the residual stream use it divided
+            by sqrt(2 * num_layers) (GPT-2, Radford et al. 2019, section 2.3).
+        dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
+            softmax are fp32.
+        remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
             weights.
-        scan_layers: False unrolls the layers: slower to compile, at times faster to run.
+        scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
 
@@ -133,7 +132,11 @@ class LlamaConfig:
         return self.initializer_std / math.sqrt(2 * self.num_layers)
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> "Llama":
-        """The model for ids below `vocab_size`.
+        """Builds the model for ids below `vocab_size`.
+
+        Args:
+            vocab_size: Number of ids, without padding.
+            mesh: The device mesh; None for one device.
 
         Raises:
             UserError: The config is inconsistent, or the mesh does not divide the model.
@@ -154,7 +157,7 @@ class Llama(BaseModel):
         config.check()
         self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
         self.vocab_size, self.mesh = vocab_size, mesh
-        # An NNX module is a graph (structure) and a state (arrays). Only abstract arrays exist here.
+        # An NNX module consists of a graph (structure) and a state (arrays). Here the arrays are abstract.
         self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
         self._layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
         layer_axes = jax.tree.map(lambda axes: ("layers", *axes), _axes(layer), is_leaf=sharding.is_axes)
@@ -193,14 +196,14 @@ class Llama(BaseModel):
 
     @one_thread_at_a_time
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters. Layer i depends on (key, i) alone."""
+        """Returns fresh parameters. Layer i depends only on (key, i)."""
         frame_key, layers_key = jax.random.split(key)
         keys_L = jax.vmap(functools.partial(jax.random.fold_in, layers_key))(jnp.arange(self.config.num_layers))
 
         def layer(layer_key: jax.Array) -> Params:
             return nnx.to_pure_dict(nnx.state(self._layer(layer_key), nnx.Param))
 
-        # A loop: on jax 0.12 it compiles in 2 s on CPU, vmap in 8.
+        # A loop compiles in 2 s on CPU with jax 0.12, vmap in 8 s.
         layers = jax.lax.map(layer, keys_L)
         return nnx.to_pure_dict(nnx.state(self._frame(frame_key), nnx.Param)) | {"layers": layers}
 
@@ -219,9 +222,9 @@ class Llama(BaseModel):
         return params["embedding"].T if self.config.tie_embeddings else params["head"]
 
     def flops_per_token(self, seq_len: int) -> float:
-        """6 for each weight in a matmul, and 12 h H for each key (PaLM, Chowdhery et al. 2022, appendix B).
+        """Returns 6 FLOPs per weight in a matmul, plus 12 h H per key (PaLM, Chowdhery et al. 2022, appendix B).
 
-        Causality leaves half of the keys, a window fewer. The embedding's look-up is free.
+        The causal mask leaves half of the keys, a sliding window fewer. The embedding lookup is free.
         """
         config = self.config
         seen = min(seq_len, config.sliding_window or seq_len)
@@ -238,15 +241,15 @@ class Llama(BaseModel):
     def _decode(
         self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, attend_with: Any, extras_L: Any
     ) -> tuple[jax.Array, Any]:
-        """Embedding, layers, last norm.
+        """Applies embedding, layers and final norm.
 
         Args:
-            attend_with: A layer's slice of `extras_L` -> its `Attend`. Training needs no extras; generation passes the
-                key/value cache and gets it back.
+            attend_with: Maps a layer's slice of `extras_L` to its `Attend`. Training needs no extras; generation passes
+                the key/value cache and gets it back.
             extras_L: A tree of [L, ...] arrays, or None.
 
         Returns:
-            x_BTD, and what the layers' attentions returned, stacked.
+            x_BTD, and the extra outputs of all layers' attention, stacked.
         """
         dtype = jnp.dtype(self.config.dtype)
         frame = nnx.merge(self._frame_graph, {name: leaf for name, leaf in params.items() if name != "layers"})
@@ -266,15 +269,15 @@ class Llama(BaseModel):
         return frame.norm(x).reshape(*tokens_BT.shape, -1), extras_L
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """[B * T, D], which is faster on CPU; [B, T, D] if `context` splits T, which then cannot merge with B.
+        """Returns [B * T, D] (faster on CPU), or [B, T, D] if `context` splits T, which then cannot merge with B.
 
-        In fp32: the gradient sums thousands of rows for a frequent token, which bf16 would lose.
+        The lookup is in fp32: the gradient of a frequent token sums thousands of rows, more than bf16 can resolve.
         """
         split = self.mesh is not None and self.mesh.shape["context"] > 1 and tokens_BT.shape[1] > 1
         x = embedding_VD[tokens_BT]
         if self.mesh is not None:
-            # Each fsdp shard looks up its own columns for the rows of its whole group, then an all-to-all hands each
-            # device its rows: neither the table nor its gradient is ever gathered.
+            # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
+            # device's rows. Neither the table nor its gradient is ever gathered.
             columns = NamedSharding(self.mesh, PartitionSpec("data", "context" if split else None, "fsdp"))
             x = jax.lax.with_sharding_constraint(x, columns)
         x = x if split else x.reshape(-1, x.shape[-1])
@@ -282,7 +285,7 @@ class Llama(BaseModel):
 
     def _over_layers(self, layer: Any, x: jax.Array, inputs_L: Any) -> tuple[jax.Array, Any]:
         if self.config.remat != "none":
-            # A scan's body cannot be merged with its recomputation; unrolled layers could, unless XLA is kept from it.
+            # XLA cannot merge a scan's body with its recomputation, but it could merge unrolled layers: prevent that.
             policy = REMAT_POLICIES[self.config.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
@@ -309,19 +312,20 @@ class Llama(BaseModel):
         )
 
     def attention_choice(self, batch_size: int, seq_len: int) -> attention.Choice:
-        """The attention implementation for rows of this shape.
+        """Returns the attention implementation for rows of this shape.
 
-        A kernel is run once against XLA (`attention.self_check`) when it is first chosen for a length of rows on real
-        devices; one that fails on any process is replaced by XLA on all, with a warning. So all processes make the
-        first call for each length, in the same order; later ones, for any number of rows, may come from any thread.
+        The first time a kernel is chosen for a row length on real devices, it is compared with XLA
+        (`attention.self_check`). If it fails on any process, all processes use XLA, with a warning. All processes must
+        therefore make the first call for each length in the same order. Later calls, for any number of rows, may come
+        from any thread.
 
         Raises:
-            UserError: The config asks for an implementation that cannot run here.
+            UserError: The config selects an implementation that cannot run here.
         """
         shape = self._attention_shape(batch_size, seq_len)
         if shape not in self._choices:
             choice = attention.choose(self.config.attention, shape)
-            # Devices of another platform are those of a topology that is only compiled for.
+            # Devices of another platform belong to a topology that is only compiled for.
             if choice.name != "xla" and shape.platform == jax.default_backend():
                 problem = self._verdict(choice.name, shape)
                 if problem is not None:
@@ -331,7 +335,7 @@ class Llama(BaseModel):
         return self._choices[shape]
 
     def _verdict(self, implementation: str, shape: attention.Shape) -> str | None:
-        """What is wrong with a kernel on any process, or None. It does not depend on the number of rows."""
+        """Returns a kernel's failure on any process, or None. Independent of the number of rows."""
         key = dataclasses.replace(shape, rows=2)
         if key not in self._verdicts:
             problem = attention.self_check(implementation, key)

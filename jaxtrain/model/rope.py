@@ -15,9 +15,10 @@ from jaxtrain.errors import UserError
 
 @dataclasses.dataclass(kw_only=True)
 class LinearRopeScaling:
-    """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    """Divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595).
 
-    factor: how many times longer the context is than the one trained on.
+    Attributes:
+        factor: Ratio of the context length to the one trained on.
     """
 
     factor: float
@@ -32,11 +33,13 @@ class LinearRopeScaling:
 
 @dataclasses.dataclass(kw_only=True)
 class Llama3RopeScaling:
-    """Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1's published model code).
+    """Divides low frequencies by `factor`, keeps high ones, and ramps between (Llama 3.1's published model code).
 
-    factor: how many times longer the context is than the one trained on.
-    low_freq_factor, high_freq_factor: the ramp's ends, in turns over the original context.
-    original_max_position_embeddings: the context trained on, in tokens.
+    Attributes:
+        factor: Ratio of the context length to the one trained on.
+        low_freq_factor: Start of the ramp, in turns over the original context.
+        high_freq_factor: End of the ramp, in turns over the original context.
+        original_max_position_embeddings: Context length trained on, in tokens.
     """
 
     factor: float
@@ -63,19 +66,19 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians a token for each pair of a head: float64 [h // 2]."""
+    """Returns radians per token for each pair of a head: float64 [h // 2]."""
     plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return plain if scaling is None else scaling.scale(plain)
 
 
 def tables(positions_BT: jax.Array, frequencies: np.ndarray, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, h // 2] in `dtype`, which is fp32 or wider: bf16 cannot tell position 256 from 257."""
+    """Returns (cos, sin), each [B, T, h // 2] in `dtype`: fp32 or wider, as bf16 cannot tell position 256 from 257."""
     angles = positions_BT[..., None].astype(dtype) * frequencies.astype(dtype)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTHh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x turned by the tables' angles, computed in the tables' dtype and returned in x's."""
+    """Rotates x by the tables' angles. Computes in the tables' dtype and returns x's."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = jnp.split(x_BTHh.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHh.dtype)

@@ -1,4 +1,4 @@
-"""A config's packed batches as a Grain dataset, for training loops other than jaxtrain's own."""
+"""A config's packed batches as a Grain dataset, for training loops other than jaxtrain's."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ from jaxtrain.trainer import compatibility, open_data
 
 
 class BatchDataset(grain.IterDataset):
-    """The rows of one shard of every batch of a config's run: see `jaxtrain.batches`.
+    """One shard of the rows of every batch in a config's run. See `jaxtrain.batches`.
 
-    Nothing is looked up before the first element or state is asked for, so the dataset can be pickled.
+    Sources are looked up only when the first element or state is requested, so the dataset can be pickled.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class BatchDataset(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Elements: dicts of BATCH_FIELDS, each [B / num_shards, T], the rows of this shard's lanes in the batch's order.
+    """Iterates over batches.
 
-    State, JSON: the last step yielded; where each of the shard's lanes stands in each source after it, [lanes, S,
-    STATE_FIELDS]; the commits of Hub datasets; and a digest of everything that decides the rows of a step. A state is
-    refused where the digest differs; a branch that has moved on is read at the state's commit.
+    Elements are dicts of BATCH_FIELDS, each [B / num_shards, T]: the rows of this shard's lanes, in the batch's order.
+
+    The state is JSON: the last step yielded; the position of each of the shard's lanes in each source after it, [lanes,
+    S, STATE_FIELDS]; the commits of Hub datasets; and a digest of everything that determines the rows of a step. A
+    state with a different digest is refused. If a branch has moved, the state's commit is read.
     """
 
     def __init__(self, dataset: BatchDataset):
@@ -99,13 +101,14 @@ class BatchIterator(grain.DatasetIterator):
         return self._batches
 
     def _open(self, revisions: Mapping[str, str]) -> pipeline.HostIterator:
-        """The batches after `step`: from the work directory's newest checkpoint up to it, or read from the beginning.
+        """Opens the batches after `step`, from the work directory's nearest earlier checkpoint or the beginning.
 
-        revisions: commits of Hub datasets by source, in place of those that the config names.
+        Args:
+            revisions: Commits of Hub datasets by source. They override the config's revisions.
         """
         dataset, config = self._dataset, _at_commits(self._dataset.config, revisions)
         plan = config.plan()
-        workdir = Workdir(dataset.workdir or tempfile.mkdtemp(prefix="jaxtrain-batches-"))  # for its paths: no lock
+        workdir = Workdir(dataset.workdir or tempfile.mkdtemp(prefix="jaxtrain-batches-"))  # paths only: no lock
         saved = _nearest(dataset.workdir, dataset.step)
         cache = config.data.cache(os.fspath(workdir.cache / "data"))
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
@@ -137,7 +140,7 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _at_commits(config: Config, revisions: Mapping[str, str]) -> Config:
-    """The config with these commits of its Hub datasets."""
+    """Returns the config with its Hub datasets at these commits."""
     sources: dict[str, Any] = dict(config.data.sources)
     for name, revision in revisions.items():
         sources[name] = dataclasses.replace(sources[name], revision=revision)
@@ -145,13 +148,13 @@ def _at_commits(config: Config, revisions: Mapping[str, str]) -> Config:
 
 
 def _nearest(workdir: str | None, step: int) -> Json | None:
-    """The data state of the newest checkpoint up to `step`; None for the beginning of the run."""
+    """Returns the data state of the newest checkpoint up to `step`; None without one."""
     steps = [found for found in restore.steps(workdir) if found <= step] if workdir is not None else []
     return restore.load_data(str(workdir), max(steps)) if steps else None
 
 
 def _digest(identities: Json, lanes: range) -> str:
-    """Of what decides the rows of a step. How a model is computed, and how often it is saved, does not."""
+    """A digest of what determines the rows of a step. How the model is computed or how often it is saved does not."""
     config, fixed = identities["config"], [path.partition(".") for path in compatibility.FIXED]
     decisive = [
         identities["sources"],

@@ -1,4 +1,4 @@
-"""What a checkpoint records about data and model, and whether a config may resume from it."""
+"""What a checkpoint records about data and model, and the check whether a config may resume from it."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxtrain.interfaces import Json, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.identity import mismatch
 
-# Changing one of these changes which tokens are trained on, or what the parameters mean.
+# Changing one of these changes the tokens trained on or the meaning of the parameters.
 FIXED = (
     "seed",
     "epochs",
@@ -27,12 +27,12 @@ FIXED = (
     "model",
     f"optimizer.{cli.KIND}",
 )
-# How the model is computed, not what it is.
+# Fields that affect how the model is computed, not what it computes.
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
 
 
 def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
-    """What every checkpoint records besides the lanes' positions."""
+    """Returns what every checkpoint records besides the lanes' positions."""
     return {
         "sources": {reader.name: reader.identity for reader in readers},
         "tokenizer": tokenizer.identity,
@@ -43,13 +43,15 @@ def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Token
 
 
 def is_complete(saved: Json, config: Config, plan: Plan, step: int) -> bool:
-    """Whether a checkpoint ends the run that this config describes.
+    """Whether a checkpoint is the end of this config's run.
 
-    Opens no source, so that a complete run is complete even if its files have changed since.
+    Opens no source, so a complete run is recognized even if its files have changed since.
 
     Args:
-        saved: the checkpoint's data.
-        step: the checkpoint's.
+        saved: the checkpoint's data state.
+        config: the config of this run.
+        plan: the plan of this run.
+        step: the checkpoint's step.
     """
     if step != plan.last_step and not saved["data_ended"]:
         return False
@@ -62,14 +64,16 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
     """Refuses a resume that would change the data or the meaning of the parameters.
 
     Args:
-        saved, now: `identities` of the checkpoint and of this run.
-        step: the checkpoint's.
+        saved: `identities` of the checkpoint.
+        now: `identities` of this run.
+        plan: the plan of this run.
+        step: the checkpoint's step.
 
     Returns:
         The allowed differences, as lines for the log.
 
     Raises:
-        UserError: with all other differences, both sides shown.
+        UserError: there are other differences; the message shows both sides of each.
     """
     changed = cli.differences(cli.complete(saved["config"]), now["config"])
     refused = [row for row in changed if _is_fixed(row[0])]
@@ -79,11 +83,11 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
         lines.append(different)
     moved = plan.differences(saved["plan"], step)
     if moved:
-        # The fields that make the plan say why: a stage ends elsewhere because of its own tokens or earlier ones.
+        # Show the fields that explain the plan: a stage ends elsewhere because its tokens or earlier ones changed.
         stages = [row for row in changed if _is_below(row[0], ("stages", "total_tokens", "steps"))]
         lines += [*moved, *(["In the config:", _table(stages, now["config"])] if stages else [])]
     given_up: list[str] = []
-    # A source may come or go if the plan allows it; one that stays must be the same, but may skip more than before.
+    # The plan decides if a source may be added or removed. One that stays must be the same, but may skip more rows.
     for name in saved["sources"].keys() & now["sources"].keys():
         old, new = saved["sources"][name], now["sources"][name]
         lines += [
@@ -106,7 +110,7 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, Any, Any]], config: Json) -> str:
-    """Differences of two configs as lines; an entry of `stages` with the stage's number, from 1, and name."""
+    """Formats differences of two configs. Entries of `stages` show the stage's number, from 1, and its name."""
 
     def named(path: str) -> str:
         found = re.match(r"stages\[(\d+)\]", path)
@@ -118,7 +122,7 @@ def _table(rows: Sequence[tuple[str, Any, Any]], config: Json) -> str:
 
 
 def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
-    """Raises UserError, with both sides, if the teacher is not the one that the checkpoint of `step` records."""
+    """Raises UserError if the teacher differs from the one recorded in the checkpoint of `step`."""
     different = teacher.mismatch(saved, now)
     if different is not None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: the whole run, compiled and with one batch read, but nothing trained."""
+"""Implements `--dry_run`: compiles the whole run, reads one batch and prints a report, without training."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ def describe(session: Session, workdir: Workdir) -> None:
     """Prints plan, parameters, memory, disk and data.
 
     Raises:
-        UserError: if a stage does not fit into a device, or checkpoints and caches do not fit on the disk.
+        UserError: a stage does not fit in a device's memory, or checkpoints and caches do not fit on the disk.
     """
     model = session.components.model
     logger.info(session.plan.table())
@@ -38,7 +38,7 @@ def describe(session: Session, workdir: Workdir) -> None:
 
 
 def _describe_memory(session: Session) -> None:
-    """Compiles every stage and the evaluation. Raises UserError that names all that do not fit."""
+    """Compiles every stage and the evaluation. Raises UserError listing all that do not fit."""
     logger.info("\nMemory of each device, by the compiler's analysis:")
     compiles: list[Callable[[], Any]] = [
         lambda s=shape: session.programs.program(*s) for shape in session.programs.shapes
@@ -84,7 +84,7 @@ def _check_free(folder: str, needed: int, what: str, fields: str) -> None:
 
 
 def _cache_bytes(session: Session, cache: DiskCache) -> int:
-    """The most that the disk cache will hold: its limit, or all files if they are smaller."""
+    """Maximum size of the disk cache in bytes: its limit, or the size of all files if smaller."""
     total = 0
     for name, source in session.sources.items():
         if session.modes[name] == "download" or pipeline.wants_cache(source):
@@ -96,7 +96,7 @@ def _cache_bytes(session: Session, cache: DiskCache) -> int:
 
 
 def _describe_data(session: Session) -> None:
-    """Reads one batch, which shows that every source is in reach and how long documents are."""
+    """Reads one batch, to check that every source is reachable and to measure documents."""
     plan, names = session.plan, session.plan.source_names
     if session.is_complete:
         logger.info(f"\nThe run is complete: step {session.start_step:,}. No batch is left to read.")

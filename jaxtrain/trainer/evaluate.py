@@ -1,4 +1,4 @@
-"""Loss on held-out documents: the same documents in the same rows, whenever and wherever it runs."""
+"""Loss on held-out documents: the same documents in the same rows at any step and on any hardware."""
 
 import math
 import threading
@@ -21,9 +21,9 @@ from jaxtrain.trainer.step import Batch, StepComponents, abstract_batch, eval_st
 
 
 def lower_eval_step(components: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
-    """The evaluation step for one shape, traced; `.compile()` gives the executable.
+    """Traces the evaluation step for one shape; `.compile()` returns the executable.
 
-    (params, batch, token_bytes int32 [V]) → sums over the batch: `nats`, `tokens`, `bytes`.
+    The executable maps (params, batch, token_bytes int32 [V]) to sums over the batch: `nats`, `tokens`, `bytes`.
     """
     mesh, model = components.mesh, components.model
     whole = sharding.replicated(mesh)
@@ -43,16 +43,16 @@ def lower_eval_step(components: StepComponents, batch_size: int, seq_len: int, m
 
 
 class Evaluator:
-    """Reads the held-out rows once, in the background, keeps them in host memory, and measures the loss on them.
+    """Reads the held-out rows once in the background, keeps them in host memory, and measures the loss on them.
 
-    One epoch of the held-out documents is the most there is: if they have fewer tokens than asked for, the rest is
-    padding.
+    The rows cover at most one epoch of the held-out documents. If those have too few tokens, the rest is padding.
 
     Args:
-        plan: the evaluation's own, of one stage.
+        plan: the evaluation's plan, of one stage.
+        data: the run's data config.
         resolved: the sources by name.
         scratch: a local folder for temporary files.
-        executable: returns the compiled evaluation step; called at each evaluation.
+        executable: returns the compiled evaluation step; called for each evaluation.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class Evaluator:
             self._error = error
 
     def run(self, params: object) -> dict[str, float]:
-        """The loss of these parameters. All processes call it.
+        """Measures the loss of the parameters. All processes must call it.
 
         Returns:
             `eval_loss` (nats per token), `eval_bits_per_byte`, `eval_tokens`.
 
         Raises:
-            UserError: if no document is held out, and whatever reading raised.
+            UserError: no document is held out. Errors of the background reader are raised too.
         """
         self._reading.join()
         if self._error is not None:

@@ -20,15 +20,22 @@ def generate(
     max_new_tokens: int,
     **settings: Any,
 ) -> list[list[int]]:
-    """`jaxtrain.model.generate.generate`, in as few batches of prompts as fit into a device. All processes call it.
+    """Runs `jaxtrain.model.generate.generate` in the fewest batches of prompts that fit. All processes must call it.
 
     Args:
-        limit: bytes of a device; None for one batch.
-        beside: bytes on a device besides the parameters, such as the optimizer's state.
+        model: the model.
+        params: its parameters.
+        prompts_ids: ids of each prompt.
+        limit: memory of a device in bytes; None runs all prompts in one batch.
+        beside: bytes in use on a device besides the parameters, such as optimizer state.
+        max_new_tokens: maximum length of a continuation.
         settings: see `jaxtrain.model.generate.generate`.
 
+    Returns:
+        The ids of each continuation.
+
     Raises:
-        UserError: if even one prompt per device does not fit, and as `jaxtrain.model.generate.generate`.
+        UserError: one prompt per device does not fit, or as `jaxtrain.model.generate.generate`.
     """
     unlimited.check(model, prompts_ids, max_new_tokens)
     rows = len(prompts_ids)

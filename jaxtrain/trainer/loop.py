@@ -1,4 +1,4 @@
-"""A run: set-up, then a loop that fits a screen."""
+"""A training run: setup, then a loop that fits on one screen."""
 
 import collections
 import contextlib
@@ -30,32 +30,34 @@ from jaxtrain.trainer.dry_run import describe
 from jaxtrain.trainer.session import Session, configure_runtime, open_session, sample
 
 FINISHED, STOPPED = 0, 75
-# Steps given to the devices ahead of the host: they always have work, and few batches wait in their memory.
+# Steps dispatched ahead: the devices always have work, and few batches wait in their memory.
 _STEPS_AHEAD = 2
 
 logger = logging.getLogger("jaxtrain")
 
 
 def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | None = None) -> int:
-    """Trains in a work directory, from its newest checkpoint on.
+    """Trains in a work directory, continuing from its newest checkpoint.
 
     Args:
-        dry_run: print the plan and train nothing (`--dry_run`).
-        keep: gets the session, for programs that end at once (`cli.leave`). Without it, Grain waits for its threads at
-            the end, which may wait for a dead network until an outage's deadline.
+        config: the run's config.
+        workdir_path: the work directory.
+        dry_run: print the plan without training (`--dry_run`).
+        keep: receives the session, for programs that exit immediately afterwards (`cli.leave`). Otherwise Grain joins
+            its threads at the end, and those may wait for a dead network until the outage deadline.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: for what the user must change.
+        UserError: the user must change something.
     """
     processes.join(config.deterministic)
     with console_logging() as console, processes.failures_told(), Workdir(workdir_path) as workdir:
         configure_runtime(config, workdir)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
-            # Before closing, which the other processes would have to take part in.
+            # Report the failure before closing, which needs all processes.
             with processes.failures_told():
                 code = _run(config, workdir, checkpointer, console, dry_run, keep)
         except Exception:
@@ -75,9 +77,9 @@ def _run(
     dry_run: bool,
     keep: list[object] | None,
 ) -> int:
-    """The run. Explains exhausted memory, and records a corrupt file if the config says to skip it."""
+    """Runs the session. Explains out-of-memory errors, and records a corrupt file if the config says to skip it."""
     step = checkpointer.latest_step()
-    if step and not dry_run:  # a model imported from Hugging Face is step 0
+    if step and not dry_run:  # step 0 is a model imported from Hugging Face
         saved = checkpointer.restore_data(step)
         if compatibility.is_complete(saved, config, config.plan(), step):
             logger.info("The run is complete: step %s, %s tokens. Nothing to do.", f"{step:,}", f"{saved['tokens']:,}")
@@ -105,7 +107,7 @@ def _run(
         recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
-        # The others cannot know. The launcher restarts all processes, and all read the list.
+        # Tell the other processes. The launcher restarts all of them, and they read the list.
         processes.tell(f"{error}\n{recorded}", STOPPED)
         checkpointer.give_up_others()
         return STOPPED
@@ -142,12 +144,12 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
 
 @contextlib.contextmanager
 def only_new_garbage() -> Iterator[None]:
-    """Python's garbage collector ignores what is alive at the beginning.
+    """Excludes objects alive at entry from Python's garbage collection.
 
-    Start-up leaves about 230,000 objects that live as long as the process: JAX, libraries, compiled programs. Each full
-    collection would visit all of them (0.25 s), in whichever thread it happens to begin. See `gc.freeze`.
+    Startup leaves about 230,000 objects that live as long as the process: JAX, libraries, compiled programs. Every full
+    collection would visit all of them (0.25 s), in whichever thread triggers it. See `gc.freeze`.
     """
-    gc.collect()  # else what is garbage now stays, with the arrays it holds
+    gc.collect()  # otherwise current garbage would stay, with its arrays
     gc.freeze()
     try:
         yield
@@ -157,7 +159,7 @@ def only_new_garbage() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The step taken last. evaluated: its held-out loss, if it was measured."""
+    """The last step. `evaluated` is its held-out loss, if measured."""
 
     at: StepPlan
     batch: StepBatch
@@ -166,12 +168,12 @@ class _Step:
 
 
 class Loop:
-    """The steps of the plan from `session.start_step` + 1 on. `state` is the train state after the last one."""
+    """Runs the plan's steps from `session.start_step` + 1 on. `state` is the train state after the last one."""
 
     def __init__(self, session: Session, checkpointer: Checkpointer, monitor: Monitor):
         self.state: state.State = {}
         self._session, self._checkpointer, self._monitor = session, checkpointer, monitor
-        # A step whose line is not written yet: its numbers are fetched after the next step is under way.
+        # A step not logged yet: its metrics are fetched after the next step is dispatched.
         self._unlogged: tuple[StepPlan, StepBatch, dict[str, jax.Array]] | None = None
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
 
@@ -191,17 +193,17 @@ class Loop:
             except CorruptError as error:
                 if step > 1 or session.config.data.on_corrupt == "skip":
                     raise
-                raise UserError(str(error)) from None  # nothing was trained: a restart would meet it at once
-            # The feed reads ahead, but its n-th batch is that of step n, and carries the lanes' positions after it.
+                raise UserError(str(error)) from None  # nothing is trained yet: a restart would fail the same way
+            # The feed reads ahead, but each batch belongs to its step and carries the lanes' positions after it.
             assert batch.step == step
             metrics = self._update(at, batch)
             monitor.stepped(at)
-            self._log()  # the step before; this one keeps the devices busy meanwhile
+            self._log()  # the previous step; the devices are busy with this one
             data_ended = session.config.epochs is not None and not any_process(not batch.ended)
             ended = step == plan.last_step or data_ended
             if monitor.due(at) or ended or step == plan.stages[at.stage - 1].last_step:
                 self._unlogged = at, batch, metrics
-            # Every process gets the same answers from here on, so all evaluate, save and stop at the same step.
+            # The following decisions are identical on every process, so all evaluate, save and stop at the same step.
             stopped = self._checkpointer.reached_preemption(step)
             last = _Step(at, batch, data_ended, self._evaluate(at, ended))
             if ended or stopped:
@@ -218,7 +220,7 @@ class Loop:
         return code
 
     def _update(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
-        """Gives one update to the devices, and starts compiling the next stage."""
+        """Dispatches one update and starts compiling the next stage."""
         programs = self._session.programs
         if not programs.ready(at.batch_size, at.seq_len):
             with self._monitor.span("compile"):
@@ -226,14 +228,14 @@ class Loop:
         executable = programs.get(at.batch_size, at.seq_len)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
         self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
-        programs.start(at.stage + 1)  # once the devices have work: tracing takes Python's lock
+        programs.start(at.stage + 1)  # after dispatching: tracing holds the GIL
         self._in_flight.append(metrics)
         if len(self._in_flight) > _STEPS_AHEAD:
             jax.block_until_ready(self._in_flight.popleft())
         return metrics
 
     def _log(self) -> None:
-        """Writes the line that waits, if there is one."""
+        """Logs the pending step, if there is one."""
         if self._unlogged is None:
             return
         (at, batch, arrays), self._unlogged = self._unlogged, None
@@ -265,9 +267,9 @@ class Loop:
         return values
 
     def _save(self, last: _Step) -> None:
-        """A checkpoint of step N: the state after N updates, and the lanes after the N batches trained on.
+        """Saves a checkpoint of step N: the state after N updates, and the lanes' positions after N batches.
 
-        Every line up to N is written first, so that metrics.jsonl never lacks what a checkpoint contains.
+        All lines up to N are written first, so metrics.jsonl is never behind a checkpoint.
         """
         session, step = self._session, last.at.step
         self._log()
@@ -278,7 +280,7 @@ class Loop:
                 "tokens": last.at.tokens_after,
                 "data_ended": last.data_ended,
                 "lanes": ledger.to_json(session.gather(last.batch), session.plan.source_names),
-                # Complete: a stage's last step is always logged.
+                # Up to date, because the last step of a stage is always logged.
                 "stage_ends": session.stage_ends.to_json(),
             }
             self._checkpointer.save(step, self.state, data, last.evaluated)

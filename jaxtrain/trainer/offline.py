@@ -1,4 +1,4 @@
-"""A config's step without the network: for tools that only plan or compile."""
+"""Builds a config's step without network access, for tools that only plan or compile."""
 
 import pathlib
 from typing import Any
@@ -14,10 +14,13 @@ from jaxtrain.trainer.step import StepComponents
 
 
 def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
-    """(size of the vocabulary, where that is from): `given`, else the config, else the tokenizer's local files.
+    """Finds the vocabulary size: `given`, else from the config, else from the tokenizer's local files.
+
+    Returns:
+        (vocabulary size, description of where it is from).
 
     Raises:
-        UserError: if none of them gives it.
+        UserError: none of them determines it.
     """
     if given is not None:
         if given < 1:
@@ -29,7 +32,7 @@ def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
         return declared, "config.tokenizer.vocab_size"
     try:
         return chosen.build("").vocab_size, "the tokenizer's files"
-    except (UserError, TransientError, OSError) as error:  # offline, the Hub's client raises an OSError
+    except (UserError, TransientError, OSError) as error:  # the Hub's client raises OSError when offline
         raise UserError(
             f"the size of the vocabulary is not known ({str(error).splitlines()[0]}), and this command does not use "
             "the network: give --vocab_size=N"
@@ -37,13 +40,16 @@ def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def components(config: Config, vocab_size: int, mesh: Mesh, limit: int | None) -> StepComponents:
-    """What the config's steps are made of, with a teacher known by its local config.json or checkpoint.
+    """Builds the components of the config's steps. A teacher is built from its local config.json or checkpoint.
 
     Args:
-        limit: the most bytes that a step may take on a device; None for no limit.
+        config: the run's config.
+        vocab_size: number of ids.
+        mesh: the device mesh.
+        limit: bytes that a step may use on a device; None for no limit.
 
     Raises:
-        UserError: for a mesh that does not fit the model, or a teacher whose config is not on this machine.
+        UserError: the mesh does not fit the model, or the teacher's config is not available locally.
     """
     frozen, layout, teacher = None, None, config.teacher
     if teacher is not None and teacher.cache is not None:
@@ -62,7 +68,7 @@ def components(config: Config, vocab_size: int, mesh: Mesh, limit: int | None) -
 
 
 def teacher_layout(config: Config, vocab_size: int) -> Layout:
-    """The records of a teacher's cache for this config: tools.cache_teacher's defaults, or TopK's own k."""
+    """Record layout of a teacher cache for this config: tools.cache_teacher's default k, or that of TopK."""
     divergence = config.distillation.divergence
     k = divergence.k if isinstance(divergence, TopK) else TopK().k
     return Layout(vocab_size, min(k, vocab_size), (config.distillation.temperature,))

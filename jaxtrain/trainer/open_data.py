@@ -1,6 +1,6 @@
-"""What a run reads, for the run itself and for tools that look at its stream: tokenizer and sources.
+"""Opens the tokenizer and sources of a run, for the run and for tools that read its stream.
 
-Process 0 alone asks the network and tells the others what it found; if it fails, all processes raise.
+Only process 0 queries the network; it broadcasts the result. If it fails, all processes raise.
 """
 
 import contextlib
@@ -44,13 +44,16 @@ def open_all(
     fetch: bool,
     is_tool: bool = False,
 ) -> tuple[Tokenizer, dict[str, OpenedSource]]:
-    """The tokenizer, and every source in its mode. All processes call it.
+    """Opens the tokenizer, and every source in its mode. All processes must call it.
 
     Args:
-        saved: the data state of the checkpoint to continue from; None for a new run.
-        cache, fetch: see `modes.open_sources`.
-        is_tool: another run may be using the work directory: it is locked only to train a tokenizer there, and files
-            are downloaded when they are first read.
+        config: the run's config.
+        workdir: the work directory.
+        saved: data state of the checkpoint to continue from; None for a new run.
+        cache: see `modes.open_sources`.
+        fetch: see `modes.open_sources`.
+        is_tool: another run may be using the work directory, so it is locked only to train a tokenizer, and files are
+            downloaded on first use.
     """
     readers, streams = [], None
     needs_training = isinstance(config.tokenizer, TrainTokenizer) and config.tokenizer.needs_training(workdir.path)
@@ -82,17 +85,19 @@ def open_all(
 
 
 def known_sources(config: Config, saved: Json | None) -> dict[str, Json] | None:
-    """What a checkpoint records of the config's sources."""
+    """Returns what a checkpoint records about the config's sources; None without a checkpoint."""
     if saved is None:
         return None
     return {name: saved["sources"][name] for name in config.data.sources if name in saved["sources"]}
 
 
 def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) -> dict[str, Source]:
-    """The sources as streams: on all processes the same commit of a moving branch.
+    """Resolves the sources as streams. If a branch moves meanwhile, all processes still use the same commit.
 
     Args:
-        saved: a checkpoint's data state, whose commits are read again; None to look the sources up now.
+        config: the run's config.
+        saved: a checkpoint's data state, to read the same commits; None to look the sources up now.
+        cache: the disk cache, if there is one.
     """
     found = _on_process_0(lambda: pipeline.resolve(config.data, known_sources(config, saved), cache))
     if jax.process_count() > 1:
@@ -105,7 +110,7 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 def build(
     config: Config, resolved: Mapping[str, Source], skips: SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
-    """The sources cut into units. Process 0 asks the files how many rows they have, and tells the others."""
+    """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them."""
     cut = functools.partial(config.data.build, resolved, seed=config.seed, skips=skips, scratch=scratch)
     readers = _on_process_0(cut)
     if jax.process_count() > 1:
@@ -119,7 +124,7 @@ def build(
 
 
 def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, int]]:
-    """Corrupt files to skip, by work directory and checkpoint: source → file → the first row that is not read."""
+    """Corrupt files to skip, from the work directory and the checkpoint: source → file → first row not read."""
     found = _on_process_0(
         lambda: skip_lists.union(
             skip_lists.load(epath.Path(workdir) / "skips.json"), skip_lists.saved(saved["sources"]) if saved else {}
@@ -133,15 +138,15 @@ def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, 
 
 
 class _ElsewhereUserError(UserError, FollowedError):
-    """Process 0 raises the UserError."""
+    """Process 0 raised a UserError and reports it."""
 
 
 class _ElsewhereTransientError(TransientError, FollowedError):
-    """Process 0 raises an error that a restart may cure."""
+    """Process 0 raised an error that a restart may fix."""
 
 
 def _on_process_0(function: Callable[[], T]) -> T | None:
-    """Calls it on process 0 and returns the result there, None elsewhere. All processes raise if it fails."""
+    """Calls a function on process 0. Returns its result there, None elsewhere. All processes raise if it fails."""
     result, failure = None, None
     if jax.process_index() == 0:
         try:
@@ -158,11 +163,14 @@ def _on_process_0(function: Callable[[], T]) -> T | None:
 def tokenizer(
     config: Config, workdir: epath.PathLike, readers: Sequence[SourceReader], plan: Plan, *, lock: bool = False
 ) -> Tokenizer:
-    """The config's tokenizer. A TrainTokenizer that is not yet made is trained on the run's own stream first.
+    """Builds the config's tokenizer. A TrainTokenizer is first trained on the run's stream if necessary.
 
     Args:
+        config: the run's config.
+        workdir: the work directory.
         readers: the sources to train it on.
-        lock: take the work directory's lock for the training; without it the caller holds the lock.
+        plan: the run's plan, which determines the mix.
+        lock: take the work directory's lock for the training; otherwise the caller must hold it.
     """
     chosen = config.tokenizer
 
@@ -171,7 +179,7 @@ def tokenizer(
             logger.info("Training a tokenizer on the first %s documents...", f"{chosen.max_samples:,}")
             with Workdir(workdir) if lock else contextlib.nullcontext():
                 texts = pipeline.texts(config.data, readers, plan, chosen.max_samples)
-                # In a thread: the main thread must see Ctrl-C, and the library does not return for minutes.
+                # In a thread, so that the main thread can handle Ctrl-C: the library does not return for minutes.
                 ThreadPoolExecutor(1, "jaxtrain-tokenizer").submit(chosen.train, texts, workdir).result()
 
     if isinstance(chosen, TrainTokenizer):
@@ -181,10 +189,12 @@ def tokenizer(
 
 
 def for_writing(config: Config, workdir: str, begun: Mapping[str, Json]) -> tuple[dict[str, Source], Tokenizer]:
-    """Sources and tokenizer for a tool that writes a store of them.
+    """Opens sources and tokenizer for a tool that writes stores of them.
 
     Args:
-        begun: identities of sources that a worker has already recorded; a checkpoint in the work directory comes first.
+        config: the run's config.
+        workdir: the work directory.
+        begun: identities of sources already recorded by a worker. A checkpoint in the work directory takes precedence.
     """
     known: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
     if restore.is_checkpoint(workdir):

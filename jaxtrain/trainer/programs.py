@@ -1,7 +1,7 @@
-"""The run's executables: one per shape of a stage and one for evaluation, compiled ahead of time from shapes alone.
+"""The run's executables: one per stage shape and one for evaluation, compiled ahead of time from shapes alone.
 
-While a stage trains, the next one compiles. The number of micro-batches is chosen here, by the compiler's account of
-memory.
+While a stage trains, the next one compiles. The number of micro-batches is chosen here, from the memory that the
+compiler reports.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 class DoesNotFitError(UserError):
-    """A stage needs more memory than a device has, however small its micro-batches."""
+    """A stage needs more memory than a device has, even with the smallest micro-batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Program:
     Attributes:
         executable: (state, batch, learning_rate, rows_before[, teaching]) → (state, metrics), or for evaluation
             (params, batch, token_bytes) → sums.
-        beside: bytes on a device that are no argument of it.
+        beside: bytes in use on a device that are not its arguments.
     """
 
     executable: Any
@@ -65,18 +65,19 @@ class _Key:
 class StagePrograms:
     """Executables by shape; stages of one shape share one.
 
-    They compile in a thread. `get`, `program`, `evaluation` and `settle` are for the main thread, on all processes at
-    the same step, since processes agree on the number of micro-batches.
+    They compile in a thread. Call `get`, `program`, `evaluation` and `settle` from the main thread, on all processes at
+    the same step: processes agree on the number of micro-batches.
 
     Args:
-        plan: its stages are compiled; None: only the evaluation.
-        micro_batch_tokens: the most tokens that a device takes at once.
-        limit: bytes of a device that a step may take; micro-batches get smaller until it fits. None: no limit.
-        evaluation: the rows of an evaluation; None: there are none.
-        beside: bytes that training keeps on a device during an evaluation, without the parameters.
+        components: the components of a step.
+        plan: the plan whose stages are compiled; None to compile only the evaluation.
+        micro_batch_tokens: maximum tokens per device in a micro-batch; None for no maximum.
+        limit: bytes that a step may use on a device; micro-batches shrink until it fits. None for no limit.
+        evaluation: the evaluation's stage; None without evaluation.
+        beside: bytes that training keeps on a device during an evaluation, besides the parameters.
 
     Raises:
-        UserError: if the mesh does not divide a stage's batch.
+        UserError: the mesh does not divide a stage's batch.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class StagePrograms:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(batch size, sequence length) of all stages that have steps, each once."""
+        """The distinct (batch size, sequence length) of all stages that have steps."""
         return [(key.batch_size, key.seq_len) for key in self._fewest if not key.evaluates]
 
     def begin(self, stage: int) -> None:
-        """Starts compiling what the run needs before its first step, in the `stage`-th stage, without waiting."""
+        """Starts compiling what a run needs before its first step, in the `stage`-th stage. Does not wait."""
         self.start(stage)
         if self.limit is not None:
             self._submit(self._longest(stage))
@@ -117,20 +118,20 @@ class StagePrograms:
                 self._submit(self._evaluation)
 
     def start(self, stage: int) -> None:
-        """Starts compiling the `stage`-th stage (1-based), without waiting. Does nothing past the last."""
+        """Starts compiling the `stage`-th stage (1-based). Does not wait. Does nothing past the last stage."""
         for found in self._stages:
             if found.index >= stage:
                 self._submit(_Key(found.batch_size, found.seq_len))
                 return
 
     def settle(self, stage: int) -> None:
-        """Before the first step, in the `stage`-th stage: checks that this and all later stages and evaluations fit.
+        """Checks before the first step that the `stage`-th and all later stages, and evaluations, fit in memory.
 
-        Micro-batches may be as small as one row per device, so whether a stage fits depends on the length of its rows:
-        the longest are tried. Without a limit nothing is compiled for this.
+        Micro-batches can be as small as one row per device, so only the length of rows decides whether a stage fits:
+        the longest rows are tried. Without a limit, nothing is compiled for this check.
 
         Raises:
-            DoesNotFitError: if one cannot fit.
+            DoesNotFitError: a stage or the evaluation cannot fit.
         """
         if self.limit is not None:
             self._program(self._longest(stage))
@@ -138,20 +139,20 @@ class StagePrograms:
                 self.evaluation()
 
     def ready(self, batch_size: int, seq_len: int) -> bool:
-        """Whether the executable is there already."""
+        """Whether the executable has been compiled."""
         future = self._compiling.get(_Key(batch_size, seq_len))
         return future is not None and future.done()
 
     def get(self, batch_size: int, seq_len: int) -> Any:
-        """The train step's executable; waits for it."""
+        """Returns the train step's executable, waiting for it if necessary. Raises as `program`."""
         return self.program(batch_size, seq_len).executable
 
     def program(self, batch_size: int, seq_len: int) -> Program:
-        """The train step for a shape; waits for it. Raises DoesNotFitError if it does not fit into a device."""
+        """Returns the train step for a shape, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
         return self._program(_Key(batch_size, seq_len))
 
     def evaluation(self) -> Program:
-        """The evaluation step; waits for it. Raises DoesNotFitError if it does not fit into a device."""
+        """Returns the evaluation step, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
         assert self._evaluation is not None
         return self._program(self._evaluation)
 
@@ -160,7 +161,7 @@ class StagePrograms:
         return _Key(batch_size, seq_len)
 
     def _program(self, key: _Key) -> Program:
-        """The program that fits on all processes."""
+        """Returns the program that fits on all processes."""
         if key in self._programs:
             return self._programs[key]
         failure, program, fewest = None, None, self._counts(key)[-1] + 1
@@ -188,7 +189,7 @@ class StagePrograms:
             return self._compiling[key]
 
     def _fitting(self, key: _Key) -> Program:
-        """The program with the fewest micro-batches that fits this process's devices."""
+        """Returns the program with the fewest micro-batches that fits on this process's devices."""
         beside = self._beside if key.evaluates else 0
         try:
             count, executable = memory.fit(self._counts(key), functools.partial(self._compile, key), self.limit, beside)
@@ -205,7 +206,7 @@ class StagePrograms:
         return Program(self._compile(key, count), count, key.batch_size, key.seq_len, beside)
 
     def _counts(self, key: _Key) -> list[int]:
-        """Numbers of micro-batches, ascending, that divide a device's rows, from what micro_batch_tokens gives."""
+        """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
         mesh = self._components.mesh
         rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
         return [count for count in sharding.divisors(rows) if count >= self._fewest[key]]

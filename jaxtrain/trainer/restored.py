@@ -1,4 +1,4 @@
-"""Model, tokenizer and parameters of a work directory, as its checkpoint records them."""
+"""Restores model, tokenizer and parameters from a work directory's checkpoint."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ class Restored:
     """A trained model.
 
     Attributes:
-        step: the checkpoint's.
+        step: the checkpoint's step.
         add_bos: whether documents began with a beginning-of-sequence token (data.add_bos).
         params: fp32, sharded over all devices.
     """
@@ -32,8 +32,12 @@ class Restored:
 def restore(workdir: str, step: int | None = None) -> Restored:
     """Restores the checkpoint of a step, by default the newest.
 
+    Args:
+        workdir: the work directory.
+        step: the step; None for the newest checkpoint.
+
     Raises:
-        UserError: if there is none, if it is damaged, or if the tokenizer's files have changed since.
+        UserError: there is no such checkpoint, it is damaged, or the tokenizer's files have changed since.
     """
     saved = load_data(workdir, step)
     mesh = sharding.MeshConfig().build()

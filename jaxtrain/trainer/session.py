@@ -1,4 +1,4 @@
-"""From a config and a work directory to everything that a run is made of."""
+"""Builds everything a run consists of, from a config and a work directory."""
 
 import dataclasses
 import functools
@@ -40,19 +40,19 @@ logger = logging.getLogger("jaxtrain")
 
 
 def compiler_effort(platform: str) -> None:
-    """XLA's default effort, close to O3, costs minutes for scanned models on GPUs (docs/benchmarks.md)."""
+    """Lowers XLA's optimization effort on GPUs: the default, close to O3, takes minutes (docs/benchmarks.md)."""
     if platform == "gpu":
         jax.config.update("jax_optimization_level", "O1")
 
 
 def configure_runtime(config: Config, workdir: Workdir) -> None:
-    """Sets up JAX's persistent compilation cache: in the work directory, unless the environment names another place."""
+    """Sets up JAX's persistent compilation cache: in the work directory, unless the environment names a folder."""
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_compilation_cache_dir", chosen or os.fspath(workdir.cache / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if jax.default_backend() != "gpu":
-        # The path of GPUs' autotuning results is part of every cache key: a work directory that moves would miss all.
+        # The path of GPU autotuning results is part of every cache key: moving the work directory would miss all.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     compiler_effort(jax.default_backend())
     logger.info(
@@ -62,21 +62,25 @@ def configure_runtime(config: Config, workdir: Workdir) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class Session:
-    """Everything that a run is made of.
+    """Everything a run consists of.
 
     Attributes:
-        plan: step → stage, shapes, learning rate, source of each row.
-        components, programs: what a step is made of, and the compiled steps.
+        plan: maps a step to stage, shapes, learning rate and the source of each row.
+        components: the components of a step.
+        programs: the compiled steps.
         identities: what every checkpoint records about data and model (see `compatibility`).
-        sources, modes: by source name: where documents come from, and how they are read.
-        cache: the disk cache; None if no source uses one.
+        sources: the sources of documents, by name.
+        modes: how each source is read, by name.
+        cache: the disk cache; None if no source uses it.
         scratch: a local folder for temporary files.
-        start_step, start_tokens: of the restored checkpoint; 0 for a new run.
+        start_step: step of the restored checkpoint; 0 for a new run.
+        start_tokens: tokens trained up to start_step.
         lane_states: the position of each lane after start_step.
-        prefetch: batches that this host makes ahead.
-        evaluator: None until `train_state`, and if the config evaluates nothing.
-        frozen, cached: the teacher, if it runs along or if its cache is read.
-        saved_teacher: the teacher that the checkpoint records.
+        prefetch: number of batches that this host prepares ahead.
+        evaluator: None before `train_state`, or if the config has no evaluation.
+        frozen: the teacher, if it runs during training.
+        cached: the teacher's cache, if one is read.
+        saved_teacher: the teacher recorded in the checkpoint.
     """
 
     config: Config
@@ -109,7 +113,7 @@ class Session:
 
     @functools.cached_property
     def feed(self) -> Feed:
-        """The run's batches as device arrays, from start_step + 1 on."""
+        """The run's batches as device arrays, starting at step start_step + 1."""
         data, mesh = self.config.data, self.components.mesh
         lanes = local_lanes(mesh, data.num_lanes)
         rows = data.row_spec(self.tokenizer, self.config.epochs)
@@ -128,14 +132,14 @@ class Session:
         return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
 
     def gather(self, batch: StepBatch) -> np.ndarray:
-        """The positions of all lanes of the run after a batch: int64 [V, S, F]. All processes call it."""
+        """Gathers the positions of all lanes after a batch: int64 [V, S, F]. All processes must call it."""
         return ledger.gather(batch.states, self.config.data.num_lanes)
 
     def train_state(self, monitor: Monitor) -> state.State:
         """Restores or creates the train state, while data is read and programs compile in the background.
 
         Raises:
-            UserError: if a stage to come or an evaluation does not fit into a device, or the teacher has changed.
+            UserError: a later stage or an evaluation does not fit in a device's memory, or the teacher has changed.
         """
         components, config = self.components, self.config
         first = self.plan.at(self.start_step + 1).stage
@@ -184,20 +188,23 @@ class Session:
             compatibility.check_teacher(self.saved_teacher, self.identities["teacher"], self.start_step)
 
     def teaching(self, at: StepPlan) -> tuple[Teaching, ...]:
-        """A step's extra argument with a teacher; () without one."""
+        """The step's extra argument if the run has a teacher; () otherwise."""
         if self.components.distilled is None:
             return ()
         return ((self.teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
 def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
-    """Resolves everything and finds where to continue.
+    """Opens the data, builds the model, and finds where to continue.
 
     Args:
-        fetch: whether sources of mode "download" are fetched now; without it they are read as streams.
+        config: the run's config.
+        workdir: the work directory.
+        checkpointer: the work directory's checkpoints.
+        fetch: whether sources of mode "download" are fetched now; otherwise they are streamed.
 
     Raises:
-        UserError: for settings that cannot go together, or a checkpoint that this config may not resume.
+        UserError: settings conflict, or this config may not resume from the checkpoint.
     """
     plan = config.plan()
     eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
@@ -205,7 +212,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     saved = checkpointer.restore_data(start) if start else None
     mesh = config.mesh.build()
 
-    # The data: tokenizer, sources, and their units.
+    # The data: tokenizer, sources and their units.
     scratch = os.fspath(workdir.cache)
     cache = config.data.cache(os.path.join(scratch, "data"))
     skips = open_data.skipped(workdir.path, saved)
@@ -220,7 +227,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     for reader in readers:
         logger.info("Source %s", reader.summary)
 
-    # The model, and what its steps need.
+    # The model and the components of its steps.
     frozen, cached = None, None
     if config.teacher is not None and config.teacher.cache is None:
         frozen = config.teacher.build(tokenizer, mesh)
@@ -241,7 +248,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
             logger.info("Changed since the checkpoint: %s", line)
         lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
         given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
-        # The first versions recorded no ends of stages.
+        # The first versions did not record the ends of stages.
         stage_ends.restore(saved.get("stage_ends", []), start, given)
     return Session(
         config=config,
@@ -268,7 +275,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         prefetch=config.data.threads(stored)[1],
         frozen=frozen,
         cached=cached,
-        saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions recorded none
+        saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions did not record it
     )
 
 
@@ -281,11 +288,16 @@ def make_components(
     limit: int | None,
     layout: Layout | None = None,
 ) -> StepComponents:
-    """What the config's steps are made of, on this mesh.
+    """Builds the components of the config's steps on a mesh.
 
     Args:
-        limit: bytes of a device that a step may take; None for no limit.
-        layout: of the records that come with each batch, if the teacher is cached.
+        config: the run's config.
+        vocab_size: number of ids.
+        plan: the run's plan.
+        mesh: the device mesh.
+        frozen: the teacher, if it runs during training.
+        limit: bytes that a step may use on a device; None for no limit.
+        layout: layout of the records in each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
     optimizer = config.optimizer.build(model.axes, mesh)
@@ -303,7 +315,7 @@ def make_components(
 
 
 def beside_params(components: StepComponents) -> int:
-    """Bytes that training keeps on each device besides the model's parameters: optimizer state, teacher."""
+    """Bytes that training keeps on each device besides the model's parameters: optimizer state and teacher."""
     made = state.abstract(components.model, components.optimizer, components.mesh)
     distilled = () if components.distilled is None else components.distilled.abstract
     return bytes_per_device(made) - bytes_per_device(made["params"]) + bytes_per_device(distilled)
@@ -317,7 +329,7 @@ def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> N
         f"{model.num_params_non_embedding:,}",
         " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
-    # Asked here, since processes agree on each choice: compiling, in a thread, then finds it made.
+    # Processes must agree on each choice, so make it here: the compile thread then finds it made.
     teacher = None if distilled is None else distilled.teacher
     for stage in plan.stages:
         if isinstance(model, AttentionModel):
@@ -333,7 +345,7 @@ def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> N
 
 
 def _clean_up(cache: DiskCache) -> None:
-    """Removes what killed processes left in the disk cache, and reports how far it may grow."""
+    """Removes leftovers of killed processes from the disk cache, and logs its maximum size."""
     cache.trim()
     used, free = cache.used_bytes(), shutil.disk_usage(cache.directory).free
     logger.info("Disk cache: at most %.2f GB in %s, %.2f used", cache.limit / 1e9, cache.directory, used / 1e9)
@@ -342,7 +354,7 @@ def _clean_up(cache: DiskCache) -> None:
 
 
 def _initial_params(config: Config, components: StepComponents) -> Any:
-    """The parameters of `init_from`: a jaxtrain checkpoint, or a Hugging Face model."""
+    """Reads the parameters of `init_from`: a jaxtrain checkpoint or a Hugging Face model."""
     wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
     if restore.is_checkpoint(config.init_from):
         return restore.restore_params(config.init_from, wanted)
@@ -350,7 +362,7 @@ def _initial_params(config: Config, components: StepComponents) -> Any:
 
 
 def sample(session: Session, params: Any, monitor: Monitor) -> None:
-    """Continues the config's prompts. All processes call it."""
+    """Generates continuations of the config's prompts. All processes must call it."""
     tokenizer, model = session.tokenizer, session.components.model
     ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
     context = model.config.max_seq_len

@@ -1,7 +1,7 @@
-"""The train state: a plain dict of arrays, born sharded.
+"""The train state: a plain dict of arrays, created sharded.
 
-{"params": the model's, "opt": the optimizer's, "meta": {"step", "fingerprint", "skipped", "skipped_in_a_row"}}. This is
-exactly what a checkpoint's arrays are.
+{"params": the model's, "opt": the optimizer's, "meta": {"step", "fingerprint", "skipped", "skipped_in_a_row"}}. A
+checkpoint contains exactly these arrays.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ State = dict[str, Any]
 
 
 def shardings(model: Model, optimizer: Optimizer, mesh: Mesh) -> State:
-    """The sharding of every array of the state. The optimizer's follow from the parameters they belong to."""
+    """Returns the sharding of every array of the state. Optimizer arrays are sharded like their parameters."""
     whole = sharding.replicated(mesh)
     return {
         "params": sharding.tree_shardings(mesh, model.axes),
@@ -30,23 +30,23 @@ def shardings(model: Model, optimizer: Optimizer, mesh: Mesh) -> State:
 def _initial(params: Params, optimizer: Optimizer) -> State:
     zero = jnp.zeros((), jnp.int32)
     meta = {
-        "step": zero,  # the last one trained
+        "step": zero,  # the last step trained
         "fingerprint": jnp.zeros(2, jnp.uint32),  # of the data trained on so far
-        "skipped": zero,  # updates left out because of non-finite gradients
+        "skipped": zero,  # updates skipped because of non-finite gradients
         "skipped_in_a_row": zero,
     }
     return {"params": params, "opt": optimizer.init(params), "meta": meta}
 
 
 def create(model: Model, optimizer: Optimizer, mesh: Mesh, seed: int) -> State:
-    """A fresh state; no array is ever whole on one device or on the host."""
+    """Creates a fresh state. No array ever exists unsharded, on a device or on the host."""
     layout = shardings(model, optimizer, mesh)
     build = jax.jit(lambda key: _initial(model.init(key), optimizer), out_shardings=layout)
     return build(jax.random.key(seed))
 
 
 def create_from(params: Params, model: Model, optimizer: Optimizer, mesh: Mesh) -> State:
-    """A state at step 0 with the given parameters, which are sharded as `shardings` says."""
+    """Creates a state at step 0 from parameters that are sharded as in `shardings`."""
     rest = shardings(model, optimizer, mesh)
     rest.pop("params")
     build = jax.jit(lambda params: {name: _initial(params, optimizer)[name] for name in rest}, out_shardings=rest)
@@ -54,7 +54,7 @@ def create_from(params: Params, model: Model, optimizer: Optimizer, mesh: Mesh) 
 
 
 def abstract(model: Model, optimizer: Optimizer, mesh: Mesh) -> State:
-    """Shapes, types and shardings of the state, for ahead-of-time compilation and restores. Makes no array."""
+    """Returns shapes, types and shardings of the state, for compilation and restores. Allocates no arrays."""
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         jax.eval_shape(lambda params: _initial(params, optimizer), model.shapes),

@@ -1,16 +1,16 @@
-"""The train step and the evaluation step: pure functions, compiled ahead of time for each shape of batch.
+"""The train step and the evaluation step: pure functions, compiled ahead of time for each batch shape.
 
 One train step, from top to bottom:
 
-1. `_gradients` runs the model and the loss on each micro-batch and adds up sums and gradients.
+1. `_gradients` runs the model and the loss on each micro-batch and accumulates sums and gradients.
 2. Sums and gradients are divided by the number of tokens with a loss in the whole batch, so the result does not depend
    on micro-batches or the mesh.
-3. The gradient is clipped, and the optimizer makes new parameters. If the loss or the gradient is not finite, the old
-   parameters and optimizer state stay.
-4. The fingerprint takes in the batch.
+3. The gradient is clipped, and the optimizer computes new parameters. If the loss or the gradient is not finite, the
+   old parameters and optimizer state are kept.
+4. The fingerprint is updated with the batch.
 
-There is no communication to read here: parameters and batches carry shardings (distributed/sharding.py), and XLA
-derives the collectives from them. Only losses, attention and Muon say themselves what their devices exchange.
+There is no explicit communication here: parameters and batches have shardings (distributed/sharding.py), from which XLA
+derives the collectives. Only losses, attention and Muon specify communication explicitly.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from jaxtrain.trainer.state import State, abstract
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# A frozen teacher's parameters (() if its records come with the batch), and the weights of loss and divergence, fp32.
+# A frozen teacher's parameters (() if its records are in the batch), and the weights of loss and divergence, fp32.
 Teaching = tuple[Any, Any, Any]
 
 
@@ -43,10 +43,10 @@ class Distilled:
     """What a teacher adds to a step.
 
     Attributes:
-        teacher: None if its records come with the batch.
-        abstract: Shapes, types and shardings of its parameters; () without a teacher.
-        loss: In place of the step's own.
-        width: Bytes of a record for each token; 0 with a teacher.
+        teacher: The teacher model; None if its records are in the batch.
+        abstract: Shapes, types and shardings of its parameters; () without a teacher model.
+        loss: The distillation loss, which replaces the step's loss.
+        width: Bytes of a record per token; 0 with a teacher model.
     """
 
     teacher: Model | None
@@ -57,10 +57,10 @@ class Distilled:
 
 @dataclasses.dataclass(frozen=True)
 class StepComponents:
-    """What a step is made of.
+    """The components of a step.
 
     Attributes:
-        clip_norm: The most that the global norm of the gradient may be; None for no clipping.
+        clip_norm: Maximum global norm of the gradient; None for no clipping.
         distilled: None for training without a teacher. Evaluation never uses it.
     """
 
@@ -72,7 +72,7 @@ class StepComponents:
     distilled: Distilled | None = None
 
     def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of the model's training and the teacher's forward pass, which is a third of what training it takes."""
+        """FLOPs per token of training the model, plus the teacher's forward pass (a third of its training FLOPs)."""
         flops = self.model.flops_per_token(seq_len)
         if self.distilled is None or self.distilled.teacher is None:
             return flops
@@ -80,25 +80,29 @@ class StepComponents:
 
     @property
     def record_width(self) -> int:
-        """Bytes of a teacher's record that come with each token of a batch; 0 for none."""
+        """Bytes of a teacher's record per token of a batch; 0 without records."""
         return 0 if self.distilled is None else self.distilled.width
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        """Options of XLA for a step with micro-batches of this shape."""
+        """XLA options for a step with micro-batches of this shape."""
         teacher = None if self.distilled is None else self.distilled.teacher
         options = {} if teacher is None else teacher.compiler_options(batch_size, seq_len)
         return options | self.model.compiler_options(batch_size, seq_len)
 
 
 def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
-    """A function (state, batch, learning_rate fp32, rows_before[, teaching]) -> (state, metrics).
+    """Returns a function (state, batch, learning_rate fp32, rows_before[, teaching]) -> (state, metrics).
 
-    `rows_before` are the rows trained on before this step as uint32 (low, high). `teaching` comes with a teacher only:
-    it is no part of the state, so it is neither donated nor saved, and gets no gradient.
+    `rows_before` is the number of rows trained on before this step as uint32 (low, high). `teaching` is given only with
+    a teacher. It is not part of the state, so it is neither donated nor saved, and gets no gradient.
 
-    Loss and gradient are means over the tokens of the whole batch that have a loss, however it is cut. A non-finite
-    loss or gradient leaves parameters and optimizer alone and is counted. A batch without a single such token changes
-    nothing but the step.
+    Loss and gradient are means over all tokens of the batch that have a loss, independent of micro-batches. If the loss
+    or gradient is not finite, parameters and optimizer state are kept and the skip is counted. A batch with no such
+    tokens changes only the step.
+
+    Args:
+        parts: The components of the step.
+        micro_batches: Number of micro-batches.
     """
 
     def step(
@@ -116,7 +120,7 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
             grads = jax.tree.map(lambda g: g * shrink, grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         new = parts.optimizer.update(grads, opt, params, learning_rate)
-        # A select and no branch: XLA fuses it into the update, and all devices do the same.
+        # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
         apply = finite & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
         numbers = fingerprint.row_numbers(rows_before, batch["tokens"].shape[0], jnp)
@@ -138,7 +142,7 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
 def _gradients(
     parts: StepComponents, params: Params, batch: Batch, count: int, teaching: Teaching | None
 ) -> tuple[Params, Metrics]:
-    """The gradient of the loss's sum over the whole batch, in `count` micro-batches, and all sums, fp32."""
+    """Returns the gradient of the batch's summed loss, accumulated over `count` micro-batches, and all sums, fp32."""
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
         sums = _sums(parts, params, batch, teaching)
@@ -154,13 +158,13 @@ def _gradients(
     micro_batches = split_batch(batch, count, parts.mesh)
     shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
     grads, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    # XLA would replicate the zeros, and with them the sum.
+    # Otherwise XLA would replicate the zeros, and with them the sum.
     grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(parts.mesh, parts.model.axes))
     return jax.lax.scan(add, (grads, sums), micro_batches)[0]
 
 
 def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """[B, T] -> [count, B / count, T]. Micro-batch a is rows a::count, so that each device splits its own rows."""
+    """Splits [B, T] into [count, B / count, T]. Micro-batch i has rows i::count, so each device splits its own rows."""
 
     def split(x_BT: jax.Array) -> jax.Array:
         x = x_BT.reshape(-1, count, *x_BT.shape[1:]).swapaxes(0, 1)
@@ -170,7 +174,7 @@ def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:
-    """Sums over the tokens of a micro-batch that have a loss: of the loss, its terms, and what the model reports."""
+    """Returns sums over a micro-batch's tokens with a loss: the loss, its terms, the model's losses and metrics."""
     inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
     x_BTD, losses, reports = parts.model.hidden(params, *inputs)
     head_DV = parts.model.head(params)
@@ -178,12 +182,12 @@ def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teachin
         sums = parts.loss(x_BTD, head_DV, batch["targets"], batch["loss_mask"])
     else:
         teacher = parts.distilled.teacher
-        # Closed over and cut off: nothing of the teacher's forward pass is kept for a backward pass.
+        # Stopped gradients: nothing of the teacher's forward pass is kept for a backward pass.
         frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
         says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
         rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
         sums = parts.distilled.loss(x_BTD, head_DV, *says, *rest)
-    # The model's are means over the micro-batch. Times its tokens, they are added up and divided as the loss is.
+    # The model reports means over the micro-batch. Scale them by its tokens, to sum and divide them like the loss.
     tokens = batch["loss_mask"].sum(dtype=jnp.int32).astype(jnp.float32)
     extra = {name: value * tokens for name, value in {**losses, **reports}.items()}
     taken = extra.keys() & {*sums, "grad_norm", "fingerprint", "skipped", "skipped_in_a_row"}
@@ -193,8 +197,10 @@ def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teachin
 
 
 def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
-    """A function (params, batch, token_bytes int32 [V]) -> sums: `nats` of the plain cross-entropy, `tokens`, and
-    `bytes` that the targets stand for."""
+    """Returns a function (params, batch, token_bytes int32 [V]) -> sums.
+
+    The sums are `nats` of the plain cross-entropy, `tokens`, and `bytes` of the targets' text.
+    """
     cross_entropy = CrossEntropy().build(parts.model.vocab_size, parts.mesh)
 
     def step(params: Params, batch: Batch, token_bytes_V: jax.Array) -> Metrics:
@@ -211,7 +217,7 @@ def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
 
 
 def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: int | None) -> int:
-    """In how many micro-batches a batch is taken, so that a device has at most `micro_batch_tokens` at once.
+    """Returns the number of micro-batches, such that each has at most `micro_batch_tokens` tokens per device.
 
     Raises:
         UserError: The mesh does not divide the batch.
@@ -233,10 +239,13 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's shapes, types and shardings.
+    """Returns shapes, types and shardings of a batch.
 
     Args:
-        width: Bytes of a teacher's record for each token; 0 for a batch without records.
+        mesh: The device mesh.
+        batch_size: Rows.
+        seq_len: Tokens per row.
+        width: Bytes of a teacher's record per token; 0 for a batch without records.
     """
     layout = sharding.batch_sharding(mesh)
     types = {name: np.dtype(bool) if name == "loss_mask" else np.dtype(np.int32) for name in BATCH_FIELDS}
@@ -247,7 +256,7 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) ->
 
 
 def lower_train_step(parts: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
-    """The train step for one shape, traced; `.compile()` gives the executable. The state is donated."""
+    """Traces the train step for one shape; `.compile()` returns the executable. The state is donated."""
     whole = sharding.replicated(parts.mesh)
     state = abstract(parts.model, parts.optimizer, parts.mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
