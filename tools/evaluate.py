@@ -1,4 +1,4 @@
-"""`python -m tools.evaluate`: the loss of a checkpoint on held-out documents."""
+"""`python -m tools.evaluate`: measures a checkpoint's loss on held-out documents."""
 
 import dataclasses
 import tempfile
@@ -32,7 +32,7 @@ COMMAND = cli.Command(
 
 
 def main(flags: cli.Flags) -> None:
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.checkpoint import restore
     from jaxtrain.trainer import restored
 
@@ -58,7 +58,7 @@ def main(flags: cli.Flags) -> None:
 
 
 def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdir: str) -> Json:
-    """The numbers of each mix by its name, printed as they come."""
+    """Measures each mix and prints its numbers. Returns them by name."""
     from jaxtrain.cost import memory
     from jaxtrain.data import pipeline
     from jaxtrain.metrics.monitor import perplexity

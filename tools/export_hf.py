@@ -1,4 +1,4 @@
-"""`python -m tools.export_hf`: a checkpoint of a run as a model that transformers loads."""
+"""`python -m tools.export_hf`: exports a checkpoint as a model that transformers loads."""
 
 from typing import Literal
 
@@ -31,7 +31,7 @@ COMMAND = cli.Command(
 
 
 def main(flags: cli.Flags) -> None:
-    # After the command line is known to be right: these import JAX, which takes seconds.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain import hf
     from jaxtrain.trainer.restored import restore
 

@@ -1,4 +1,4 @@
-"""`python -m tools.generate`: text from a checkpoint of a run."""
+"""`python -m tools.generate`: generates text from a checkpoint."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def main(flags: cli.Flags) -> None:
     if flags.samples < 1:
         raise UserError(f"--samples={flags.samples}: give 1 or more")
     prompts = [prompt for prompt in _prompts(flags) for _ in range(flags.samples)]
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.cost import memory
     from jaxtrain.model.generate import check, continuation
     from jaxtrain.trainer.generation import generate
@@ -62,7 +62,7 @@ def main(flags: cli.Flags) -> None:
     max_new_tokens = flags.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = max(min(128, found.model.config.max_seq_len - max(map(len, prompts_ids))), 1)
-    check(found.model, prompts_ids, max_new_tokens)  # before anything is printed
+    check(found.model, prompts_ids, max_new_tokens)  # before printing anything
     shown = _Shown(tokenizer, prompts, prompts_ids, max_new_tokens)
     assert found.model.mesh is not None
     texts = generate(
@@ -99,7 +99,7 @@ def main(flags: cli.Flags) -> None:
 
 
 def _prompts(flags: cli.Flags) -> list[str]:
-    """The prompts that the flags give. Raises UserError."""
+    """Returns the prompts from the flags. Raises UserError."""
     if (flags.prompt is None) == (flags.prompts is None):
         raise UserError("give --prompt=TEXT, or --prompts=FILE with one prompt per line, and not both")
     if flags.prompt is not None:
@@ -122,7 +122,7 @@ def _ids(prompt: str, found: Any) -> list[int]:
 
 
 class _Shown:
-    """Prints one text as it is generated; of several a progress bar, then all texts."""
+    """Streams a single text as it is generated. For several, shows a progress bar, then prints all texts."""
 
     def __init__(self, tokenizer: Any, prompts: list[str], prompts_ids: list[list[int]], max_new_tokens: int):
         from tqdm import tqdm
@@ -134,7 +134,7 @@ class _Shown:
         if len(prompts) == 1:
             print(prompts[0], end="", flush=True)
         else:
-            # None: hidden unless the output is a terminal.
+            # None shows the bar only on a terminal.
             self._bar = tqdm(total=len(prompts) * max_new_tokens, unit=" tokens", disable=None)
 
     def on_token(self, row: int, token: int) -> None:
@@ -145,7 +145,7 @@ class _Shown:
             return
         self._ids.append(token)
         text = continuation(self._tokenizer, self._prompts_ids[0], self._ids)
-        if not text.endswith("\ufffd") and text.startswith(self._printed):  # else a character is not complete
+        if not text.endswith("\ufffd") and text.startswith(self._printed):  # otherwise a character is incomplete
             print(text[len(self._printed) :], end="", flush=True)
             self._printed = text
 

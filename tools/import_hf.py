@@ -1,4 +1,4 @@
-"""`python -m tools.import_hf`: a Hugging Face model as a checkpoint that runs can start from."""
+"""`python -m tools.import_hf`: imports a Hugging Face model as a checkpoint that runs can start from."""
 
 import os
 
@@ -30,7 +30,7 @@ COMMAND = cli.Command(
 
 
 def main(flags: cli.Flags) -> None:
-    # After the command line is known to be right: these import JAX, which takes seconds.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain import hf
     from jaxtrain.checkpoint import restore
     from jaxtrain.checkpoint.checkpointer import CheckpointConfig

@@ -69,7 +69,7 @@ def key_of(config: str, chip: str, shape: str, slices: int) -> str:
 
 
 def compiled(config: str, topology: str, slices: int) -> Json:
-    """The JSON result of tools.compile_check, run in its own process because compilers do not release memory."""
+    """Returns the JSON result of tools.compile_check, run in its own process: compilers do not release memory."""
     print(f"Compiling {config} for {topology}" + (f", {slices} slices" if slices > 1 else ""), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
@@ -82,7 +82,7 @@ def compiled(config: str, topology: str, slices: int) -> Json:
 
 
 def table(chip: str, results: dict[str, Json]) -> list[str]:
-    """A chip's rows in Markdown."""
+    """Returns a chip's rows in Markdown."""
     about = clusters.hardware.BY_NAME[chip]
     network = "another host" if about.platform == "gpu" else "another slice"
     lines = [

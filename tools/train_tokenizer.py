@@ -1,4 +1,4 @@
-"""`python -m tools.train_tokenizer`: a tokenizer from the very stream that a config trains on."""
+"""`python -m tools.train_tokenizer`: trains a tokenizer on the stream that a config trains on."""
 
 import contextlib
 import dataclasses
@@ -63,9 +63,9 @@ def main(flags: cli.Flags) -> None:
     workdir = cli.workdir_of(flags)
     output = flags.output or os.path.join(workdir, "tokenizer")
     config = flags.load_config()
-    # A run may be using this machine's accelerator; nothing here needs one.
+    # A run may be using the accelerator; this tool does not need one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Importing JAX takes seconds: only once the config is known to be right.
+    # Importing JAX takes seconds, so validate the config first.
     from jaxtrain.checkpoint.workdir import Workdir
     from jaxtrain.data import pipeline
     from jaxtrain.metrics.monitor import console_logging
@@ -78,7 +78,7 @@ def main(flags: cli.Flags) -> None:
     training.check_free(output)
     with console_logging(), contextlib.ExitStack() as held:
         if flags.output is None:
-            # Without the lock a run that starts there now would train its own.
+            # Otherwise a run that starts there now would train its own.
             held.enter_context(Workdir(workdir))
         readers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
         for reader in readers:

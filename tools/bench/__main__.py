@@ -1,4 +1,4 @@
-"""`python -m tools.bench BENCHMARK [flags]`: reproducible measurements, one JSON object as the last line."""
+"""`python -m tools.bench BENCHMARK [flags]`: reproducible measurements; the last line is a JSON object."""
 
 import difflib
 import importlib
@@ -31,12 +31,12 @@ COMMAND = cli.Command(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs one benchmark and exits: 0, or 2 for a wrong command line."""
+    """Runs one benchmark and exits with 0, or with 2 for an invalid command line."""
     if not argv or argv[0].startswith("-"):
         cli.run(lambda _: None, COMMAND, argv)
     if argv[0] not in BENCHMARKS:
         cli.run(_unknown, COMMAND, argv[:1])
-    # Imported here: JAX takes seconds, and the data path does not need it.
+    # Imported here: JAX takes seconds, and the data benchmarks do not need it.
     module = importlib.import_module(f"tools.bench.{argv[0]}")
 
     def measure(flags: cli.Flags) -> None:

@@ -1,4 +1,4 @@
-"""`bench checkpoint`: by size, how long an asynchronous save blocks training, and how long it takes in all."""
+"""`bench checkpoint`: how long an asynchronous save blocks training, and its total time, by size of state."""
 
 import tempfile
 import time
@@ -31,7 +31,7 @@ COMMAND = Command(
     config="none",
 )
 _LAYERS = 8
-_OTHERS = {"data": {"lanes": list(range(64 * 10))}}  # about the data state of 64 lanes
+_OTHERS = {"data": {"lanes": list(range(64 * 10))}}  # about the size of the data state of 64 lanes
 
 
 def measure(flags: Flags) -> Json:
@@ -41,7 +41,7 @@ def measure(flags: Flags) -> Json:
 
 
 def measure_size(megabytes: int, rounds: int, folder: str | None) -> Json:
-    """Medians for one size of state."""
+    """Measures one size of state. Returns medians over the rounds."""
     state = _state(megabytes)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     seconds: dict[str, list[float]] = {"blocking": [], "background": [], "verify": [], "restore": []}
@@ -72,7 +72,7 @@ def measure_size(megabytes: int, rounds: int, folder: str | None) -> Json:
 
 
 def _state(megabytes: int) -> dict[str, Any]:
-    """Parameters and two moments, each in `_LAYERS` arrays of fp32, together `megabytes`."""
+    """Returns parameters and two moments, each in `_LAYERS` fp32 arrays, of `megabytes` in total."""
     whole = replicated(MeshConfig().build(jax.devices()[:1]))
     numbers = max(megabytes * 1_000_000 // (4 * 3 * _LAYERS), 1)
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.tokenizers.sentencepiece import available_cores
 
-_LOAD_BEFORE = os.getloadavg()[0]  # of the minute before this process
+_LOAD_BEFORE = os.getloadavg()[0]  # average over the minute before this process
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -34,7 +34,7 @@ _PACKAGES = (
 
 
 def progress(message: str) -> None:
-    """Prints a line of progress to stderr; stdout gets the result alone."""
+    """Prints a progress line to stderr. stdout has only the result."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -43,7 +43,7 @@ def rounds_flag(default: int) -> Flag:
 
 
 def at_least_one(**values: int) -> None:
-    """Raises UserError for a value below 1."""
+    """Raises UserError if a value is below 1."""
     for name, value in values.items():
         if value < 1:
             raise UserError(f"--{name}={value}: give 1 or more")
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Spent]]:
-    """The times of each run, `rounds` times in turns, so that other load on the machine affects all of them."""
+    """Runs all functions in turns, `rounds` times, so that other load affects them equally. Returns their times."""
     spent: dict[str, list[Spent]] = {name: [] for name in runs}
     for number in range(1, rounds + 1):
         for name, run in runs.items():
@@ -91,7 +91,7 @@ def cpus(spent: Sequence[Spent]) -> list[float]:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[bool]:
-    """Threads started inside run on one core. Yields whether the system supports it."""
+    """Pins threads started inside the context to one core. Yields whether the system supports pinning."""
     if not hasattr(os, "sched_setaffinity"):
         yield False
         return
@@ -104,12 +104,12 @@ def one_core() -> Iterator[bool]:
 
 
 def median(values: Sequence[float]) -> float:
-    """The median, to four significant digits."""
+    """Returns the median, to four significant digits."""
     return short(statistics.median(values))
 
 
 def ratio(these: Sequence[float], those: Sequence[float]) -> float:
-    """The median of the rounds' ratios, so that changing load cancels out."""
+    """Returns the median of the per-round ratios, which cancels varying load."""
     return median([a / b for a, b in zip(these, those, strict=True)])
 
 
@@ -118,12 +118,18 @@ def short(value: float) -> float:
 
 
 def result(benchmark: str, numbers: Json, *, device: bool) -> Json:
-    """The object to print. device: whether to describe JAX's devices."""
+    """Returns the JSON object to print.
+
+    Args:
+        benchmark: Name of the benchmark.
+        numbers: Its results.
+        device: Whether to describe JAX's devices.
+    """
     return {"benchmark": benchmark, **numbers, "versions": versions(), "machine": _machine(device)}
 
 
 def versions() -> Json:
-    """Versions of Python and of the packages that matter; null if not installed."""
+    """Returns versions of Python and of the relevant packages; null for one that is not installed."""
     found: Json = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -138,7 +144,7 @@ def _machine(device: bool) -> Json:
         "system": platform.system(),
         "processor": platform.machine(),
         "cores": available_cores(),
-        # Above 0, other programs compete: CPU seconds on one core hardly change, elapsed seconds do.
+        # Above 0, other programs compete. CPU seconds on one core hardly change, elapsed seconds do.
         "load_before": short(_LOAD_BEFORE),
     }
     return about | {"device": device_name(), "devices": _devices()} if device else about

@@ -1,4 +1,4 @@
-"""Text available everywhere: Python's standard library, cut into documents, in local parquet files."""
+"""A corpus available everywhere: Python's standard library, cut into documents, in local parquet files."""
 
 import pathlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 
 from jaxtrain.data.sources.text_files import TextFiles
 
-_MEDIAN_CHARACTERS, _SPREAD = 2200, 0.9  # log-normal, 3,300 on average: about FineWeb-Edu's documents
+_MEDIAN_CHARACTERS, _SPREAD = 2200, 0.9  # log-normal with mean 3,300, similar to FineWeb-Edu
 _LEAST_CHARACTERS = 100
 
 
 def documents(megabytes: float) -> Iterator[str]:
-    """About `megabytes` million characters. The library is reread and cut at other places as often as needed."""
+    """Yields about `megabytes` million characters. Rereads the library with other cuts as often as necessary."""
     rng = np.random.default_rng(0)
     source = TextFiles().resolve()
     left = megabytes * 1e6
@@ -33,9 +33,17 @@ def documents(megabytes: float) -> Iterator[str]:
 
 
 def write(folder: str, megabytes: float, *, files: int, groups: int) -> list[str]:
-    """Writes the documents to `files` parquet files, with `groups` / `files` row groups in each; returns their paths.
+    """Writes documents to parquet files.
 
-    groups: a multiple of `files`. If it is one of the lanes, too, all get as many units, and none pads rows for long.
+    Args:
+        folder: Output folder.
+        megabytes: Millions of characters.
+        files: Number of files.
+        groups: Total number of row groups, a multiple of `files`. If it is also a multiple of the lanes, all lanes get
+            equally many units, and none pads rows for long.
+
+    Returns:
+        The paths of the files.
     """
     texts = list(documents(megabytes))
     paths = []

@@ -1,4 +1,4 @@
-"""`bench curriculum`: tokens/s by stage of the ten-stage curriculum: of the step, its parts, and the data path."""
+"""`bench curriculum`: tokens/s of the train step, its parts and the data path, by stage of the ten-stage curriculum."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ from tools.bench.common import (
 )
 from tools.bench.jax_step import CLIP_NORM, LEARNING_RATE, JaxStep, Size, batch
 
-# Its stages are measured, and its model with --size=270m.
+# Measures its stages; --size=270m also uses its model.
 _CONFIG = cli.load(str(pathlib.Path(__file__).parents[2] / "configs" / "270m_curriculum.py"))
 SEQ_LENS = tuple(stage.seq_len for stage in _CONFIG.stages)
 COMMAND = Command(
@@ -106,10 +106,10 @@ def _stages(flags: Flags) -> Json:
 
 
 def _model(flags: Flags, seq_len: int) -> tuple[LlamaConfig, int]:
-    """The model and its vocabulary: that of configs/270m_curriculum.py, or a small one."""
+    """Returns the model of configs/270m_curriculum.py or a small one, and its vocabulary size."""
     how = {"max_seq_len": seq_len, "dtype": flags.dtype, "remat": flags.remat}
     if flags.size == "270m":
-        return dataclasses.replace(_CONFIG.model, **how), 49_152  # of the tokenizer, which is on the Hub
+        return dataclasses.replace(_CONFIG.model, **how), 49_152  # vocabulary of the tokenizer on the Hub
     width = flags.hidden_size or 384
     heads = max(width // 64, 1)
     config = LlamaConfig(
@@ -136,7 +136,7 @@ def _step(flags: Flags, seq_len: int) -> Json:
     for run in runs.values():
         run()  # compiles
     spent = in_turns(runs, flags.rounds)
-    # CPU seconds leave out what other programs take.
+    # CPU seconds exclude other programs.
     of = cpus if jax.default_backend() == "cpu" else walls
     shares = {name: count * ratio(of(spent[name]), of(spent["step"])) for name, (count, _) in parts.items()}
     whole = statistics.median(of(spent["step"]))
@@ -156,12 +156,12 @@ def _step(flags: Flags, seq_len: int) -> Json:
 
 
 def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], object]]]:
-    """The parts of a step, compiled alone, forward and backward: how often each occurs, and a function that runs it.
+    """Returns the separately compiled parts of a step, forward and backward: (count in the step, function to run it).
 
-    With remat="full" a layer's forward pass runs twice; the parts count it once, so layers' shares are low.
+    With remat="full" a layer's forward pass runs twice. The parts count it once, so the layers' shares are too low.
     """
     model = step.model
-    params = jax.tree.map(jnp.copy, step.state["params"])  # the step donates its own
+    params = jax.tree.map(jnp.copy, step.state["params"])  # copied, because the step donates its state
     arrays = {name: jnp.asarray(array) for name, array in batch(size, document_tokens=600).items()}
     dtype, shape_BTD = jnp.dtype(size.model.dtype), (size.batch_size, size.seq_len, size.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(0), shape_BTD).astype(dtype)
@@ -196,7 +196,7 @@ def _parts(step: JaxStep, size: Size) -> Mapping[str, tuple[int, Callable[[], ob
 def _layer_parts(
     model: Llama, layer: Any, x_ND: jax.Array, arrays: Mapping[str, jax.Array]
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """The parts of each layer. layer: its parameters."""
+    """Returns the parts of a layer, whose parameters are `layer`."""
     config, dtype = model.config, x_ND.dtype
     shape_BT, head_dim = arrays["tokens"].shape, config.resolved_head_dim
     implementation = model.attention_choice(*shape_BT).name
@@ -232,7 +232,7 @@ def _layer_parts(
 
 
 def _both(function: Callable[..., jax.Array], *arguments: Any, through: int = 1) -> Callable[[], object]:
-    """Runs a function forward and backward, with gradients for the first `through` arguments."""
+    """Returns a function that runs forward and backward, with gradients for the first `through` arguments."""
 
     def run(*arguments: Any) -> Any:
         y, pull = jax.vjp(lambda *given: function(*given, *arguments[through:]), *arguments[:through])
@@ -247,14 +247,14 @@ def _waiting(function: Callable[..., Any], *arguments: Any) -> Callable[[], obje
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A trained tokenizer, with the name of what it measures."""
+    """A trained tokenizer, and the name of the measurement."""
 
     name: str
     tokenizer: Any
 
 
 def _data(flags: Flags, stages: Mapping[int, Json]) -> None:
-    """Adds the data path's tokens/s, counted as trained: with a sentencepiece tokenizer, and with prepared ids."""
+    """Adds the data path's trained tokens/s, with a sentencepiece tokenizer and with prepared ids."""
     with tempfile.TemporaryDirectory() as folder:
         paths = corpus.write(folder, flags.megabytes, files=4, groups=64)
         data = stream.config(paths, num_lanes=8, workers=2)
@@ -280,7 +280,7 @@ def _rows(flags: Flags, seq_len: int) -> int:
 
 
 def _rate(flags: Flags, data: Any, tokenizer: Any, seq_len: int) -> tuple[float, float]:
-    """Tokens per second, and per CPU second of all threads, from the first batch on."""
+    """Returns tokens per second, and per CPU second of all threads, from the first batch on."""
     rows = _rows(flags, seq_len)
     plan = build_plan(
         (Stage(seq_len=seq_len, batch_size=rows, overlap=0.5),),

@@ -1,17 +1,17 @@
-"""`bench data`: the data path on one core, with two kinds of tokenizers and without any.
+"""`bench data`: the data path on one core, with two kinds of tokenizers and without one.
 
-Everything is measured over the same whole epoch: nothing is read ahead of it or past its end. Shares are of CPU
-seconds, which do not count what else the machine does:
+All measurements cover the same whole epoch: nothing is read before it or past its end. Shares are of CPU seconds, which
+exclude other load on the machine:
 
     whole        the data path: read, tokenize, pack, batch
     reading      the same files through the source alone
-    tokenizing   the same documents through the tokenizer alone, in pieces as large as the data path's
-    prepared     the data path with a tokenizer that returns arrays it has already
-    cutting      those arrays cut for the same documents, by that tokenizer alone
+    tokenizing   the same documents through the tokenizer alone, in chunks of the data path's size
+    prepared     the data path with a tokenizer that slices precomputed arrays
+    cutting      that tokenizer alone, on the same documents
     machinery    prepared - reading - cutting; or, by subtraction, whole - reading - tokenizing
 
-Beside them, where torch is installed, `plain`: the usual way to the same rows, see plain.py.
-And the three modes with each tokenizer: see data_modes.py.
+If torch is installed, `plain` measures the usual pipeline for the same rows (plain.py). data_modes.py measures the
+three modes with each tokenizer.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ COMMAND = Command(
     config="none",
 )
 
-_GROUPS_PER_LANE = 8  # row groups: enough of them that they are dealt to the lanes, as in a large dataset
+_GROUPS_PER_LANE = 8  # row groups: enough to be distributed over the lanes, as in a large dataset
 _FILES = 4
 
 
@@ -101,7 +101,7 @@ def _train(kind: str, flags: Flags, workdir: str) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """One epoch through the data path. resident_mb: the largest resident size at the end of a batch."""
+    """One epoch through the data path. `resident_mb` is the largest resident size at the end of a batch."""
 
     spent: Spent
     tokens: int
@@ -169,7 +169,7 @@ class _Measured:
 
     def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
         gc.collect()
-        gc.freeze()  # as a run does: see trainer.loop.only_new_garbage
+        gc.freeze()  # as in a run: see trainer.loop.only_new_garbage
         watch = Stopwatch()
         first, resident, states = None, 0.0, {}
         with stream.batches(self._data, self.plan, tokenizer) as batches:
@@ -197,14 +197,14 @@ class _Measured:
         return list(config.resolve().files)
 
     def _read(self) -> float:
-        """CPU seconds."""
+        """Returns CPU seconds of reading."""
         watch = Stopwatch()
         for _ in self._blocks():
             pass
         return watch.spent().cpu
 
     def _tokenize(self, tokenizer: Tokenizer) -> tuple[int, int, float]:
-        """(characters, tokens including one end-of-document token each, CPU seconds of the tokenizer alone)."""
+        """Returns (characters, tokens with one end-of-document token each, CPU seconds of the tokenizer alone)."""
         characters, tokens, seconds = 0, 0, 0.0
         for texts in _chunks(self._blocks()):
             watch = Stopwatch()
@@ -234,7 +234,7 @@ def _share(part: Sequence[float], whole: Sequence[float]) -> float:
 
 
 def resident_mb() -> float | None:
-    """Resident memory of the process in 10^6 bytes; None if the system does not report it."""
+    """Returns resident memory of the process in 10^6 bytes; None if the system does not report it."""
     statm = pathlib.Path("/proc/self/statm")
     if not statm.exists():
         return None

@@ -1,6 +1,6 @@
-"""A part of `bench data`: the three modes (docs/data.md) on one dataset, served over HTTP by this process.
+"""Part of `bench data`: the three modes (docs/data.md) on one dataset, served over HTTP by this process.
 
-wait: seconds from resolving the source until the first batch, with everything that is fetched before it.
+`wait` is the number of seconds from resolving the source to the first batch, including all downloads before it.
 """
 
 import dataclasses
@@ -24,7 +24,20 @@ _MODES = ("stream", "download", "pretokenized")
 def measure(
     paths: Sequence[str], data: DataConfig, plan: Plan, tokenizer: Tokenizer, tokens: int, folder: str, rounds: int
 ) -> Json:
-    """Medians of `rounds` epochs in each mode, in turns. tokens: of an epoch. folder: for what the modes keep."""
+    """Measures epochs in each mode, in turns.
+
+    Args:
+        paths: Parquet files.
+        data: The data config.
+        plan: The plan of an epoch.
+        tokenizer: The tokenizer.
+        tokens: Number of tokens in an epoch.
+        folder: Folder for caches and stores of the modes.
+        rounds: Number of epochs per mode.
+
+    Returns:
+        Medians over the rounds.
+    """
     root = os.path.dirname(paths[0])
     with serving(root) as server:
         urls = [server.url(pathlib.Path(path).name) for path in paths]
@@ -59,7 +72,7 @@ def _write(data: DataConfig, tokenizer: Tokenizer, folder: str) -> None:
 
 
 def _epoch(data: DataConfig, plan: Plan, tokenizer: Tokenizer, folder: str, number: int) -> tuple[float, float]:
-    """(seconds until the first batch, CPU seconds of the whole epoch without fetching files before it)."""
+    """Returns (seconds to the first batch, CPU seconds of the epoch, excluding downloads before it)."""
     wait = Stopwatch()
     cache = DiskCache(f"{folder}/cache-{number}", max_gb=1.0)
     opened = modes.open_sources(data, tokenizer, f"{folder}/tokens", cache=cache)

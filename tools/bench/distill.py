@@ -13,12 +13,21 @@ from jaxtrain.model.llama import LlamaConfig
 from tools.bench.common import Spent, cpus, in_turns, median, progress, short, walls
 from tools.bench.jax_step import JaxStep, Size, memory
 
-# For memory: SmolLM2's, and four times that. Below 32,768 a chunk's arrays grow with the vocabulary (see Distillation).
+# For memory: SmolLM2's and four times that. Below 32,768, chunk arrays grow with the vocabulary (see Distillation).
 VOCABULARIES = (49_152, 196_608)
 
 
 def compare(size: Size, teacher_times: int, rounds: int) -> Json:
-    """Times of the three, the first over the sum of the others (`over_both`), and memory at two vocabulary sizes."""
+    """Measures the three times and the memory at two vocabulary sizes.
+
+    Args:
+        size: The student and its batch.
+        teacher_times: Size of the teacher, as a multiple of the student's.
+        rounds: Number of measurements.
+
+    Returns:
+        The times, `over_both` (distillation step over the sum of the others), and the memory.
+    """
     teacher = _teacher(size.model, teacher_times)
     student, distilled = JaxStep(size), JaxStep(size, teacher=teacher)
     forward = _forward(distilled, size)
@@ -47,7 +56,7 @@ def _teacher(student: LlamaConfig, times: int) -> LlamaConfig:
 
 
 def _forward(step: JaxStep, size: Size) -> Any:
-    """The teacher's forward pass: hidden states, and log-probabilities of the targets in the same chunks."""
+    """Compiles the teacher's forward pass: hidden states, and log-probabilities of the targets in the same chunks."""
     model, ((params, *_),) = step.teacher, step.teaching
     assert model is not None
     loss = CrossEntropy().build(size.vocab_size, model.mesh)
@@ -61,7 +70,7 @@ def _forward(step: JaxStep, size: Size) -> Any:
 
 
 def _over_both(spent: dict[str, list[Spent]], kind: str) -> Json:
-    """Median and smallest over the rounds: other load only ever adds."""
+    """Returns median and minimum over the rounds. (Other load can only add time.)"""
     rounds = zip(spent["distilled"], spent["student"], spent["teacher_forward"], strict=True)
     ratios = [getattr(a, kind) / (getattr(b, kind) + getattr(c, kind)) for a, b, c in rounds]
     least = {name: min(getattr(one, kind) for one in all_rounds) for name, all_rounds in spent.items()}
@@ -72,7 +81,7 @@ def _over_both(spent: dict[str, list[Spent]], kind: str) -> Json:
 
 
 def _loss_memory(size: Size, teacher_size: int, vocab_size: int) -> Json:
-    """MB of temporaries of the loss and its gradient, and of the heads (with the fp32 gradient of the student's)."""
+    """Returns MB of temporaries of the loss and its gradient, and of the heads (with the student's fp32 gradient)."""
     width, dtype = size.model.hidden_size, jnp.dtype(size.model.dtype)
     rows = (size.batch_size, size.seq_len)
     loss = Distillation().build(vocab_size, None, CrossEntropy())

@@ -1,7 +1,7 @@
-"""`bench gpu`: everything that needs a GPU, within minutes, each part in its own process.
+"""`bench gpu`: all measurements that need a GPU, within minutes, each part in its own process.
 
-So a part that fails, aborts or hangs costs its own numbers only, and the memory of one is free for the next. Every
-part's result goes to stderr as it comes.
+A part that fails, aborts or hangs loses only its own numbers, and its memory is freed for the next. Each part's result
+is printed to stderr as soon as it is known.
 """
 
 import json
@@ -16,7 +16,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from tools.bench.common import progress, result
 
-# Part → its time limit in seconds. The first is needed by all others, which follow by importance.
+# Part → time limit in seconds. All others need the first; they are ordered by importance.
 PARTS = {
     "device": 60,
     "attention": 150,
@@ -27,7 +27,7 @@ PARTS = {
     "step_no_remat": 120,
     "step_xla_attention": 120,
 }
-_MIN_SECONDS = 10  # no part is started with less time left
+_MIN_SECONDS = 10  # no part starts with less time left
 COMMAND = Command(
     name="python -m tools.bench gpu",
     description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
@@ -52,7 +52,7 @@ def measure(flags: Flags) -> Json | None:
         return _one(flags.only, flags.tiny)
     deadline = time.monotonic() + 60 * flags.minutes
     found: dict[str, Any] = dict.fromkeys(PARTS)
-    # It detects the GPU, and the other numbers mean little without it.
+    # "device" detects the GPU and puts the other numbers in context.
     for name in ("device", *(name for name in flags.parts if name != "device")):
         left = deadline - time.monotonic()
         if left < _MIN_SECONDS:
@@ -71,8 +71,8 @@ def _on_cpu(device: Json | None) -> bool:
 
 
 def _one(name: str, tiny: bool) -> Json | None:
-    """Runs a part in this process. An exception becomes its result."""
-    # JAX takes the GPU's memory at its first use, so only a process that runs a part may import it.
+    """Runs a part in this process. An exception becomes the result."""
+    # JAX allocates the GPU's memory on first use, so only processes that run a part import it.
     from tools.bench import gpu_parts
 
     try:
@@ -83,7 +83,7 @@ def _one(name: str, tiny: bool) -> Json | None:
 
 def _in_child(name: str, tiny: bool, seconds: float) -> Json | None:
     command = [sys.executable, "-m", "tools.bench", "gpu", f"--only={name}", *(["--tiny"] if tiny else [])]
-    # The torch part needs the GPU's memory; JAX is only a library there.
+    # torch needs the GPU's memory, so JAX runs on the CPU.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"} if name == "torch" else None
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""The parts of `bench gpu`: functions of the sizes that return numbers."""
+"""The parts of `bench gpu`: functions that map sizes to measurements."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ _DOCUMENT_TOKENS = 512  # mean length of packed documents
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured. calls: repetitions between two readings of the clock."""
+    """The sizes to measure. `calls` is the number of repetitions per clock reading."""
 
     step: Size
     attention_batch: int
@@ -44,10 +44,10 @@ class Sizes:
 
 
 def full() -> Sizes:
-    """The 1B model, with the micro-batch of its config."""
+    """Returns the sizes of the 1B model, with its config's micro-batch."""
     config = cli.load(str(pathlib.Path(__file__).parents[2] / "configs" / "1b.py"), ())
     model: LlamaConfig = config.model
-    vocab_size = 49_152  # of the config's tokenizer
+    vocab_size = 49_152  # vocabulary of the config's tokenizer
     return Sizes(
         step=Size(model, vocab_size, config.micro_batch_tokens // model.max_seq_len, model.max_seq_len),
         attention_batch=8,
@@ -63,7 +63,7 @@ def full() -> Sizes:
 
 
 def tiny() -> Sizes:
-    """Sizes for a CPU."""
+    """Returns sizes for a CPU."""
     config = full().step.model
     model = dataclasses.replace(
         config, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=64
@@ -83,7 +83,7 @@ def tiny() -> Sizes:
 
 
 def run(name: str, is_tiny: bool) -> Json | None:
-    """The numbers of one part; None if it cannot be measured here."""
+    """Returns the numbers of one part; None if it cannot be measured here."""
     if name != "torch" and jax.default_backend() == "gpu":
         jax.config.update("jax_optimization_level", "O1")  # as jaxtrain.trainer.session does
     return _PARTS[name](tiny() if is_tiny else full())
@@ -96,7 +96,7 @@ def failure(error: Exception) -> Json:
 
 
 def guarded(function: Callable[[], Json]) -> Json:
-    """Its result, or {"error": ...}, so that the others continue."""
+    """Returns the function's result, or {"error": ...}, so that other measurements continue."""
     try:
         return function()
     except Exception as error:
@@ -104,7 +104,7 @@ def guarded(function: Callable[[], Json]) -> Json:
 
 
 def _device(sizes: Sizes) -> Json:
-    """The device, and the speed of a large matrix product: the ceiling of everything below."""
+    """Returns the device, and the speed of a large matrix product: the upper bound for everything below."""
     about: Json = {
         "name": device_name(),
         "platform": jax.default_backend(),
@@ -126,7 +126,7 @@ def _device(sizes: Sizes) -> Json:
 
 
 def _seconds(run: Callable[[], Any], sizes: Sizes) -> list[float]:
-    """Seconds of one call, for each round; the first calls, which compile, are not counted."""
+    """Returns seconds per call, for each round. The first calls compile and are not counted."""
     jax.block_until_ready(run())
     found = []
     for _ in range(sizes.rounds):
@@ -137,7 +137,7 @@ def _seconds(run: Callable[[], Any], sizes: Sizes) -> list[float]:
 
 
 def _attention(sizes: Sizes) -> Json:
-    """Every implementation that this platform has, on every shape: errors against fp32, and seconds."""
+    """Measures every implementation available on this platform, on every shape: errors against fp32, and seconds."""
     platform = jax.default_backend()
     kernels = [name for name, wanted in attention.PLATFORM.items() if wanted == platform]
     found: Json = {}
@@ -145,7 +145,7 @@ def _attention(sizes: Sizes) -> Json:
         for documents in (None, _DOCUMENT_TOKENS):
             for name in ("xla", *kernels, "jax_causal"):
                 if name == "jax_causal" and documents is not None:
-                    continue  # JAX's public function knows no documents
+                    continue  # JAX's public function does not support documents
                 key = f"{heads}x{kv_heads} {'causal' if documents is None else 'packed'} {name}"
                 found[key] = guarded(functools.partial(_case, sizes, heads, kv_heads, documents, name))
                 progress(f"attention {key}: {found[key]}")
@@ -157,7 +157,7 @@ def _case(sizes: Sizes, heads: int, kv_heads: int, document_tokens: int | None, 
 
 
 class _Case:
-    """Queries, keys and values of one shape in bf16, and what attention makes of them."""
+    """Attention on queries, keys and values of one shape in bf16."""
 
     def __init__(self, sizes: Sizes, heads: int, kv_heads: int, document_tokens: int | None):
         self.sizes, self.causal = sizes, document_tokens is None
@@ -169,7 +169,7 @@ class _Case:
 
         self.qkv = normal(heads), normal(kv_heads), normal(kv_heads)
         self.dx = normal(heads)
-        # As long as rows of the step: in tiny ones a row would be one document.
+        # As in rows of the step; short rows get at least about four documents.
         tokens = None if document_tokens is None else min(document_tokens, length // 4)
         self.segment_ids = jnp.asarray(jax_step.segments((batch, length), tokens))
         self.shape = attention.Shape(
@@ -183,7 +183,7 @@ class _Case:
             dtype="bfloat16",
             sliding_window=None,
         )
-        # Half of the pairs, and 4 FLOPs for each and element: 2 in q k, 2 in the weighted sum (Dao et al. 2022).
+        # Half of the pairs, with 4 FLOPs per pair and element: 2 in q k, 2 in the weighted sum (Dao et al. 2022).
         self.flops = 4 * batch * heads * length * length * width / 2
 
     def numbers(self, name: str) -> Json:
@@ -194,7 +194,7 @@ class _Case:
         both_seconds = median(_seconds(lambda: both(*self.qkv, self.segment_ids, self.dx), self.sizes))
         found: Json = {"errors": errors, "forward_seconds": seconds, "forward_backward_seconds": both_seconds}
         if self.causal:
-            # The backward pass computes five products where the forward pass has two.
+            # The backward pass computes five matrix products, the forward pass two.
             found["forward_backward_tflops"] = short(3.5 * self.flops / both_seconds / 1e12)
         return found
 
@@ -210,7 +210,7 @@ class _Case:
         return functools.partial(attention.attend, mesh=None, implementation=name)
 
     def _errors(self, both: Callable[..., tuple]) -> Json:
-        """The largest differences from the reference in fp32, as parts of its largest element; of the first row."""
+        """Largest differences from the fp32 reference, relative to its largest element, on the first row."""
         first = [x[:1] for x in (*self.qkv, self.segment_ids, self.dx)]
         with jax.default_matmul_precision("highest"):
             want = jax.jit(functools.partial(_with_gradients, _reference))(
@@ -236,7 +236,7 @@ def _with_gradients(attend: Callable[..., jax.Array], q: Any, k: Any, v: Any, se
 
 
 def _reference(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Attention as it is defined, with all scores."""
+    """Attention by its definition, with all scores in memory."""
     group = q_BTHh.shape[2] // k_BTKh.shape[2]
     k_BTHh, v_BTHh = jnp.repeat(k_BTKh, group, axis=2), jnp.repeat(v_BTKh, group, axis=2)
     scores_BHTS = jnp.einsum("BTHh,BSHh->BHTS", q_BTHh, k_BTHh) / math.sqrt(q_BTHh.shape[-1])
@@ -252,7 +252,7 @@ def _loss(sizes: Sizes) -> Json:
 
 
 def _step(sizes: Sizes, **changes: Any) -> Json:
-    """The train step of the 1B model on one device."""
+    """Measures the train step of the 1B model on one device."""
     size = dataclasses.replace(sizes.step, model=dataclasses.replace(sizes.step.model, **changes))
     begun = time.perf_counter()
     step = JaxStep(size)
@@ -291,7 +291,7 @@ def _timed(run: Callable[[int], object], calls: int) -> float:
 
 
 def _torch(sizes: Sizes) -> Json | None:
-    """The same step in torch; None where it is not installed, or has no CUDA. Rows are one document each."""
+    """Measures the same step in torch; None if torch is not installed or has no CUDA. Each row is one document."""
     if importlib.util.find_spec("torch") is None:
         progress("torch is not installed")
         return None

@@ -23,7 +23,7 @@ LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the batch it is measured with."""
+    """A model and the shape of its batch."""
 
     model: LlamaConfig
     vocab_size: int
@@ -36,7 +36,12 @@ class Size:
 
 
 def batch(size: Size, document_tokens: int | None = None) -> dict[str, np.ndarray]:
-    """Random tokens. document_tokens: mean length of documents; None: each row is one."""
+    """Returns a batch of random tokens.
+
+    Args:
+        size: The model and the shape of the batch.
+        document_tokens: Mean length of documents; None for one document per row.
+    """
     rng = np.random.default_rng(0)
     shape = (size.batch_size, size.seq_len)
     tokens = rng.integers(0, size.vocab_size, (size.batch_size, size.seq_len + 1)).astype(np.int32)
@@ -54,7 +59,10 @@ def batch(size: Size, document_tokens: int | None = None) -> dict[str, np.ndarra
 
 
 def segments(shape: tuple[int, int], document_tokens: int | None) -> np.ndarray:
-    """Ids of packed documents, from 1 on, int32 [B, T]: each token begins one with probability 1 / document_tokens."""
+    """Returns ids of packed documents, starting at 1, int32 [B, T].
+
+    Each token begins a document with probability 1 / document_tokens; None makes each row one document.
+    """
     if document_tokens is None:
         return np.ones(shape, np.int32)
     begins = np.random.default_rng(1).random(shape) < 1 / document_tokens
@@ -63,9 +71,12 @@ def segments(shape: tuple[int, int], document_tokens: int | None) -> np.ndarray:
 
 
 class JaxStep:
-    """A compiled step with its state. `run` trains `steps` steps and waits for them.
+    """A compiled step with its state.
 
-    teacher: one of random parameters, to distil from.
+    Args:
+        size: The model and the shape of its batch.
+        seed: Seed of the parameters.
+        teacher: Config of a teacher with random parameters, to distill from.
     """
 
     def __init__(self, size: Size, seed: int = 0, teacher: LlamaConfig | None = None):
@@ -97,11 +108,11 @@ class JaxStep:
         return Distilled(model, shapes, Distillation().build(vocab_size, mesh, CrossEntropy()))
 
     def use(self, arrays: dict[str, np.ndarray]) -> None:
-        """Trains on this batch from now on."""
+        """Sets the batch for all following steps."""
         self.batch = {name: jax.device_put(array, self._layout) for name, array in arrays.items()}
 
     def run(self, steps: int = 1) -> float:
-        """The loss of the last step. Raises ArithmeticError if it is not finite."""
+        """Trains `steps` steps, waits, and returns the last loss. Raises ArithmeticError if it is not finite."""
         metrics: dict[str, Any] = {}
         rate, zero = (jax.device_put(value, self._whole) for value in (np.float32(LEARNING_RATE), np.uint32(0)))
         for _ in range(steps):
@@ -113,13 +124,13 @@ class JaxStep:
         return loss
 
     def memory(self) -> Json:
-        """The compiler's account in MB: the arrays that go in, and what the step needs besides."""
+        """Memory in MB as reported by the compiler: the step's arguments and its temporaries."""
         return memory(self.compiled)
 
 
 def memory(compiled: Any) -> Json:
-    """MB of an executable's arguments and temporaries; null if the compiler does not report them."""
+    """Returns MB of an executable's arguments and temporaries; null if the compiler does not report them."""
     analysis = compiled.memory_analysis()
     names = {"arguments_mb": "argument_size_in_bytes", "temporaries_mb": "temp_size_in_bytes"}
-    # Not its peak: on CPU that leaves out what is freed on the way (measured).
+    # Not the reported peak: on CPU it omits memory freed during the run (measured).
     return {name: None if analysis is None else getattr(analysis, field) / 1e6 for name, field in names.items()}

@@ -1,7 +1,7 @@
-"""`bench latency`: how much of a slow network the data path hides by reading ahead.
+"""`bench latency`: how much network latency the data path hides by reading ahead.
 
-The same epoch is read over HTTP from this machine, in turns without and with a pause before every answer. Throughput
-is counted from the first batch on, as a run sees it; the wait for the first batch is given beside it.
+The same epoch is read over HTTP from this machine, in turns without and with a delay before every response. Throughput
+is measured from the first batch on, as a run sees it. The wait for the first batch is reported separately.
 """
 
 import dataclasses

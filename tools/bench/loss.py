@@ -1,4 +1,4 @@
-"""`bench loss`: memory, time and agreement of the chunked cross-entropy and the plain one, which holds all logits."""
+"""`bench loss`: compares memory, time and results of the chunked cross-entropy and one that materializes all logits."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -36,7 +36,7 @@ def measure(flags: Flags) -> Json:
 
 
 def compare(*, tokens: int, vocab_size: int, hidden_size: int, chunk_tokens: int, dtype: str, rounds: int) -> Json:
-    """Both forms on random hidden states. `difference`: of values, and of gradients by their largest element."""
+    """Runs both on random hidden states. `difference` is of values, and of gradients by their largest element."""
     rng = np.random.default_rng(0)
     x_BTD = jnp.asarray(rng.standard_normal((1, tokens, hidden_size), np.float32), dtype)
     w_DV = jnp.asarray(0.02 * rng.standard_normal((hidden_size, vocab_size), np.float32))
@@ -49,7 +49,7 @@ def compare(*, tokens: int, vocab_size: int, hidden_size: int, chunk_tokens: int
 
     def plain(x_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
         logits_BTV = jnp.dot(x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-        # Not by log_softmax, which keeps a third array of this size.
+        # Not log_softmax, which keeps a third array of this size.
         picked_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
         return (jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True) - picked_BT1).sum()
 

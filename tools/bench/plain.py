@@ -1,7 +1,7 @@
-"""The usual way to the same rows: `datasets` streams, two batched maps (tokenize; concatenate and split), a DataLoader.
+"""The usual pipeline for the same rows: `datasets` streams, two batched maps (tokenize, group) and a DataLoader.
 
-As in the libraries' own guides (run_clm of transformers, the streaming guide of datasets). It has no lanes, no state
-that can be resumed, no document masks; the shuffle is a buffer.
+It follows the libraries' guides (run_clm of transformers, the streaming guide of datasets). It has no lanes, no
+resumable state and no document masks, and it shuffles with a buffer.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ def is_installed() -> bool:
 def epoch(paths: Sequence[str], tokenizer: Tokenizer, stage: StagePlan) -> tuple[Spent, int]:
     """Reads parquet files once, in rows and batches of the stage's size.
 
-    Returns what that took, and the tokens in whole rows (the rest is dropped).
+    Returns:
+        The time spent, and the number of tokens in whole rows (the rest is dropped).
     """
     import datasets
     from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""Files of a folder over HTTP on this machine, with byte ranges; counts requests and bytes."""
+"""A local HTTP server for the files of a folder, with byte ranges. Counts requests and bytes."""
 
 import contextlib
 import functools
@@ -13,9 +13,12 @@ from typing import Any
 
 
 class RangeServer(ThreadingHTTPServer):
-    """Serves `GET /NAME` for the files of `folder`. requests, bytes: answered since `reset`.
+    """Serves `GET /NAME` for the files of `folder`.
 
-    pause: seconds before each answer, as a far server's.
+    Attributes:
+        requests: Requests answered since `reset`.
+        bytes: Bytes sent since `reset`.
+        pause: Seconds before each response, to simulate a distant server.
     """
 
     daemon_threads = True
@@ -35,12 +38,12 @@ class RangeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing about clients that disconnect."""
+        """Ignores clients that disconnect."""
 
 
 @contextlib.contextmanager
 def serving(folder: str) -> Iterator[RangeServer]:
-    """The server, for as long as the context lasts. Proxies in the environment are bypassed."""
+    """Runs the server for the duration of the context, bypassing proxies set in the environment."""
     kept = {name: os.environ.get(name) for name in ("NO_PROXY", "no_proxy")}
     os.environ.update(dict.fromkeys(kept, "127.0.0.1"))
     server = RangeServer(folder)
@@ -62,8 +65,8 @@ def serving(folder: str) -> Iterator[RangeServer]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # sends headers and body together: else each response waits 40 ms for an acknowledgement
-    server: RangeServer  # pyright: ignore[reportIncompatibleVariableOverride] - the base class knows no subclass
+    wbufsize = -1  # sends headers and body together; otherwise each response waits 40 ms for an ACK
+    server: RangeServer  # pyright: ignore[reportIncompatibleVariableOverride] - the base class declares BaseServer
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -1,7 +1,7 @@
-"""`bench resume`: what it costs to resume at a depth of a parquet stream, and to restore a checkpoint.
+"""`bench resume`: the cost of resuming deep in a parquet stream, and of restoring a checkpoint.
 
-A file is served on this machine, so requests and bytes are counted. The stream is read once to its end; then it is
-resumed at several depths, until the first batch arrives, which must be the same as before.
+A local server counts requests and bytes. The stream is read once to its end and then resumed at several depths, each
+until the first batch arrives, which must be the same as before.
 """
 
 import pathlib
@@ -41,12 +41,12 @@ COMMAND = Command(
     ),
     config="none",
 )
-_GROUPS_PER_LANE = 8  # by default row groups of 950 rows, as is usual for web data
+_GROUPS_PER_LANE = 8  # default: row groups of 950 rows, typical of web data
 _CHARACTERS_PER_TOKEN = 4.0
 
 
 def measure(flags: Flags) -> Json:
-    # Orbax and JAX come with it.
+    # Imported here, because it imports Orbax and JAX.
     from tools.bench import checkpoint
 
     at_least_one(rounds=flags.rounds, num_lanes=flags.num_lanes, checkpoint_megabytes=flags.checkpoint_megabytes)
@@ -68,7 +68,7 @@ def measure(flags: Flags) -> Json:
 
 
 def depths_in(steps: int, depths: Sequence[float]) -> list[int]:
-    """Steps after which to resume, in an epoch of `steps`. Raises UserError."""
+    """Returns the steps after which to resume, in an epoch of `steps`. Raises UserError."""
     for depth in depths:
         if not 0 <= depth < 1:
             raise UserError(f"--depths: {depth} is a fraction of the epoch: give 0 or more, below 1")
@@ -76,12 +76,12 @@ def depths_in(steps: int, depths: Sequence[float]) -> list[int]:
 
 
 class _Epoch:
-    """One epoch of the file, and how to resume in it."""
+    """One epoch of the file, with resumes at any step."""
 
     def __init__(self, data: DataConfig, plan: Plan, server: RangeServer):
         self._data, self._plan, self._server = data, plan, server
         self._tokenizer = stream.Prepared(_CHARACTERS_PER_TOKEN, 50_000)
-        # After each step from 0 on: the lanes' positions, and a digest of the next batch.
+        # After each step, from 0: the lanes' positions, and a digest of the next batch.
         self._states: list[Mapping[int, np.ndarray]] = [{}]
         self._following: list[int] = []
 
@@ -96,7 +96,7 @@ class _Epoch:
         return len(self._following)
 
     def resumed(self, after: int, rounds: int) -> Json:
-        """Medians of the costs until the batch after step `after` arrives."""
+        """Returns median costs until the batch after step `after` arrives."""
         seconds, requests, size, same = [], [], [], True
         for _ in range(rounds):
             self._server.reset()
@@ -106,7 +106,7 @@ class _Epoch:
             ) as batches:
                 batch = next(batches)
                 seconds.append(watch.spent().wall)
-            # Counted once all readers have stopped, so it includes what they read ahead.
+            # Counted after all readers have stopped, so it includes reads ahead.
             requests.append(self._server.requests)
             size.append(self._server.bytes)
             same = same and _digest(batch) == self._following[after]

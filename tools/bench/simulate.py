@@ -1,8 +1,8 @@
-"""`bench simulate`: dealing, balance and state of a very large run, with the functions of the real one and no I/O.
+"""`bench simulate`: distribution, balance and state of a very large run, with the real functions and no I/O.
 
-A source of many files is cut, ordered and dealt to many lanes, as parquet with row groups (dealt in ranges of them), as
-files of unknown length (dealt whole) and as a hundredth of the files (striped); lanes are spread over 1 to 4,096 hosts.
-Every unit has to be read exactly once in an epoch, and every lane by some host.
+A source of many files is split into units, ordered and distributed over many lanes: as parquet (units are ranges of row
+groups), as files of unknown length (units are whole files), and with a hundredth of the files (striped). Lanes are
+distributed over 1 to 4,096 hosts. Every unit must be read exactly once per epoch, and every lane by some host.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _WINDOW = 512  # DataConfig.shuffle_window's default
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """A source without content. sizes: rows of each file."""
+    """A source without content. `sizes` has the rows of each file."""
 
     sizes: np.ndarray
     random_access: bool
@@ -57,7 +57,7 @@ class Files:
 
     @property
     def files(self) -> range:
-        """Only their number matters."""
+        """The files; only their number matters."""
         return range(len(self.sizes))
 
 
@@ -78,14 +78,14 @@ def measure(flags: Flags) -> Json:
 
 
 def sizes_of(files: int, rows: int) -> np.ndarray:
-    """Rows of each file, log-normal around `rows`: two thirds within a factor of two, 1 at least. int64 [files]"""
+    """Returns rows of each file, int64 [files]: log-normal around `rows`, two thirds within a factor of two, min. 1."""
     uniform = (stable_hash.philox("simulate", files).random_raw(2 * files).astype(np.float64) + 1) / 2.0**64
     normal = np.sqrt(-2 * np.log(uniform[:files])) * np.cos(2 * np.pi * uniform[files:])  # Box and Muller 1958
     return np.maximum(rows * np.exp(np.log(2) * normal - np.log(2) ** 2 / 2), 1).astype(np.int64)
 
 
 def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: int) -> Json:
-    """One source: how it is cut, and which lane reads what in `_EPOCHS` epochs. Asserts that each unit is read once."""
+    """Measures how a source is split and distributed in `_EPOCHS` epochs. Asserts that each unit is read once."""
     source: Any = Files(sizes, random_access)
     footers = 0
 
@@ -124,7 +124,7 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
 
 
 def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
-    """Rows that each lane reads in an epoch, [V]. Asserts that every unit is read exactly once."""
+    """Returns the rows that each lane reads in an epoch, [V]. Asserts that every unit is read exactly once."""
     read_U = np.zeros(len(rows_U), np.int64)
     rows_V = np.zeros(num_lanes, np.int64)
     for lane in range(num_lanes):
@@ -136,13 +136,13 @@ def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndar
 
 
 def striped_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
-    """As `dealt_rows`, for the windows of all files."""
+    """As `dealt_rows`, for files striped over all lanes in windows."""
     striped = SharedFileReader(lambda *_: iter(()), _WINDOW, num_lanes)
     lanes: Any = np.arange(num_lanes)
     rows_V = np.zeros(num_lanes, np.int64)
     for position, rows in enumerate(rows_U[order].tolist()):
         first_V = np.asarray(striped.first_window(lanes, position))
-        # Further windows of a lane are num_lanes apart: all are read once if the first ones are.
+        # A lane's windows are num_lanes apart, so all are read once if the first ones are.
         assert np.array_equal(np.sort(first_V), lanes), "some windows are not read exactly once"
         starts_W = np.arange(0, rows, _WINDOW)
         lane_W = np.argsort(first_V)[starts_W // _WINDOW % num_lanes]
@@ -151,9 +151,9 @@ def striped_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.nd
 
 
 def hosts(count: int, devices: int, num_lanes: int, sources: int) -> Json:
-    """Lanes of each host if every device has its own rows. Asserts that every lane is read by some host."""
+    """Counts lanes per host if every device has its own rows. Asserts that some host reads each lane."""
     shards = count * devices
-    # As feed.local_lanes, of a batch of num_lanes x shards rows, which shows every boundary.
+    # As feed.local_lanes, for a batch of num_lanes x shards rows, which exposes every boundary.
     found, seconds = timed(
         lambda: [
             lanes_of_rows(host * devices * num_lanes, (host + 1) * devices * num_lanes, shards) for host in range(count)
@@ -174,7 +174,7 @@ def hosts(count: int, devices: int, num_lanes: int, sources: int) -> Json:
 
 
 def mix(sources: int, batch_size: int) -> Json:
-    """CPU seconds to choose the sources of one step's rows, and the largest deviation of a source from its share."""
+    """Measures CPU seconds to choose the sources of a step's rows, and the largest deviation from a source's share."""
     weights = [Fraction(index + 1, sources * (sources + 1) // 2) for index in range(sources)]
     stage, steps = mixing.Mix(weights, batch_size), 50
     begun = time.process_time()
@@ -187,10 +187,10 @@ def mix(sources: int, batch_size: int) -> Json:
 
 
 def state(num_lanes: int, sources: int) -> Json:
-    """The lanes' state: its size, and the cost of gathering, writing and reading it."""
+    """Measures the size of the lanes' state, and the cost of gathering, writing and reading it."""
     names = [f"source{index}" for index in range(sources)]
     words = stable_hash.philox("simulate state").random_raw(num_lanes * sources * len(STATE_FIELDS))
-    # Numbers of the size that cursors and counts have in a long run.
+    # Numbers as large as cursors and counts in a long run.
     states = (words >> np.uint64(40)).astype(np.int64).reshape(num_lanes, sources, len(STATE_FIELDS))
     lanes = np.arange(num_lanes)
     joined, join_seconds = timed(lambda: ledger.join(lanes, states, num_lanes))
@@ -210,7 +210,7 @@ def state(num_lanes: int, sources: int) -> Json:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Its result and CPU seconds, since other programs may share the machine."""
+    """Returns the function's result and its CPU seconds, which other programs hardly affect."""
     begun = time.process_time()
     found = function()
     return found, time.process_time() - begun

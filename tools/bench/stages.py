@@ -1,4 +1,4 @@
-"""`bench stages`: what a stage change costs, in a whole run whose stages are several times longer than a compile."""
+"""`bench stages`: the cost of a stage change, in a whole run with stages several times longer than a compile."""
 
 import contextlib
 import dataclasses
@@ -58,7 +58,7 @@ COMMAND = Command(
     config="none",
 )
 _SOURCES = ("web", "math", "code")
-_AFTER = 5  # steps that count as after a change
+_AFTER = 5  # number of steps counted as after a change
 _TRACING = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 _COMPILING = "/jax/core/compile/backend_compile_duration"
 _MISS, _HIT = "/jax/compilation_cache/cache_misses", "/jax/compilation_cache/cache_hits"
@@ -131,7 +131,7 @@ class _Listener(logging.Handler):
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A logged step: when its numbers arrived, how long after the previous ones, and how much of that was waiting."""
+    """A logged step: when its metrics arrived, how long after the previous ones, and how much of that was waiting."""
 
     stage: int
     seq_len: int
@@ -176,7 +176,7 @@ def _run(
 
 @contextlib.contextmanager
 def _quiet(listener: _Listener) -> Iterator[None]:
-    """Sends the run's lines to stderr, and undoes its settings of JAX afterwards, the compilation cache among them."""
+    """Sends the run's output to stderr, and afterwards restores JAX's settings, including the compilation cache."""
     names = (
         *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
         *("jax_persistent_cache_min_entry_size_bytes", "jax_persistent_cache_enable_xla_caches"),
@@ -196,7 +196,7 @@ def _quiet(listener: _Listener) -> Iterator[None]:
 
 
 def _config(flags: Flags, urls: Sequence[str], trainer: TrainTokenizer, steps: int) -> Config:
-    """Rows get longer and fewer, `code` joins in the second half of the stages, and the mix changes with each."""
+    """Stages with ever longer and fewer rows and different mixes. `code` joins in the second half."""
     stages = []
     for number, seq_len in enumerate(flags.seq_lens):
         late = number >= len(flags.seq_lens) / 2
@@ -243,8 +243,8 @@ def _config(flags: Flags, urls: Sequence[str], trainer: TrainTokenizer, steps: i
 
 def _of_stage(number: int, steps: Sequence[_Step], listener: _Listener) -> Json:
     here = [step for step in steps if step.stage == number]
-    # The numbers of the last step before a change are fetched after the first step of the new stage was dispatched, so
-    # its seconds include what that step waited for.
+    # The metrics of the last step before a change are fetched after the first step of the new stage is dispatched, so
+    # its seconds include that step's wait.
     before = [step for step in steps if step.stage == number - 1][-1:]
     after, usual = [*before, *here][:_AFTER], statistics.median(step.seconds for step in here)
     limit = max(1.5 * usual, usual + 0.25)
@@ -269,7 +269,7 @@ def _waiting(steps: Sequence[_Step]) -> float:
 
 
 def _during(steps: Sequence[_Step], spans: Sequence[tuple[float, float]]) -> Mapping[str, float] | None:
-    """Steps in flight at that time: how many, their median, the largest."""
+    """Steps in flight during the spans: count, median and maximum seconds."""
     met = [
         step.seconds
         for step in steps

@@ -123,7 +123,7 @@ def _size(flags: Flags) -> Size:
 
 
 def _makers(size: Size, baselines: tuple[str, ...]) -> dict[str, Callable[[], Callable[[], float]]]:
-    """Functions that prepare a step, by name; only those that this machine can run."""
+    """Functions that prepare a step, by name. Only those that can run on this machine."""
     makers: dict[str, Callable[[], Callable[[], float]]] = {"jaxtrain": lambda: JaxStep(size).run}
     if not baselines:
         return makers

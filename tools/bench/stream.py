@@ -1,4 +1,4 @@
-"""Runs of the data path on parquet files, and a tokenizer that costs almost nothing."""
+"""Runs the data path on parquet files, with a tokenizer that costs almost nothing."""
 
 import contextlib
 import zlib
@@ -14,9 +14,9 @@ from jaxtrain.plan import Plan, Stage, build_plan
 
 
 class Prepared:
-    """A tokenizer with almost no work: a text's ids are sliced from a table, one for every `characters` characters.
+    """A tokenizer with almost no work: it slices ids from a table, one per `characters` characters.
 
-    They follow from the text alone, so that equal streams have equal tokens.
+    The ids depend only on the text, so equal streams have equal tokens.
     """
 
     def __init__(self, characters: float, vocab_size: int):
@@ -32,7 +32,7 @@ class Prepared:
         lengths = [max(round(len(text) / self._characters), 1) for text in texts]
         while max(lengths, default=0) >= len(self._table) // 2:
             self._table = np.concatenate([self._table, self._table])
-        # The text's beginning selects a position in the first half of the table.
+        # The beginning of the text selects a position in the first half of the table.
         places = (zlib.crc32(text[:64].encode()) % (len(self._table) // 2) for text in texts)
         cuts = [self._table[place : place + length] for place, length in zip(places, lengths, strict=True)]
         return np.concatenate([np.empty(0, np.int32), *cuts]), np.array(lengths, np.int64)
@@ -42,7 +42,7 @@ class Prepared:
 
 
 def config(addresses: Sequence[str], *, num_lanes: int, workers: int) -> DataConfig:
-    """One source of parquet files; paths or URLs."""
+    """Returns a data config with one source of parquet files, given by paths or URLs."""
     source = HuggingFace(name="parquet", data_files=tuple(addresses))
     data = DataConfig(sources={"corpus": source}, num_lanes=num_lanes, workers=workers)
     source.check()
@@ -51,7 +51,7 @@ def config(addresses: Sequence[str], *, num_lanes: int, workers: int) -> DataCon
 
 
 def endless_plan(data: DataConfig, *, seq_len: int, batch_size: int) -> Plan:
-    """One stage, to the end of the data."""
+    """Returns a plan with one stage, until the data ends."""
     return build_plan(
         (Stage(seq_len=seq_len, batch_size=batch_size),),
         source_names=tuple(data.sources),
@@ -75,9 +75,15 @@ def batches(
     states: Mapping[int, np.ndarray] | None = None,
     resolved: Mapping[str, Source] | None = None,
 ) -> Iterator[Iterator[StepBatch]]:
-    """One epoch from step `after` + 1 on, as a run on one host reads it; the threads end with the context.
+    """Reads one epoch as a run on one host does. The threads end with the context.
 
-    resolved: how the sources are read; streamed, by default.
+    Args:
+        data: The data config.
+        plan: The plan of the epoch.
+        tokenizer: The tokenizer.
+        after: Step to resume after.
+        states: The lanes' positions after that step.
+        resolved: The sources; None streams them.
     """
     readers = data.build(pipeline.resolve(data) if resolved is None else resolved, seed=0)
     threads = pipeline.pools(data)

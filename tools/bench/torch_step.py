@@ -1,6 +1,6 @@
-"""The same model and step in torch, as a torch user would write it today: SDPA, fused AdamW, torch.compile.
+"""The same model and step in torch, as a torch user would write them today: SDPA, fused AdamW, torch.compile.
 
-Imported only where torch is installed. Layers, initial values, losses and updates equal jaxtrain's within rounding
+Imported only if torch is installed. Layers, initial values, losses and updates equal jaxtrain's within rounding
 (tests/tools/test_bench.py).
 """
 
@@ -57,7 +57,7 @@ class Layer(torch.nn.Module):
 
 
 class TorchLlama(torch.nn.Module):
-    """Tokens [B, T] → mean cross-entropy with targets [B, T]. Every row is one document."""
+    """Maps tokens [B, T] to the mean cross-entropy with targets [B, T]. Every row is one document."""
 
     def __init__(self, config: LlamaConfig, vocab_size: int, seq_len: int):
         super().__init__()
@@ -98,17 +98,17 @@ def available(device: str) -> bool:
 
 
 class TorchStep:
-    """As JaxStep: forward, backward, clipping and AdamW on one batch; in bf16 autocast if the model's dtype says so."""
+    """As JaxStep: forward, backward, clipping and AdamW on one batch. Uses autocast if the model is bfloat16."""
 
     def __init__(self, size: Size, *, device: str, compile: bool):
         self._device = device
         torch.manual_seed(0)
         if device == "cuda":
-            torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32, as in JAX
+            torch.set_float32_matmul_precision("high")  # matmuls that autocast leaves in fp32 may use TF32, as in JAX
         self.model = TorchLlama(size.model, size.vocab_size, size.seq_len).to(device)
         self._forward = torch.compile(self.model) if compile else self.model
         self._autocast = torch.bfloat16 if size.model.dtype == "bfloat16" else None
-        # As jaxtrain's AdamW: norms and embedding do not decay.
+        # As in jaxtrain's AdamW, norms and embedding have no weight decay.
         plain = [p for name, p in self.model.named_parameters() if p.ndim < 2 or name.startswith("embedding")]
         decayed = [p for name, p in self.model.named_parameters() if p.ndim == 2 and not name.startswith("embedding")]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -117,7 +117,7 @@ class TorchStep:
         self._batch = [torch.tensor(arrays[name], dtype=torch.long, device=device) for name in ("tokens", "targets")]
 
     def run(self, steps: int = 1) -> float:
-        """The loss of the last step."""
+        """Trains `steps` steps and returns the last loss."""
         loss: Tensor = None
         for _ in range(steps):
             cast = contextlib.nullcontext()
@@ -140,7 +140,7 @@ class TorchStep:
         return torch.cuda.max_memory_allocated() / 1e6 if self._device == "cuda" else None
 
     def load(self, params: Mapping[str, Any]) -> None:
-        """Copies jaxtrain's parameters (NumPy arrays), which stack the layers and are transposed."""
+        """Copies jaxtrain's parameters (NumPy arrays), whose layers are stacked and whose matrices are transposed."""
         with torch.no_grad():
             self.model.embedding.weight.copy_(torch.tensor(params["embedding"]))
             self.model.norm.scale.copy_(torch.tensor(params["norm"]["scale"]))
@@ -159,7 +159,7 @@ class TorchStep:
 def attention_seconds(
     device: str, *, shape: tuple[int, int, int], heads: int, kv_heads: int, rounds: int, calls: int
 ) -> dict[str, float]:
-    """Causal attention alone in bf16, forward and backward. shape: (B, T, h)."""
+    """Measures causal attention alone in bf16, forward and backward. `shape` is (B, T, h)."""
     B, T, h = shape
     q, k, v = (
         torch.randn(B, count, T, h, device=device, dtype=torch.bfloat16, requires_grad=True)

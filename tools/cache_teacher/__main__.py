@@ -1,4 +1,4 @@
-"""`python -m tools.cache_teacher`: a teacher's predictions for every token of a config's documents, to distil from."""
+"""`python -m tools.cache_teacher`: caches a teacher's predictions for all tokens of a config's documents."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def main(flags: cli.Flags) -> None:
     output = flags.output or config.teacher.cache or os.path.join(workdir, "teacher")
     if "://" in output:
         raise UserError(f"--output={output}: give a local path; a cache is written to a local path and read from there")
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.metrics.monitor import console_logging
     from tools.cache_teacher import write
 
@@ -126,7 +126,7 @@ def _temperatures(text: str | None) -> tuple[float, ...]:
 
 
 def _check_bound(config: Any) -> None:
-    """A Hub dataset may have terabytes, and its teacher's cache hundreds of times as many."""
+    """Raises UserError for an unbounded source: it may have terabytes, and its cache hundreds of times as many."""
     from jaxtrain.data.sources.text_files import TextFiles
 
     for name, source in config.data.sources.items():

@@ -17,15 +17,21 @@ from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout
 from jaxtrain.trainer import open_data
 
-# Documents of one part of a file: a kill loses at most one part, 70 MB for documents of 1,000 tokens with k = 64.
+# Documents per part of a file. A kill loses at most one part: 70 MB for documents of 1,000 tokens with k = 64.
 PART_ROWS = 256
-# Free space over the estimate, which is by the first documents: others may be longer.
+# Required free space over the estimate, which is based on the first documents: later ones may be longer.
 _MARGIN = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The command line's. context, stride: None for the defaults. batch_tokens: the most that a device takes."""
+    """Settings from the command line.
+
+    Attributes:
+        context: Tokens per row; None for the default.
+        stride: Tokens between windows of a long document; None for the default.
+        batch_tokens: Maximum tokens per device in a batch.
+    """
 
     k: int
     temperatures: tuple[float, ...]
@@ -34,7 +40,7 @@ class Settings:
     batch_tokens: int
 
     def sizes(self, config: Config, longest: int) -> tuple[int, int]:
-        """(context, stride). longest: the teacher's max_seq_len."""
+        """Returns (context, stride). `longest` is the teacher's max_seq_len."""
         context = self.context or min(max(stage.seq_len for stage in config.plan().stages), longest)
         if context > longest:
             raise UserError(f"--context={context}: the teacher sees {longest} tokens at most")
@@ -45,12 +51,12 @@ class Settings:
 
 
 def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
-    """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
+    """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     assert config.teacher is not None
     begun = {name: teacher_store.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
-    config.data.row_spec(tokenizer, None)  # refuses add_bos if the tokenizer has no such token
+    config.data.row_spec(tokenizer, None)  # raises if add_bos is set but the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
     mesh = config.mesh.build()
@@ -94,10 +100,10 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
 def make_scorer(
     model: Model, params: Params, layout: Layout, context: int, stride: int, batch_tokens: int, limit: int | None
 ) -> Scorer:
-    """The scorer with the largest batches that fit: at most `batch_tokens` per device, and `limit` bytes of it.
+    """Builds the scorer with the largest batches of at most `batch_tokens` and `limit` bytes per device.
 
     Raises:
-        UserError: if even one row per device does not fit.
+        UserError: even one row per device does not fit.
     """
     assert model.mesh is not None
     devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
@@ -120,7 +126,7 @@ def make_scorer(
 
 
 def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: int | None, workers: int) -> bool:
-    """Whether the source is complete."""
+    """Writes this worker's share of a source. Returns whether the source is complete."""
     mine = None if documents is None else documents // workers
     with tqdm(total=mine, desc=f"Caching {name}", unit=" documents", unit_scale=True, disable=None) as bar:
         total = 0
@@ -135,10 +141,10 @@ def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: i
 
 
 def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout) -> dict[str, int | None]:
-    """Documents left of each source; None if that is only known by reading it.
+    """Returns the remaining documents of each source; None if only reading it can tell.
 
     Raises:
-        UserError: if the disk has less than `_MARGIN` times their estimated size free.
+        UserError: the free disk space is less than `_MARGIN` times their estimated size.
     """
     left: dict[str, int | None] = {}
     needed = 0.0
@@ -173,7 +179,7 @@ def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout)
 
 
 def verify(config: Config, output: str) -> None:
-    """Compares every cache with its checksums. Raises UserError for one that is incomplete or damaged."""
+    """Verifies the checksums of every cache. Raises UserError if one is incomplete or damaged."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
         teacher_store.verify(folder)

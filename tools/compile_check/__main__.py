@@ -1,4 +1,4 @@
-"""`python -m tools.compile_check`: a config's stages compiled for a TPU slice or a GPU cluster, on any machine."""
+"""`python -m tools.compile_check`: compiles a config's stages for a TPU slice or a GPU cluster, on any machine."""
 
 from jaxtrain import cli
 from jaxtrain.cost import clusters
@@ -31,7 +31,7 @@ def main(flags: cli.Flags) -> int:
     cluster = clusters.parse(flags.topology, "topology", flags.slices)
     clusters.prepare_environment()
     config = flags.load_config()
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.metrics.monitor import console_logging
     from tools.compile_check.check import check
 

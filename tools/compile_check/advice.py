@@ -1,4 +1,4 @@
-"""What would make a step fit: other remat policies, meshes, clusters. By arithmetic: each is a suggestion to check."""
+"""Suggests remat policies, meshes and clusters that would make a step fit. Estimates only: compile to confirm."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,12 @@ _MAX_MESHES = 3
 
 
 def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Sequence[Json]) -> list[str]:
-    """Lines of advice.
+    """Returns lines of advice.
 
     Args:
-        limit: bytes of a chip that a step may take.
+        components: the components of a step.
+        cluster: the cluster that is too small.
+        limit: bytes that a step may use on a chip.
         misfits: the stages that do not fit, with `batch_size` and `seq_len`.
     """
     model, optimizer, mesh = components.model, components.optimizer, components.mesh.shape
@@ -38,7 +40,7 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
             f"  - XLA_FLAGS={NO_UNROLLING}: loops hold one turn's arrays instead of two turns' (1B on 8 A100s: 7.6 GB "
             "instead of 14.2); the cost in speed is not measured, since a layer's weights are then not gathered ahead"
         )
-    # Parameters, optimizer and gradients, all sharded, should take at most half of a chip's limit.
+    # Sharded parameters, optimizer state and gradients should take at most half of a chip's limit.
     whole = state_bytes(model, optimizer, dict.fromkeys(mesh, 1)) * 4 / 3
     chips = 1 << max(0, math.ceil(math.log2(whole / (limit / 2))))
     said.append(f"  - more chips: the state takes {chips:,} or more of {cluster.chip.name}")
@@ -46,7 +48,7 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
 
 
 def _meshes(components: StepComponents, seq_len: int, batch_sizes: Sequence[int]) -> Iterator[dict[str, int]]:
-    """A few meshes of the same number of chips that divide model and batches, with less on each chip."""
+    """Yields a few meshes with the same number of chips that divide model and batches and put less on each chip."""
     config, width, now = components.model.config, roofline.width(components.model), dict(components.mesh.shape)
     chips, shown = components.mesh.size, 0
     heads = math.gcd(getattr(config, "num_heads", 1), getattr(config, "num_kv_heads", 0))

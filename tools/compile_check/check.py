@@ -1,4 +1,4 @@
-"""What `tools.compile_check` prints: stages compiled for a cluster that is not there."""
+"""Implements `tools.compile_check`: compiles stages for a cluster that is not attached."""
 
 import collections
 import logging
@@ -23,10 +23,13 @@ logger = logging.getLogger("jaxtrain")
 
 
 def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Json:
-    """Compiles every stage and the evaluation, prints what it finds and returns it; "fits" says whether all fit.
+    """Compiles every stage and the evaluation, and prints the results.
+
+    Returns:
+        The results; "fits" tells whether everything fits.
 
     Raises:
-        UserError: for settings that cannot go together, such as a mesh that does not divide the model.
+        UserError: settings conflict, for example a mesh that does not divide the model.
     """
     session.compiler_effort(cluster.chip.platform)
     plan = config.plan()
@@ -146,7 +149,7 @@ def _stage(config: Config, cluster: Cluster, components: StepComponents, stages:
 
 
 def _check_arrays(components: StepComponents, limit: int | None) -> None:
-    """Raises DoesNotFitError where no compile is needed to know. (Gradients are fp32, as the parameters.)"""
+    """Raises DoesNotFitError if the arrays alone do not fit. (Gradients are fp32, like the parameters.)"""
     made = state.abstract(components.model, components.optimizer, components.mesh)
     held, gradients = bytes_per_device(made), bytes_per_device(made["params"])
     if limit is not None and held + gradients > limit:
@@ -194,7 +197,7 @@ def _islands(cluster: Cluster, mesh: jax.sharding.Mesh) -> list[int]:
 
 
 def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tuple[int, ...]) -> list[Json]:
-    """Prints and returns them by kind and mesh axes: how often in a step, and bytes that each chip sends."""
+    """Prints and returns collectives by kind and mesh axes: count per step, and bytes that each chip sends."""
     sums: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
     for one in moved:
         links, network = roofline.sent(one, islands)
@@ -219,7 +222,7 @@ def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tu
 
 
 def axes_of(one: hlo.Collective, mesh_shape: tuple[int, ...]) -> str:
-    """The mesh axes along which its devices differ, such as "fsdp" or "data+fsdp"."""
+    """Returns the mesh axes along which a collective's devices differ, such as "fsdp" or "data+fsdp"."""
     if not one.groups:
         return "slices"
     groups = one.groups if one.kind == "collective-permute" else one.groups[:1]

@@ -1,4 +1,4 @@
-"""`python -m tools.estimate`: memory, disk, time and cost of a run, without running or compiling it."""
+"""`python -m tools.estimate`: estimates memory, disk, time and cost of a run, without compiling or running it."""
 
 from jaxtrain import cli
 from jaxtrain.cost import clusters
@@ -41,7 +41,7 @@ def main(flags: cli.Flags) -> None:
         raise UserError(f"--price={flags.price:g}: give 0 or more, in dollars per chip-hour")
     clusters.prepare_environment()
     config = flags.load_config()
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from tools.estimate.estimate import estimate
 
     found = estimate(config, cluster, flags.vocab_size, flags.mfu, flags.price)

@@ -21,8 +21,8 @@ from jaxtrain.plan.plan import StagePlan
 from jaxtrain.trainer import offline
 from jaxtrain.trainer.step import StepComponents, accumulation
 
-# Dollars per chip-hour, on demand: Google Cloud's list for TPUs (us-central), Lambda's and RunPod's for GPUs, as of
-# 2025. They move: --price.
+# Dollars per chip-hour, on demand: list prices of Google Cloud for TPUs (us-central), of Lambda and RunPod for GPUs, as
+# of 2025. Prices change: override with --price.
 PRICES = {
     "v4": 3.22,
     "v5e": 1.20,
@@ -40,10 +40,10 @@ PRICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What the sections have in common.
+    """The input of all sections.
 
     Attributes:
-        components: on a mesh of one device; their shapes are those on any mesh.
+        components: components on a mesh of one device; their shapes are the same on any mesh.
         mesh: sizes by axis on the cluster.
         price: dollars per chip-hour.
     """
@@ -63,14 +63,22 @@ class Outlook:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Lines to print, and the numbers in them."""
+    """Lines to print, and their numbers."""
 
     lines: list[str]
     numbers: Json
 
 
 def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Outlook:
-    """Raises UserError as `estimate` does. vocab_size, price: None for what is known or listed."""
+    """Prepares the input of all sections. Raises as `estimate`.
+
+    Args:
+        config: the run's config.
+        cluster: the cluster to run on.
+        vocab_size: number of ids; None to determine it from config and tokenizer.
+        mfu: assumed model FLOPs utilization.
+        price: dollars per chip-hour; None for the listed price.
+    """
     ids, _ = offline.vocabulary(config, vocab_size)
     one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
     return Outlook(
@@ -85,10 +93,10 @@ def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float
 
 
 def estimate(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Section:
-    """All sections together.
+    """Returns all sections together.
 
     Raises:
-        UserError: for a mesh that does not fit the model, or an unknown vocabulary or teacher.
+        UserError: the mesh does not fit the model, or the vocabulary or teacher is unknown.
     """
     given = outlook(config, cluster, vocab_size, mfu, price)
     model, sizes = given.components.model, " ".join(f"{axis}={size}" for axis, size in given.mesh.items())
@@ -105,7 +113,7 @@ def estimate(config: Config, cluster: Cluster, vocab_size: int | None, mfu: floa
 
 
 def memory(given: Outlook) -> Section:
-    """Memory of a chip for each stage: state, teacher, gradients, activations."""
+    """Estimates memory per chip for each stage: state, teacher, gradients, activations."""
     components, config = given.components, given.config
     limit = limit_of_chip(given.cluster.chip, config.memory_gb)
     held = memory_formula.state_bytes(components.model, components.optimizer, given.mesh)
@@ -139,7 +147,7 @@ def memory(given: Outlook) -> Section:
 
 
 def disk(given: Outlook) -> Section:
-    """Disk for checkpoints, the data's cache or store, and the teacher."""
+    """Estimates disk space for checkpoints, the data's cache or store, and the teacher."""
     config, components, data = given.config, given.components, given.config.data
     one = memory_formula.state_bytes(components.model, components.optimizer, dict.fromkeys(given.mesh, 1)) / 1e9
     kept = config.checkpoint.most_at_once(given.plan.last_step)
@@ -154,7 +162,7 @@ def disk(given: Outlook) -> Section:
     else:
         lines.append(f"  disk cache: none (data.mode={data.mode} reads ranges and keeps nothing)")
 
-    # Tokens that stores hold, if the data never repeats: of each row, `overlap` tokens belong to the row before it.
+    # Tokens in stores if the data never repeats. `overlap` tokens of each row belong to the previous row.
     unique = None
     if given.plan.total_tokens is not None:
         unique = sum(((s.last_token or 0) - s.first_token) * s.stride / s.seq_len for s in given.stages)
@@ -174,7 +182,7 @@ def disk(given: Outlook) -> Section:
     if teacher is None:
         return Section(lines, numbers)
     if distilled is not None and distilled.teacher is not None and not teacher.is_checkpoint:
-        size = 2 * distilled.teacher.num_params / 1e9  # published weights have 2 bytes a parameter
+        size = 2 * distilled.teacher.num_params / 1e9  # published weights have 2 bytes per parameter
         lines.append(f"  teacher's weights: about {size:.2f} GB ({teacher.model}) in Hugging Face's cache on each host")
         numbers["teacher_download_gb"] = size
     layout = offline.teacher_layout(config, components.model.vocab_size)
@@ -186,7 +194,7 @@ def disk(given: Outlook) -> Section:
 
 
 def time_and_cost(given: Outlook) -> Section:
-    """Hours and dollars of each stage, at the assumed MFU."""
+    """Estimates hours and dollars of each stage, at the assumed MFU."""
     chips = given.cluster.num_chips
     peak = given.cluster.chip.flops * chips
 

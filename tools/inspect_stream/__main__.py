@@ -1,4 +1,4 @@
-"""`python -m tools.inspect_stream`: what a config trains on, before it trains, and where a step's rows came from."""
+"""`python -m tools.inspect_stream`: shows what a config will train on, and the origin of a step's rows."""
 
 import os
 
@@ -40,9 +40,9 @@ def main(flags: cli.Flags) -> None:
     workdir = cli.workdir_of(flags)
     config = flags.load_config()
     stages = _stages(flags, config.plan())
-    # A run may be using this machine's accelerator; nothing here needs one.
+    # A run may be using the accelerator; this tool does not need one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.metrics.monitor import console_logging
     from tools.inspect_stream import inspect
 
@@ -60,7 +60,7 @@ def main(flags: cli.Flags) -> None:
 
 
 def _stages(flags: cli.Flags, plan: Plan) -> list[int]:
-    """The stages to read, from 1. Raises UserError for a stage or a step that the run does not have."""
+    """Returns the stages to read, from 1. Raises UserError for a stage or step that the run does not have."""
     if flags.at_step is not None:
         if flags.at_step < 1:
             raise UserError(f"--at_step={flags.at_step}: steps count from 1")

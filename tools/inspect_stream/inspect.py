@@ -1,4 +1,4 @@
-"""What `tools.inspect_stream` shows: each function prints lines and returns them as JSON."""
+"""The views of `tools.inspect_stream`. Each function prints lines and returns their content as JSON."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ from jaxtrain.trainer import compatibility, open_data
 
 _PREVIEWS = 3
 _PREVIEW_CHARACTERS = 160
-_LOGGED_STEPS = 100  # the fewest steps between two lines of progress
+_LOGGED_STEPS = 100  # minimum steps between two progress lines
 _AROUND = 2  # steps on each side of a stage's boundary
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A config's data path, ready to read."""
+    """A config's data path, ready for reading."""
 
     config: Config
     plan: Plan
@@ -46,16 +46,17 @@ class Inputs:
 
 
 def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
-    """Opens everything as a run in this work directory would, in the same modes: token stores, downloads, cache.
+    """Opens the data path as a run in this work directory would, in the same modes: token stores, downloads, cache.
 
     Args:
-        workdir: may be that of a live run.
-        saved: a checkpoint's data state, to read the commits that it names.
+        config: the run's config.
+        workdir: the work directory; a run may be using it.
+        saved: a checkpoint's data state, to read the same commits; None to look them up.
     """
     plan, data = config.plan(), config.data
     hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
     print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
-    paths = Workdir(workdir)  # without its lock
+    paths = Workdir(workdir)  # without taking its lock
     skips = open_data.skipped(paths.path, saved)
     cache = data.cache(os.fspath(paths.cache / "data"))
     tokenizer, opened = open_data.open_all(config, paths, saved, cache, fetch=True, is_tool=True)
@@ -70,12 +71,12 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
 
 
 def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
-    """Samples, mix and speed of some stages (numbers from 1), and the data path's time for the whole run."""
+    """Shows samples, mix and speed of some stages, numbered from 1, and the data path's time for the whole run."""
     plan, speeds, described = found.plan, {}, []
     for number in numbers:
         stage = plan.stages[number - 1]
-        # From the sources' beginning: reaching where training will be takes reading everything before. Shapes, mix and
-        # speed are the stage's.
+        # Read from the beginning of the sources: reaching the position where training will be means reading everything
+        # before it. Shapes, mix and speed are still the stage's.
         with found.watch(after=stage.first_step - 1) as stream:
             measured = stream.measure(samples, stage.last_step)
         speeds[number] = measured.tokens_per_second
@@ -133,9 +134,9 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
 
 
 def _previews(tokenizer: Tokenizer, measured: Measurement) -> Iterator[tuple[Origin, str]]:
-    """Rows of the first batch, each with the text of its first document: one row of each source, then others."""
+    """Yields rows of the first batch with the text of their first document: one row per source, then others."""
     rows = [row for row, origin in enumerate(measured.origins) if origin.pieces]
-    rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # those that begin with a document first
+    rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # rows that begin with a document come first
     first = dict.fromkeys(measured.origins[row].source for row in rows)
     leading = [next(row for row in rows if measured.origins[row].source == name) for name in first]
     others = [row for row in rows if row not in leading]
@@ -147,7 +148,7 @@ def _previews(tokenizer: Tokenizer, measured: Measurement) -> Iterator[tuple[Ori
 
 
 def _estimate(plan: Plan, speeds: dict[int, float]) -> float | None:
-    """Seconds for all tokens of the run: each stage at its own speed, or at the lowest measured one."""
+    """Returns seconds for all tokens of the run, with each stage at its own speed or the lowest measured one."""
     if plan.total_tokens is None:
         return None
     lowest = min(speeds.values())
@@ -166,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 def transitions(found: Inputs) -> Json:
-    """The steps around each stage's beginning, planned and read."""
+    """Shows the steps around the beginning of each stage, as planned and as read."""
     plan, described = found.plan, []
     starts = [stage for stage in plan.stages if stage.has_steps][1:]
     if not starts:
@@ -219,14 +220,14 @@ def _mix(stage: StagePlan) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a replay starts. saved: the data state of a checkpoint of the same run, if there is one."""
+    """Where a replay starts. `saved` is the data state of a checkpoint of the same run, if there is one."""
 
     step: int
     saved: Json | None
 
 
 def start_before(step: int, workdir: str) -> Start:
-    """The nearest checkpoint before a step; else the beginning of the run, with the commits of a later checkpoint."""
+    """Finds the nearest checkpoint before a step, else the beginning of the run with a later checkpoint's commits."""
     steps = restore.steps(workdir)
     if not steps:
         return Start(0, None)
@@ -238,7 +239,7 @@ def start_before(step: int, workdir: str) -> Start:
 
 
 def at_step(found: Inputs, step: int, start: Start) -> Json:
-    """Source, file, row and token range of every row of a step."""
+    """Shows source, file, row and token range of every row of a step."""
     plan, at = found.plan, found.plan.at(step)
     states: dict[int, np.ndarray] = {}
     if start.saved is not None:
@@ -265,9 +266,9 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
 
 @contextlib.contextmanager
 def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step. Shows a bar on a terminal, otherwise a line for each tenth."""
+    """Yields a function to call after each step. Shows a bar on a terminal, otherwise a line per tenth."""
     done = itertools.count(1)
-    # None: hidden unless the output is a terminal.
+    # None shows the bar only on a terminal.
     with tqdm(total=steps, desc="Replay", unit=" steps", disable=None) as bar:
 
         def on_step() -> None:

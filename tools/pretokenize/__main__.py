@@ -1,4 +1,4 @@
-"""`python -m tools.pretokenize`: the tokens of a config's sources, in token stores that training reads instead."""
+"""`python -m tools.pretokenize`: tokenizes a config's sources into token stores for training."""
 
 import os
 import signal
@@ -51,9 +51,9 @@ def main(flags: cli.Flags) -> None:
         raise UserError(f"--output={output}: give a local path; token stores are written to and read from local paths")
     if not (flags.all or flags.verify):
         _check_bound(config)
-    # A run may be using this machine's accelerator; nothing here needs one.
+    # A run may be using the accelerator; this tool does not need one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.metrics.monitor import console_logging
     from tools.pretokenize import write
 
@@ -65,7 +65,7 @@ def main(flags: cli.Flags) -> None:
 
 
 def _check_bound(config: Any) -> None:
-    """A Hub dataset may have terabytes: the user has to say that all of it is meant."""
+    """Raises UserError for an unbounded Hub dataset: it may have terabytes, so reading all of it must be explicit."""
     from jaxtrain.data.sources.huggingface import BUILDERS, HuggingFace
 
     for name, source in config.data.sources.items():

@@ -11,7 +11,7 @@ from jaxtrain.trainer import open_data
 
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
-    """Writes this worker's share of all sources. Raises UserError, TransientError, CorruptError."""
+    """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     begun = {name: token_store.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
@@ -42,7 +42,7 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
 
 
 def verify(config: Config, output: str) -> None:
-    """Compares every store with its checksums. Raises UserError for one that is incomplete or damaged."""
+    """Verifies the checksums of every store. Raises UserError if one is incomplete or damaged."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
         token_store.verify(folder)

@@ -1,4 +1,4 @@
-"""`python -m tools.report`: one HTML page about a run, or several side by side."""
+"""`python -m tools.report`: an HTML page about one run, or several side by side."""
 
 import os
 
@@ -36,7 +36,7 @@ COMMAND = cli.Command(
 def main(flags: cli.Flags) -> None:
     if flags.output == "":
         raise UserError("--output= is empty: give a file, or leave it out for report.html in the work directory")
-    # Importing JAX takes seconds: only once the command line is known to be right.
+    # Importing JAX takes seconds, so validate the command line first.
     from jaxtrain.checkpoint.workdir import write_atomically
     from tools.report import reading
     from tools.report.page import page

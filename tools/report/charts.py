@@ -1,4 +1,4 @@
-"""The charts of a report, for one run or several on the same axes."""
+"""The charts of a report, with one or several runs on the same axes."""
 
 import dataclasses
 import itertools
@@ -8,13 +8,13 @@ from tools.report import svg
 from tools.report.reading import RunLog, given
 from tools.report.series import number
 
-COLORS = 8  # in the page's style
-_LOG_FROM = 8.0  # highest over lowest value above which a logarithmic axis shows a curve better
+COLORS = 8  # defined in the page's style
+_LOG_FROM = 8.0  # ratio of highest to lowest value above which the axis is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A small chart of one key of metrics.jsonl. log: on a logarithmic axis if the values span a wide range."""
+    """A small chart of one key of metrics.jsonl. `log` allows a logarithmic axis if the values span a wide range."""
 
     key: str
     title: str
@@ -38,7 +38,7 @@ SMALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A chart. log: the same on a logarithmic axis, as the reader's choice. starts_log: whether it is shown first."""
+    """A chart. `log` is its logarithmic version, if the reader can choose; `starts_log` shows that one first."""
 
     title: str
     drawing: str
@@ -52,7 +52,7 @@ def run_color(index: int) -> int:
 
 
 def frame(runs: Sequence[RunLog], tell: Callable[[RunLog, dict], str]) -> svg.Frame:
-    """tell: the tooltip's text for a run's logged line."""
+    """Returns the frame shared by all charts. `tell` maps a run and its logged line to the tooltip's text."""
 
     def hover(tokens: float) -> str:
         lines = [f"{tokens:,.0f} tokens"]
@@ -67,7 +67,7 @@ def frame(runs: Sequence[RunLog], tell: Callable[[RunLog, dict], str]) -> svg.Fr
 
 
 def bands(run: RunLog) -> list[svg.Band]:
-    """The stages as bands; none if there is just one."""
+    """Returns the stages as bands; empty if there is only one."""
     if len(run.stages) < 2:
         return []
     return [
@@ -84,13 +84,13 @@ def bands(run: RunLog) -> list[svg.Band]:
 
 
 def same_stages(runs: Sequence[RunLog]) -> bool:
-    """Whether the stages of all runs have the same bounds, as far as each run has come."""
+    """Whether the stages of all runs have the same bounds, up to each run's current step."""
     bounds = [[stage.first_token for stage in run.stages] for run in runs]
     return all(a == b for one, other in itertools.pairwise(bounds) for a, b in zip(one, other, strict=False))
 
 
 def loss(runs: Sequence[RunLog]) -> Figure | None:
-    """Training loss as curves, held-out loss as marks."""
+    """Charts training loss as curves and held-out loss as marks."""
     curves, legend = [], []
     for index, run in enumerate(runs):
         color = run_color(index)
@@ -118,7 +118,7 @@ def loss(runs: Sequence[RunLog]) -> Figure | None:
 
 
 def small(runs: Sequence[RunLog]) -> list[Figure]:
-    """The small charts that any run has values for."""
+    """Returns the small charts that at least one run has values for."""
     return [found for plan in SMALL if (found := _small(runs, plan)) is not None]
 
 
@@ -126,7 +126,7 @@ def _small(runs: Sequence[RunLog], plan: Plan) -> Figure | None:
     curves = [
         svg.Curve(run.name, points, run_color(index))
         for index, run in enumerate(runs)
-        # Without distillation the loss chart already shows the cross-entropy.
+        # Without distillation, the loss chart already shows the cross-entropy.
         if (points := run.curves[plan.key].points()) and (plan.key != "ce_loss" or run.curves["kd_loss"].last)
     ]
     if not curves:
@@ -149,7 +149,7 @@ def _shown(value: object) -> str:
 
 
 def mix(run: RunLog, with_name: bool) -> Figure | None:
-    """The share of each source between two logged lines, and the stages' targets. None for a single source."""
+    """Charts the share of each source between logged lines, and the stages' targets. None for a single source."""
     names = run.sources
     if len(names) < 2:
         return None

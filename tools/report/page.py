@@ -1,4 +1,4 @@
-"""The report as one HTML page: tables, charts, and no reference to anything outside it."""
+"""The report as a self-contained HTML page with tables and charts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ def _model(config: Json | None) -> str:
     if config is None:
         return _NONE
     model = config["model"]
-    # Models from outside may have other fields.
+    # External models may have other fields.
     shown = {"num_layers": "{} layers", "hidden_size": "{} wide", "num_heads": "{} heads", "dtype": "{}"}
     parts = [form.format(model[field]) for field, form in shown.items() if field in model]
     return ", ".join([_kind_of(model), *parts])
@@ -146,7 +146,7 @@ def _throughput(run: RunLog) -> str:
 
 
 def _peak_memory(run: RunLog) -> str:
-    """Of all processes that the run had: each one's mark begins anew."""
+    """Peak over all processes of the run: each process starts its own high-water mark."""
     peaks = [peak for _, peak in run.curves["memory_gb"].points()]
     return f"{max(peaks):.2f} GB" if peaks else _NONE
 
@@ -237,7 +237,7 @@ def _figure(figure: Figure, choice: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[str], words: int) -> str:
-    """words: number of leading columns that hold text; the others hold numbers."""
+    """Formats a table. The first `words` columns contain text, the others numbers."""
     head = _cells("th", columns, words)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
 
@@ -276,7 +276,7 @@ def _stage_title(run: RunLog, stage: StageLog) -> str:
 
 
 def _ledger(run: RunLog) -> str:
-    """What each stage took from each source, or that the log does not record it."""
+    """Shows what each stage took from each source, or notes that the log does not record it."""
     columns = ("Stage", "Source", "Target", "Share", "Tokens", "Unique tokens", "Documents", "Epochs")
     rows, unknown = [], False
     for stage in run.stages:

@@ -1,4 +1,4 @@
-"""Reads a work directory's logs, once from beginning to end."""
+"""Reads a work directory's logs in a single pass."""
 
 import bisect
 import difflib
@@ -19,7 +19,7 @@ from jaxtrain.interfaces import Json
 from jaxtrain.metrics.monitor import SPANS
 from tools.report.series import Series, Thinned, number
 
-# Curves against tokens, by their keys in metrics.jsonl.
+# Keys in metrics.jsonl that become curves over tokens.
 CURVES = (
     *("loss", "ce_loss", "kd_loss", "learning_rate", "grad_norm", "tokens_per_sec", "data_wait", "mfu"),
     *("memory_gb", "disk_cache_gb"),
@@ -32,7 +32,7 @@ _PARAMETERS = re.compile(r"Model: ([\d,]+ parameters \([\d,]+ without embeddings
 
 
 class StageLog:
-    """The lines of one stage. first_token, first_step: from the line before the stage's first one."""
+    """The logged lines of one stage. `first_token` and `first_step` follow from the line before its first."""
 
     def __init__(self, line: Json, first_token: int, steps_before: int):
         self.number: int = line["stage"]
@@ -42,7 +42,7 @@ class StageLog:
         self._seconds, self._waited = 0.0, 0.0
 
     def add(self, line: Json, tokens: int) -> None:
-        """tokens: since the previous line."""
+        """Adds a line that covers `tokens` tokens since the previous line."""
         self.last = line
         rate = number(line.get("tokens_per_sec"))
         if rate:
@@ -56,12 +56,12 @@ class StageLog:
 
     @property
     def median_rate(self) -> float | None:
-        """Tokens per second: the median over the logged lines."""
+        """Median tokens per second over the logged lines."""
         return statistics.median(rates) if (rates := self._rates.items()) else None
 
     @property
     def data_wait(self) -> float | None:
-        """Share of the stage's time spent waiting for data."""
+        """Fraction of the stage's time spent waiting for data."""
         return self._waited / self._seconds if self._seconds else None
 
     @property
@@ -75,11 +75,11 @@ class RunLog:
     """A run, from its work directory's files. `add` takes the lines of metrics.jsonl in order.
 
     Attributes:
-        last: the last step's line; empty before the first one.
-        evaluation: the last evaluation's line; empty without one.
+        last: line of the last step; empty before the first step.
+        evaluation: line of the last evaluation; empty without one.
         best: (step, lowest eval_loss).
-        unreadable: lines that are not jaxtrain's, such as one cut short by a kill.
-        lines: a sample for mix and tooltips, including the last line of every stage.
+        unreadable: number of unreadable lines, such as one truncated by a kill.
+        lines: a sample of lines for mix and tooltips, including the last line of every stage.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -94,7 +94,7 @@ class RunLog:
         self.best: tuple[int, float] | None = None
         self.unreadable, self.without_loss, self.first_without_loss = 0, 0, 0
         self._ended_processes: list[tuple[float, dict[str, float]]] = []
-        self._waiting: list[Json] = []  # evaluations whose token counts follow from the next line
+        self._waiting: list[Json] = []  # evaluations whose token counts depend on the next line
 
     def add(self, line: Json) -> None:
         step, tokens = number(line.get("step")), number(line.get("tokens"))
@@ -118,7 +118,7 @@ class RunLog:
             self.stages.append(StageLog(line, before.get("tokens", 0), before.get("step", 0)))
         self.stages[-1].add(line, tokens - before.get("tokens", 0))
         self.lines.add(line)
-        # Each process counts its time from zero.
+        # Each process counts time from zero.
         if before and _start(before) != _start(line):
             self._ended_processes.append(_process_time(before))
         self.last = line
@@ -134,7 +134,7 @@ class RunLog:
             self._waiting.append(line)
 
     def _place_evaluations(self, line: Json) -> None:
-        """Between two lines of one stage, tokens grow equally with each step."""
+        """Places waiting evaluations by interpolation: within a stage, every step has equally many tokens."""
         before = self.last or {"step": 0, "tokens": 0}
         for waiting in self._waiting:
             part = (waiting["step"] - before["step"]) / (line["step"] - before["step"])
@@ -147,7 +147,7 @@ class RunLog:
                 points.append((tokens, value, line["step"]))
 
     def finish(self) -> None:
-        """After the last line: places evaluations of steps that are not logged yet, by the last step's tokens."""
+        """Call it after the last line. Places evaluations of steps not logged yet, using the last step's tokens."""
         step_tokens = (number(self.last.get("seq_len")) or 0) * (number(self.last.get("batch_size")) or 0)
         for waiting in self._waiting:
             self._place(waiting, int(self.last["tokens"] + (waiting["step"] - self.last["step"]) * step_tokens))
@@ -158,7 +158,7 @@ class RunLog:
         return len(self._ended_processes)
 
     def time_spent(self) -> dict[str, float]:
-        """Seconds of steps, of each span, and "lost", which no line records: what was trained again after a kill."""
+        """Seconds of steps, of each span, and "lost": steps trained again after a kill, which no line records."""
         spent = {STEPS: 0.0}
         for steps, spans in (*self._ended_processes, _process_time(self.last)):
             spent[STEPS] += steps
@@ -170,11 +170,11 @@ class RunLog:
 
     @property
     def sources(self) -> list[str]:
-        """In the config's order."""
+        """The sources in the config's order."""
         return list(self.last.get("sources") or {})
 
     def stage_config(self, stage: int) -> Mapping[str, Any]:
-        """The stage's config; empty if it is not known."""
+        """The stage's config; empty if unknown."""
         stages = (self.config or {}).get("stages") or []
         return stages[stage - 1] if stage <= len(stages) else {}
 
@@ -182,7 +182,7 @@ class RunLog:
         return str(self.stage_config(stage).get("name", f"stage {stage}"))
 
     def targets(self, stage: int) -> dict[str, float] | None:
-        """Each source's target share of the tokens; None if it is not known."""
+        """Each source's target share of the tokens; None if unknown."""
         found = self.stage_config(stage)
         if not found:
             return None
@@ -192,7 +192,7 @@ class RunLog:
 
     @property
     def total_tokens(self) -> int | None:
-        """The target; None if there is none, or `steps` sets it."""
+        """The target number of tokens; None if there is none or `steps` defines it."""
         config = self.config or {}
         if config.get("total_tokens") is not None:
             return config["total_tokens"]
@@ -200,7 +200,7 @@ class RunLog:
         return sum(tokens) if tokens and all(tokens) and config.get("steps") is None else None
 
     def nearest_line(self, tokens: float) -> Json | None:
-        """The kept line nearest to a token count; None past the run's end."""
+        """Returns the kept line nearest to a token count; None past the run's end."""
         kept = self.lines.items()
         if not kept or tokens > self.last["tokens"]:
             return None
@@ -209,7 +209,7 @@ class RunLog:
 
 
 def given(line: Json) -> dict[str, int]:
-    """Each source's tokens up to a logged step."""
+    """Returns each source's tokens up to a logged step."""
     return {name: int(number(source.get("tokens")) or 0) for name, source in (line.get("sources") or {}).items()}
 
 
@@ -224,13 +224,13 @@ def _seconds(line: Json) -> dict[str, float]:
 
 
 def _process_time(line: Json) -> tuple[float, dict[str, float]]:
-    """Seconds of steps and of each span, from the last line of a process. Goodput is the share of steps."""
+    """Returns seconds of steps and of each span, from a process's last line. Goodput is the share of steps."""
     spans, goodput = _seconds(line), number(line.get("goodput")) or 0.0
     return sum(spans.values()) * goodput / max(1 - goodput, 1e-9), spans
 
 
 def read(path: str) -> RunLog:
-    """Reads a work directory. Raises UserError if there is none, or no step is logged yet."""
+    """Reads a work directory. Raises UserError if it does not exist or no step is logged yet."""
     workdir = Workdir(path)
     if not workdir.metrics.exists():
         raise _nothing_at(path, workdir)
@@ -247,7 +247,7 @@ def read(path: str) -> RunLog:
 
 
 def tell_apart(runs: Sequence[RunLog]) -> None:
-    """Gives runs of the same name their parents' names too, or their whole paths."""
+    """Makes the names of runs unique, by adding their parent folders' names or using whole paths."""
     for depth in (1, 2, 3):
         names = ["/".join(run.path.rstrip("/").split("/")[-depth:]) for run in runs]
         if len(set(names)) == len(names):
@@ -259,9 +259,9 @@ def tell_apart(runs: Sequence[RunLog]) -> None:
 
 
 def _lines(workdir: Workdir) -> Iterator[Json | None]:
-    """The objects of metrics.jsonl; None for a line that is no object, such as one that is being written."""
+    """Yields the objects of metrics.jsonl; None for a line that is not an object, such as one being written."""
     size = workdir.metrics.stat().length
-    # None: hidden unless the output is a terminal.
+    # None shows the bar only on a terminal.
     with (
         workdir.metrics.open("rb") as file,
         tqdm(total=size, desc=workdir.path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar,
@@ -283,7 +283,7 @@ def _config(workdir: Workdir) -> Json | None:
 
 
 def _parameters(workdir: Workdir) -> str | None:
-    """The number of parameters, from the beginning of the run's log."""
+    """Returns the number of parameters, from the beginning of the run's log."""
     if not workdir.log.exists():
         return None
     with workdir.log.open("rb") as file:

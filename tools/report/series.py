@@ -11,25 +11,25 @@ _BUCKETS = 1000  # more than a chart has pixels
 
 
 def number(value: Any) -> float | None:
-    """A finite number from a JSON file; None for anything else."""
-    # By type: isinstance(value, int | float) takes three times as long, and this is called for every number.
+    """Returns a finite number from a JSON value; None for anything else."""
+    # Compares types: isinstance(value, int | float) takes three times as long, and this runs for every number.
     if type(value) is float:
         return value if math.isfinite(value) else None
     return float(value) if type(value) is int and abs(value) < _MOST else None
 
 
 class Series:
-    """A curve: its first and last point, and the lowest and highest of each of up to 1000 equal spans of lines."""
+    """A curve: its first and last point, and the lowest and highest point of up to 1000 equal spans of lines."""
 
     def __init__(self) -> None:
         self._buckets: list[tuple[Point, Point]] = []  # lowest, highest
-        self._each = 1  # points of a bucket
+        self._each = 1  # points per bucket
         self._count = 0
         self._first: Point | None = None
         self.last: Point | None = None
 
     def add(self, x: float, y: float | None) -> None:
-        """Adds a point. x: larger than all before. y: None is skipped."""
+        """Adds a point. `x` must be larger than all before. Skips a `y` of None."""
         if y is None:
             return
         point = (x, y)
@@ -59,7 +59,7 @@ def _joined(one: tuple[Point, Point], other: tuple[Point, Point]) -> tuple[Point
 
 
 class Thinned(Generic[T]):
-    """Between `limit` and twice as many items at equal distances, plus the last one and pinned ones."""
+    """Keeps between `limit` and 2 * `limit` equally spaced items, plus the last one and pinned ones."""
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -79,7 +79,7 @@ class Thinned(Generic[T]):
             self._kept = [(at, kept) for at, kept in self._kept if at % self._every == 0 or at in self._pinned]
 
     def pin(self) -> None:
-        """Keeps the last added item."""
+        """Pins the last item, so that it is kept."""
         self._pinned |= {at for at, _ in self._last}
         if self._kept and self._last and self._kept[-1][0] != self._last[0][0]:
             self._kept += self._last

@@ -1,4 +1,4 @@
-"""The page's style, light or dark as the reader's system prefers. All colors contrast with the ground by 3:1."""
+"""The page's style, light or dark by system preference. All colors have a contrast of 3:1 to the background."""
 
 LIGHT = ("#0b62b0", "#c1470b", "#0a7a52", "#9a3a9a", "#7d6400", "#b3263f", "#1f7f8c", "#5d5d66")
 DARK = ("#62b2ff", "#ff9a5c", "#41cf9a", "#e291e2", "#e0c14a", "#ff8095", "#5fd0de", "#b4b4be")

@@ -19,12 +19,12 @@ Format = Callable[[float], str]
 
 
 def text(value: object) -> str:
-    """Anything as text for HTML and XML, in elements and attributes."""
+    """Converts any value to escaped text for elements and attributes of HTML and XML."""
     return html.escape(_FORBIDDEN.sub("\ufffd", str(value)))
 
 
 def short(value: float) -> str:
-    """A number for an axis: 1.5M, 0.02, 6e-4."""
+    """Formats a number for an axis: 1.5M, 0.02, 6e-4."""
     if value == 0:
         return "0"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -42,7 +42,7 @@ def percent(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """Maps values to pixels. start: the pixel of `low`."""
+    """Maps values to pixels. `start` is the pixel of `low`."""
 
     low: float
     high: float
@@ -55,11 +55,11 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def value(self, pixel: float) -> float:
-        """The value at a pixel of a linear axis."""
+        """Returns the value at a pixel of a linear axis."""
         return self.low + (pixel - self.start) / (self.end - self.start) * (self.high - self.low)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round values."""
+        """Returns about `count` round values."""
         if not self.log:
             return _round_values(self.low, self.high, count)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -80,7 +80,15 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def value_axis(values: Iterable[float], start: float, end: float, *, zero: bool = False, log: bool = False) -> Axis:
-    """An axis around the values with a margin. zero: starts at 0. log: all values are above 0."""
+    """Returns an axis around the values, with a margin.
+
+    Args:
+        values: The values to show.
+        start: Pixel of the low end.
+        end: Pixel of the high end.
+        zero: Whether the axis starts at 0.
+        log: Whether it is logarithmic; all values must be above 0.
+    """
     found = list(values)
     low, high = min(found), max(found)
     if log:
@@ -94,7 +102,7 @@ def value_axis(values: Iterable[float], start: float, end: float, *, zero: bool 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A curve. color: number in the page's style. notes: a text for each point; the points are then marked."""
+    """A curve. `color` is an index in the page's style. With `notes`, one text per point, points are marked."""
 
     label: str
     points: Sequence[Point]
@@ -104,7 +112,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """A stage: shaded from one token count to another."""
+    """A stage, as a band from one token count to another."""
 
     first: float
     last: float
@@ -115,7 +123,7 @@ class Band:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Shared by all charts: tokens to the right, shaded stages, and the tooltip at a token count."""
+    """The parts shared by all charts: the token axis, shaded stages, and the tooltip at a token count."""
 
     last_token: float
     bands: Sequence[Band]
@@ -132,7 +140,7 @@ def line_chart(
     log: bool = False,
     form: Format = short,
 ) -> str:
-    """Curves over tokens. log: values of 0 and below are left out."""
+    """Draws curves over tokens. With `log`, values of 0 and below are omitted."""
     drawn = [dataclasses.replace(curve, points=_above_zero(curve.points)) if log else curve for curve in curves]
     values = [y for curve in drawn for _, y in curve.points]
     x, (top, bottom) = _x_axis(frame, size), _span(size)
@@ -157,7 +165,7 @@ def _above_zero(points: Sequence[Point]) -> list[Point]:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """The layers' shares between two token counts; they sum to 1."""
+    """The layers' shares between two token counts. They sum to 1."""
 
     first: float
     last: float
@@ -168,7 +176,7 @@ class Shares:
 def stack_chart(
     frame: Frame, title: str, layers: int, spans: Sequence[Shares], targets: Sequence[Shares], size: tuple[int, int]
 ) -> str:
-    """Stacked shares over tokens, layer 0 at the bottom; dashed lines show the targets."""
+    """Draws stacked shares over tokens, with layer 0 at the bottom and targets as dashed lines."""
     x, (top, bottom) = _x_axis(frame, size), _span(size)
     y = Axis(0.0, 1.0, bottom, top)
     parts = []
@@ -196,7 +204,7 @@ def _edge(x: Axis, y: Axis, span: Shares, share: float) -> str:
 
 
 def bar(parts: Sequence[tuple[str, float, str]]) -> str:
-    """One full-width bar, divided into parts: (style class, share, note)."""
+    """Draws one full-width bar, divided into parts: (style class, share, note)."""
     found, begin = [], 0.0
     for kind, share, note in parts:
         place = f'x="{600 * begin:.1f}" y="0" width="{600 * share:.1f}" height="18"'
@@ -235,7 +243,7 @@ def _grid(x: Axis, y: Axis, size: tuple[int, int], form: Format) -> list[str]:
 
 
 def _stages(bands: Sequence[Band], x: Axis, top: int, bottom: int, shaded: bool = True) -> list[str]:
-    """Every other stage is shaded. Labels are names if they fit, else numbers, else only the tooltip."""
+    """Shades every other stage. Labels are names if they fit, else numbers, else left to the tooltip."""
     parts = []
     for band in bands:
         left, right = x.at(band.first), x.at(band.last)
@@ -254,7 +262,7 @@ def _stages(bands: Sequence[Band], x: Axis, top: int, bottom: int, shaded: bool 
 
 
 def _hover(frame: Frame, x: Axis, top: int, bottom: int) -> list[str]:
-    """Invisible columns with tooltips."""
+    """Draws invisible columns with tooltips."""
     width, parts = (x.end - x.start) / _HOVER_COLUMNS, []
     for column in range(_HOVER_COLUMNS):
         left = x.start + column * width
