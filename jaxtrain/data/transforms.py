@@ -1,6 +1,6 @@
-"""Transforms and filters of one document: pure functions, named in a source's config and hashed into its identity.
+"""Transforms and filters of single documents: pure functions, named in a source's config and hashed into its identity.
 
-A dropped document keeps its row, so cursors and holdout do not move when a filter is changed in a new run.
+A dropped document keeps its row number, so cursors and holdout do not move when a new run changes a filter.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from jaxtrain.errors import UserError
 
 @dataclasses.dataclass(kw_only=True)
 class AtLeast:
-    """Keep documents whose number in a column is `value` or more, such as FineWeb-Edu's int_score. Missing: dropped."""
+    """Keeps documents whose `column` is at least `value`, such as FineWeb-Edu's int_score. Drops missing values."""
 
     column: str
     value: float
@@ -32,7 +32,7 @@ class AtLeast:
 
 @dataclasses.dataclass(kw_only=True)
 class MinLength:
-    """Keep documents of `characters` or more."""
+    """Keeps documents of at least `characters` characters."""
 
     characters: int
 
@@ -50,7 +50,7 @@ class MinLength:
 
 @dataclasses.dataclass(kw_only=True)
 class Template:
-    """Makes the text from columns: `template="Question: {question}\\nAnswer: {answer}"`. Missing values become ""."""
+    """Builds the text from columns: `template="Question: {question}\\nAnswer: {answer}"`. Missing values become ""."""
 
     template: str
 

@@ -99,7 +99,7 @@ class Plan:
         self._peak = learning_rate
         self._schedule = schedule
         self._loss_weights = loss_weights
-        # Of the last step's batch.
+        # Where the last step's batch is cut.
         self._masked_from = 0 if self.last_step is None else self.at(self.last_step).masked_from
 
     def at(self, step: int) -> StepPlan:
