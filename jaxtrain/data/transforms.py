@@ -19,9 +19,11 @@ class AtLeast:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns to read besides the text."""
         return (self.column,)
 
     def check(self) -> None:
+        """Raises UserError if the column has no name."""
         if not self.column:
             raise UserError("column='': name the column with the number, for example 'int_score'")
 
@@ -38,9 +40,11 @@ class MinLength:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns to read besides the text: none."""
         return ()
 
     def check(self) -> None:
+        """Raises UserError if `characters` is below 1."""
         if self.characters < 1:
             raise UserError(f"characters={self.characters}: give 1 or more")
 
@@ -56,9 +60,11 @@ class Template:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that the template names."""
         return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
 
     def check(self) -> None:
+        """Raises UserError if the template is not a format string or names no column."""
         try:
             names = self.columns
         except ValueError as error:

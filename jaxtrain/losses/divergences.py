@@ -124,7 +124,7 @@ def kept_and_tail(
     p_CV = jnp.where(kept_CV, jnp.exp(log_p_CV), 0.0)
     value_C = vocabulary.sum((p_CV * (log_p_CV - log_q_CV)).sum(axis=1))
     value_C += jnp.exp(tail_p_C) * (tail_p_C - tail_q_C)
-    # How p splits its tail does not matter, so split it in the student's proportions: q minus that share.
+    # In the tail the gradient spreads p's mass in the student's own proportions.
     share_CV = jnp.exp(jnp.minimum(log_q_CV - tail_q_C[:, None], 0.0) + tail_p_C[:, None])
     return value_C, jnp.exp(log_q_CV) - jnp.where(kept_CV, p_CV, share_CV)
 
