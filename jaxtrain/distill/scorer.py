@@ -1,8 +1,9 @@
-"""A teacher's most likely next tokens for whole documents, from its forward pass, for its cache.
+"""Computes a teacher's most likely next tokens for whole documents, for the teacher cache.
 
-A document longer than the context is scored in windows `stride` tokens apart, the last one at its end. Each window
-scores the tokens that the one before has not, so every token sees at least context - stride tokens before it, as far as
-the document has them. Documents share rows, each as its own segment, so their scores do not depend on each other.
+A document longer than the context is scored in windows that start `stride` tokens apart; the last one ends at the
+document's end. Each window scores only the tokens that earlier windows have not, so every token sees at least the
+context - stride tokens before it, or all of them near the document's start. Documents share rows as separate segments,
+so their scores are independent of each other.
 """
 
 import collections
@@ -19,14 +20,14 @@ from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout, top_records
 
-# Of logits, on a device at once: 128 MB in fp32.
+# Logits per device at a time: 128 MB in fp32.
 _LOGITS = 1 << 25
-_IN_FLIGHT = 2  # batches, so that the devices never wait for the host
+_IN_FLIGHT = 2  # batches queued on the devices, so that they never wait for the host
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens [begin, end) of a document, of which those before `first` have been scored already."""
+    """Tokens [begin, end) of a document. Earlier pieces have scored those before `first`."""
 
     document: int
     begin: int
@@ -47,7 +48,7 @@ def pieces(lengths: Sequence[int], context: int, stride: int) -> list[Piece]:
 
 
 def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
-    """First-fit decreasing: pieces side by side in rows of `context` tokens."""
+    """Packs pieces into rows of `context` tokens, by first-fit decreasing."""
     rows: list[list[Piece]] = []
     left: list[int] = []
     for piece in sorted(found, key=lambda piece: piece.begin - piece.end):
@@ -63,9 +64,15 @@ def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
 
 
 class Scorer:
-    """Implements the teacher store's `Score` protocol.
+    """Scores documents with a teacher. Implements the teacher store's `Score` protocol.
 
-    rows: of a batch, a multiple of the devices that share it.
+    Args:
+        model: The teacher, built for the run's mesh.
+        params: Its parameters.
+        layout: Layout of a record.
+        context: Tokens per row.
+        stride: Tokens between the starts of successive windows of a document, 1 to `context`.
+        rows: Rows per batch, a multiple of the number of devices that share it.
     """
 
     def __init__(self, model: Model, params: Params, layout: Layout, context: int, stride: int, rows: int):
@@ -81,7 +88,7 @@ class Scorer:
         )
 
     def compile(self) -> Any:
-        """Compiles ahead of the first batch and returns the executable, whose memory is then known."""
+        """Compiles before the first batch. Returns the executable, which reports the memory it needs."""
         ids = jax.ShapeDtypeStruct((self._rows, self._context), jnp.int32, sharding=self._where)
         self._run = self._run.lower(self._params, ids, ids, ids).compile()
         return self._run
@@ -100,7 +107,7 @@ class Scorer:
         return found
 
     def _arrays(self, batch: list[list[Piece]], documents: list[np.ndarray]) -> Iterator[jax.Array]:
-        """tokens, segment_ids, positions: int32 [rows, context]"""
+        """Returns tokens, segment_ids and positions, each int32 [rows, context]."""
         tokens, segments, positions = np.zeros((3, self._rows, self._context), np.int32)
         for row, index, place, piece in _places(batch):
             end = place + piece.end - piece.begin
@@ -110,7 +117,7 @@ class Scorer:
         return (jax.device_put(array, self._where) for array in (tokens, segments, positions))
 
     def _take(self, batch: list[list[Piece]], records: jax.Array, found: list[np.ndarray]) -> None:
-        """records: [rows, context, W]"""
+        """Copies records, uint8 [rows, context, W], to their documents in `found`."""
         host = jax.device_get(records)
         for row, _, place, piece in _places(batch):
             skipped = place + piece.first - piece.begin
@@ -118,7 +125,7 @@ class Scorer:
 
 
 def _places(batch: list[list[Piece]]) -> Iterator[tuple[int, int, int, Piece]]:
-    """(row, number in the row, first column, piece)"""
+    """Yields (row, index in the row, first column, piece)."""
     for row, side_by_side in enumerate(batch):
         place = 0
         for index, piece in enumerate(side_by_side):
@@ -129,7 +136,7 @@ def _places(batch: list[list[Piece]]) -> Iterator[tuple[int, int, int, Piece]]:
 def _records(
     model: Model, layout: Layout, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
-    """uint8 [B, T, W]; the logits of a few positions of each row exist at once."""
+    """Returns records, uint8 [B, T, W]. Only the logits of a few positions per row exist at a time."""
     x_BTE = model.hidden(params, tokens_BT, segments_BT, positions_BT).x
     head_EV = model.head(params)[:, : layout.vocab_size].astype(x_BTE.dtype)
     B, T, E = x_BTE.shape

@@ -1,7 +1,8 @@
-"""A frozen model to distill from, checked against the run's tokenizer and read onto its mesh; or its cache.
+"""The teacher of a distillation run: a frozen model on the run's mesh, or a cache of its outputs.
 
-The parameters are an input of the train step and no part of the train state, so they are neither trained nor saved. A
-checkpoint records which teacher it was by a hash of the parameters as they are used, whatever files they came from.
+The tokenizer is checked against the run's. The parameters are an input of the train step, not part of the train state,
+so they are neither trained nor saved. A checkpoint identifies the teacher by a hash of its parameters as used,
+independent of the files they came from.
 """
 
 import dataclasses
@@ -35,23 +36,23 @@ from jaxtrain.tokenizers.identity import PROBE
 T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float32")
-# The part of the identity that makes it the same teacher. The rest records where it was found.
+# Entries of the identity that must match on resume. The others record where the teacher was found.
 _ENFORCED = ("parameters", "model", "dtype")
-# How a model is computed, not what it is.
+# Fields that affect how a model is computed, not what it computes.
 _HOW = ("dtype", "remat", "scan_layers", "attention", "max_seq_len", "initializer_std")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Teacher:
-    """The teacher. Its shape follows from its own config. Its vocabulary must be the run's, padding aside.
+    """The teacher. Its own config determines its shape. Its vocabulary must equal the run's, except for padding.
 
     Attributes:
-        model: A Hugging Face model (a folder, or an id on the Hub), or a work directory or checkpoint of jaxtrain.
+        model: A Hugging Face model (a folder or a Hub id), or a jaxtrain work directory or checkpoint.
         revision: A branch, tag or commit on the Hub; None for the newest.
-        dtype: Of its parameters and its forward pass, "bfloat16" or "float32".
-        tokenizer: Where its tokenizer's files are (a folder, a file or an id), if not with the model.
-        cache: A folder written by tools.cache_teacher, from which its outputs are read; the model itself is then not
-            needed. None runs the model as the student trains.
+        dtype: Type of its parameters and forward pass, "bfloat16" or "float32".
+        tokenizer: Location of its tokenizer's files (a folder, a file or a Hub id), if not the model's.
+        cache: A folder written by tools.cache_teacher, to read the teacher's outputs from; the model itself is then
+            not needed. None runs the model during training.
     """
 
     model: str = ""
@@ -69,10 +70,14 @@ class Teacher:
             raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
 
     def build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
-        """The teacher for a run with this tokenizer. Its parameters are not read yet.
+        """Builds the teacher without reading its parameters.
+
+        Args:
+            tokenizer: The run's tokenizer.
+            mesh: The run's mesh.
 
         Raises:
-            UserError: It does not exist, is not supported, has another tokenizer, or the mesh does not divide it.
+            UserError: The model does not exist, is not supported, has another tokenizer, or does not fit the mesh.
             TransientError: The network is down.
         """
         if not self.is_checkpoint:
@@ -99,7 +104,7 @@ class Teacher:
         return self._frozen(config, tokenizer.vocab_size, mesh)
 
     def outline(self, vocab_size: int, mesh: Mesh) -> "Frozen":
-        """The teacher by its config alone, for compiling: the tokenizers are not compared. Raises as `build`."""
+        """Builds the teacher from its config alone, for compiling, without comparing tokenizers. Raises as `build`."""
         return self._frozen(self._shape()[0], vocab_size, mesh)
 
     def _frozen(self, config: ModelConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
@@ -115,7 +120,11 @@ class Teacher:
         return retry.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
 
     def open_cache(self, data: DataConfig, resolved: Mapping[str, Source], tokenizer: Tokenizer) -> "Cached":
-        """The cache of the run's sources. Raises UserError if it is incomplete or belongs to another run."""
+        """Opens the cache of the run's sources.
+
+        Raises:
+            UserError: The cache is incomplete or was written for a different run.
+        """
         assert self.cache is not None
         if not data.document_mask:
             raise UserError(
@@ -145,7 +154,7 @@ class Teacher:
         return cli.from_json(saved["config"]["model"]), saved["tokenizer"]["vocab_size"]
 
     def _other_tokenizer(self, ours: Tokenizer) -> str | None:
-        """None if the teacher's ids mean what the run's do, else how they differ, a line each."""
+        """Returns the differences between the teacher's tokenizer and the run's, one per line; None if ids agree."""
         if self.is_checkpoint and self.tokenizer is None:
             theirs = restore.load_data(self.model)["tokenizer"]
             return None if theirs["hash"] == ours.identity["hash"] else _differences(ours.identity, theirs)
@@ -162,7 +171,7 @@ class Teacher:
         if hashlib.sha256(found.content[kinds[0]]).hexdigest() == ours.identity["hash"]:
             return None
         theirs = HuggingFaceTokenizer(name=name, revision=revision).build("")
-        # The same tokens in another file: such as one that lists them in another order, or with another chat template.
+        # The same tokens in a different file, for example in another order or with another chat template.
         if ours.identity["probe"] == theirs.identity["probe"] and _texts(ours) == _texts(theirs):
             return None
         return _differences(ours.identity, theirs.identity)
@@ -187,8 +196,8 @@ class Frozen:
     """A teacher that fits the run.
 
     Attributes:
-        config: What describes it.
-        model: Built for the run's mesh.
+        config: The config it was built from.
+        model: The model, built for the run's mesh.
         abstract: Shapes, types and shardings of its parameters.
     """
 
@@ -202,7 +211,7 @@ class Frozen:
         )
 
     def check_stages(self, plan: Plan) -> None:
-        """Raises UserError for a stage with rows longer than the teacher's context."""
+        """Raises UserError if a stage has rows longer than the teacher's context."""
         for stage in plan.stages:
             if stage.seq_len > self.model.config.max_seq_len:
                 raise UserError(
@@ -212,11 +221,14 @@ class Frozen:
                 )
 
     def check_memory(self, state: object, limit: int | None) -> None:
-        """Raises UserError if the teacher and the state alone do not fit into a device.
+        """Checks that a device can hold the teacher and the train state, before anything is compiled.
 
         Args:
-            state: The train state's abstract arrays. The compiled step knows what else it needs.
-            limit: Bytes of a device, if known.
+            state: The train state's abstract arrays. The rest of a step's memory is known once it is compiled.
+            limit: Memory of a device in bytes, if known.
+
+        Raises:
+            UserError: They do not fit.
         """
         teacher, held = bytes_per_device(self.abstract), bytes_per_device(state)
         if limit is not None and teacher + held > limit:
@@ -227,12 +239,12 @@ class Frozen:
             )
 
     def load(self) -> Params:
-        """The parameters, born sharded. All processes call it. Raises as `build`."""
+        """Reads the parameters directly into shards. All processes must call it. Raises as `build`."""
         config = self.config
         if config.is_checkpoint:
             return restore.restore_params(config.model, self.abstract)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        # Downloading gigabytes has its own retries, and may take longer than PATIENCE_AT_START.
+        # Downloads have their own retries and may take longer than PATIENCE_AT_START.
         return hf.load(config.model, self.model, places, revision=config.revision, dtype=config.dtype)
 
     def identity(self, params: Params) -> Json:
@@ -252,8 +264,8 @@ class Cached:
     """A teacher's cache that fits the run.
 
     Attributes:
-        config: What describes it.
-        layout: Of its records, the same for all sources.
+        config: The config it was opened from.
+        layout: Layout of its records, the same for all sources.
     """
 
     def __init__(self, config: Teacher, manifests: Mapping[str, TeacherManifest]):
@@ -284,7 +296,7 @@ class Cached:
 
     @property
     def summary(self) -> str:
-        """For the log."""
+        """One line for the log."""
         some = next(iter(self._manifests.values()))
         tokens = sum(manifest.tokens for manifest in self._manifests.values())
         return (
@@ -293,13 +305,13 @@ class Cached:
         )
 
     def records(self) -> dict[str, TeacherStore]:
-        """By source."""
+        """The teacher stores by source."""
         assert self.config.cache is not None
         return {n: TeacherStore(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
 
 
 def bytes_per_device(abstract: object) -> int:
-    """Of arrays with shardings."""
+    """Bytes that each device needs for a tree of arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(abstract)
@@ -307,7 +319,7 @@ def bytes_per_device(abstract: object) -> int:
 
 
 def mismatch(saved: Json | None, now: Json | None) -> str | None:
-    """None if both are the same teacher (or none), else a text that shows both."""
+    """Returns None if both describe the same teacher (or none), else a message that shows both."""
     if saved is None or now is None:
         return None if saved is now else f"the teacher was {_where(saved)}, is {_where(now)}"
     cached, was_cached = now.get("cache"), saved.get("cache")  # absent in older checkpoints
@@ -328,7 +340,7 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
 
 
 def _meaning(model: Json) -> Json:
-    """The fields of a recorded model config that say what the model is, not how it is computed."""
+    """The fields of a recorded model config that determine what the model computes, not how."""
     return {name: value for name, value in model.items() if name not in _HOW}
 
 

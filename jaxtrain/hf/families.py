@@ -1,8 +1,8 @@
-"""The config.json and tensor names of each supported architecture, to and from LlamaConfig.
+"""Converts config.json and tensor names of each supported architecture to and from LlamaConfig.
 
-Architectures differ in what their config.json may leave out and in what they can express; a row of FAMILIES holds
-both. Written from the configuration classes of transformers 5.24. The spelling of its version 5 (`rope_parameters`,
-`dtype`) and that of version 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) are both read and written.
+Architectures differ in which keys their config.json may omit and in what they can express; each entry of FAMILIES
+lists both. Based on the configuration classes of transformers 5.24. Reads and writes the keys of version 5
+(`rope_parameters`, `dtype`) and of version 4 (`rope_theta`, `rope_scaling`, `torch_dtype`).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ class Family:
     """An architecture of transformers.
 
     Attributes:
-        architecture: name of the class in config.json.
-        defaults: values of the keys that config.json may leave out.
-        biases: the combinations of (attention_bias, attention_output_bias, mlp_bias) that the class can have.
+        architecture: class name in config.json.
+        defaults: values of the keys that config.json may omit.
+        biases: the supported combinations of (attention_bias, attention_output_bias, mlp_bias).
         qk_norm: whether it normalizes queries and keys.
-        no_rope: whether layers may go without rotary positions.
-        sliding_window: whether attention may be limited to a window.
+        no_rope: whether some layers may have no rotary positions.
+        sliding_window: whether attention may have a sliding window.
     """
 
     architecture: str
@@ -40,7 +40,7 @@ _QWEN = {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_
 _NONE, _QKV, _ATTENTION = (False, False, False), (True, False, False), (True, True, False)
 _ALL = (_NONE, _ATTENTION, (False, False, True), (True, True, True))
 
-# By model_type. A model is exported as the first that can express it.
+# By model_type. A model is exported as the first family that can express it.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _COMMON | {"max_position_embeddings": 2048}, _ALL),
     "mistral": Family(
@@ -95,14 +95,14 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
     """Reads a config.json.
 
     Args:
-        given: its content.
+        given: content of config.json.
         where: the checkpoint, for messages.
 
     Returns:
-        The model's config and the size of its vocabulary.
+        The model's config and its vocabulary size.
 
     Raises:
-        UserError: something is missing, malformed, or not supported; it is named.
+        UserError: a key is missing, malformed or unsupported; the message names it.
     """
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -111,7 +111,7 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
             f"{', '.join(family.architecture for family in FAMILIES.values())}."
         )
     family = FAMILIES[kind]
-    # These three mean "derived" or "none" when they are null; any other key with null is as good as left out.
+    # For these three null means "derived" or "none"; any other key that is null counts as omitted.
     nullable = ("num_key_value_heads", "head_dim", "sliding_window")
     known: Json = family.defaults | {key: value for key, value in given.items() if value is not None or key in nullable}
     missing = [key for key in _REQUIRED if key not in known]
@@ -122,7 +122,7 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
         raise UserError(f"{where}: vocab_size={known['vocab_size']} in config.json must be at least 1.")
     if known["hidden_act"] not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act={known['hidden_act']!r} is not supported; the MLP is SwiGLU ('silu').")
-    # Classes without such a key ignore it.
+    # Classes without this key ignore it.
     attention_bias = known.get("attention_bias", False) and _ATTENTION in family.biases
     theta, scaling = _rope(known, where)
     kv_heads = known.get("num_key_value_heads")
@@ -156,7 +156,7 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
 
 
 def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, with the precedence and the fallbacks of transformers."""
+    """The RoPE base and scaling, with the precedence and fallbacks of transformers."""
     given = known.get("rope_scaling") or known.get("rope_parameters") or {}
     _check_types(given, _ROPE_TYPES, where)
     nested = [key for key, value in given.items() if isinstance(value, dict)]
@@ -184,7 +184,7 @@ def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
 
 
 def _rotates(known: Json, where: str) -> list[bool]:
-    """For each layer, whether it has rotary positions."""
+    """Whether each layer has rotary positions."""
     layers, every = known["num_hidden_layers"], known["no_rope_layer_interval"]
     if every < 1:
         raise UserError(f"{where}: no_rope_layer_interval={every} in config.json must be at least 1.")
@@ -204,7 +204,7 @@ def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> 
         enabled, slides = True, [True] * len(rotates)
     else:
         enabled = window is not None and known.get("use_sliding_window", False)
-        # SmolLM3 limits the layers without rotary positions, Qwen those from the max_window_layers-th on.
+        # SmolLM3 applies the window to layers without rotary positions, Qwen to layers from max_window_layers on.
         slides = [not r if kind == "smollm3" else i >= known["max_window_layers"] for i, r in enumerate(rotates)]
     if types is not None:
         slides = [name == "sliding_attention" for name in types]
@@ -223,7 +223,7 @@ def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> 
 
 
 def llama(model: Model) -> Llama:
-    """The model if it is of these families. Raises UserError."""
+    """Returns the model if it is a Llama; raises UserError otherwise."""
     if not isinstance(model, Llama):
         raise UserError(
             f"{type(model).__name__} is not of the Llama family, the only one that is read from and written to Hugging "
@@ -233,10 +233,10 @@ def llama(model: Model) -> Llama:
 
 
 def family_of(config: LlamaConfig) -> str:
-    """Returns the model_type that can express the config.
+    """Returns the first model_type that can express the config.
 
     Raises:
-        UserError: none can.
+        UserError: no family can.
     """
     biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
     for kind, family in FAMILIES.items():
@@ -245,7 +245,7 @@ def family_of(config: LlamaConfig) -> str:
             and config.qk_norm == family.qk_norm
             and (config.no_rope_every is None or family.no_rope)
             and (config.sliding_window is None or family.sliding_window)
-            # transformers refuses this of the Llama class alone.
+            # transformers requires this of the Llama class only.
             and (kind != "llama" or config.hidden_size % config.num_heads == 0)
         ):
             return kind
@@ -260,9 +260,9 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
     """Returns the model's config.json, without special tokens.
 
     Args:
-        config: the model.
+        config: the model's config.
         vocab_size: rows of the exported embedding.
-        dtype: of the exported tensors.
+        dtype: type of the exported tensors.
     """
     kind = family_of(config)
     rope: Json = {"rope_type": "default"}
@@ -315,9 +315,9 @@ class Tensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        name: in the safetensors files.
-        transposed: [out, in] there, [in, out] in jaxtrain.
-        vocabulary: whether the first axis there is the vocabulary.
+        name: name in the safetensors files.
+        transposed: whether it is [out, in] there and [in, out] in jaxtrain.
+        vocabulary: whether its first axis there is the vocabulary.
     """
 
     name: str
@@ -342,7 +342,7 @@ _FRAME = {("embedding",): EMBEDDING, ("norm", "scale"): "model.norm.weight", ("h
 
 
 def tensors(path: tuple[str, ...], num_layers: int) -> list[Tensor]:
-    """Returns the checkpoint's tensors for the parameter at `path`: one, or one for each layer of a stacked one."""
+    """Returns the checkpoint's tensors for the parameter at `path`: one, or one per layer if it is stacked."""
     transposed = path[-1] in ("kernel", "head")
     if path[0] != "layers":
         return [Tensor(_FRAME[path], transposed, path != ("norm", "scale"))]

@@ -1,4 +1,4 @@
-"""Reads checkpoints straight onto the mesh: each process reads what its own devices hold, tensor by tensor."""
+"""Reads checkpoints directly onto the mesh. Each process reads only its own devices' shards, tensor by tensor."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors then finds)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, for safetensors)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,7 @@ logger = logging.getLogger("jaxtrain")
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Old Llama checkpoints keep the rotary frequencies, which follow from the config.
+# Old Llama checkpoints contain the rotary frequencies, which the config determines.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -39,18 +39,18 @@ Shape = tuple[int, ...]
 def config(folder_or_id: str, revision: str | None = None) -> tuple[LlamaConfig, int]:
     """Reads the config of a checkpoint.
 
-    Where config.json says that the output head is the embedding and the checkpoint holds a head of its own, the head
-    counts, as in transformers.
+    If config.json ties the output head to the embedding but the checkpoint contains a different head, the head is used,
+    as in transformers.
 
     Args:
-        folder_or_id: a local folder or a repository of the Hub.
-        revision: a branch, tag or commit of the Hub.
+        folder_or_id: a local folder or a Hub repository.
+        revision: a branch, tag or commit on the Hub.
 
     Returns:
-        The model's config and the size of its vocabulary.
+        The model's config and its vocabulary size.
 
     Raises:
-        UserError: the checkpoint does not exist, or is not supported.
+        UserError: the checkpoint does not exist or is not supported.
         TransientError: the network fails.
     """
     folder = _folder(folder_or_id, revision, [CONFIG, INDEX])
@@ -61,7 +61,7 @@ def config(folder_or_id: str, revision: str | None = None) -> tuple[LlamaConfig,
 
 
 def commit(folder_or_id: str, revision: str | None = None) -> str | None:
-    """Returns the commit of a Hub repository's revision, None for a local folder. Raises as `config`."""
+    """Returns the commit of a Hub repository's revision; None for a local folder. Raises as `config`."""
     folder = _folder(folder_or_id, revision, [CONFIG])
     return None if os.path.isdir(folder_or_id) else folder.name
 
@@ -75,18 +75,18 @@ def load(
     dtype: str = "float32",
     progress: bool = False,
 ) -> Params:
-    """Reads the checkpoint's parameters for `model`, born sharded. Host memory stays at about one tensor of a layer.
+    """Reads the checkpoint's parameters directly into shards. Host memory holds about one tensor of a layer at a time.
 
     Args:
-        folder_or_id: a local folder or a repository of the Hub.
-        model: its vocabulary may be smaller than the checkpoint's, whose further rows are left out.
-        shardings: a tree of shardings like `model.axes`, or one for all.
-        revision: a branch, tag or commit of the Hub.
-        dtype: of the parameters ("bfloat16" suits a teacher).
+        folder_or_id: a local folder or a Hub repository.
+        model: the model to read for. If its vocabulary is smaller than the checkpoint's, extra rows are dropped.
+        shardings: a tree of shardings like `model.axes`, or one sharding for all parameters.
+        revision: a branch, tag or commit on the Hub.
+        dtype: type of the parameters ("bfloat16" suits a teacher).
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: the checkpoint does not exist, is damaged, or is not this model's: what does not fit is named.
+        UserError: the checkpoint does not exist, is damaged, or does not match the model (named in the message).
         TransientError: the network fails.
     """
     model = families.llama(model)
@@ -112,7 +112,7 @@ def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Pat
         raise UserError(
             f"{folder_or_id} is not a folder. It takes one with config.json and *.safetensors, or a Hub id."
         )
-    # Importing it takes 0.3 s, and local checkpoints do without.
+    # Imported here: it takes 0.3 s, and local checkpoints do not need it.
     from huggingface_hub import snapshot_download
 
     try:
@@ -134,7 +134,7 @@ def _json(path: Path) -> Json:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index of a checkpoint in several files: tensor to file."""
+    """The index of a checkpoint split into several files: tensor name to file."""
     found = _json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise UserError(f"{folder / INDEX} names no file for any tensor: download or export it again.")
@@ -142,7 +142,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _names(folder_or_id: str, folder: Path) -> Iterable[str]:
-    """The names of the checkpoint's tensors, without a download of the tensors."""
+    """The names of the checkpoint's tensors, without downloading the tensors."""
     if (folder / SINGLE).exists():
         return _open(folder / SINGLE).keys()
     if (folder / INDEX).exists():
@@ -167,12 +167,12 @@ def _open(path: Path) -> Any:
 
 
 class _Files:
-    """The safetensors files of a checkpoint, as one mapping from names to tensors."""
+    """The safetensors files of a checkpoint, as one mapping from name to tensor."""
 
     def __init__(self, folder_or_id: str, revision: str | None):
         self._folder_or_id = folder_or_id
         folder = self._folder = _folder(folder_or_id, revision, [CONFIG, "model*.safetensors", INDEX])
-        # transformers, too, prefers the single file.
+        # transformers also prefers the single file.
         if (folder / SINGLE).exists() or not (folder / INDEX).exists():
             names = [SINGLE]
         else:
@@ -190,11 +190,11 @@ class _Files:
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def slices(self, name: str) -> Any:
-        """Something with `get_shape()` whose indexing reads only what it returns."""
+        """Returns a lazy tensor: it has `get_shape()`, and indexing it reads only the slice."""
         return self._where[name].get_slice(name)
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
+        """Whether two tensors have equal values."""
         one, two = self.slices(name), self.slices(other) if other in self._where else None
         if two is None or one.get_shape() != two.get_shape():
             return False
@@ -203,10 +203,10 @@ class _Files:
         return all(np.array_equal(one[part], two[part]) for part in parts)
 
     def check(self, model: Llama, wanted: set[str]) -> None:
-        """Raises UserError if the tensors or the config are not the model's, and warns of other functions."""
+        """Raises UserError if tensors or shapes do not match the model, and warns if its computation differs."""
         where = self._folder_or_id
         theirs = families.from_json(_json(self._folder / CONFIG), where)[0]
-        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Other heads can have tensors of this shape.
+        for name in ("num_heads", "num_kv_heads", "resolved_head_dim"):  # Same shapes, other heads.
             if getattr(model.config, name) != getattr(theirs, name):
                 raise UserError(
                     f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
@@ -251,7 +251,7 @@ def _leaf(
     for layer, tensor in enumerate(tensors):
         one = _tensor(files, tensor, shape[1:], of_one_layer, model, dtype)
         stack = _put(sharding)(stack, one, layer)
-        # Or the host would read ahead of the device, and hold every layer at once.
+        # Otherwise the host reads ahead of the device and holds every layer at once.
         jax.block_until_ready(stack)
     return stack
 
@@ -264,7 +264,7 @@ def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]
 def _tensor(
     files: _Files, tensor: families.Tensor, shape: Shape, sharding: Sharding, model: Llama, dtype: np.dtype
 ) -> jax.Array:
-    """Reads one tensor as an array of `shape`. The padding of the vocabulary is zero."""
+    """Reads one tensor as an array of `shape`. Vocabulary padding is zero."""
     stored = files.slices(tensor.name)
     size = tuple(stored.get_shape())
     expected = shape[::-1] if tensor.transposed else shape
@@ -272,7 +272,7 @@ def _tensor(
         expected = (model.vocab_size, *expected[1:])
     real = expected[::-1] if tensor.transposed else expected
     rows, ids = size[0], expected[0]
-    # Many vocabularies are rounded up: rows that no id uses are left out.
+    # Many checkpoints round their vocabulary up. Rows that no id uses are dropped.
     if size[1:] != expected[1:] or (rows < ids if tensor.vocabulary else rows != ids):
         raise UserError(
             f"{tensor.name} has shape {size}, where the model has {expected}: the model's config or vocabulary is not "
@@ -284,7 +284,7 @@ def _tensor(
     def read(index: Any) -> np.ndarray:
         wanted = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
         if any(start >= n for (start, _), n in zip(wanted, real, strict=True)):
-            return np.zeros([stop - start for start, stop in wanted], dtype)  # a shard of padding alone
+            return np.zeros([stop - start for start, stop in wanted], dtype)  # a shard of only padding
         cut = tuple(slice(start, min(stop, n)) for (start, stop), n in zip(wanted, real, strict=True))
         part = stored[cut[::-1]].T if tensor.transposed else stored[cut]
         padding = [(0, stop - start - n) for (start, stop), n in zip(wanted, part.shape, strict=True)]

@@ -21,7 +21,7 @@ from jaxtrain.tokenizers.files import GENERATION_CONFIG, TOKENIZER_CONFIG, Token
 logger = logging.getLogger("jaxtrain")
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-SHARD_BYTES = 2_000_000_000  # a file's tensors are in host memory at once
+SHARD_BYTES = 2_000_000_000  # all tensors of one file are in host memory together
 
 
 class SavedTokenizer(Protocol):
@@ -43,22 +43,22 @@ def export(
     add_bos: bool = False,
     progress: bool = False,
 ) -> None:
-    """Writes safetensors (files of at most 2 GB), config.json, generation_config.json, and the tokenizer's files.
+    """Writes safetensors files (at most 2 GB each), config.json, generation_config.json and the tokenizer's files.
 
-    config.json comes last: a folder with it is complete, and a second call after an interruption starts over.
+    config.json is written last, so a folder that has it is complete. After an interruption, a second call starts over.
 
     Args:
-        params: whole on this process's devices.
+        params: the parameters, fully addressable by this process.
         model: the model.
-        folder: where to write; created if missing.
-        dtype: of the tensors, "bfloat16" or "float32".
+        folder: output folder; created if missing.
+        dtype: type of the tensors, "bfloat16" or "float32".
         tokenizer: its generation settings and stop tokens go into generation_config.json.
-        add_bos: whether documents began with the BOS token in training (data.add_bos); the exported tokenizer does
-            the same.
+        add_bos: whether documents began with the BOS token in training (data.add_bos); the exported tokenizer adds
+            it too.
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: no architecture of transformers expresses the model.
+        UserError: no architecture in transformers can express the model.
     """
     model = families.llama(model)
     if dtype not in DTYPES:
@@ -66,7 +66,7 @@ def export(
     content = {} if tokenizer is None else tokenizer.content(add_bos=add_bos)
     generation = _generation_config(content, tokenizer, model.vocab_size)
     special = {f"{name}_token_id": generation.get(f"{name}_token_id") for name in ("bos", "eos")}
-    # Rows may have padding on either side: no position is lost to it.
+    # No pad token: rows may be padded on either side, and padding takes no positions.
     config = families.to_json(model.config, model.vocab_size, dtype) | special | {"pad_token_id": None}
     if (
         tokenizer is not None
@@ -90,7 +90,7 @@ def export(
 
 
 def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | None, vocab_size: int) -> Json:
-    """The settings that came with the tokenizer, where the end of a document stops as all their stop tokens do."""
+    """The generation settings of the tokenizer, with the end of a document added to its stop tokens."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     saved = TokenizerFiles("the tokenizer", content).json(GENERATION_CONFIG)
@@ -103,7 +103,7 @@ def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | No
 
 
 def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, progress: bool) -> None:
-    # Each tensor with its parameter, and its layer in that.
+    # Per file: each tensor with its parameter and its layer in that parameter.
     files: list[list[tuple[families.Tensor, Any, int | None]]] = [[]]
     room = SHARD_BYTES
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -121,7 +121,7 @@ def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, 
     for number, tensors in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         arrays = {tensor.name: _array(tensor, leaf, layer, model, dtype) for tensor, leaf, layer in tensors}
-        # transformers asks for the metadata.
+        # transformers requires this metadata.
         save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())

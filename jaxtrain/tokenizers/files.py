@@ -1,4 +1,4 @@
-"""Files of a tokenizer: where they come from, the special tokens they name, and how they are saved."""
+"""Tokenizer files: finding and reading them, their special tokens, and saving them."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _NAMES = (
     "tokenizer.vocab",
     *_CONFIGS,
 )
-# What older models keep in config.json and newer ones in generation_config.json.
+# Keys that older models keep in config.json and newer ones in generation_config.json.
 _GENERATION_KEYS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p"),
     "repetition_penalty",
@@ -41,7 +41,7 @@ class TokenizerFiles:
     Attributes:
         where: folder, file or repository, for messages.
         content: file name to bytes.
-        revision: the Hub's commit.
+        revision: commit on the Hub, if downloaded.
     """
 
     where: str
@@ -49,10 +49,10 @@ class TokenizerFiles:
     revision: str | None = None
 
     def json(self, name: str) -> Json:
-        """Returns the object in a JSON file, {} if the file is missing.
+        """Returns the object in a JSON file; {} if the file is missing.
 
         Raises:
-            UserError: the file holds something else.
+            UserError: the file does not contain a JSON object.
         """
         if name not in self.content:
             return {}
@@ -66,10 +66,10 @@ class TokenizerFiles:
 
 
 def find(name: str, revision: str | None) -> TokenizerFiles:
-    """Reads the files of a folder or file (local, gs://, s3://), or else of a repository on the Hub.
+    """Reads a tokenizer from a folder or file (local, gs://, s3://) if it exists, else from a Hub repository.
 
     Raises:
-        UserError: there is no such folder, file or repository.
+        UserError: the folder, file or repository does not exist.
     """
     path = epath.Path(name).expanduser()
     if path.exists():
@@ -80,7 +80,7 @@ def find(name: str, revision: str | None) -> TokenizerFiles:
 
 
 def read(path: epath.Path) -> TokenizerFiles:
-    """Reads a folder's files; or one file, whatever its name, and the configs next to it."""
+    """Reads the files of a folder, or one file of any name and the configs next to it."""
     try:
         if path.is_dir():
             content = {name: (path / name).read_bytes() for name in _NAMES if (path / name).exists()}
@@ -94,11 +94,11 @@ def read(path: epath.Path) -> TokenizerFiles:
 
 
 def _download(name: str, revision: str | None) -> TokenizerFiles:
-    # Importing it takes 0.3 s, and most runs bring or train their own tokenizer.
+    # Imported here: it takes 0.3 s, and most runs use a local or trained tokenizer.
     from huggingface_hub import errors, snapshot_download
 
     try:
-        # Resolves the revision to a commit once; without a connection it uses the cached commit.
+        # Resolves the revision to a commit once. Offline it uses the cached commit.
         folder = snapshot_download(name, revision=revision, allow_patterns=list(_NAMES))
     except errors.GatedRepoError as error:
         raise UserError(
@@ -120,7 +120,7 @@ def _download(name: str, revision: str | None) -> TokenizerFiles:
 
 
 def write(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
-    """Writes the files into a folder, which may hold others."""
+    """Writes the files into a folder, which may contain other files."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
@@ -128,12 +128,12 @@ def write(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
 
 
 def is_local(folder: epath.PathLike) -> bool:
-    """Whether a folder is on a file system, not in a bucket."""
+    """Whether a folder is on a file system rather than in a bucket."""
     return "://" not in os.fspath(folder)
 
 
 def publish(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
-    """Writes a new folder atomically. On an object store, which cannot rename, the last file comes last instead."""
+    """Writes a new folder atomically. An object store cannot rename: there the last file marks completion."""
     folder = epath.Path(folder)
     if not is_local(folder):
         write(content, folder)
@@ -142,17 +142,19 @@ def publish(content: Mapping[str, bytes], folder: epath.PathLike) -> None:
     if partial.exists():
         partial.rmtree()
     write(content, partial)
-    # Also replaces an empty folder; the system refuses to replace one that holds anything.
+    # Also replaces an empty folder; the OS refuses to replace a non-empty one.
     os.replace(partial, folder)
 
 
 def special_id(files: TokenizerFiles, name: str, token: str | None, vocabulary: Mapping[str, int]) -> int | None:
     """Finds the id of a special token.
 
-    Order: the user's choice; the tokenizer's configs, where null means that there is none (except for the end of a
-    document, which every tokenizer needs: the search goes on); the ids in the model's configs, the first of several.
+    Search order: the user's choice; the tokenizer's configs, where null means no such token (except for the
+    end-of-document token, which is required, so the search continues); the ids in the model's configs, of which the
+    first counts.
 
     Args:
+        files: the tokenizer's files.
         name: "eos_token" or "bos_token".
         token: the user's choice, if any.
         vocabulary: token to id.
@@ -161,7 +163,7 @@ def special_id(files: TokenizerFiles, name: str, token: str | None, vocabulary: 
         The id, or None if no file names the token.
 
     Raises:
-        UserError: what a file names is not a token of the vocabulary.
+        UserError: the token found is not in the vocabulary.
     """
     source = f"{name}={token!r}"
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP) if token is None else ():
@@ -199,21 +201,24 @@ def _model_config_id(files: TokenizerFiles, key: str, vocabulary: Mapping[str, i
 def content_to_save(
     files: TokenizerFiles, tokens: Mapping[str, str | None], add_bos: bool | None = None
 ) -> dict[str, bytes]:
-    """The tokenizer's files, with a config from which transformers' AutoTokenizer loads the same special tokens.
+    """Returns the tokenizer's files, with a config from which AutoTokenizer loads the same special tokens.
 
-    The model's generation settings stay with the tokenizer, as its stop tokens are tokens: exports need them.
+    The model's generation settings are kept with the tokenizer: they name its stop tokens, which exports need.
 
     Args:
-        files: what was loaded.
+        files: the loaded files.
         tokens: "eos_token", "bos_token", ... to token.
-        add_bos: whether transformers shall begin each text with the BOS token; None to leave that as it is.
+        add_bos: whether transformers begins each text with the BOS token; None keeps the files' setting.
+
+    Returns:
+        File name to bytes.
     """
     content = {name: data for name, data in files.content.items() if name != MODEL_CONFIG}
     generation = {key: value for key, value in files.json(MODEL_CONFIG).items() if key in _GENERATION_KEYS}
     if generation and GENERATION_CONFIG not in content:
         content[GENERATION_CONFIG] = _dump(generation)
     config = files.json(TOKENIZER_CONFIG)
-    # This class takes tokenizer.json and tokenizer.model as they are. Those named after models add their own rules.
+    # This class uses tokenizer.json and tokenizer.model unchanged. Model-specific classes add their own rules.
     complete = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | config
     for name, token in tokens.items():
         known = config.get(name)

@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face libraries (`tokenizer.json`), from a folder or from the Hub."""
+"""Hugging Face tokenizers (`tokenizer.json`), from a folder or the Hub."""
 
 import dataclasses
 import itertools
@@ -24,17 +24,17 @@ logger = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(kw_only=True)
 class HuggingFaceTokenizer:
-    """An existing tokenizer: `tokenizer.json`, or else a sentencepiece `tokenizer.model`.
+    """An existing tokenizer: `tokenizer.json` if present, else a sentencepiece `tokenizer.model`.
 
     Attributes:
-        name: a folder or file (local, gs://, s3://), or the id of a model on the Hub.
-        revision: a branch, tag or commit of the Hub; None for the newest. A resume compares the files' hash.
-        eos_token: text of the token that ends a document, such as "</s>", if not the one that the files name.
-        bos_token: text of the token that begins a document, likewise.
-        threads: threads that encode a batch; None for all cores of the process. No result depends on it. For
-            tokenizer.json it sets the thread pool of the whole process, once, unless RAYON_NUM_THREADS is set.
-        vocab_size: number of ids, for tools that plan without the network (tools.compile_check, tools.estimate). A
-            run uses what the files say, and warns if that differs.
+        name: a folder or file (local, gs://, s3://), or a model id on the Hub.
+        revision: a branch, tag or commit on the Hub; None for the newest. A resume compares the files' hash.
+        eos_token: text of the token that ends a document, such as "</s>"; None for the one in the files.
+        bos_token: text of the token that begins a document; None for the one in the files.
+        threads: threads that encode a batch; None for all cores of the process. Does not affect results. For
+            tokenizer.json it sizes the thread pool of the whole process, once, unless RAYON_NUM_THREADS is set.
+        vocab_size: number of ids, for tools that plan offline (tools.compile_check, tools.estimate). A run uses the
+            files' number and warns if it differs.
     """
 
     name: str
@@ -52,10 +52,10 @@ class HuggingFaceTokenizer:
         check_threads(self.threads)
 
     def build(self, workdir: str) -> "HFTokenizer | SentencePieceTokenizer":
-        """Loads or downloads the tokenizer; `workdir` is not used.
+        """Loads or downloads the tokenizer. `workdir` is unused.
 
         Raises:
-            UserError: it does not exist, or documents cannot be tokenized with it.
+            UserError: the tokenizer does not exist or cannot encode documents.
         """
         found = files.find(self.name, self.revision)
         if files.TOKENIZER_JSON in found.content:
@@ -81,9 +81,9 @@ class HuggingFaceTokenizer:
 class HFTokenizer:
     """Implements interfaces.Tokenizer with the `tokenizers` library.
 
-    It adds no special token and finds none in a text, so that no document can forge its own end. It ignores the
-    truncation, padding and dropout that some files ask for. `token_bytes` adds up to the text's UTF-8 length for
-    byte-level tokenizers, and for those with byte fallback that do not normalize.
+    It adds no special tokens and never encodes text to one, so no document can forge its own end. It ignores
+    truncation, padding and dropout settings in the files. `token_bytes` sums to the text's UTF-8 length for byte-level
+    tokenizers, and for those with byte fallback and no normalization.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class HFTokenizer:
         if byte_level and self._tokenizer.decoder is None:
             self._tokenizer.decoder = tokenizers.decoders.ByteLevel()
         vocabulary = self._tokenizer.get_vocab()
-        # Ids may have gaps, so the number of tokens is no bound.
+        # Ids may have gaps, so the token count is not a bound.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         eos_id = files.special_id(tokenizer_files, "eos_token", eos_token, vocabulary)
         if eos_id is None:
@@ -149,13 +149,13 @@ class HFTokenizer:
         except TypeError:
             encodings = self._encoder.encode_batch_fast(well_formed(texts), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        # 44 M tokens/s, of which the library's own lists take half; an array for each text is as fast, array.array
-        # slower (28). Encoding itself does 1.5 a core, outside the GIL.
+        # 44 M tokens/s; half the time goes into the library's lists. One array per text is as fast, array.array slower
+        # (28 M). Encoding itself runs at 1.5 M tokens/s per core, outside the GIL.
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
         return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids`, without special tokens."""
+        """Returns the text of `ids`, omitting special tokens."""
         text = [id for id in np.asarray(ids, np.int64).tolist() if id not in (self.eos_id, self.bos_id)]
         return self._tokenizer.decode(text, skip_special_tokens=True)
 
@@ -164,10 +164,10 @@ class HFTokenizer:
         files.write(self.content(), folder)
 
     def content(self, add_bos: bool | None = None) -> dict[str, bytes]:
-        """The files to save, name to bytes.
+        """Returns the files to save, name to bytes.
 
         Args:
-            add_bos: as data.add_bos; transformers then adds exactly what training added. None keeps the files' rules.
+            add_bos: data.add_bos, so that transformers adds the same tokens as training. None keeps the files' rules.
         """
         token = self._tokenizer.id_to_token
         bos = None if self.bos_id is None else token(self.bos_id)
@@ -184,7 +184,7 @@ class HFTokenizer:
     def _token_bytes(
         self, spec: Json, vocabulary: dict[str, int], byte_level: bool, unknown: Collection[int | None]
     ) -> np.ndarray:
-        # A character of a byte-level token is a byte; "▁" is a space where spaces are marked as sentencepiece does.
+        # Each character of a byte-level token is a byte. "▁" is a space if spaces are marked as in sentencepiece.
         byte_fallback = spec["model"].get("byte_fallback", False)
         count = np.zeros(self.vocab_size, np.int32)
         for token, id in vocabulary.items():
@@ -200,19 +200,19 @@ class HFTokenizer:
         return count
 
     def _seal(self, spec: Json, unknown: Collection[int | None]) -> bool:
-        """Makes the encoder find no special token in any text; returns whether it did.
+        """Stops the encoder from matching special tokens in text. Returns whether it had to change anything.
 
-        The library finds those that are added with `special: false`, and, as text of their own, those in the
-        vocabulary of a WordLevel, WordPiece or Unigram model.
+        The library matches tokens added with `special: false`, and special tokens in the vocabulary of a WordLevel,
+        WordPiece or Unigram model where they stand alone in the text.
 
         Raises:
-            UserError: that is impossible, or some texts cannot be encoded at all.
+            UserError: this is impossible, or some texts cannot be encoded at all.
         """
         where = self._files.where
         ends = {id for id in (self.eos_id, self.bos_id) if id is not None}
         special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         tokens = {id: str(self._tokenizer.id_to_token(id)) for id in (special - {*unknown}) | ends}
-        # Alone, at a text's start and end, inside a word, between spaces, and on a line of its own.
+        # Each token by itself, at the start and end of a text, inside a word, between spaces, and alone on a line.
         texts = [f"{token} a{token}a a {token} a\n{token}\n{token}" for token in tokens.values()]
         texts += tokens.values()
         try:
@@ -251,8 +251,8 @@ def _load(content: bytes) -> tokenizers.Tokenizer:
 
 
 def _without(spec: Json, tokens: Collection[str]) -> Json:
-    """A tokenizer.json with the same ids that finds `tokens` in no text."""
-    # Renamed, since ids are positions. No document can hold a name that is new in each process.
+    """Returns a tokenizer.json with the same ids that matches `tokens` in no text."""
+    # Renamed rather than removed, since ids are positions. The new names are random per process, so no text has them.
     prefix = uuid.uuid4().hex
 
     def renamed(token: Any) -> Any:
@@ -274,10 +274,10 @@ def _without(spec: Json, tokens: Collection[str]) -> Json:
 
 
 def _post_processor(spec: Json, bos: tuple[str | None, int | None] | None) -> Json | None:
-    """The post-processor of a tokenizer.json that adds the BOS token, if given, and no other."""
+    """Returns a tokenizer.json post-processor that adds only the BOS token, if given."""
     given = spec.get("post_processor")
     parts = given["processors"] if given and given["type"] == "Sequence" else [given]
-    parts = [part for part in parts if part and part["type"] == "ByteLevel"]  # It trims offsets, and adds nothing.
+    parts = [part for part in parts if part and part["type"] == "ByteLevel"]  # Only trims offsets.
     if bos is not None:
         token, id = bos
         sequences = [

@@ -1,7 +1,7 @@
-"""What makes two tokenizers the same, and which text a tokenizer may see.
+"""Identity of a tokenizer, and cleanup of its input.
 
-Two tokenizers are the same if the bytes of their models, their special tokens and the ids of a fixed probe text agree.
-The probe catches what the bytes cannot: a library version that reads the same file differently.
+Two tokenizers are the same if their model bytes, their special tokens and their ids for a fixed probe text agree. The
+probe detects what the bytes cannot: a library version that interprets the same file differently.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from jaxtrain.interfaces import Json, Tokenizer
 
-# English, code, indentation, numbers, line ends, other scripts, combining and private characters, an emoji of several
-# code points, and the spellings of special tokens, which are ordinary text in a document.
+# English, code, indentation, numbers, line ends, other scripts, combining and private-use characters, an emoji of
+# several code points, and spellings of special tokens, which are ordinary text in a document.
 PROBE = (
     "The quick brown fox jumps over 13 lazy dogs; 3.14159 isn't 22/7.\r\n"
     "def f(x: int) -> int:\n\treturn  x + 1    # twice\n\n\n"
@@ -19,7 +19,7 @@ PROBE = (
     "</s><s><unk><pad><|endoftext|><0x41> "
 )
 
-# Other entries (the library's version, the commit a file came from) are informational.
+# Other entries (the library's version, the commit on the Hub) are informational.
 ENFORCED = ("kind", "hash", "vocab_size", "eos_id", "bos_id", "probe")
 
 
@@ -29,11 +29,11 @@ def identity(
     """Describes a tokenizer for checkpoints and stores.
 
     Args:
-        tokenizer: its ids depend on `content` and the special tokens alone.
+        tokenizer: its ids depend only on `content` and the special tokens.
         kind: "tokenizer.json" or "sentencepiece".
         content: bytes of the model file.
-        sealed: the library alone would find special tokens inside texts, and version 0.1 did. Such tokenizers record
-            `reader` 2, so that what 0.1 tokenized is not continued.
+        sealed: whether the unmodified library would match special tokens in text, as version 0.1 did. Such tokenizers
+            record `reader` 2, so that runs and stores tokenized by 0.1 are not continued.
         library: version of the library.
         revision: commit on the Hub.
     """
@@ -51,7 +51,7 @@ def identity(
 
 
 def mismatch(saved: Json, current: Json) -> str | None:
-    """Returns None if both identities describe one tokenizer, else a message with both sides of each difference."""
+    """Returns None if both identities describe the same tokenizer, else a message that shows each difference."""
     if saved.get("reader", 1) < current.get("reader", 1):
         return (
             "jaxtrain 0.1 found this tokenizer's special tokens inside texts, so documents could end early. They are "
@@ -72,7 +72,7 @@ def mismatch(saved: Json, current: Json) -> str | None:
 
 
 def well_formed(texts: Sequence[str]) -> list[str]:
-    """Replaces lone surrogates, which UTF-8 cannot encode, by U+FFFD, and joins pairs into their character.
+    """Replaces lone surrogates, which UTF-8 cannot encode, with U+FFFD, and joins surrogate pairs.
 
     Such strings come from JSON with escapes like "\\ud83d".
     """

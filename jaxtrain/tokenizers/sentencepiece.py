@@ -13,9 +13,9 @@ from jaxtrain.errors import UserError
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.identity import identity, well_formed
 
-# What stands for a space inside sentencepiece. As a character of a text it would come back as a space.
+# sentencepiece's internal mark for a space. In a text, it would decode to a space.
 _MARK = "\u2581"
-# A model that keeps all of these apart keeps every text: no prefix, no stripping, no normal form.
+# A model that round-trips this round-trips every text: no dummy prefix, no stripping, no normalization.
 _KEPT = "  a  \n\n\tﬁ e\u0301 \u00a0Ⅷ\r\n  "
 
 
@@ -25,7 +25,7 @@ class SentencePiece:
 
     Attributes:
         path: the `.model` file (local, gs:// or s3://).
-        threads: threads that encode a batch; None for all cores of the process. No result depends on it.
+        threads: threads that encode a batch; None for all cores of the process. Does not affect results.
     """
 
     path: str
@@ -35,10 +35,10 @@ class SentencePiece:
         check_threads(self.threads)
 
     def build(self, workdir: str) -> "SentencePieceTokenizer":
-        """Loads the model; `workdir` is not used.
+        """Loads the model. `workdir` is unused.
 
         Raises:
-            UserError: there is no such file, or it is not a model.
+            UserError: the file does not exist or is not a model.
         """
         path = epath.Path(self.path).expanduser()
         if path.is_dir() or not path.exists():
@@ -51,11 +51,11 @@ class SentencePieceTokenizer:
     """Implements interfaces.Tokenizer with the sentencepiece library.
 
     It encodes as the library does, with two exceptions. No text encodes to the tokens that begin and end a document.
-    And with a model that loses nothing else (as trained here: byte fallback, identity normalization, no dummy prefix),
-    U+2581 is spelled in bytes, so that decode(encode(text)) == text for every text.
+    And with a model that is otherwise lossless (as trained here: byte fallback, identity normalization, no dummy
+    prefix), U+2581 is spelled in bytes, so that decode(encode(text)) == text for every text.
 
-    `token_bytes` adds up to the text's UTF-8 length for models that lose nothing. A model with a dummy prefix counts
-    one byte more for each text, and unknown characters count nothing.
+    `token_bytes` sums to the text's UTF-8 length for lossless models. A model with a dummy prefix counts one extra byte
+    per text, and unknown characters count as zero.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
         vocabulary = {piece: id for id, piece in enumerate(self._pieces)}
         eos_id = files.special_id(tokenizer_files, "eos_token", eos_token, vocabulary)
         bos_id = files.special_id(tokenizer_files, "bos_token", bos_token, vocabulary)
-        # The library's -1 means none.
+        # The library uses -1 for none.
         declared_eos, declared_bos = (
             id if id >= 0 else None for id in (self._processor.eos_id(), self._processor.bos_id())
         )
@@ -136,45 +136,45 @@ class SentencePieceTokenizer:
         return np.concatenate([np.empty(0, np.int32), *encoded]), lengths
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids`, without control tokens."""
+        """Returns the text of `ids`, omitting control tokens."""
         return self._processor.decode(np.asarray(ids, np.int64).tolist())
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes tokenizer.model, tokenizer.vocab and a tokenizer_config.json for transformers' AutoTokenizer.
 
-        AutoTokenizer gives the same ids, except for ties between equally probable pieces in a unigram model, and
+        AutoTokenizer produces the same ids, except for ties between equally probable pieces in a unigram model and for
         U+2581.
         """
         files.write(self.content(), folder)
 
     def content(self, add_bos: bool | None = None) -> dict[str, bytes]:
-        """The files to save, name to bytes.
+        """Returns the files to save, name to bytes.
 
         Args:
-            add_bos: as data.add_bos; transformers then adds exactly what training added. None keeps the files' rules.
+            add_bos: data.add_bos, so that transformers adds the same tokens as training. None keeps the files' rules.
         """
         tokens = {"eos_token": self.eos_id, "bos_token": self.bos_id, "unk_token": self._processor.unk_id()}
         pieces = {name: None if id is None else self._pieces[id] for name, id in tokens.items()}
-        # Every piece with its score, a line each as spm_train writes them, but with line ends escaped.
+        # One piece and its score per line, as spm_train writes them, but with line ends escaped.
         escaped = (piece.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") for piece in self._pieces)
         listing = "".join(f"{piece}\t{self._processor.get_score(id):g}\n" for id, piece in enumerate(escaped))
         return files.content_to_save(self._files, pieces, add_bos) | {"tokenizer.vocab": listing.encode()}
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        # Buffers instead of lists of Python integers: 14.4 M tokens/s instead of 7.8 with lists turned into arrays
-        # (unigram, one core). The GIL is released.
+        # Buffers instead of lists of Python integers: 14.4 M tokens/s instead of 7.8 M with lists converted to arrays
+        # (unigram, one core). Releases the GIL.
         try:
             return self._processor.encode(texts, return_type="numpy", num_threads=self._threads)
         except TypeError:
             return self._processor.encode(well_formed(texts), return_type="numpy", num_threads=self._threads)
 
     def _sealed(self, model: bytes, ids: Collection[int]) -> sentencepiece.SentencePieceProcessor:
-        """The model with these pieces as control symbols: the library finds pieces of other types in texts.
+        """Returns the model with these pieces as control symbols, the only type that the library never matches in text.
 
         Raises:
-            UserError: other pieces cannot spell their text.
+            UserError: the remaining pieces cannot spell their text.
         """
-        # Its generated code takes 0.1 s to import, and few models need it.
+        # Imported here: it takes 0.1 s, and few models need it.
         from sentencepiece import sentencepiece_model_pb2
 
         message: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009 - made at import, unseen by pyright
@@ -206,5 +206,5 @@ def check_threads(threads: int | None) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container or job."""
+    """The number of cores that this process may use, which a container or job can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Trains a tokenizer on the run's own stream of documents."""
+"""Trains a tokenizer on the run's document stream."""
 
 import dataclasses
 import io
@@ -24,50 +24,50 @@ from jaxtrain.tokenizers.hf import HFTokenizer
 from jaxtrain.tokenizers.identity import well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
 
-# Written last: its presence marks the tokenizer as complete.
+# Written last, so its presence marks the tokenizer as complete.
 _SETTINGS = "training.json"
-# sentencepiece silently drops longer pieces of text (its own default).
+# sentencepiece silently drops longer inputs (its default limit).
 _PIECE_BYTES = 4192
-# The result depends on it, as each thread sums its own share of the likelihoods: the machine must not choose it.
+# Fixed, because the result depends on it: each thread sums its own share of the likelihoods.
 _TRAINING_THREADS = 16
 _END_OF_TEXT = "<|endoftext|>"
 _OWN_TOKENS = ("<unk>", "<s>", "</s>", _END_OF_TEXT)
-# The round trip is checked on the first documents, which come from all lanes.
+# The round-trip check uses the first documents, which come from all lanes.
 _CHECKED_DOCUMENTS, _CHECKED_CHARACTERS = 64, 20_000
-# What byte-level BPE may merge: English contractions, a word with the space before it (and its combining marks), up to
-# three digits, signs with the line ends after them, blank lines with their indentation, the other spaces.
+# Pre-tokens within which byte-level BPE merges: English contractions, words with combining marks and the preceding
+# space, up to three digits, punctuation with the following line ends, blank lines with their indentation, other spaces.
 _WORDS = r"'(?i:[sdmt]|ll|re|ve)| ?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LOGGED_DOCUMENTS = 10_000  # at least, between two lines of progress
+_LOGGED_DOCUMENTS = 10_000  # minimum between two progress lines
 
 logger = logging.getLogger("jaxtrain")
 
 
 class NotTrainedError(UserError):
-    """The config trains its tokenizer, and the work directory does not hold it yet."""
+    """The config trains its tokenizer, but the work directory does not contain it yet."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainTokenizer:
-    """A tokenizer trained on the run's own mixed stream before the first step, and kept in `workdir/tokenizer`.
+    """A tokenizer trained on the run's mixed stream before the first step, and saved in `workdir/tokenizer`.
 
-    Every text round-trips (with byte_fallback): spaces, tabs, line ends and any character. The same documents give the
-    same tokenizer, bit for bit, on any machine with the same version of the library.
+    With byte_fallback every text round-trips: spaces, tabs, line ends and any character. The same documents produce the
+    same tokenizer, bit for bit, on any machine with the same library version.
 
     Attributes:
         kind: "sentencepiece", or "bpe" (byte-level, tokenizer.json).
-        vocab_size: number of tokens, special ones included. Few documents may give fewer, which is logged.
+        vocab_size: number of tokens, including special ones. Too little text yields fewer, which is logged.
         max_samples: number of documents to train on.
         model_type: "unigram" or "bpe"; sentencepiece only.
-        byte_fallback: spell unknown characters in bytes instead of replacing them by one unknown token; sentencepiece
-            only.
-        character_coverage: share of the text's characters that get their own token, above 0, at most 1; sentencepiece
-            only.
-        sample_mb: megabytes of text to keep, a uniform sample of all documents, as sentencepiece learns in memory: it
-            needs about 25 times as much for "unigram", 20 for "bpe". sentencepiece only; `kind="bpe"` keeps the
-            distinct words of all documents and their counts.
-        special_tokens: reserved for later use (chat roles, tools). Their ids follow the end-of-document token (and,
-            for sentencepiece, those before it): 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to
-            one.
+        byte_fallback: spell unknown characters in bytes instead of replacing them with one unknown token;
+            sentencepiece only.
+        character_coverage: fraction of the text's characters that get their own token, above 0 and at most 1;
+            sentencepiece only.
+        sample_mb: megabytes of text in a uniform sample of all documents. sentencepiece trains in memory, which takes
+            about 25 times as much for "unigram" and 20 times for "bpe". sentencepiece only; `kind="bpe"` keeps the
+            distinct words of all documents with their counts.
+        special_tokens: reserved for later use (chat roles, tools). Their ids follow the end-of-document token and, for
+            sentencepiece, the ids before it: 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to
+            them.
         threads: as in HuggingFaceTokenizer; for encoding only.
     """
 
@@ -114,15 +114,15 @@ class TrainTokenizer:
     def train(
         self, documents: Iterable[str], workdir: epath.PathLike, progress: bool = True
     ) -> HFTokenizer | SentencePieceTokenizer:
-        """Trains on the first `max_samples` documents, in one process, and saves the result in the work directory."""
+        """Trains on the first `max_samples` documents and saves the result in the work directory. One process only."""
         return train(self, documents, epath.Path(workdir) / "tokenizer", progress)
 
     def build(self, workdir: epath.PathLike) -> HFTokenizer | SentencePieceTokenizer:
-        """Loads what `train` saved in the work directory.
+        """Loads the tokenizer that `train` saved in the work directory.
 
         Raises:
-            NotTrainedError: there is nothing yet.
-            UserError: it was trained with other settings.
+            NotTrainedError: `train` has not run yet.
+            UserError: the saved tokenizer was trained with other settings.
         """
         folder = epath.Path(workdir) / "tokenizer"
         if self.needs_training(workdir):
@@ -148,7 +148,7 @@ class TrainTokenizer:
         return kind(tokenizer_files, threads=self.threads)
 
     def _settings(self) -> Json:
-        """The fields that the result depends on."""
+        """The fields that determine the result."""
         names = ["kind", "vocab_size", "max_samples"]
         if self.kind == "sentencepiece":
             names += ["model_type", "byte_fallback", "character_coverage", "sample_mb"]
@@ -163,7 +163,7 @@ def train(
 
     Raises:
         UserError: the folder is not empty, there are no documents, or the vocabulary is too small for them. Errors
-            of `documents` pass through.
+            from `documents` propagate.
     """
     check_free(folder)
     folder = epath.Path(folder)
@@ -184,7 +184,7 @@ def train(
 
 
 def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: list[str]) -> None:
-    """Logs whether the texts come back from their ids, and where the first that does not come back differs."""
+    """Logs whether the texts round-trip, and where the first that does not differs."""
     texts = well_formed(texts)
     ids, lengths = tokenizer.encode_batch(texts)
     pieces = np.split(ids, np.cumsum(lengths)[:-1])
@@ -203,21 +203,21 @@ def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: li
 
 
 def check_free(folder: epath.PathLike) -> None:
-    """Raises UserError if the folder already holds something."""
+    """Raises UserError if the folder is not empty."""
     folder = epath.Path(folder)
     if (folder / _SETTINGS).exists():
         raise UserError(f"{folder} already holds a tokenizer: delete it, or choose another")
-    # On an object store there may be what a killed run left; it is overwritten.
+    # On an object store, leftovers of a killed run are overwritten.
     if files.is_local(folder) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: delete it, or choose another")
 
 
 class _Counted:
-    """Documents with a progress bar, or without a terminal a line for each tenth; raises UserError if there is none.
+    """Counts documents, with a progress bar, or off a terminal a line per tenth. Raises UserError if there are none.
 
     Attributes:
         count: documents so far.
-        first: the beginnings of the first documents.
+        first: the beginnings of the first documents, for the round-trip check.
     """
 
     def __init__(self, documents: Iterator[str], expected: int, progress: bool):
@@ -268,7 +268,7 @@ def _train_bpe(config: TrainTokenizer, documents: Iterable[str]) -> dict[str, by
 
 
 def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> bytes:
-    # Read to the end first: the library would turn the documents' errors into its own.
+    # Read all documents first: the library would wrap their errors in its own.
     sample = _fair_sample(_pieces(documents), int(config.sample_mb * 1e6) // _PIECE_BYTES + 1)
     model = io.BytesIO()
     try:
@@ -277,18 +277,18 @@ def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> by
             model_writer=model,
             model_type=config.model_type,
             vocab_size=config.vocab_size,
-            # Where the text has fewer pieces, take those instead of failing.
+            # Accept fewer pieces if the text has too few, instead of failing.
             hard_vocab_limit=False,
             byte_fallback=config.byte_fallback,
             character_coverage=config.character_coverage,
             control_symbols=list(config.special_tokens),
             num_threads=_TRAINING_THREADS,
             max_sentence_length=_PIECE_BYTES,
-            # Together: decode(encode(text)) == text.
+            # Together these ensure decode(encode(text)) == text.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # Indentation is one token, and numbers are digits.
+            # Indentation becomes one token; numbers split into digits.
             allow_whitespace_only_pieces=True,
             split_digits=True,
             minloglevel=2,
@@ -302,9 +302,9 @@ def _train_sentencepiece(config: TrainTokenizer, documents: Iterable[str]) -> by
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[bytes]:
-    """Cuts documents into UTF-8 pieces of at most _PIECE_BYTES, before a line end or a space if there is one.
+    """Cuts documents into UTF-8 pieces of at most _PIECE_BYTES, before a line end or a space if possible.
 
-    The library strips line ends from the end of its input, so they stay at the beginning of a piece.
+    The library strips trailing line ends from its input, so line ends stay at the beginning of a piece.
     """
     for document in documents:
         text = well_formed([document])[0].encode()

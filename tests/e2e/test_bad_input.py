@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint(make_run: MakeRun, stopped: Run, reference: Run, d
     else:
         file.unlink()
     run()
-    assert f"Checkpoint {folder} is damaged" in run.output
+    assert f"Checkpoint {newest} is damaged: {folder}" in run.output
     assert f"Resumed from step {older} " in run.output
     assert_equal(run, reference)
 

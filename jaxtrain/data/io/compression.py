@@ -1,7 +1,7 @@
-"""Compressed files as streams of bytes, each held to the end that its format defines.
+"""Compressed files as byte streams that detect truncation.
 
-The usual file objects (gzip, zstandard, fsspec's) differ in what they do with a file that was cut: some raise, some
-end in silence, at the cut or at a frame before it. Here a stream ends only where its decoder says that it is complete.
+The usual file objects (gzip, zstandard, fsspec's) handle a truncated file differently: some raise, some end silently
+at the cut or at an earlier frame. Here a stream ends only where its decoder reports that it is complete.
 """
 
 import bz2
@@ -15,10 +15,10 @@ from typing import IO, Any
 
 from jaxtrain.errors import UserError
 
-_INPUT = 1 << 12  # compressed bytes decoded at a time: what precedes damage is given, and little memory is held
-_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs; the library's own limit is 128 MB
+_INPUT = 1 << 12  # compressed bytes decoded at a time: small, to return all data before damage and to bound memory
+_ZSTD_WINDOW = 1 << 31  # required by `zstd --long=31`; the library's default limit is 128 MB
 
-# Suffixes by format, as the datasets library knows them.
+# Suffix → format, as in the datasets library.
 _SUFFIXES = {
     "gz": "gzip",
     "gzip": "gzip",
@@ -30,39 +30,42 @@ _SUFFIXES = {
     "lz4": "lz4",
     "zip": "zip",
 }
-# What files of each format begin with. No text does: all but bzip2's hold bytes that are no text, and bzip2's is long.
+# Magic bytes of each format. No text starts with them: all but bzip2's contain non-text bytes, and bzip2's are long.
 _MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "xz": re.compile(rb"\xfd7zXZ\x00"),
-    # A frame, or one to be skipped (RFC 8878, section 3.1).
+    # A frame or a skippable frame (RFC 8878, section 3.1).
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL),
     "lz4": re.compile(rb"\x04\x22\x4d\x18"),
     "zip": re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)"),
 }
-_PADDED = ("gzip", "xz")  # zeros may follow, as on tapes
+_PADDED = ("gzip", "xz")  # zero padding may follow, as on tapes
 
 
 class DamagedError(Exception):
-    """Bytes that are not what their format wants."""
+    """The bytes violate their format."""
 
 
 class CutShortError(DamagedError):
-    """A file that ends before its format does. What came before is as it was written."""
+    """The file is truncated. All data read before the cut is valid."""
 
 
 def format_of(head: bytes, name: str = "") -> str | None:
-    """The compression of a file: what its name says, else what it begins with; None if it is plain.
+    """Detects the compression of a file from its magic bytes, and checks it against the name.
 
     Args:
         head: The first 10 bytes or more.
         name: The file's name.
 
+    Returns:
+        The format, or None for an uncompressed file.
+
     Raises:
-        DamagedError: The name says that the file is compressed, and its content is not.
+        DamagedError: The suffix names a compression, but the content is not compressed.
     """
     path = name.split("?")[0] if "://" in name else name
-    # x.jsonl.gz, and x.jsonl.gz-00000-of-00010.
+    # Matches x.jsonl.gz and x.jsonl.gz-00000-of-00010.
     suffix = re.split("[_-]", path.rsplit(".", 1)[-1])[0].lower() if "." in path else ""
     found = next((kind for kind, magic in _MAGIC.items() if magic.match(head)), None)
     if (named := _SUFFIXES.get(suffix)) is not None and found is None:
@@ -71,15 +74,15 @@ def format_of(head: bytes, name: str = "") -> str | None:
 
 
 def streams(file: Any, name: str = "") -> Iterator[io.BufferedReader]:
-    """The decoded content of a file: one stream, or one for each member of a zip archive.
+    """Yields the decoded content of a file: one stream, or one per member of a zip archive.
 
     Args:
-        file: A seekable binary file, at its beginning.
-        name: Its name, whose suffix says how it is compressed.
+        file: A seekable binary file, positioned at its start.
+        name: The file's name; its suffix names the compression.
 
     Raises:
-        DamagedError: Also by the streams' reads.
-        UserError: The format needs a package that is not installed, or a password.
+        DamagedError: The file is damaged. Reads from the streams raise it too.
+        UserError: The format needs a password or a package that is not installed.
     """
     kind = format_of(file.read(16), name)
     file.seek(0)
@@ -90,7 +93,7 @@ def streams(file: Any, name: str = "") -> Iterator[io.BufferedReader]:
 
 
 def _members(file: Any) -> Iterator[io.BufferedReader]:
-    """The files in a zip archive in the order of the datasets library: a folder's own files, then its folders."""
+    """Yields zip members in the datasets library's order: a folder's files first, then its subfolders."""
 
     def order(path: str) -> list[tuple[bool, str]]:
         *folders, name = path.split("/")
@@ -107,13 +110,13 @@ def _members(file: Any) -> Iterator[io.BufferedReader]:
             member = archive.open(path)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"the zip archive's member {path} is damaged ({error})") from None
-        except (NotImplementedError, RuntimeError) as error:  # a method without a decoder, a password
+        except (NotImplementedError, RuntimeError) as error:  # an unsupported method or a password
             raise UserError(f"the zip archive's member {path} cannot be read: {error}") from None
         yield io.BufferedReader(_Member(member), _INPUT)
 
 
 class _Member(io.RawIOBase):
-    """A member of a zip archive, whose checksum is compared at its end."""
+    """A member of a zip archive. Reading to its end verifies its checksum."""
 
     def __init__(self, member: IO[bytes]):
         self._member = member
@@ -135,20 +138,20 @@ class _Member(io.RawIOBase):
 
 
 class Decoded(io.RawIOBase):
-    """What the compressed streams of a file hold, one after the other.
+    """The concatenated content of all compressed streams in a file.
 
     Args:
-        file: The compressed file, at its beginning.
-        kind: Its format, by `format_of`.
+        file: The compressed file, positioned at its start.
+        kind: The format, as returned by `format_of`.
     """
 
     def __init__(self, file: Any, kind: str):
         self._file, self._kind = file, kind
         self._make = _maker(kind)
         self._decoder: Any = None
-        self._streams = 0  # that came to their end
+        self._streams = 0  # complete streams so far
         self._input = b""
-        self._decoded, self._at = b"", 0  # what the last input became, and how much of it was given away
+        self._decoded, self._at = b"", 0  # the last decoded chunk, and the read position in it
         self._failed: DamagedError | None = None
 
     def readable(self) -> bool:
@@ -160,7 +163,7 @@ class Decoded(io.RawIOBase):
         return len(data)
 
     def read(self, size: int = -1) -> bytes:
-        """1 to `size` bytes; none at the end. Raises DamagedError, then at every further read, too."""
+        """Returns 1 to `size` bytes, or none at the end. After a DamagedError, every further read raises it again."""
         if self._failed is not None:
             raise self._failed
         try:
@@ -177,7 +180,7 @@ class Decoded(io.RawIOBase):
         except DamagedError as error:
             self._failed = error
             raise
-        # Readers copy what they got beyond what they asked for at each read: 64 kB may become 100 MB.
+        # Return at most `size` bytes: readers copy any excess on each read, and 64 kB may decompress to 100 MB.
         data = self._decoded[self._at :] if size < 0 else self._decoded[self._at : self._at + size]
         self._at += len(data)
         return data
@@ -186,7 +189,7 @@ class Decoded(io.RawIOBase):
         self._decoder = self._decoder or self._make()
         try:
             self._decoded, self._at = self._decoder.decompress(self._input), 0
-        except Exception as error:  # zlib.error, OSError, ZstdError and so on: nothing but decoding is done here
+        except Exception as error:  # zlib.error, OSError, ZstdError, ...: only decoding can raise here
             raise DamagedError(f"its compressed data is damaged ({error})") from None
         self._input = b""
         if self._decoder.eof:
@@ -200,7 +203,7 @@ class Decoded(io.RawIOBase):
 
 
 def _maker(kind: str) -> Callable[[], Any]:
-    """What makes a decoder for one stream of a format."""
+    """Returns a factory of decoders, each for one stream of the format."""
     if kind == "gzip":
         return lambda: zlib.decompressobj(wbits=31)
     if kind == "bzip2":

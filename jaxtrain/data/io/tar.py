@@ -1,7 +1,7 @@
-"""Members of tar archives in order, compressed or not; an archive that is cut short anywhere is an error.
+"""Members of tar archives in order, compressed or not. A truncated archive is an error.
 
-Python's tarfile ends a stream in silence at a damaged header and at a missing end, and its compressed modes pass over
-a cut tail; here every one of these raises. Members are read, and never written anywhere.
+Python's tarfile silently ends a stream at a damaged header or a missing end marker, and its compressed modes ignore a
+truncated tail. Here all of these raise. Members are only read, never extracted to disk.
 """
 
 import tarfile
@@ -11,21 +11,22 @@ from typing import IO, Any
 from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.compression import DamagedError, Decoded, format_of
 
-_PIECE = 1 << 22  # bytes of a request
+_PIECE = 1 << 22  # bytes per request
 _BLOCK = tarfile.BLOCKSIZE
 
 
 class BrokenError(tarfile.TarError, DamagedError):
-    """The archive's bytes make no sense. (tarfile's own errors mean the same.)"""
+    """The archive is malformed. (tarfile's own errors mean the same.)"""
 
 
 def members(source: Bytes) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, content) of every regular file, the content to be read (or not) before the next one.
+    """Yields (name, content) of every regular file. Read the content before advancing to the next member, or skip it.
 
-    Decoded by what the file begins with: plain tar, gzip, bzip2, xz, zstd or lz4, each of several streams too.
+    The magic bytes select the decoder: plain tar, gzip, bzip2, xz, zstd or lz4, including concatenated streams.
 
-    Raises tarfile.TarError and DamagedError for what is no whole archive (also where a content is read), and
-    TransientError and UserError as they come.
+    Raises:
+        tarfile.TarError, DamagedError: The archive is damaged or truncated. Reads of the content raise these too.
+        TransientError, UserError: From `source`, unchanged.
     """
     file = RangeFile(RangeBuffer(source, lambda position: position + _PIECE, keep=1))
     kind = format_of(file.read(16))
@@ -37,13 +38,13 @@ def members(source: Bytes) -> Iterator[tuple[str, IO[bytes]]]:
                 content = tar.extractfile(member)
                 assert content is not None
                 yield member.name, content
-            # It remembers all: 100 MB in a shard of 100,000.
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - typeshed has only what is documented
+            # tarfile keeps every member: 100 MB for a shard of 100,000 members.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - typeshed covers only documented names
         _check_end(tar.fileobj)
 
 
 class _Info(tarfile.TarInfo):
-    """Where tarfile takes what is no header for the archive's end, this says so."""
+    """Raises at an invalid header, where tarfile would assume the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
@@ -57,13 +58,13 @@ class _Info(tarfile.TarInfo):
             raise BrokenError(f"a damaged header at byte {tarfile.offset:,} of the tar ({error})") from None
 
 
-# For where `tarfile` is an archive.
+# Aliases for `_Info.fromtarfile`, whose parameter `tarfile` shadows the module.
 _EndOfArchive = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue] - as above
 _HeaderError = tarfile.HeaderError
 
 
 def _check_end(stream: Any) -> None:
-    """After one block of zeros: at least another one, and then nothing else (POSIX, pax interchange format)."""
+    """Checks that at least one more zero block and nothing else follows (POSIX, pax interchange format)."""
     length = 0
     while data := stream.read(1 << 16):
         if data.count(0) != len(data):

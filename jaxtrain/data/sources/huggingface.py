@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face Hub, and files anywhere that the datasets library has a reader for.
+"""Datasets on the Hugging Face Hub, and files anywhere in a format that the datasets library reads.
 
-What it reads is settled once, by `resolve`: the commit, the list of files, how they are decoded. The datasets library
-says which files make up a dataset and how its card wants them read; parquet.py, streams.py and samples.py read them.
+`resolve` fixes once what is read: the commit, the list of files, and how to decode them. The datasets library lists a
+dataset's files and the reader options from its card; parquet.py, streams.py and samples.py read the files.
 """
 
 import array
@@ -22,33 +22,33 @@ from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 BUILDERS = ("parquet", "json", "csv", "text", "arrow", "xml", "webdataset")
-# What people call a dataset → its id and configuration.
+# Common name of a dataset → its id and configuration.
 SHORT_NAMES = {
     "finewebedu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "openwebtext": ("Skylion007/openwebtext", None),
     "pg19": ("emozilla/pg19", None),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-_TIMEOUT = 30.0  # seconds; the Hub's client has none of its own, and a stalled listing would never end
+_TIMEOUT = 30.0  # seconds; the Hub's client sets no timeout, so a stalled listing would hang forever
 
 
 @dataclasses.dataclass(kw_only=True)
 class HuggingFace:
-    """A dataset of the Hub, or any files by the name of a builder.
+    """A dataset on the Hub, or any files read with a builder.
 
-    Fields:
+    Attributes:
         name: the Hub dataset ("org/name", or one of the SHORT_NAMES: "finewebedu", "openwebtext", "pg19",
             "wikitext-103"), or a builder ("parquet", "json", "csv", "text", ...) for `data_files`.
-        config_name: the dataset's configuration (subset), where it has several. A short name has one of its own.
-        split: which split. With a builder, every file belongs to it.
+        config_name: the dataset's configuration (subset), if it has several. A short name implies its own.
+        split: the split. With a builder, all files belong to it.
         column: the column with the text.
-        revision: branch, tag or commit of a Hub dataset; None for its main branch. It is resolved to a commit once.
-        data_files: patterns of files: inside the Hub dataset, or with a builder local paths and http(s), s3, gs and
+        revision: branch, tag or commit of a Hub dataset; None for the main branch. Resolved to a commit once.
+        data_files: file patterns: paths within the Hub dataset or, with a builder, local paths and http(s), s3, gs and
             hf:// URLs. () for all files of the split.
-        max_samples: only the first so many documents, in the files' order. None for all.
-        fetch_rows: how many rows of a parquet file one request brings, about (256 kB to 16 MB). More cost memory for
-            each reader, fewer cost a round trip each.
-        transforms: functions of one document, applied in order.
+        max_samples: read only the first N documents, in file order. None for all.
+        fetch_rows: approximate rows per request to a parquet file (within 256 kB to 16 MB). Larger values use more
+            memory per reader, smaller ones need more round trips.
+        transforms: functions on one document, applied in order.
     """
 
     name: str
@@ -84,22 +84,26 @@ class HuggingFace:
             raise UserError(f"fetch_rows={self.fetch_rows} and max_samples={self.max_samples} must be at least 1.")
 
     def columns(self) -> tuple[str, ...]:
-        """What the transforms read besides the text. ("text" is the chosen column, for them, too.)"""
+        """The columns that the transforms read besides the text. Transforms see the chosen column as "text"."""
         wanted = (name for transform in self.transforms for name in transform.columns if name != "text")
         return tuple(dict.fromkeys(wanted))
 
     def full_name(self) -> "HuggingFace":
-        """The same, but for a short name."""
+        """Returns the config with a short name replaced by the full dataset id and configuration."""
         if self.name not in SHORT_NAMES:
             return self
         name, config_name = SHORT_NAMES[self.name]
         return dataclasses.replace(self, name=name, config_name=self.config_name or config_name)
 
     def resolve(self, identity: Json | None = None) -> "HuggingFaceSource":
-        """Look the dataset up (identity None), or take from a checkpoint's identity exactly what it was.
+        """Looks the dataset up, or reopens exactly the files of a checkpoint.
 
-        Raises UserError for what is not there, may not be read, has changed or lacks the column, and TransientError
-        (no network, a server's fault) for the caller to try again.
+        Args:
+            identity: the source's identity in a checkpoint; None to look the dataset up now.
+
+        Raises:
+            UserError: the dataset or a file does not exist, is not accessible, has changed, or lacks the column.
+            TransientError: the network or a server failed; the caller may retry.
         """
         _bound_client()
         if self.name in SHORT_NAMES:
@@ -112,7 +116,7 @@ class HuggingFace:
         return source
 
     def _about(self) -> Json:
-        """What of an identity the config says itself."""
+        """The part of the identity that comes from the config alone."""
         return {
             "kind": "huggingface",
             "name": self.name,
@@ -145,7 +149,7 @@ class HuggingFace:
                 f"{', '.join(BUILDERS)}. Try its parquet files by revision='refs/convert/parquet'."
             )
         addresses = self._split(builder)
-        named(addresses)  # refuses two files of one name
+        named(addresses)  # raises if two files share a name
         files = [locate(address) for address in addresses]
         names = [lasting_name(address).removeprefix(self._root(sha)) for address in addresses]
         features = builder.config.features if hasattr(builder.config, "features") else None
@@ -163,7 +167,7 @@ class HuggingFace:
         return _Found(identity, addresses, files, features)
 
     def _root(self, sha: str) -> str:
-        """What the addresses of the dataset's own files begin with."""
+        """The address prefix of the dataset's own files."""
         return f"hf://datasets/{self.name}@{sha}/"
 
     def _split(self, builder: Any) -> list[str]:
@@ -175,7 +179,7 @@ class HuggingFace:
         return [str(address) for address in by_split[self.split]]
 
     def _sha(self) -> str:
-        """The commit that `revision` names now."""
+        """The commit that `revision` currently points to."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -203,8 +207,8 @@ class HuggingFace:
         except Exception as error:
             fault = retry.classify(error, what)
             if isinstance(error, FileNotFoundError):
-                # The library hides what went wrong behind `from None`, and the client's file system takes a server's
-                # 503 for a missing file: look at what was hidden, and see if listings work at all.
+                # The library hides the cause with `from None`, and the client's file system reports a server's 503 as a
+                # missing file. Look at the hidden exception, and check that listing works at all.
                 hidden = retry.classify(error.__context__ or error, what)
                 fault = hidden if isinstance(hidden, TransientError) else fault
                 self._list(sha)
@@ -222,13 +226,13 @@ class HuggingFace:
             raise retry.classify(error, f"dataset {self.name}") from None
 
     def _similar(self) -> list[str]:
-        """Datasets of the Hub that the user may have meant."""
+        """Names of Hub datasets similar to the one given."""
         from huggingface_hub import HfApi
 
         try:
             found = [info.id for info in HfApi().list_datasets(search=self.name.split("/")[-1], limit=50)]
         except Exception:
-            return []  # the answer that the name is unknown is what matters
+            return []  # suggestions are optional: the unknown name is reported either way
         return difflib.get_close_matches(self.name, found, n=3, cutoff=0.3)
 
     def _branches(self) -> str:
@@ -249,7 +253,7 @@ class HuggingFace:
                 f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would not "
                 "be the same: start a new run in another --workdir."
             )
-        # Credentials and signatures are in the config alone.
+        # Only the config has credentials and URL signatures.
         known = [pattern for pattern in self.data_files if pattern.startswith("http")]
         sha, root = identity["revision"], ""
         if sha is not None:
@@ -265,7 +269,7 @@ class HuggingFace:
         return HuggingFaceSource(self, identity, found, files)
 
     def _paths(self, sha: str) -> list[str]:
-        """Of all files at a checkpoint's commit. Raises UserError if the Hub no longer has it."""
+        """The paths of all files at a checkpoint's commit. Raises UserError if the Hub no longer has the commit."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RevisionNotFoundError
 
@@ -287,11 +291,11 @@ class _Found:
     identity: Json
     addresses: list[str]
     files: list[Bytes]
-    features: Any  # datasets.Features, if the dataset's card has them
+    features: Any  # datasets.Features, if the dataset card declares them
 
 
 class HuggingFaceSource:
-    """A resolved `HuggingFace`. Implements interfaces.Source. Safe for several threads."""
+    """A resolved `HuggingFace`. Implements interfaces.Source. Thread-safe."""
 
     def __init__(self, config: HuggingFace, identity: Json, addresses: Sequence[str], files: Sequence[Bytes]):
         self.addresses = addresses
@@ -305,21 +309,21 @@ class HuggingFaceSource:
         self._parquet = ParquetFiles(files, config.fetch_rows)
 
     def row_groups(self, file: int) -> list[int]:
-        """Rows in each row group of a parquet file."""
+        """The number of rows in each row group of a parquet file."""
         assert self.random_access, self.identity["builder"]
         return self._parquet.row_groups(file)
 
     def known_row_groups(self) -> list[tuple[int, list[int]]]:
-        """(file, its row groups) of those whose footers were read."""
+        """Returns (file, its row groups) for every file whose footer has been read."""
         return [(file, rows.tolist()) for file, rows in list(self._parquet.rows.items())]
 
     def learn_row_groups(self, known: Sequence[tuple[int, list[int]]]) -> None:
-        """What another process found by `known_row_groups`."""
+        """Takes over the result of another process's `known_row_groups`."""
         for file, rows in known:
             self._parquet.rows.setdefault(file, array.array("q", rows))
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
-        """Blocks of up to 512 rows: "text", and the columns that the transforms ask for."""
+        """Yields blocks of up to 512 rows: "text" and the columns that the transforms need."""
         if self.random_access:
             return self._parquet.blocks(file, row, self.text, self.columns, stop)
         about = self.identity
@@ -341,7 +345,7 @@ class HuggingFaceSource:
 
     @property
     def file_bytes(self) -> list[int] | None:
-        """Known where the files have stamps, and without a request for those of this machine."""
+        """The size of each file in bytes, from the stamps; None if any file has no stamp. Makes no request."""
         found = [self.identity["stamps"].get(name, {}).get("size") for name in self.files]
         return None if None in found else found
 
@@ -350,18 +354,18 @@ class HuggingFaceSource:
         return all(isinstance(file, LocalBytes) for file in self._files)
 
     def through(self, cached: Callable[[Bytes, str], Bytes]) -> "HuggingFaceSource":
-        """The same, its files read as `cached` makes them; but for those of this machine."""
+        """Returns the source with its remote files wrapped by `cached`. Local files are read directly."""
         files = []
         for name, address, file in zip(self.files, self.addresses, self._files, strict=True):
             key = cache_key(address, self.identity["stamps"].get(name))
             files.append(file if isinstance(file, LocalBytes) else cached(file, key))
         made = HuggingFaceSource(self.config, self.identity, self.addresses, files)
-        # A footer read through a cache brings its whole file there, maybe one that is not wanted.
+        # Reading a footer through the cache would download its whole file, which may never be needed.
         made._parquet.rows = self._parquet.rows
         return made
 
     def hub_bytes(self) -> int | None:
-        """The size of all files by one request to the Hub; None where that does not tell."""
+        """The total size of all files in bytes, from one request to the Hub; None if the Hub does not report it."""
         from huggingface_hub import HfApi
 
         if self.identity["revision"] is None:
@@ -373,9 +377,15 @@ class HuggingFaceSource:
         return None if None in found else sum(size or 0 for size in found)
 
     def check_schema(self, features: Any) -> None:
-        """Raises UserError if the columns are not there: a stage that needs them may be days away.
+        """Checks at startup that the columns exist: the stage that needs them may be days away.
 
-        A first file that is corrupt tells nothing, and is left to those who read it.
+        A corrupt first file is ignored here and left to its readers.
+
+        Args:
+            features: the datasets.Features of the dataset card, if it declares any.
+
+        Raises:
+            UserError: a column is missing.
         """
         with contextlib.suppress(CorruptError):
             self._check_schema(features)
@@ -386,14 +396,14 @@ class HuggingFaceSource:
         elif features is not None:
             schema = features.arrow_schema
         else:
-            # Only the rows themselves tell; reading them checks it.
+            # The columns are known only from the rows. Reading the first block checks them.
             next(self.open(0, 0), None)
             return
         check_columns(schema, self.text, self.columns, self._files[0].what)
 
 
 def _builder_kwargs(builder: Any, features: Any) -> Json:
-    """How the dataset's card wants its files decoded (a separator, a field, ...), over our own settings."""
+    """Our reader options, overridden by those of the dataset card (a separator, a field, ...)."""
     config = builder.config
     plain = type(config)()
     kwargs: Json = dict(BUILDER_KWARGS.get(builder.name, {}))
@@ -404,13 +414,13 @@ def _builder_kwargs(builder: Any, features: Any) -> Json:
         if value != getattr(plain, field.name) and isinstance(value, str | int | float | bool | list | None):
             kwargs[field.name] = value
     if builder.name == "json" and features is not None:
-        # With them, a column that only later rows have is no surprise.
+        # Declared features allow columns that appear only in later rows.
         kwargs["features"] = features.to_dict()
     return kwargs
 
 
 def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseException:
-    """What to raise for a failed look-up: the client's complaints about names and settings are the user's to mend."""
+    """The exception to raise for a failed lookup. The client's errors about names and settings become UserErrors."""
     if fault is not error or not isinstance(error, ValueError | RuntimeError | NotImplementedError | ImportError):
         return fault
     text = retry.redact(str(error)).strip()
@@ -420,7 +430,7 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
 
 
 def _bound_client() -> None:
-    """Give the Hub's HTTP client a time-out for the calls that pass none."""
+    """Sets a default timeout on the Hub's HTTP client, for calls that pass none."""
     from huggingface_hub import get_session
 
     session = get_session()

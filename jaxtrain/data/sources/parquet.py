@@ -1,8 +1,8 @@
-"""Parquet files read from any row in constant time: the row's group is looked up in the footer and opened alone.
+"""Parquet files, readable from any row in constant time: the footer locates the row group, and only that is opened.
 
-Not by the datasets library: its reader starts at the beginning of a file, and leaving it half-read hangs or aborts the
-interpreter's exit (arrow issue 45214: threads of the scanner call back into Python). Here nothing is threaded
-(`use_threads=False`, no pre-buffering), and which bytes are asked for is decided by `_Plan`, from the footer.
+The datasets library's reader starts at the beginning of a file, and abandoning it midway hangs or aborts the
+interpreter's exit (arrow issue 45214: scanner threads call back into Python). Here nothing is threaded
+(`use_threads=False`, no pre-buffering), and `_Plan` chooses the byte ranges to request from the footer.
 """
 
 import array
@@ -20,15 +20,15 @@ from jaxtrain.data.io.exit_guard import gate, guarded
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block
 
-_BLOCK_ROWS = 512  # rows of a block: a shuffle window's default, and few enough that 64 readers hold little
-_SMALLEST, _LARGEST = 1 << 18, 1 << 24  # bytes of a request: 256 kB to 16 MB, whatever the rows' size
-_FIRST_TAIL = 1 << 18  # bytes of the first look at a footer; most fit, and 256 kB cost less than a second round trip
-_FOOTERS = 1 << 25  # bytes of footers, as in the files, kept by a source: 32 MB, about 5 times that in memory
+_BLOCK_ROWS = 512  # rows per block: the default shuffle window, and small enough for 64 readers
+_SMALLEST, _LARGEST = 1 << 18, 1 << 24  # bytes per request: 256 kB to 16 MB, regardless of row size
+_FIRST_TAIL = 1 << 18  # bytes of the first footer read; most footers fit, and 256 kB cost less than another round trip
+_FOOTERS = 1 << 25  # encoded bytes of footers that a source caches: 32 MB, about 5 times that in memory
 _DECRYPT = "Keys are not supported: write the file anew without encryption."
 
 
 class ParquetFiles:
-    """The parquet files of one source. Safe for several threads: each `blocks` is a reader, footers are shared."""
+    """The parquet files of one source. Thread-safe: each call to `blocks` opens a reader, and all share the footers."""
 
     def __init__(self, files: Sequence[Bytes], fetch_rows: int):
         self.files = files
@@ -38,11 +38,11 @@ class ParquetFiles:
         self.footers: collections.OrderedDict[int, pq.FileMetaData] = collections.OrderedDict()
         self.rows: dict[int, array.array[int]] = {}
         self.tail = _FIRST_TAIL
-        # Files that could not be decoded once. A batch spans many small groups, so a bad one hides good rows before it.
+        # Files that once failed to decode. A batch spans many small groups, so a bad group hides good rows before it.
         self.by_group: set[int] = set()
 
     def row_groups(self, file: int) -> list[int]:
-        """Rows of each row group. Raises CorruptError if the footer cannot be read."""
+        """The number of rows in each row group. Raises CorruptError if the footer cannot be read."""
         if file not in self.rows:
             self._readable_footer(file)
         return self.rows[file].tolist()
@@ -67,7 +67,7 @@ class ParquetFiles:
         return footer
 
     def schema(self, file: int) -> pa.Schema:
-        """The columns of a file. Raises CorruptError if its footer cannot be read."""
+        """The schema of a file. Raises CorruptError if its footer cannot be read."""
         return self._readable_footer(file).schema.to_arrow_schema()
 
     def _readable_footer(self, file: int) -> pq.FileMetaData:
@@ -79,7 +79,7 @@ class ParquetFiles:
             raise CorruptError(f"{what} has no readable footer ({error})", what, 0) from None
 
     def forget(self, file: int) -> None:
-        """Drop what is known of a file that could not be decoded: its footer may be what is wrong."""
+        """Drops the cached state of a file that failed to decode: its cached footer may be the bad part."""
         with self.lock:
             self.by_group.add(file)
             self.footers.pop(file, None)
@@ -87,7 +87,7 @@ class ParquetFiles:
         self.files[file].refresh()
 
     def _read_footer(self, source: Bytes) -> pq.FileMetaData:
-        """One request, or two if the footer is longer than those before. (A file ends: footer, its length, PAR1.)"""
+        """Reads a footer in one request, or two if it is the longest yet. (A file ends in footer, length, PAR1.)"""
         tail = source.tail(self.tail)
         if tail[-4:] == b"PARE":
             raise UserError(f"{source.what} is encrypted. {_DECRYPT}")
@@ -105,15 +105,23 @@ class ParquetFiles:
     def blocks(
         self, file: int, row: int, text: str, columns: Sequence[str], stop: int | None = None
     ) -> Iterator[Block]:
-        """Blocks from `row` on. text: the column that becomes "text"; columns: further ones, under their own names.
-        stop: row groups that begin there or later are not read.
+        """Yields blocks of rows, starting at `row`.
 
-        Raises TransientError and UserError as they come; anything that pyarrow cannot make sense of becomes a
-        CorruptError at the first row of the batch that failed, 0 for the footer. From the second time on a file is read
-        group by group, so that this row does not depend on where reading began.
+        Args:
+            file: index of the file.
+            row: first row to read.
+            text: the column to return as "text".
+            columns: further columns to return, under their own names.
+            stop: do not read row groups that begin at this row or later.
+
+        Raises:
+            TransientError, UserError: from the file's source, unchanged.
+            CorruptError: pyarrow cannot decode the file. Its row is the first of the failed batch, or 0 for the
+                footer. After one failure the file is read group by group, so that this row does not depend on where
+                reading began.
         """
         source = self.files[file]
-        decoded = 0  # rows of the file up to the end of the last good batch
+        decoded = 0  # rows up to the end of the last good batch
         reader: pq.ParquetFile | None = None
         try:
             footer = self.footer(file)
@@ -126,14 +134,14 @@ class ParquetFiles:
             groups, decoded = range(first, end), row - skip
             names = list(dict.fromkeys([text, *columns]))
             plan = _Plan(footer, groups, names, self.fetch_rows)
-            # With a buffer pyarrow asks for column chunks piece by piece: a chunk of a 1M-row group can have 2 GB.
-            with gate:  # it asks the file for its size
+            # With a buffer, pyarrow reads column chunks piecewise: a chunk of a 1M-row group can reach 2 GB.
+            with gate:  # the constructor asks the file for its size
                 reader = pq.ParquetFile(
                     RangeFile(RangeBuffer(source, plan.end, keep=len(plan.leaves))),
                     metadata=footer,
                     pre_buffer=False,
                     buffer_size=1 << 16,
-                    # Where the file has them. Without, a wrong byte often decompresses to a wrong text.
+                    # Applies if the file has page checksums. Without them, a flipped byte often decodes to wrong text.
                     page_checksum_verification=True,
                 )
             for batch in guarded(self._batches(reader, groups, names, file in self.by_group)):
@@ -162,7 +170,7 @@ class ParquetFiles:
 
 
 def _group_of(groups: Sequence[int], row: int) -> tuple[int, int]:
-    """(the group that holds `row`, rows of it before `row`); (number of groups, ...) past the end."""
+    """Returns (index of the group with `row`, rows of that group before it); (number of groups, ...) past the end."""
     for index, rows in enumerate(groups):
         if row < rows:
             return index, row
@@ -178,10 +186,10 @@ class _Chunk:
 
 
 class _Plan:
-    """Which bytes to ask for at once: about `fetch_rows` rows of the wanted columns, however large the groups are.
+    """Chooses byte ranges to request: about `fetch_rows` rows of the wanted columns, regardless of group size.
 
-    A chunk (one column of one group) that is much larger is fetched in pieces; small ones that lie close to each other
-    are fetched together with what lies between, as long as at most a fifth of the bytes is thrown away.
+    A much larger chunk (one column of one group) is fetched in pieces. Small chunks that lie close together are fetched
+    in one request, gaps included, as long as at most a fifth of the bytes are discarded.
     """
 
     def __init__(self, footer: pq.FileMetaData, groups: Sequence[int], names: Sequence[str], fetch_rows: int):
@@ -191,10 +199,10 @@ class _Plan:
         self.fetch_rows = fetch_rows
         self.footer = footer
         self.groups = iter(groups)
-        self.chunks: list[_Chunk] = []  # in the order of the file, as far as they were needed
+        self.chunks: list[_Chunk] = []  # in file order, extended as needed
 
     def _extend(self, stop: int) -> None:
-        """Look up the chunks of further groups, until one starts past `stop`. (A footer may hold 1,000 groups.)"""
+        """Adds the chunks of further groups until one starts past `stop`. (A footer may list 1,000 groups.)"""
         while not self.chunks or self.chunks[-1].start <= stop:
             group = next(self.groups, None)
             if group is None:
@@ -203,14 +211,14 @@ class _Plan:
             chunks = []
             for leaf in self.leaves:
                 chunk = about.column(leaf)
-                # Some writers leave a dictionary offset of 0 where there is no dictionary.
+                # Some writers set the dictionary offset to 0 if there is no dictionary.
                 start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-                if about.num_rows:  # the offsets of an empty group's chunks mean nothing
+                if about.num_rows:  # chunk offsets of an empty group are meaningless
                     chunks.append(_Chunk(start, start + chunk.total_compressed_size, about.num_rows))
             self.chunks += sorted(chunks, key=lambda chunk: chunk.start)
 
     def end(self, position: int) -> int:
-        """Where the request that starts at `position` ends."""
+        """Returns the end of the request that starts at `position`."""
         self._extend(position + _LARGEST)
         index = next((i for i, chunk in enumerate(self.chunks) if chunk.start <= position < chunk.stop), None)
         if index is None:
@@ -231,11 +239,16 @@ class _Plan:
 
 
 def check_columns(schema: pa.Schema, text: str, columns: Sequence[str], what: str) -> None:
-    """Check that the columns are there.
+    """Checks that the columns exist.
+
+    Args:
+        schema: The file's schema.
+        text: The text column. A column of nulls is allowed: its documents have no text.
+        columns: Further columns.
+        what: The file, for messages.
 
     Raises:
-        UserError: One is missing, or there twice, or the one with the text holds something else. (A column of nulls
-            alone has documents without text.)
+        UserError: A column is missing or duplicated, or the text column has another type.
     """
     for name in dict.fromkeys([text, *columns]):
         if name not in schema.names:
@@ -254,7 +267,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def to_block(batch: pa.RecordBatch | pa.Table, text: str, columns: Sequence[str]) -> Block:
-    """A batch as lists; a text that is null becomes "" (a document without text keeps its row)."""
+    """Converts a batch to lists. A null text becomes "": a document without text keeps its row."""
     block: Block = {name: batch.column(name).to_pylist() for name in columns}
     block["text"] = ["" if document is None else document for document in batch.column(text).to_pylist()]
     return block

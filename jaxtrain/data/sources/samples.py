@@ -1,9 +1,9 @@
-"""Datasets in the WebDataset layout, as the Hub has them: members of a tar with one key are the columns of one row.
+"""Hub datasets in the WebDataset layout: tar members that share a key are the columns of one row.
 
-`0001.txt`, `0001.json` and `0001.cls` are the columns txt, json and cls of the row 0001: the key ends at the name's
-first dot, and members of one key follow each other (https://github.com/webdataset/webdataset, the format's
-description). Read here rather than by the datasets library, which orders the columns of later rows otherwise than those
-of the first and then fails, and which takes an archive that was cut short for a whole one.
+`0001.txt`, `0001.json` and `0001.cls` are the columns txt, json and cls of row 0001: the key ends at the first dot of
+the name, and members of one key are adjacent (https://github.com/webdataset/webdataset, description of the format). The
+datasets library is not used: it fails when later rows order their columns differently from the first, and it accepts a
+truncated archive as complete.
 """
 
 import json
@@ -19,9 +19,17 @@ from jaxtrain.interfaces import Block
 
 
 def sample_blocks(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterator[Block]:
-    """Blocks of an archive's rows from `row` on: "text" (the column `text`), and `columns`; missing ones are None.
+    """Yields blocks of an archive's rows, starting at `row`.
 
-    Raises TransientError and UserError as they come, and CorruptError at the first row that cannot be had.
+    Args:
+        source: The archive.
+        row: First row to read.
+        text: The column to return as "text".
+        columns: Further columns to return; missing ones are None.
+
+    Raises:
+        TransientError, UserError: From `source`, unchanged.
+        CorruptError: The archive is damaged; its row is the first that cannot be read.
     """
     return blocks_of(_rows(source, row, text, columns), source, columns, first=row, row=row)
 
@@ -35,14 +43,14 @@ def _rows(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterato
 
 
 def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows after the first `skip`, whose members are not read: their wanted columns, and the names of all."""
+    """Yields the rows after the first `skip`, which are not read. Unwanted columns have the value None."""
     key: str | None = None
     sample: dict[str, Any] = {}
     for path, content in members(source):
         folder, _, name = path.rpartition("/")
         stem, dot, column = name.partition(".")
         if not stem or not dot:
-            continue  # hidden files, and those without a suffix: no column
+            continue  # hidden files and files without a suffix are not columns
         if (found := f"{folder}/{stem}") != key:
             if key is not None:
                 if not skip:
@@ -57,7 +65,7 @@ def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[s
 
 
 def _decoded(column: str, data: bytes) -> Any:
-    """By the suffix, as the layout's own tools do: json is parsed, all else is text."""
+    """Decodes by suffix, as the webdataset tools do: json is parsed, everything else is text."""
     try:
         return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Text files of this machine; by default the sources of the running Python's own standard library.
+"""Local text files; by default the source files of Python's standard library.
 
-The default needs no network and is there wherever Python is: a few hundred documents of one kind of prose and code,
-enough for a quickstart to learn from.
+The default needs no network and exists wherever Python does: a few hundred documents of prose and code, enough for a
+quickstart to learn from.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packag
 
 @dataclasses.dataclass(kw_only=True)
 class TextFiles:
-    """Local text files, each one document, or each of its lines.
+    """Local text files. Each file, or each line, is one document.
 
-    Fields:
-        patterns: paths or patterns (`*`, `?`, `**`). () for the standard library's own `*.py` files, without its tests.
-        document: "file" (a file is a document) or "line" (a line is one, without its line end).
-        encoding: of all files. What cannot be decoded (the file, or the line) keeps its row, with the text "".
-        max_samples: only the first so many documents, in the files' order. None for all.
-        transforms: functions of one document, applied in order.
+    Attributes:
+        patterns: paths or patterns (`*`, `?`, `**`). () for the standard library's `*.py` files, without its tests.
+        document: "file" (one document per file) or "line" (one per line, without the line end).
+        encoding: of all files. A file or line that cannot be decoded keeps its row, with text "".
+        max_samples: read only the first N documents, in file order. None for all.
+        transforms: functions on one document, applied in order.
     """
 
     patterns: tuple[str, ...] = ()
@@ -60,9 +60,13 @@ class TextFiles:
             raise UserError(f"transforms read the columns {', '.join(columns)}, but text files have only text.")
 
     def resolve(self, identity: Json | None = None) -> "TextFilesSource":
-        """List the files (identity None), or check that they are those of a checkpoint.
+        """Lists the files, and compares them with a checkpoint's.
 
-        Raises UserError if no file matches, or if the files are not the checkpoint's.
+        Args:
+            identity: the source's identity in a checkpoint; None for a new run.
+
+        Raises:
+            UserError: no file matches, or the files differ from the checkpoint's.
         """
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         naming = NAMING if identity is None else versioned(identity)["naming"]
@@ -85,7 +89,7 @@ class TextFiles:
 
 
 class TextFilesSource:
-    """A resolved `TextFiles`. Implements interfaces.Source. Safe for several threads."""
+    """A resolved `TextFiles`. Implements interfaces.Source. Thread-safe."""
 
     def __init__(self, identity: Json, paths: Sequence[str]):
         self.identity = versioned(identity)
@@ -124,7 +128,7 @@ class TextFilesSource:
 
 
 def _standard_library(root: pathlib.Path) -> list[str]:
-    """Its `*.py` files relative to `root`, by POSIX path."""
+    """The standard library's `*.py` files as POSIX paths relative to `root`."""
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED]
@@ -136,7 +140,7 @@ def _standard_library(root: pathlib.Path) -> list[str]:
 
 
 def _digest(paths: dict[str, str]) -> str:
-    """A digest of names and sizes: a changed, added or removed file is noticed without reading all."""
+    """A digest of names and sizes. It detects changed, added and removed files without reading them."""
     digest = hashlib.blake2b(digest_size=16)
     for name, path in paths.items():
         digest.update(f"{name}\0{os.path.getsize(path)}\n".encode())
@@ -144,7 +148,7 @@ def _digest(paths: dict[str, str]) -> str:
 
 
 def _difference(old: Json, new: Json) -> str:
-    """Which files differ between the checkpoint and now, for the user."""
+    """Describes which files differ from the checkpoint's, for an error message."""
     for key in ("kind", "document", "encoding", "python"):
         if old.get(key) != new[key]:
             what = "the standard library of Python" if key == "python" else key

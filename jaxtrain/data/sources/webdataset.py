@@ -1,7 +1,7 @@
-"""Tar shards ("WebDataset"): archives of small files, each a document or a document a line.
+"""Tar shards ("WebDataset"): archives of small files, with one document per file or per line.
 
-There is no position to open at: a resume decodes a shard from its beginning, without parsing what comes before. So
-shards are read through the disk cache (data/io/disk_cache.py), where there is one.
+A shard has no random access: a resume decodes it from the beginning, without parsing the skipped documents. Shards are
+therefore read through the disk cache (data/io/disk_cache.py) if there is one.
 """
 
 import collections
@@ -27,18 +27,18 @@ _MOST_SHARDS = 1_000_000
 
 @dataclasses.dataclass(kw_only=True)
 class WebDataset:
-    """Tar archives by URL pattern; plain or compressed by gzip, bzip2, xz or zstd.
+    """Tar archives by URL pattern, uncompressed or compressed with gzip, bzip2, xz or zstd.
 
-    Fields:
-        urls: local paths and http(s), s3, gs and hf:// URLs. Braces stand for many: `shard-{00000..01000}.tar.bz2`,
-            `{en,de}/*.tar`. Local paths and buckets also take `*`, `?` and `**`.
-        column: the key with the text in .json and .jsonl members. Documents of null keep their row.
-        members: which members hold documents, by suffix: "json" (one object each), "jsonl" (an object a line; blank
-            lines are none), "txt" (the whole member, UTF-8). Others are ignored, as are hidden files (`._a.json`).
-            A document that is not UTF-8 keeps its row, with the text "".
-        max_samples: only the first so many documents, in the order of shards and members. None for all.
-        transforms: functions of one document, applied in order. Their columns are other keys of .json and .jsonl
-            members; a key that is not there is None.
+    Attributes:
+        urls: local paths and http(s), s3, gs and hf:// URLs. Braces expand: `shard-{00000..01000}.tar.bz2`,
+            `{en,de}/*.tar`. Local paths and buckets also support `*`, `?` and `**`.
+        column: the key of the text in .json and .jsonl members. Documents with a null text keep their row.
+        members: suffixes of the members that contain documents: "json" (one object), "jsonl" (one object per line;
+            blank lines are skipped), "txt" (the whole member, UTF-8). Others are ignored, as are hidden files
+            (`._a.json`). A document that is not valid UTF-8 keeps its row, with text "".
+        max_samples: read only the first N documents, in order of shards and members. None for all.
+        transforms: functions on one document, applied in order. Their columns are other keys of .json and .jsonl
+            members; a missing key is None.
     """
 
     urls: tuple[str, ...]
@@ -61,14 +61,18 @@ class WebDataset:
             braces(url)
 
     def columns(self) -> tuple[str, ...]:
-        """What the transforms read besides the text."""
+        """The columns that the transforms read besides the text."""
         wanted = (name for transform in self.transforms for name in transform.columns if name != "text")
         return tuple(dict.fromkeys(wanted))
 
     def resolve(self, identity: Json | None = None) -> "WebDatasetSource":
-        """List the shards (identity None), or check that those of a checkpoint are still the same.
+        """Lists the shards, or checks that a checkpoint's shards are unchanged.
 
-        Raises UserError for shards that are not there, that have changed, or whose documents have no text.
+        Args:
+            identity: the source's identity in a checkpoint; None for a new run.
+
+        Raises:
+            UserError: a shard is missing or has changed, or its documents have no text.
         """
         naming = NAMING if identity is None else versioned(identity)["naming"]
         about = {
@@ -83,13 +87,13 @@ class WebDataset:
         files = [locate(address) for address in shards.values()]
         found = {**about, "naming": NAMING, "files": list(shards), "stamps": stamps(list(shards), files)}
         source = WebDatasetSource(self, found, list(shards.values()), files)
-        # A stage that needs it may be days away. Whether damage is there to stay, its readers find out.
+        # Check now: the stage that needs this source may be days away. Damage is left to the readers, which retry.
         with contextlib.suppress(CorruptError):
             next(source.open(0, 0), None)
         return source
 
     def _addresses(self) -> Iterator[str]:
-        """Of all shards. Only wildcards are looked up here: a missing shard is found by its stamp."""
+        """Yields the addresses of all shards. Only wildcards need a lookup: `stamps` detects missing shards."""
         for url in self.urls:
             if url.startswith("hf://") or (not url.startswith(("http://", "https://")) and re.search(r"[*?\[]", url)):
                 yield from expand(braces(url)).values()
@@ -100,7 +104,7 @@ class WebDataset:
         for key, now in about.items():
             if identity.get(key) != now:
                 raise UserError(f"source {key}: the checkpoint has {identity.get(key)!r}, the config has {now!r}.")
-        # Credentials and signatures are in the config alone.
+        # Only the config has credentials and URL signatures.
         known = (address for url in self.urls for address in braces(url))
         found = addresses(identity, known if is_exact(identity) else self._addresses())
         files = [locate(address) for address in found]
@@ -109,7 +113,7 @@ class WebDataset:
 
 
 class WebDatasetSource:
-    """A resolved `WebDataset`. Implements interfaces.CacheableSource. Safe for several threads."""
+    """A resolved `WebDataset`. Implements interfaces.CacheableSource. Thread-safe."""
 
     random_access = False
     needs_cache = True
@@ -136,12 +140,12 @@ class WebDatasetSource:
         raise AssertionError("tar archives have no index")
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
-        """Blocks of up to 512 rows: "text", and the keys that the transforms ask for."""
+        """Yields blocks of up to 512 rows: "text" and the keys that the transforms need."""
         source = self._files[file]
         return blocks_of(self._documents(source, row), source, self._columns, first=row, row=row)
 
     def _documents(self, source: Bytes, skip: int) -> Iterator[Json]:
-        """The documents of a shard after the first `skip`, which are not parsed."""
+        """Yields the documents of a shard after the first `skip`, which are not parsed."""
         seen: collections.Counter[str] = collections.Counter()
         for name, content in members(source):
             base = name.rsplit("/", 1)[-1]
@@ -195,9 +199,10 @@ class WebDatasetSource:
 
 
 def braces(pattern: str) -> list[str]:
-    """All that a pattern with `{000..123}` and `{a,b}` stands for, in order; numbers keep their leading zeros.
+    """Expands `{000..123}` and `{a,b}` in a pattern, in order. Numbers keep their leading zeros.
 
-    Raises UserError for other braces, and for a million or more.
+    Raises:
+        UserError: The braces have another form, or expand to a million addresses or more.
     """
     pieces: list[list[str]] = []
     count = 1

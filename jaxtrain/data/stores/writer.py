@@ -35,6 +35,9 @@ from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer
 
+# What the operating system says of a disk that takes no more, and of a folder that is not to be written.
+_FULL = ("No space left", "quota")
+_REFUSED = ("Permission denied", "Operation not permitted", "Read-only file system", "Not a directory")
 # Groups of 16: ranges are read at 735 M tokens/s, and single records, as TFDS reads them, at 42. Uncompressed, since
 # zstd saves little on ids and writes at 37 M tokens/s instead of 190.
 _TOKEN_OPTIONS = "group_size:16,uncompressed"
@@ -115,7 +118,11 @@ class _Writer:
 
     @contextlib.contextmanager
     def _record_writer(self, path: str, options: str) -> Iterator[Any]:
-        """An ArrayRecordWriter for `path`. Raises UserError if the disk is full; other errors pass."""
+        """An ArrayRecordWriter for `path`.
+
+        Raises:
+            UserError: The disk is full or refuses the file. Other errors pass.
+        """
         writer = None
         try:
             writer = array_records().ArrayRecordWriter(path, options)
@@ -124,12 +131,16 @@ class _Writer:
         except BaseException as error:
             with contextlib.suppress(Exception):
                 writer.close()  # pyright: ignore[reportOptionalMemberAccess] - if it was never opened
-            # ArrayRecord reports errors of the disk as RuntimeError.
-            if isinstance(error, OSError | RuntimeError) and ("No space left" in str(error) or "quota" in str(error)):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            # ArrayRecord reports errors of the disk as RuntimeError, and JAX has RuntimeErrors of its own.
+            is_full = isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in _FULL)
+            is_refused = isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in _REFUSED)
+            if not (is_full or is_refused):
+                raise
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            if is_full:
                 raise self._full(str(error)) from None
-            raise
+            raise UserError(f"{path} cannot be written ({error}). Give an --output that you may write.") from None
 
     def _full(self, why: str) -> UserError:
         return UserError(
