@@ -258,6 +258,7 @@ class HostIterator(grain.DatasetIterator):
         return [row for lane in self._lanes for row in lane.addresses()]
 
     def close(self) -> None:
+        """Closes the source readers."""
         super().close()
         for reader in self._readers:
             reader.close()

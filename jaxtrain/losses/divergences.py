@@ -130,6 +130,6 @@ def kept_and_tail(
 
 
 def log_sum(x_CV: jax.Array, vocabulary: Vocabulary) -> jax.Array:
-    """log of the sum of exp(x) over the vocabulary: [C]."""
+    """log of the sum of exp(x) over the whole vocabulary, [C]."""
     max_C = vocabulary.max(x_CV.max(axis=1))
     return jnp.log(vocabulary.sum(jnp.exp(x_CV - max_C[:, None]).sum(axis=1))) + max_C

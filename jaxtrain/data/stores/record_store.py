@@ -117,11 +117,13 @@ class ArrayRecords:
 
 
 def digest_of(path: str) -> str:
+    """The digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def digest_of_json(content: Json) -> str:
+    """The digest of a JSON value."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -235,6 +237,7 @@ def begin(folder: str, plan: str) -> None:
 
 
 def write_text(path: str, text: str) -> None:
+    """Writes a file and flushes it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
