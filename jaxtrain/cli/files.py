@@ -89,7 +89,7 @@ def _forget_other_folders(folder: Path) -> None:
     if getattr(sys.modules.get(folder.name), "__file__", None) is not None:
         return  # a package with an __init__.py, not a folder of configs
     sys.modules.pop(folder.name, None)
-    for name, module in sys.modules.copy().items():  # a copy is made at once, while threads import
+    for name, module in sys.modules.copy().items():  # an atomic copy, since other threads may import
         file = getattr(module, "__file__", None)
         if name.startswith(f"{folder.name}.") and file and folder not in Path(file).parents:
             del sys.modules[name]

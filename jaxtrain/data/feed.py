@@ -12,9 +12,16 @@ from jaxtrain.distributed import sharding
 
 
 def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
-    """The lanes whose rows this process's devices hold. The same for every batch size that the lanes divide.
+    """The lanes whose rows this process's devices hold.
 
     A lane whose rows span several hosts is read by each of them. They agree, since a lane depends only on the config.
+
+    Args:
+        mesh: The run's mesh.
+        num_lanes: The number of lanes of the run.
+
+    Returns:
+        The lanes, ascending. They are the same for every batch size that the lanes divide.
     """
     # Rows are lane-major: lane l holds the l-th part of a batch, so a batch of `fine` rows shows every boundary.
     fine = num_lanes * mesh.shape["data"] * mesh.shape["fsdp"]

@@ -65,7 +65,11 @@ def of_rows(batch: Mapping[str, Array], row_low: Array, row_high: Array, xp: Any
 def of_arrays(tree: Any, xp: Any = np) -> Array:
     """Hashes every bit of all arrays of a tree of dicts, with their names and element positions.
 
-    The result does not depend on sharding. Element types must have 2 or 4 bytes; types and shapes are not hashed.
+    The result does not depend on sharding. Types and shapes are not hashed.
+
+    Args:
+        tree: Nested dicts of arrays with elements of 2 or 4 bytes.
+        xp: numpy or jax.numpy.
 
     Returns:
         uint32 [2].

@@ -100,7 +100,15 @@ def from_json(saved: Json, source_names: Sequence[str], num_lanes: int) -> dict[
 
 
 def by_source(states_VSF: np.ndarray, source_names: Sequence[str]) -> dict[str, Json]:
-    """Each source's totals so far: tokens, unique_tokens, documents, epoch (of its slowest lane), share."""
+    """Each source's totals so far.
+
+    Args:
+        states_VSF: The states of all lanes.
+        source_names: The sources, in the order of S.
+
+    Returns:
+        By source: tokens, unique_tokens, documents, epoch (of its slowest lane), share.
+    """
     field = {name: states_VSF[:, :, index] for index, name in enumerate(STATE_FIELDS)}
     total = max(int(field["tokens"].sum()), 1)
     return {
@@ -159,7 +167,7 @@ class StageEnds:
 
         Returns:
             By source: tokens, unique_tokens, documents, epochs (completed in the stage by the slowest lane), share.
-                None if the stage began before a checkpoint of an earlier version, which lacks these totals.
+            None if the stage began before a checkpoint of an earlier version, which lacks these totals.
         """
         before = self._totals.get(self._stage(step).first_step - 1)
         if before is None:

@@ -338,9 +338,11 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """An iterator of StepBatch over `host_dataset`, with `prefetch` batches prepared ahead in a thread.
+    """An iterator of StepBatch over `host_dataset`, which see. Call `close` to stop before the end.
 
-    Args: as for `host_dataset`. Call `close` to stop before the end.
+    Args:
+        prefetch: Batches to prepare ahead, in a thread.
+        readers, plan, rows, lanes, threads, after, states: As in `host_dataset`.
     """
     dataset: grain.IterDataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states)
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
@@ -395,6 +397,15 @@ def texts(config: DataConfig, readers: Sequence[SourceReader], plan: Plan, max_s
 
     Without a tokenizer there are no token counts, so the mix counts characters: the next document comes from the source
     that lags furthest behind its share of the whole run. At most `_TEXT_LANES` windows per source are in memory.
+
+    Args:
+        config: The data config.
+        readers: One per source, in the plan's order.
+        plan: The run's plan, which gives each source's share.
+        max_samples: The most documents to yield.
+
+    Yields:
+        The text of each document.
     """
     shares = _shares(plan)
     pool = DaemonPool(_TEXT_LANES, "jaxtrain-texts")

@@ -208,7 +208,18 @@ def _named(manifest: TeacherManifest) -> Iterator[tuple[str, TeacherShard]]:
 
 
 def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
-    """Raises UserError, showing both sides, if the store is not of the documents and tokens that `config` reads."""
+    """Checks that the store holds the documents and tokens that `config` reads.
+
+    Args:
+        manifest: The store's manifest.
+        folder: The store's folder.
+        config: The run's source config.
+        source: The resolved source.
+        tokenizer: The run's tokenizer.
+
+    Raises:
+        UserError: The store holds something else; the message shows both sides.
+    """
     lines = record_store.differences(
         "cache", manifest, names.comparable(manifest.source), names.comparable(source.identity), config, tokenizer
     )

@@ -147,7 +147,13 @@ def manifest_from_json(text: str, where: str) -> TokenManifest:
 
 
 def manifest_of(source: Source, config: SourceConfig, tokenizer: Tokenizer) -> TokenManifest:
-    """The manifest of a store to be written, without files."""
+    """The manifest of a store to be written, without files.
+
+    Args:
+        source: The resolved source.
+        config: Its config.
+        tokenizer: The run's tokenizer.
+    """
     return TokenManifest(
         source=read_now(source.identity),
         settings=settings_of(config),
