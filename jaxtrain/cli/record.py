@@ -73,7 +73,7 @@ def upgrade(recorded: Any) -> Any:
     upgraded = {name: upgrade(value) for name, value in recorded.items()}
     if "_class" in upgraded:
         return {KIND: kinds.kind_of_path(upgraded.pop("_class")), **upgraded}
-    if "." in str(upgraded.get("class")):  # the description of a transform, or a store's of its source
+    if "." in str(upgraded.get("class")):  # describes a transform, or the source of a store
         described = {KIND: kinds.kind_of_path(upgraded.pop("class")), **upgraded}
         return sealed(described) if described.pop("digest", None) else described
     return upgraded
@@ -100,7 +100,7 @@ def sealed(described: Json) -> Json:
 
 
 def _before(cls: type) -> Json:
-    """The value of each field with a default, in records from before the field existed."""
+    """The default of each field in records from before the field existed."""
     values = {}
     for field in dataclasses.fields(cls):
         if BEFORE in field.metadata:

@@ -126,8 +126,7 @@ class LaneSchedule:
 
 
 class LaneDataset(grain.IterDataset):
-    """A lane as a Grain dataset: an element is its block of rows for one step, and the iterator's state is the lane's
-    state.
+    """A lane as a Grain dataset. Each element is the lane's block of rows for one step.
 
     Attributes:
         lane: The lane's number, from 0.
@@ -149,7 +148,7 @@ class LaneDataset(grain.IterDataset):
 class LaneIterator(grain.DatasetIterator):
     """Yields dicts with `BATCH_FIELDS`, [R, T], and `ended`: whether no token remains for any later step.
 
-    State: {"step": the last step yielded, "sources": int64 [S, STATE_FIELDS]}.
+    The state is the lane's: {"step": the last step yielded, "sources": int64 [S, STATE_FIELDS]}.
     """
 
     def __init__(self, dataset: LaneDataset):

@@ -75,8 +75,15 @@ class Counts:
 
 
 def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
-    """Uninitialized arrays for `Packer.cut`: tokens and targets, int32 [R, T], and records, uint8 [R, T, width], if
-    any.
+    """Uninitialized arrays for `Packer.cut`.
+
+    Args:
+        rows: R.
+        seq_len: T.
+        width: W; 0 without records.
+
+    Returns:
+        tokens and targets, int32 [R, T], and, if there are any, records, uint8 [R, T, W].
     """
     block = {name: np.empty((rows, seq_len), np.int32) for name in ("tokens", "targets")}
     return {**block, RECORDS: np.empty((rows, seq_len, width), np.uint8)} if width else block
@@ -357,9 +364,9 @@ def _up_to(count: int) -> np.ndarray:
 
 
 def _pad(block: Batch, left_R: np.ndarray) -> None:
-    """Clears what lies past the end of the stream. left_R: tokens left from each row's start.
+    """Clears everything past the end of the stream. The stream's last token has no target.
 
-    The last has no target.
+    left_R: Tokens from each row's start to the end of the stream.
     """
     for row in np.flatnonzero(left_R <= block["tokens"].shape[1]).tolist():
         left = max(int(left_R[row]), 0)

@@ -63,8 +63,8 @@ class Measurement:
         documents: Documents begun.
         tokens: Unique tokens read.
         first_batch_seconds: Seconds until the first batch.
-        tokens_per_second: Throughput after the first batch.
-        documents_per_second: Throughput after the first batch.
+        tokens_per_second: Throughput after the first batch; with a single batch, overall.
+        documents_per_second: Likewise.
         sources: Each source's totals, as `ledger.by_source` returns them.
     """
 

@@ -37,8 +37,9 @@ class ForwardKL:
 
 @dataclasses.dataclass(kw_only=True)
 class ReverseKL:
-    """KL(q || p) = sum of q (log q - log p): the student avoids what the teacher finds unlikely (MiniLLM, Gu et al.
-    2023, arXiv:2306.08543).
+    """KL(q || p) = sum of q (log q - log p): the student stays where the teacher finds tokens likely.
+
+    (MiniLLM, Gu et al. 2023, arXiv:2306.08543.)
     """
 
     def __call__(self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
