@@ -33,8 +33,8 @@ class Flag:
         type: An annotation of scalars and tuples, as in configs; Literal["a", "b"] is a choice. A bool needs only
             `--name`. A positional tuple[str, ...] takes all bare values.
         help: One sentence.
-        default: The value without the flag; REQUIRED refuses a missing flag.
-        positional: Whether it is given as a bare value.
+        default: The value without the flag. REQUIRED makes the flag mandatory.
+        positional: Whether it is a bare value.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Flag:
     positional: bool = False
 
 
-# For commands that take only a work directory: a module that it names is never imported otherwise.
+# For commands that take only a work directory: they never import the modules it names without this flag.
 IMPORT = Flag(
     name="import",
     type=tuple[str, ...],
@@ -58,13 +58,13 @@ class Command:
     """What `--help` shows and `parse_flags` accepts.
 
     Attributes:
-        name: How it is called, for example "python -m tools.report".
+        name: The command as typed, for example "python -m tools.report".
         description: What it does, for `--help`.
-        examples: Whole command lines.
+        examples: Complete command lines.
         flags: Its own flags.
         config: "required", "optional" or "none": whether `--config=FILE` must, may or cannot be given. "optional" also
             allows overrides, for commands that take the config from a work directory.
-        resumes: After Ctrl-C, the same command continues from there.
+        resumes: Whether rerunning the same command after Ctrl-C continues from there.
     """
 
     name: str
@@ -92,9 +92,16 @@ class Flags(types.SimpleNamespace):
 
 
 def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
-    """Parses the arguments, without the program's name. Nothing is abbreviated and nothing ignored.
+    """Parses the arguments. Flags cannot be abbreviated, and nothing is ignored.
 
-    `--help` prints and raises SystemExit(0); with `--config=FILE` it also lists all fields of the config.
+    `--help` prints and raises SystemExit(0). With `--config=FILE` it also lists all fields of the config.
+
+    Args:
+        command: The command's flags.
+        argv: The arguments, without the program's name.
+
+    Returns:
+        The parsed flags.
 
     Raises:
         UserError: An unknown flag, a wrong or missing value, two values for one flag, or a leftover argument.
@@ -148,7 +155,12 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
     """Parses the command line, calls `main` and exits with the code it returns (None is 0).
 
     A UserError becomes one message and exit code 2. Ctrl-C becomes a message and 75 if the command resumes, else 130 as
-    in shells. Other exceptions pass: Python prints the traceback and exits with 1.
+    in shells. Other exceptions propagate: Python prints the traceback and exits with 1.
+
+    Args:
+        main: The command.
+        command: Its flags.
+        argv: The arguments, by default those of the process.
     """
     # Grain's worker processes read absl flags, which absl refuses before they are parsed. We define none.
     absl_flags.FLAGS.mark_as_parsed()
@@ -168,7 +180,7 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
 
 
 def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> int:
-    """Like `run`, but returns the code, and reports outages and damaged files as one message and 1."""
+    """Like `run`, but returns the code, and reports outages and damaged files as one message and code 1."""
     try:
         run(main, command, argv)
     except SystemExit as stop:
@@ -185,7 +197,7 @@ def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Seque
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process at once. The interpreter would wait for readers' threads, which may wait on a dead network."""
+    """Ends the process at once. The interpreter would wait for reader threads, which may wait on a dead network."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -23,10 +23,13 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         spec: "configs/1b.py", or "configs/pretrain.py:tiny", which passes "tiny" to `get_config`.
-        overrides: Whole arguments.
+        overrides: Complete arguments.
+
+    Returns:
+        The config.
 
     Raises:
-        UserError: With the cause and the fix.
+        UserError: The config cannot be loaded or is invalid. The message has the cause and the fix.
     """
     tree.parse_overrides(overrides)  # checks their form before running the file, which may import JAX
     path, argument = split_spec(spec)
@@ -38,10 +41,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
-    """("configs/x.py", the argument after the colon or None).
+    """Splits "configs/x.py:argument" into the path and the argument (None without a colon).
 
     Raises:
-        UserError: There is no such file.
+        UserError: The file does not exist.
     """
     match = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
     if match is None:
@@ -86,7 +89,7 @@ def _forget_other_folders(folder: Path) -> None:
     if getattr(sys.modules.get(folder.name), "__file__", None) is not None:
         return  # a package with an __init__.py, not a folder of configs
     sys.modules.pop(folder.name, None)
-    for name, module in sys.modules.copy().items():  # a copy is made at once, while threads import
+    for name, module in sys.modules.copy().items():  # an atomic copy, since other threads may import
         file = getattr(module, "__file__", None)
         if name.startswith(f"{folder.name}.") and file and folder not in Path(file).parents:
             del sys.modules[name]

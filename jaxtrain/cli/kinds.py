@@ -1,4 +1,4 @@
-"""Lasting names of config dataclasses, which records hold instead of module paths.
+"""Stable names of config dataclasses, which records store instead of module paths.
 
 A built-in has a short kind ("llama") that survives moving and renaming its class. A component from outside the package
 is "package.module:Class". Checkpoints of version 0.1 name classes by module path, which `kind_of_path` reads.
@@ -85,7 +85,7 @@ _VERSION_0_1 = {
 
 
 def kind_of(cls: type) -> str:
-    """The lasting name of a config dataclass."""
+    """The stable name of a config dataclass."""
     place = f"{cls.__module__}:{cls.__qualname__}"
     return _KIND_BY_PLACE.get(place, place)
 
@@ -103,7 +103,7 @@ def class_of(kind: str) -> type:
     only if the user's config or `--import` has imported its module.
 
     Raises:
-        UserError: There is no such class, or its module is not imported.
+        UserError: The class does not exist, or its module is not imported.
     """
     module, _, name = BUILT_IN.get(kind, kind).partition(":")
     found = importlib.import_module(module) if kind in BUILT_IN else sys.modules.get(module)

@@ -1,4 +1,4 @@
-"""Output that never ends a command: the reader of a pipe leaves, the terminal closes, the disk fills up."""
+"""Output that never ends a command when the reader of a pipe exits, the terminal closes, or the disk fills up."""
 
 import io
 import os
@@ -32,9 +32,9 @@ class _Forgiving(io.RawIOBase):
 def protect() -> None:
     """Replaces `sys.stdout` and `sys.stderr` by streams that never raise, if they are still the interpreter's own.
 
-    Characters that their encoding lacks (ASCII, Latin-1) are printed as escapes.
+    Characters outside their encoding (ASCII, Latin-1) print as escapes.
     """
-    # A closed standard descriptor would be given to the next file that is opened, and messages would go into it.
+    # The next opened file would reuse a closed standard descriptor and receive the messages.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

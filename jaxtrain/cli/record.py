@@ -34,9 +34,9 @@ ABSENT = _Absent()
 
 
 def to_json(config: Any) -> Json:
-    """A config in JSON types: dict, list, str, int, float, bool, None.
+    """Converts a config to JSON types: dict, list, str, int, float, bool, None.
 
-    A dataclass carries "_kind", its lasting name (kinds.py); tuples become lists. Secrets are left out (user and
+    A dataclass carries "_kind", its stable name (kinds.py); tuples become lists. Secrets are left out (user and
     password in URLs, signatures and tokens in their query strings, fields that hold a token, secret, password or API
     key), so configs that differ only in secrets are equal.
     """
@@ -47,7 +47,7 @@ def from_json(recorded: Any) -> Any:
     """The config that `to_json` recorded, in this version or an earlier one.
 
     Raises:
-        UserError: It names a class that is no config, or one whose module the user has not imported.
+        UserError: It names a class that is not a config, or one whose module the user has not imported.
     """
     if isinstance(recorded, list):
         return tuple(map(from_json, recorded))
@@ -65,7 +65,7 @@ def from_json(recorded: Any) -> Any:
 
 
 def upgrade(recorded: Any) -> Any:
-    """A record of any version with today's names: kinds instead of the module paths of version 0.1."""
+    """A record of any version, with current names: kinds instead of the module paths of version 0.1."""
     if isinstance(recorded, list):
         return [upgrade(item) for item in recorded]
     if not isinstance(recorded, dict):
@@ -73,14 +73,14 @@ def upgrade(recorded: Any) -> Any:
     upgraded = {name: upgrade(value) for name, value in recorded.items()}
     if "_class" in upgraded:
         return {KIND: kinds.kind_of_path(upgraded.pop("_class")), **upgraded}
-    if "." in str(upgraded.get("class")):  # the description of a transform, or a store's of its source
+    if "." in str(upgraded.get("class")):  # describes a transform, or the source of a store
         described = {KIND: kinds.kind_of_path(upgraded.pop("class")), **upgraded}
         return sealed(described) if described.pop("digest", None) else described
     return upgraded
 
 
 def complete(recorded: Any) -> Any:
-    """Like `upgrade`, and adds the fields that did not exist then, with the values that those records imply."""
+    """Like `upgrade`, and also adds fields that did not exist then, with the values that those records imply."""
     if isinstance(recorded, list):
         return [complete(item) for item in recorded]
     if not isinstance(recorded, dict):
@@ -100,7 +100,7 @@ def sealed(described: Json) -> Json:
 
 
 def _before(cls: type) -> Json:
-    """The value of each field with a default in records from before the field existed."""
+    """The default of each field in records from before the field existed."""
     values = {}
     for field in dataclasses.fields(cls):
         if BEFORE in field.metadata:
@@ -117,7 +117,7 @@ def _group(group: Any) -> Json:
 
 
 def public(key: str, value: Any) -> Any:
-    """The value of a field or entry in JSON types and without secrets, to store and show."""
+    """Converts the value of a field or entry to JSON types without secrets, for storage and display."""
     if typed.is_config(value):
         return to_json(value)
     if isinstance(value, dict):
@@ -132,10 +132,18 @@ def public(key: str, value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of each difference between two JSON values, in the old one's order.
+    """Compares two JSON values.
 
-    An entry or element of only one side is one row with ABSENT on the other. A changed class is a row `path._kind`.
-    1 and 1.0 are equal, 1 and True are not.
+    An entry or element of only one side is one row with ABSENT on the other. A changed class is a row `path._kind`. 1
+    and 1.0 are equal; 1 and True are not.
+
+    Args:
+        old: The old value.
+        new: The new value.
+        path: The dotted path of both.
+
+    Returns:
+        (dotted path, old value, new value) of each difference, in the old value's order.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *new]}

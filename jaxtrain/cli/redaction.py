@@ -1,7 +1,7 @@
-"""Keeps secrets inside the process: tokens, credentials and signatures are cut out of whatever is shown or logged.
+"""Keeps secrets inside the process: removes tokens, credentials and signatures from everything shown or logged.
 
-Redaction is for output alone. It is not exact ("hf_..." stands for many tokens), so nothing that it returns may name a
-file, key a cache or be compared. What records hold goes through `without_secrets`, which touches only URLs.
+Redaction is only for output. It is lossy ("hf_..." stands for many tokens), so its results must not name files, key
+caches or be compared. Records use `without_secrets`, which changes only URLs.
 """
 
 import logging
@@ -14,7 +14,7 @@ _SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
 )
 _SHORTEST = 8  # characters of a secret; shorter values of such variables are settings ("true")
-# Query parameters that sign a URL or open it, and those that change with every new signature of the same object.
+# Query parameters that sign a URL or grant access, and those that change with every new signature of the same object.
 _SECRET_PARAMETER = re.compile(
     r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
     r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",
@@ -23,7 +23,7 @@ _SECRET_PARAMETER = re.compile(
 
 
 def unsigned(url: str) -> str:
-    """The URL without user info and without the parameters that sign it; everything else stays as it is.
+    """The URL without user info and without the parameters that sign it; everything else is unchanged.
 
     A path on the Hub (`hf://`) has neither: a `?` in it belongs to the file's name. The same holds for local paths.
     """
@@ -47,15 +47,15 @@ def without_secrets(text: str) -> str:
 def redact(text: str) -> str:
     """The text without tokens, and without the credentials and signatures of its URLs.
 
-    The values of environment variables that hold secrets by their names (HF_TOKEN, AWS_SECRET_ACCESS_KEY) are cut out
-    wherever they stand.
+    The values of environment variables whose names mark secrets (HF_TOKEN, AWS_SECRET_ACCESS_KEY) are removed wherever
+    they occur.
     """
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_VARIABLE.fullmatch(name):
             text = text.replace(value, "...")
     text = re.sub(r"(\w://)[^/?#\s'\"]*@", r"\1", text)
     text = re.sub(r"\w+://[^\s'\"<>]*", lambda url: unsigned(url[0]), text)
-    # Clients also show a request's target without its server: "/x.parquet?X-Amz-Signature=...".
+    # Clients also log a request's target without its host: "/x.parquet?X-Amz-Signature=...".
     text = re.sub(r"([?&])([\w%-]+)=[^\s&'\"]+", _without_value, text)
     text = re.sub(r"\b(hf_(?=[A-Za-z0-9]{12})|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
     return re.sub(r"(?i)\b(bearer|basic)\s+\S+", r"\1 ...", text)
@@ -67,7 +67,7 @@ def _without_value(parameter: re.Match[str]) -> str:
 
 
 def redact_logs() -> None:
-    """From now on no log record of any library holds a secret: clients log the addresses they request."""
+    """Redacts all log records of all libraries from now on: clients log the URLs they request."""
     make = logging.getLogRecordFactory()
 
     def redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:

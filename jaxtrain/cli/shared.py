@@ -1,4 +1,4 @@
-"""What several commands share: flags and what they mean, tables, JSON results."""
+"""What several commands share: flags and their meaning, tables, JSON results."""
 
 import json
 import os
@@ -34,10 +34,10 @@ VOCAB_SIZE = Flag(
 
 
 def workdir_of(flags: Flags) -> str:
-    """The work directory that `--workdir` or the config's name gives. Keeps the Hub client's caches inside it.
+    """The work directory given by `--workdir` or the config's name. Keeps the Hub client's caches inside it.
 
     Raises:
-        UserError: for an empty `--workdir=`.
+        UserError: `--workdir=` is empty.
     """
     if flags.workdir == "":
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
@@ -47,7 +47,17 @@ def workdir_of(flags: Flags) -> str:
 
 
 def parse_worker(text: str | None) -> tuple[int, int]:
-    """(this worker, from 0; number of workers) by `--worker`, or by launch/local.sh's environment, or (0, 1)."""
+    """Parses `--worker`.
+
+    Args:
+        text: The flag's value, or None to use launch/local.sh's environment.
+
+    Returns:
+        (index of this worker, from 0; number of workers); (0, 1) if nothing sets them.
+
+    Raises:
+        UserError: The value is not I/N with 0 <= I < N.
+    """
     if text is None:
         return int(os.environ.get("JAX_PROCESS_ID", "0")), int(os.environ.get("JAX_NUM_PROCESSES", "1"))
     first, slash, second = text.partition("/")
@@ -57,7 +67,7 @@ def parse_worker(text: str | None) -> tuple[int, int]:
 
 
 def write_json(path: str, result: Any) -> None:
-    """Writes what `--json=FILE` asks for. Raises UserError if the file cannot be written."""
+    """Writes the result to the file given by `--json=FILE`. Raises UserError if it cannot be written."""
     try:
         pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:

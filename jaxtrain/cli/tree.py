@@ -24,12 +24,12 @@ class Change:
 
 
 def parse_overrides(flags: Sequence[str]) -> list[Change]:
-    """Parses `--config.a.b=value` strings, without looking up fields.
+    """Parses `--config.a.b=value` strings without looking up fields.
 
-    `stages[0]` and `stages.0` are the same; a key with dots goes into brackets: `sources[my.source]`.
+    `stages[0]` and `stages.0` are the same; a key with dots goes in brackets: `sources[my.source]`.
 
     Raises:
-        UserError: Another form, or two overrides that contradict each other.
+        UserError: A string has another form, or two overrides contradict each other.
     """
     changes: list[Change] = []
     for flag in flags:
@@ -50,10 +50,11 @@ def parse_overrides(flags: Sequence[str]) -> list[Change]:
 def override(config: Any, flags: Sequence[str]) -> Any:
     """A copy of the config with `--config.a.b=value` strings applied, typed by the annotations.
 
-    New objects are made along each path: a dataclass that stands in two places changes in one of them only.
+    New objects are created along each path: a dataclass used in two places changes in only one of them.
 
     Raises:
-        UserError: With the nearest names for an unknown field, and the wanted type for a wrong value.
+        UserError: A field is unknown (the message has the nearest names) or a value is wrong (it has the expected
+            type).
     """
     root = config
     for change in parse_overrides(flags):
@@ -75,7 +76,7 @@ def check_types(value: Any, hint: Any = Any, path: str = "config") -> None:
     """Checks the values of a whole tree against the annotations.
 
     Raises:
-        UserError: The first that does not fit, with its dotted path.
+        UserError: The first value that does not fit, with its dotted path.
     """
     fitting = [option for option in typed.options(hint) if typed.fits(value, option)]
     if not fitting:
@@ -97,7 +98,7 @@ def check_types(value: Any, hint: Any = Any, path: str = "config") -> None:
 
 
 def leaves(value: Any, hint: Any = Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, annotation, value) of everything that an override can set, in order."""
+    """(dotted path, annotation, value) of every value that an override can set, in order."""
     below = typed.entries(value, hint)
     if not typed.is_group(value) or (not below and not typed.is_config(value)):
         yield path, hint, value
@@ -154,7 +155,7 @@ def _parsed(value: Any, hint: Any, change: Change) -> Any:
 
 
 def _default(hint: Any, change: Change, path: str) -> Any:
-    """Overriding a field of an optional group that is None switches the group on, if all its fields have defaults."""
+    """Overriding a field of an optional group that is None turns the group on, if all its fields have defaults."""
     classes = [option for option in typed.options(hint) if dataclasses.is_dataclass(option)]
     if len(classes) == 1 and isinstance(classes[0], type):
         required = [field.name for field in dataclasses.fields(classes[0]) if not _has_default(field)]
@@ -187,7 +188,7 @@ def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> User
 
 
 def _check_stray(config: Any, path: str) -> None:
-    """Refuses attributes that are no fields: a plain dataclass accepts any, so a typo would pass unnoticed."""
+    """Rejects attributes that are not fields: a plain dataclass accepts any, so a typo would go unnoticed."""
     fields = [field.name for field in dataclasses.fields(config)]
     for attribute in getattr(config, "__dict__", {}):
         if attribute not in fields:

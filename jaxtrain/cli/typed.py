@@ -1,4 +1,4 @@
-"""The annotations of config dataclasses: which values fit one, and which value a text denotes.
+"""The annotations of config dataclasses: which values fit one, and which value a text represents.
 
 Annotations: bool, int, float, str, None, Literal, unions, tuple, dict with str keys, dataclasses, protocols and other
 base classes, Callable, Any. Config values are plain: scalars, tuples, dicts and dataclass instances.
@@ -18,7 +18,7 @@ _EXAMPLES = {bool: "true", int: "1000", float: "3e-4", str: "text", types.NoneTy
 
 
 def is_config(value: Any) -> bool:
-    """Whether the value is an instance of a dataclass (and not the class itself)."""
+    """Whether the value is an instance of a dataclass (not the class itself)."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -28,7 +28,7 @@ def is_group(value: Any) -> bool:
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; any other annotation alone."""
+    """The members of a union; for any other annotation, the annotation itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
@@ -79,7 +79,7 @@ def entry_hint(hint: Any) -> Any:
 def fits(value: Any, hint: Any) -> bool:
     """Whether the value's own type is right, ignoring its elements, entries and fields.
 
-    An int fits float, as in Python's typing; a bool fits neither. NaN and infinities are refused: JSON has none.
+    An int fits float, as in Python's typing; a bool fits neither. NaN and infinities do not fit: JSON has none.
     """
     if len(options(hint)) > 1:
         return any(fits(value, option) for option in options(hint))
@@ -119,7 +119,7 @@ def missing_members(value: Any, protocol: type) -> list[str]:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """The value that the text denotes for this annotation.
+    """The value that the text represents for this annotation.
 
     Ints may be written 1_000_000 or 1e6; bools true, false, 1, 0; None as none or null; tuples (1,2) or 1,2.
 
@@ -128,7 +128,7 @@ def parse(text: str, hint: Any) -> Any:
     """
     members = options(hint)
     if len(members) > 1:
-        # None first and str last, which every text is.
+        # None first and str last, since every text is a str.
         for member in sorted(members, key=lambda member: (member is not types.NoneType, member is str)):
             try:
                 return parse(text, member)
@@ -160,7 +160,9 @@ def parse(text: str, hint: Any) -> Any:
 
 
 def _parse_int(text: str) -> int:
-    """Exact at any size: 1e23 is 10**23, which no float equals. float() bounds the exponent before digits are made."""
+    """Exact at any size: 1e23 is 10**23, which no float equals. float() bounds the exponent before expanding the
+    digits.
+    """
     if not math.isfinite(float(text)):
         raise ValueError(text)
     number = decimal.Decimal(text)

@@ -1,4 +1,4 @@
-"""From this host's rows to arrays of the mesh, ahead of the step. The sharding says which lanes a host reads."""
+"""From this host's rows to arrays of the mesh, ahead of the step. The sharding determines which lanes a host reads."""
 
 import collections
 import dataclasses
@@ -12,11 +12,18 @@ from jaxtrain.distributed import sharding
 
 
 def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
-    """The lanes whose rows this process's devices hold. The same for every batch size that the lanes divide.
+    """The lanes whose rows this process's devices hold.
 
-    A lane whose rows fall on several hosts is read by each of them: they agree, since a lane follows from the config.
+    A lane whose rows span several hosts is read by each of them. They agree, since a lane depends only on the config.
+
+    Args:
+        mesh: The run's mesh.
+        num_lanes: The number of lanes of the run.
+
+    Returns:
+        The lanes, ascending. They are the same for every batch size that the lanes divide.
     """
-    # Rows are lane-major: lane l has the l-th part of a batch, so a batch of `fine` rows shows every boundary.
+    # Rows are lane-major: lane l holds the l-th part of a batch, so a batch of `fine` rows shows every boundary.
     fine = num_lanes * mesh.shape["data"] * mesh.shape["fsdp"]
     slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((fine, mesh.shape["context"]))
     rows_in_lane = fine // num_lanes
@@ -29,12 +36,12 @@ def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
 
 
 def lanes_of_rows(start: int, stop: int, rows_in_lane: int) -> range:
-    """The lanes that have some of the rows [start, stop) of a batch."""
+    """The lanes that hold rows [start, stop) of a batch."""
     return range(start // rows_in_lane, -(-stop // rows_in_lane))
 
 
 class Feed:
-    """The batches of a host pipeline as arrays of the mesh, `ahead` of them on the devices before they are needed."""
+    """An iterator of a host pipeline's batches as arrays of the mesh, with `ahead` batches already on the devices."""
 
     def __init__(
         self, batches: Iterator[StepBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int, ahead: int
@@ -47,7 +54,7 @@ class Feed:
         self._held: collections.deque[StepBatch] = collections.deque()
 
     def begin(self) -> None:
-        """Start to read, without waiting for the first batch."""
+        """Starts reading without waiting for the first batch."""
         start = getattr(self._batches, "start_prefetch", None)
         if start is not None:
             start()

@@ -1,9 +1,9 @@
-"""A hash of all rows trained on so far: two runs with equal fingerprints have seen the same data in the same order.
+"""A hash of all rows trained on so far: runs with equal fingerprints have seen the same data in the same order.
 
-Two uint32 words. Every token's (token, target, segment id, mask, column) is mixed by the finalizer of MurmurHash3
-(Appleby 2011, fmix32) and summed with wrap-around over the row; the sum is mixed with the row's number in the run; the
-rows are summed. Integer sums do not depend on their order, so neither mesh nor hosts nor accumulation change them, and
-the row's number makes the order of rows count. A row without any loss counts as nothing.
+Two uint32 words. Every token's (token, target, segment id, mask, column) is mixed by the MurmurHash3 finalizer (Appleby
+2011, fmix32) and summed over the row modulo 2**32. The sum is mixed with the row's number in the run, and the rows are
+summed. Integer sums do not depend on their order, so neither mesh nor hosts nor gradient accumulation change them, and
+the row number makes the order of rows count. A row without any loss contributes nothing.
 
 The functions take NumPy or JAX arrays; `xp` is the module.
 """
@@ -34,9 +34,16 @@ def _fmix32(h: Array, xp: Any) -> Array:
 
 
 def of_rows(batch: Mapping[str, Array], row_low: Array, row_high: Array, xp: Any = np) -> Array:
-    """The sum to add to the fingerprint for a batch: uint32 [2].
+    """A batch's contribution to the fingerprint.
 
-    batch: fields of interfaces.BATCH_FIELDS, [B, T]. row_low, row_high: uint32 [B], the 64-bit number of each row.
+    Args:
+        batch: Fields of interfaces.BATCH_FIELDS, [B, T].
+        row_low: Low words of the rows' 64-bit numbers, uint32 [B].
+        row_high: High words, uint32 [B].
+        xp: numpy or jax.numpy.
+
+    Returns:
+        The value to add, uint32 [2].
     """
     field = {name: values.astype(xp.uint32) for name, values in batch.items()}
     columns_T = xp.arange(batch["tokens"].shape[1], dtype=xp.uint32)
@@ -56,9 +63,16 @@ def of_rows(batch: Mapping[str, Array], row_low: Array, row_high: Array, xp: Any
 
 
 def of_arrays(tree: Any, xp: Any = np) -> Array:
-    """A hash of every bit of all arrays of a tree of dicts, and of their names and places: uint32 [2].
+    """Hashes every bit of all arrays of a tree of dicts, with their names and element positions.
 
-    It does not depend on how they are sharded. Types of 2 or 4 bytes; types and shapes are not part of it.
+    The result does not depend on sharding. Types and shapes are not hashed.
+
+    Args:
+        tree: Nested dicts of arrays with elements of 2 or 4 bytes.
+        xp: numpy or jax.numpy.
+
+    Returns:
+        uint32 [2].
     """
     words = xp.zeros(2, xp.uint32)
     for name in sorted(tree):
@@ -83,16 +97,16 @@ def _of_array(x: Array, seed: int, xp: Any) -> Array:
 
 
 def row_numbers(rows_before: tuple[Array, Array], count: int, xp: Any = np) -> tuple[Array, Array]:
-    """The 64-bit numbers of `count` rows from `rows_before` (low, high) on, as uint32 [count] each."""
+    """The 64-bit numbers of `count` rows from `rows_before` (low, high) on, as (low, high), uint32 [count] each."""
     low = rows_before[0] + xp.arange(count, dtype=xp.uint32)
     return low, rows_before[1] + (low < rows_before[0]).astype(xp.uint32)
 
 
 def split(number: int) -> tuple[np.uint32, np.uint32]:
-    """A 64-bit number as (low, high)."""
+    """Splits a 64-bit number into (low, high)."""
     return np.uint32(number & 0xFFFFFFFF), np.uint32(number >> 32)
 
 
 def text(words: Array) -> str:
-    """16 hexadecimal digits."""
+    """The fingerprint as 16 hexadecimal digits."""
     return "".join(f"{int(word):08x}" for word in words)

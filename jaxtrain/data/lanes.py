@@ -1,7 +1,7 @@
-"""A lane: one of `num_lanes` logical readers. What it yields depends on the config alone, never on hosts or devices.
+"""A lane: one of `num_lanes` logical readers. What it yields depends only on the config, never on hosts or devices.
 
-A lane keeps a cursor in every source. For each step the plan says which of the lane's rows come from which source; the
-lane cuts that many rows from each and puts them in their places, a whole block of rows for a step.
+A lane keeps a cursor in every source. For each step the plan assigns each of the lane's rows to a source. The lane cuts
+the rows from each source and puts them in place, one whole block of rows per step.
 """
 
 import dataclasses
@@ -20,27 +20,31 @@ from jaxtrain.data.tokenizing import RowSpec, documents_of
 from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
-# Fields of a lane's state in one source, int64: the cursor, then what the packer and the ledger count.
+# Fields of a lane's state in one source, int64: the cursor, then the counts of the packer and the ledger.
 STATE_FIELDS = ("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended")
 _ENDED = STATE_FIELDS.index("ended")
-# A source is opened so many steps before the stage that needs it, and so many tokens: 16 short steps may be less than
-# the seconds that a far source takes (2M tokens are 14 s at 150,000 tokens/s).
+# A source opens this many steps before the stage that needs it, or this many tokens if that is earlier: 16 short steps
+# may take less time than a remote source needs to open (2M tokens are 14 s at 150,000 tokens/s).
 _OPEN_AHEAD_STEPS, _OPEN_AHEAD_TOKENS = 16, 1 << 21
 
 
 def position_of(state: np.ndarray) -> Position:
-    """Where a lane's state in a source says that it stands. state: int64 [STATE_FIELDS]"""
+    """The reading position in a lane's state of one source. state: int64 [STATE_FIELDS]."""
     epoch, unit, row, _, base, *_ = state.tolist()
     return Position(epoch, unit, row, base)
 
 
 class SourceLane:
-    """One lane's place in one source: reads ahead, packs, and says where it stands."""
+    """One lane in one source: reads ahead, packs, and reports its state.
+
+    Attributes:
+        packer: Cuts the source's documents into rows.
+    """
 
     def __init__(self, reader: SourceReader, lane: int, rows: RowSpec, pools: Pools, state: np.ndarray):
         _, _, _, token, _, seen, documents, tokens, unique, _ = state.tolist()
         start = position_of(state)
-        # Windows at the end of a unit may have a few rows only, too few to hide the way to the next unit behind.
+        # The last window of a unit may hold only a few rows, too few to hide the latency of opening the next unit.
         half = -(-reader.options.shuffle_window // 2)
         windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
         nothing = functools.partial(reader.refuse, lane)
@@ -53,21 +57,26 @@ class SourceLane:
         windows.start()
 
     def start(self) -> None:
-        """Begin to tokenize, without waiting for it; but a worker waits for windows, so let all be under way."""
+        """Starts tokenizing without waiting. Workers block on windows, so start all readers first."""
         self._documents.start()
 
     @property
     def state(self) -> np.ndarray:
-        """int64 [STATE_FIELDS]"""
+        """int64 [STATE_FIELDS]."""
         return np.array(self.packer.state, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class LaneStep:
-    """One step for all lanes. Sources are indices into the plan's.
+    """One step, for all lanes. Sources are indices into the plan's sources.
 
-    rows: of a lane. sources_by_lane: the source of every row, [V, rows], or None where all are from `only`.
-    opened: sources that are to be open by now. wanted: those of this stage and the later ones.
+    Attributes:
+        at: The plan of the step.
+        rows: R, rows per lane.
+        only: The only source, if `sources_by_lane` is None.
+        sources_by_lane: The source of every row, [V, R], or None if all rows come from `only`.
+        opened: Sources that must be open by now.
+        wanted: Sources of this and all later stages.
     """
 
     at: StepPlan
@@ -79,7 +88,7 @@ class LaneStep:
 
 
 class LaneSchedule:
-    """The plan's steps shared out to lanes, worked out once for all lanes of the host that take the same step."""
+    """The plan's steps, divided among lanes. Computed once for all lanes of the host that take the same step."""
 
     def __init__(self, plan: Plan, num_lanes: int):
         self.plan = plan
@@ -88,7 +97,7 @@ class LaneSchedule:
         self._by_stages: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def at(self, step: int) -> LaneStep:
-        """Of step 1 to the plan's last one."""
+        """A step from 1 to the plan's last step."""
         if self._latest is None or self._latest.at.step != step:
             self._latest = self._make(step)
         return self._latest
@@ -108,7 +117,7 @@ class LaneSchedule:
         )
 
     def _sources(self, first: int, last: int) -> tuple[int, ...]:
-        """Of the stages from `first` to `last`, from 1, that have steps; what comes first is opened first."""
+        """The sources of stages `first` to `last`, from 1, that have steps, in the order to open them."""
         if (first, last) not in self._by_stages:
             stages = [stage for stage in self.plan.stages[first - 1 : last] if stage.has_steps]
             names = dict.fromkeys(name for stage in stages for name in stage.weights)
@@ -117,9 +126,14 @@ class LaneSchedule:
 
 
 class LaneDataset(grain.IterDataset):
-    """The lane as a Grain dataset: an element is its block of rows for one step, the iterator's state is the lane's.
+    """A lane as a Grain dataset. Each element is the lane's block of rows for one step.
 
-    readers: one for each source, in the plan's order; they and `shares` are shared by the lanes of this host.
+    Attributes:
+        lane: The lane's number, from 0.
+        shares: The lanes' steps, shared by the lanes of this host.
+        readers: One per source, in the plan's order, shared by the lanes of this host.
+        rows: How documents become rows.
+        pools: The thread pools to read with.
     """
 
     def __init__(self, lane: int, shares: LaneSchedule, readers: Sequence[SourceReader], rows: RowSpec, pools: Pools):
@@ -132,9 +146,9 @@ class LaneDataset(grain.IterDataset):
 
 
 class LaneIterator(grain.DatasetIterator):
-    """Elements: dicts with `BATCH_FIELDS`, [rows of this lane, T], and `ended`, whether no token is left for any step.
+    """Yields dicts with `BATCH_FIELDS`, [R, T], and `ended`: whether no token remains for any later step.
 
-    State: {"step": the last step yielded, "sources": int64 [S, STATE_FIELDS]}.
+    The state is the lane's: {"step": the last step yielded, "sources": int64 [S, STATE_FIELDS]}.
     """
 
     def __init__(self, dataset: LaneDataset):
@@ -146,31 +160,33 @@ class LaneIterator(grain.DatasetIterator):
 
     @property
     def states(self) -> np.ndarray:
-        """Where it stands in each source, int64 [S, STATE_FIELDS]; the next step writes to it."""
+        """The lane's state in each source, int64 [S, STATE_FIELDS]. The next step overwrites it in place."""
         return self._states
 
     def get_state(self) -> dict[str, Any]:
+        """The iterator's state, see the class."""
         return {"step": self._step, "sources": self._states.copy()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Moves the iterator to a state that `get_state` returned."""
         self._step = state["step"]
         self._states = np.array(state["sources"], np.int64)
         self._sources = {}
 
     def open(self) -> None:
-        """Begin to read what the next step needs, and what those soon after it need first, without waiting."""
+        """Starts reading, without waiting, what the next step needs and what the steps soon after it need first."""
         shares = self._dataset.shares
         if shares.plan.last_step is None or self._step < shares.plan.last_step:
             for index in shares.at(self._step + 1).opened:
                 self._source(index)
 
     def start(self) -> None:
-        """Begin to tokenize what is being read."""
+        """Starts tokenizing in every open source."""
         for source in self._sources.values():
             source.start()
 
     def shape(self) -> tuple[int, int]:
-        """(rows, T) of the next step's block. Raises StopIteration if there is none."""
+        """(R, T) of the next step's block. Raises StopIteration past the last step."""
         shares = self._dataset.shares
         if shares.plan.last_step is not None and self._step >= shares.plan.last_step:
             raise StopIteration
@@ -183,9 +199,13 @@ class LaneIterator(grain.DatasetIterator):
         return {**packing.finish(block, [cut]), "ended": ended}
 
     def write(self, block: Batch) -> tuple[Cut, bool]:
-        """The rows of `next`, into arrays of that `shape`, each contiguous, as packing.empty_block makes them.
+        """Like `next`, but writes the rows in place.
 
-        Returns what `packing.finish` wants to know of them, and `ended`.
+        Args:
+            block: Contiguous arrays of `shape()`, as `packing.empty_block` makes them.
+
+        Returns:
+            The cut that `packing.finish` needs, and `ended`.
         """
         self.open()
         self._step += 1
@@ -201,7 +221,7 @@ class LaneIterator(grain.DatasetIterator):
         return cut, all(self._states[index, _ENDED] for index in share.wanted)
 
     def addresses(self) -> list[tuple[int, Pieces]]:
-        """For each of this lane's rows of the next step: its source, and the documents in it. Reads as `next` would."""
+        """The source and the documents of each of this lane's rows of the next step. Reads what `next` would read."""
         shares, lane = self._dataset.shares, self._dataset.lane
         self.open()
         share = shares.at(self._step + 1)
@@ -220,7 +240,7 @@ class LaneIterator(grain.DatasetIterator):
         return cut
 
     def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
-        """Rows of several sources, in their places."""
+        """Writes rows of several sources in their places."""
         counts = np.bincount(sources_R).tolist()
         if counts[-1] == len(sources_R):
             return self._cut(len(counts) - 1, at, counted_R, block)
@@ -245,7 +265,7 @@ class LaneIterator(grain.DatasetIterator):
 
 
 def _counted(at: StepPlan, first_row: int, rows: int) -> np.ndarray | None:
-    """How many tokens of each of a lane's rows count, from its first on; None: all. Only a run's last batch is cut."""
+    """How many tokens of each of a lane's rows are trained on; None: all. Only the run's last batch is cut."""
     if at.masked_from == at.batch_size * at.seq_len:
         return None
     return np.clip(at.masked_from - (first_row + np.arange(rows)) * at.seq_len, 0, at.seq_len)

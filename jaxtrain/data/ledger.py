@@ -1,4 +1,4 @@
-"""Where all lanes stand, gathered from the hosts: for the checkpoint, and for what each source has given."""
+"""The positions of all lanes, gathered from the hosts, for checkpoints and for each source's totals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,15 @@ _COUNTED = ("tokens", "unique_tokens", "documents", "epoch")
 
 
 def gather(states: Mapping[int, np.ndarray], num_lanes: int) -> np.ndarray:
-    """This host's lanes, lane → int64 [S, F], with those of the others: int64 [V, S, F]. All processes call it."""
+    """Gathers the states of all lanes from all hosts. Collective: every process must call it.
+
+    Args:
+        states: This host's lanes: lane → int64 [S, F].
+        num_lanes: V, the number of lanes of the run.
+
+    Returns:
+        int64 [V, S, F].
+    """
     lanes_N = np.array(sorted(states), np.int64)
     states_NSF = np.stack([states[lane] for lane in lanes_N.tolist()])
     if jax.process_count() > 1:
@@ -25,16 +33,16 @@ def gather(states: Mapping[int, np.ndarray], num_lanes: int) -> np.ndarray:
 
 
 def _from_all(lanes_N: np.ndarray, states_NSF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lanes of all hosts, one host after the other, and their states.
+    """The lanes of all hosts, host by host, and their states.
 
-    A host sends its own lanes alone, padded to the most that any has: 4,096 hosts that each sent a table of 16,384
-    lanes and 3 sources would get 16 GB each.
+    Each host sends only its own lanes, padded to the largest count of any host. If 4,096 hosts each sent a table of
+    16,384 lanes and 3 sources, every host would receive 16 GB.
     """
     most = int(np.max(multihost_utils.process_allgather(np.array([len(lanes_N)], np.uint32))))
     mine = np.full((most, 1 + states_NSF[0].size), -1, np.int64)
     mine[: len(lanes_N), 0] = lanes_N
     mine[: len(lanes_N), 1:] = states_NSF.reshape(len(lanes_N), -1)
-    # As pairs of uint32: the gather cuts int64 to 32 bits without x64 mode, and says nothing.
+    # As pairs of uint32: without x64 mode the gather silently truncates int64 to 32 bits.
     pairs = multihost_utils.process_allgather(mine.view(np.uint32))
     found = np.ascontiguousarray(pairs).view(np.int64).reshape(-1, mine.shape[1])
     found = found[found[:, 0] >= 0]
@@ -42,7 +50,7 @@ def _from_all(lanes_N: np.ndarray, states_NSF: np.ndarray) -> tuple[np.ndarray, 
 
 
 def join(lanes_N: np.ndarray, states_NSF: np.ndarray, num_lanes: int) -> np.ndarray:
-    """The states in the order of lanes: int64 [V, S, F]. Every lane is there, and its copies agree."""
+    """Sorts gathered states by lane: int64 [V, S, F]. Asserts that every lane is present and its copies agree."""
     states_VSF = np.zeros((num_lanes, *states_NSF.shape[1:]), np.int64)
     states_VSF[lanes_N] = states_NSF
     missing = np.setdiff1d(np.arange(num_lanes), lanes_N)
@@ -53,6 +61,7 @@ def join(lanes_N: np.ndarray, states_NSF: np.ndarray, num_lanes: int) -> np.ndar
 
 
 def to_json(states_VSF: np.ndarray, source_names: Sequence[str]) -> Json:
+    """The states of all lanes, for a checkpoint."""
     return {
         "format": FORMAT,
         "fields": list(STATE_FIELDS),
@@ -62,9 +71,18 @@ def to_json(states_VSF: np.ndarray, source_names: Sequence[str]) -> Json:
 
 
 def from_json(saved: Json, source_names: Sequence[str], num_lanes: int) -> dict[int, np.ndarray]:
-    """Lane → int64 [S, F] in the order of `source_names`; a source that is new begins at its beginning.
+    """Restores what `to_json` saved. A source that is new to the run starts at its beginning.
 
-    Raises UserError for another format or number of lanes.
+    Args:
+        saved: The result of `to_json`.
+        source_names: The sources of the run now.
+        num_lanes: The number of lanes of the run now.
+
+    Returns:
+        Lane → int64 [S, F], in the order of `source_names`.
+
+    Raises:
+        UserError: The format or the number of lanes differs.
     """
     if saved["format"] != FORMAT or saved["fields"] != list(STATE_FIELDS):
         raise UserError(
@@ -82,7 +100,15 @@ def from_json(saved: Json, source_names: Sequence[str], num_lanes: int) -> dict[
 
 
 def by_source(states_VSF: np.ndarray, source_names: Sequence[str]) -> dict[str, Json]:
-    """What each source has given so far: tokens, unique_tokens, documents, epoch (of its slowest lane), share."""
+    """Each source's totals so far.
+
+    Args:
+        states_VSF: The states of all lanes.
+        source_names: The sources, in the order of S.
+
+    Returns:
+        By source: tokens, unique_tokens, documents, epoch (of its slowest lane), share.
+    """
     field = {name: states_VSF[:, :, index] for index, name in enumerate(STATE_FIELDS)}
     total = max(int(field["tokens"].sum()), 1)
     return {
@@ -98,9 +124,9 @@ def by_source(states_VSF: np.ndarray, source_names: Sequence[str]) -> dict[str, 
 
 
 class StageEnds:
-    """What every source had given by the end of each stage: a stage's own part is the difference of two.
+    """Each source's totals at the end of every stage; a stage's own part is the difference of two.
 
-    Kept in every checkpoint, since the lanes' state tells only where the run stands now.
+    Every checkpoint keeps them, since the state of the lanes only shows where the run is now.
     """
 
     def __init__(self, plan: Plan):
@@ -112,9 +138,14 @@ class StageEnds:
         return self._plan.stages[self._plan.at(step).stage - 1]
 
     def restore(self, saved: Sequence[Json], step: int, given: Mapping[str, Json]) -> None:
-        """saved: `to_json` of the checkpoint of `step`, where the sources had given `given` (as `by_source`).
+        """Restores the totals of a checkpoint.
 
-        The plan's stages count, not the saved ones: after `step` they may be others now.
+        The current plan's stages apply, not the saved ones: those after `step` may have changed.
+
+        Args:
+            saved: The `to_json` of the checkpoint.
+            step: The step of the checkpoint.
+            given: Each source's totals at `step`, as `by_source` returns them.
         """
         for end in saved:
             if end["step"] < step:
@@ -122,16 +153,21 @@ class StageEnds:
         self.note(step, given)
 
     def note(self, step: int, given: Mapping[str, Json]) -> None:
-        """Keeps what was given by a step, if a stage ends with it. A source that came later had given nothing."""
+        """Records the totals at `step` if a stage ends there. A source added later counts as 0."""
         if self._stage(step).last_step == step:
             counted = {name: {key: given[name][key] for key in _COUNTED} for name in given}
             self._totals[step] = {**self._totals[0], **counted}
 
     def in_stage(self, step: int, given: Mapping[str, Json]) -> dict[str, Json] | None:
-        """The part of `given`, by a step, that the step's stage has taken so far.
+        """The part of the totals that the stage of `step` has contributed so far.
 
-        tokens, unique_tokens, documents, epochs (completed meanwhile by the slowest lane), share. None where the stage
-        began before a checkpoint that does not tell: that of an earlier version.
+        Args:
+            step: A step of the stage.
+            given: Each source's totals at `step`, as `by_source` returns them.
+
+        Returns:
+            By source: tokens, unique_tokens, documents, epochs (completed in the stage by the slowest lane), share.
+            None if the stage began before a checkpoint of an earlier version, which lacks these totals.
         """
         before = self._totals.get(self._stage(step).first_step - 1)
         if before is None:
@@ -150,7 +186,7 @@ class StageEnds:
         }
 
     def to_json(self) -> list[Json]:
-        """One entry for each stage that has ended, in order, with what every source had given since the run began."""
+        """One entry per finished stage, in order, with each source's totals since the start of the run."""
         return [
             {
                 "stage": stage.index,

@@ -1,12 +1,12 @@
-"""How each source is read. Whichever way, the batches are the same, bit for bit, so it may change at any resume.
+"""How each source is read. The batches are identical bit for bit in every mode, so the mode may change at any resume.
 
-    stream         the source's files, as they are needed; nothing stays on disk
-    download       the same files, all fetched first, into the disk cache (data.max_disk_gb)
-    pretokenized   the token store and nothing else: the network is not needed
-    auto           the token store, if it is complete and of this run; else what has been downloaded; else large
-                   datasets are streamed and small ones downloaded
+    stream         reads the source's files as needed; keeps nothing on disk
+    download       fetches the same files first, into the disk cache (data.max_disk_gb)
+    pretokenized   reads only the token store; needs no network
+    auto           the token store if it is complete and belongs to this run; else files downloaded earlier; else
+                   streams large datasets and downloads small ones
 
-Each source is decided for itself; "pretokenized" wants a store for all of them.
+Each source gets its own mode; "pretokenized" requires a store for every source.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tok
 
 logger = logging.getLogger("jaxtrain")
 
-SMALL_BYTES = 2_000_000_000  # "auto" downloads what is not larger: minutes on most networks
-# So that nothing has to be asked. Also what the first ones are called for short.
+SMALL_BYTES = 2_000_000_000  # "auto" downloads sources up to this size: minutes on most networks
+# Well-known datasets, so that "auto" need not query their sizes.
 _LARGE = ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb", "Skylion007/openwebtext", "emozilla/pg19")
 _SMALL = ("Salesforce/wikitext",)
 _FETCHERS = 8  # files at once: enough to fill most networks
@@ -42,7 +42,13 @@ _FETCHERS = 8  # files at once: enough to fill most networks
 
 @dataclasses.dataclass(frozen=True)
 class OpenedSource:
-    """A source, and how it is read: "stream", "download" or "pretokenized"; `why`, for the log."""
+    """A source and how it is read.
+
+    Attributes:
+        source: The resolved source.
+        mode: "stream", "download" or "pretokenized".
+        why: The reason for the mode, for the log.
+    """
 
     source: Source
     mode: str
@@ -50,7 +56,7 @@ class OpenedSource:
 
 
 def store_folder(config: DataConfig, folder: str, name: str) -> str:
-    """Where the token store of source `name` is. folder: that of the run's stores, unless the config says another."""
+    """The token store's folder for source `name`: in data.token_store if set, else in `folder`, the run's own."""
     return os.path.join(config.token_store or folder, name)
 
 
@@ -65,14 +71,25 @@ def open_sources(
     fetch: bool = True,
     ahead: bool = True,
 ) -> dict[str, OpenedSource]:
-    """All sources, each in its mode, in the config's order.
+    """Opens every source in its mode.
 
-    folder: the run's token stores. identities: from a checkpoint, as for `pipeline.resolve`. streams: those that have
-    been resolved already. chosen: the modes, where another process has decided. cache: where downloads go. fetch:
-    whether there are downloads; without, their sources are read as streams. ahead: before they are read; without, each
-    file when it is first read.
+    Args:
+        config: The data config.
+        tokenizer: The run's tokenizer.
+        folder: The folder of the run's token stores.
+        identities: Source identities from a checkpoint, as in `pipeline.resolve`.
+        streams: Sources that are already resolved.
+        chosen: The mode of each source, if another process has decided.
+        cache: Where downloads go.
+        fetch: Whether to download. If False, sources of mode "download" are returned as streams.
+        ahead: Whether to download before reading. If False, each file is fetched at its first read.
 
-    Raises as `pipeline.resolve`, and UserError for a store that is not there or of another run.
+    Returns:
+        The opened sources by name, in the config's order.
+
+    Raises:
+        UserError: A token store is missing or belongs to another run, or as in `pipeline.resolve`.
+        TransientError: As in `pipeline.resolve`.
     """
     memory = RamCache(config.ram_cache_gb * 1e9) if config.ram_cache_gb else None
     wanted = {name: config.mode if chosen is None else chosen[name] for name in config.sources}
@@ -111,7 +128,7 @@ def _resolve(
     streams: Mapping[str, Source],
     cache: DiskCache | None,
 ) -> dict[str, Source]:
-    """The sources that are not read from stores; those to be downloaded without the cache, which comes later."""
+    """Resolves the sources without a store. Those to download resolve without the cache, which is attached later."""
     found = dict(streams)
     for through in (None, cache):
         names = [name for name in missing if name not in found and (through is cache or wanted[name] == "download")]
@@ -126,7 +143,7 @@ def _can_download(source: Source) -> bool:
 
 
 def _if_there(store: Callable[[], TokenStore], folder: str) -> TokenStore | None:
-    """The store, if it is complete and of this run."""
+    """The store, or None unless it is complete and belongs to this run."""
     if not token_store.exists(folder):
         return None
     try:
@@ -149,7 +166,7 @@ def _store(
 
 
 def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tuple[str, str]:
-    """What "auto" takes without a token store: (mode, why)."""
+    """The choice of "auto" without a token store: (mode, reason)."""
     if not isinstance(source, HuggingFaceSource) or not _can_download(source):
         return "stream", "no token store, and nothing to download first"
     if cache is None:
@@ -176,7 +193,7 @@ def _bytes_of(source: HuggingFaceSource) -> int | None:
         return sum(source.file_bytes)
     try:
         return source.hub_bytes()
-    except Exception as error:  # it only decides how the files are read
+    except Exception as error:  # the size only decides how the files are read
         logger.warning("The size of %s: %s", source.identity["name"], retry.redact(str(error)))
         return None
 
@@ -184,7 +201,7 @@ def _bytes_of(source: HuggingFaceSource) -> int | None:
 def _downloaded(
     config: DataConfig, opened: Mapping[str, OpenedSource], cache: DiskCache | None, ahead: bool
 ) -> dict[str, OpenedSource]:
-    """The same, the sources of mode "download" read through the cache; ahead: with as many files there as fit."""
+    """Routes sources of mode "download" through the cache. With `ahead`, fetches as many files as fit now."""
     found, left = dict(opened), 0 if cache is None else cache.limit
     for name, one in opened.items():
         source = one.source
@@ -211,7 +228,7 @@ def _downloaded(
 
 
 def _files_with(name: str, source: Source, max_samples: int | None, deadline: float) -> int:
-    """How many of the first files hold the documents that are wanted; 0 where only reading them tells."""
+    """The number of leading files that hold the wanted documents; 0 if only reading them shows it."""
     count = len(source.files)
     if max_samples is None:
         return count
@@ -229,9 +246,9 @@ def _files_with(name: str, source: Source, max_samples: int | None, deadline: fl
 
 
 def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, marker: str | None) -> int:
-    """Bring files into the cache, the first ones as far as there is room; returns the bytes. A bar shows how far.
+    """Fetches files into the cache in order, as far as there is room, with a progress bar. Returns the bytes fetched.
 
-    marker: a file to write if all are there, and they are all that the source has.
+    marker: File to write once all files are there and they are the whole source; None otherwise.
     """
     with ThreadPoolExecutor(_FETCHERS, "jaxtrain-download") as executor:
         asked = [executor.submit(retry.attempt, file.size, what=file.what, deadline=deadline) for file in files]
@@ -264,5 +281,5 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
 
 
 def _marker(cache: DiskCache, source: Source) -> str:
-    """A file that says that all files of this source have been downloaded. Beside the cache, which knows its own."""
+    """The file that marks a source as fully downloaded. It lies beside the cache, which manages its own folder."""
     return f"{cache.directory}-{record_store.digest_of_json(source.identity)}.json"

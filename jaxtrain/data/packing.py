@@ -1,9 +1,10 @@
 """From documents to rows: concatenate, cut, and track where every token came from.
 
 Each lane cuts its own rows. `finish` adds segments, positions and masks for the host's whole batch at once, in a fifth
-of the time that it takes lane by lane.
+of the time of doing it per lane.
 
-Shapes: N documents, R rows of one block, T tokens of a row (seq_len), P pieces: parts of documents within rows.
+Shapes: N documents, R rows of one block, T tokens per row (seq_len), P pieces (parts of documents within rows), W bytes
+per record.
 """
 
 import dataclasses
@@ -20,8 +21,11 @@ from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, Batch
 class Documents:
     """Tokenized documents in reading order, each closed by an end-of-document token.
 
-    tokens: int32 [sum of lengths]. lengths: int64 [N], none is 0. where: int64 [N, WHERE].
-    records: uint8 [sum of lengths, W], what else is known of each token; None for nothing.
+    Attributes:
+        tokens: int32 [sum of lengths].
+        lengths: int64 [N], all positive.
+        where: int64 [N, len(WHERE)], where each document comes from.
+        records: uint8 [sum of lengths, W], a teacher's record of each token, or None.
     """
 
     tokens: np.ndarray
@@ -30,21 +34,23 @@ class Documents:
     records: np.ndarray | None = None
 
 
-# The documents of a row: (file, row in the file, first token, end token) of each, tokens counted from its first.
+# The documents of a row: (file, row in the file, first token, end token) of each. Tokens count from its start.
 Pieces = list[tuple[int, int, int, int]]
 
-# Columns of `Documents.where`: the fields of the document's Position, its file (number in the listing), its row there.
+# Columns of `Documents.where`: the fields of the document's Position, its file (index in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
 _POSITION = WHERE.index("file")  # columns before this one
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Rows of a block that `Packer.cut` has written: what the other fields follow from.
+    """Where documents end in rows that `Packer.cut` wrote; `finish` derives the other fields from it.
 
-    last: the last tokens of documents, each by its place in the R · T of the block: int64 [N], in any order.
-    left: tokens from each row's first on, [R]; None where no row reaches the end of the stream.
-    counted: how many of each row's tokens are trained on, [R]; None for all.
+    Attributes:
+        rows: R.
+        last: The last token of each document, as an index into the block's R · T tokens: int64 [N], in any order.
+        left: Tokens from each row's start to the end of the stream, [R]; None if no row reaches the end.
+        counted: How many of each row's tokens are trained on, [R]; None for all.
     """
 
     rows: int
@@ -55,7 +61,13 @@ class Cut:
 
 @dataclasses.dataclass
 class Counts:
-    """What a lane has drawn from a source. `tokens` counts overlap every time it is trained on, `unique` once."""
+    """What a lane has drawn from a source.
+
+    Attributes:
+        documents: Documents begun.
+        tokens: Tokens, counting overlap every time it is trained on.
+        unique: Tokens, counting overlap once.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -63,7 +75,16 @@ class Counts:
 
 
 def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
-    """Arrays for what `Packer.cut` writes, with anything in them: tokens and targets, [R, T]; records, if any are."""
+    """Uninitialized arrays for `Packer.cut`.
+
+    Args:
+        rows: R.
+        seq_len: T.
+        width: W; 0 without records.
+
+    Returns:
+        tokens and targets, int32 [R, T], and, if there are any, records, uint8 [R, T, W].
+    """
     block = {name: np.empty((rows, seq_len), np.int32) for name in ("tokens", "targets")}
     return {**block, RECORDS: np.empty((rows, seq_len, width), np.uint8)} if width else block
 
@@ -71,8 +92,12 @@ def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
 class Packer:
     """Cuts a stream of documents into rows. Its state is the cursor (`position`, `token`), `seen` and `counts`.
 
-    The cursor is the next row's first token; at the end of the stream, of which no token is left from there on, it is
-    `end`. `seen`: tokens from the cursor on that earlier rows have had already.
+    The cursor points at the first token of the next row. At the end of the stream, with no token left, it is `end`.
+
+    Attributes:
+        seen: Tokens from the cursor on that earlier rows already contained.
+        counts: What has been drawn so far.
+        ended: Whether the stream has no token left.
     """
 
     def __init__(
@@ -86,14 +111,23 @@ class Packer:
         skips: bool = False,
         width: int = 0,
     ):
-        """skips: the cursor's document may have been skipped since (skipped_files.py); the next one follows then.
+        """Starts at a cursor.
 
-        width: of the documents' records; 0 for none.
+        Args:
+            documents: The tokenized documents from `position` on.
+            position: Position of the cursor's document.
+            token: The cursor's token within its document.
+            seen: Tokens from the cursor on that earlier rows already contained.
+            counts: What has been drawn so far.
+            end: Position of the end of the stream; None if it has no end.
+            skips: Whether the cursor's document may have been skipped since (skipped_files.py), so that the next one
+                follows.
+            width: W, bytes per record; 0 without records.
         """
         self._documents = documents
-        self._skip = token  # of the first document to come
+        self._skip = token  # tokens to drop from the next document read
         self._tokens = np.empty(0, np.int32)
-        # Offset of each document's first token in the buffer; of the first document it may be below 0.
+        # Offset of each document's first token in the buffer; negative if the buffer starts within the first document.
         self._starts = np.empty(0, np.int64)
         self._where = np.empty((0, len(WHERE)), np.int64)
         self._records = np.empty((0, width), np.uint8) if width else None
@@ -106,11 +140,12 @@ class Packer:
 
     @property
     def cursor(self) -> tuple[Position, int]:
+        """The position and the token of the cursor."""
         return Position(*self._position), self._token
 
     @property
     def state(self) -> list[int]:
-        """The cursor and what is counted, in the order of lanes.STATE_FIELDS."""
+        """The cursor and the counts, in the order of lanes.STATE_FIELDS."""
         (epoch, unit, row, base), counts = self._position, self.counts
         return [
             *(epoch, unit, row, self._token, base, self.seen),
@@ -118,7 +153,7 @@ class Packer:
         ]
 
     def _fill(self, needed: int) -> None:
-        """Read until the buffer holds `needed` tokens, or all that are left."""
+        """Reads until the buffer holds `needed` tokens, or all that remain."""
         have = len(self._tokens)
         if have >= needed:
             return
@@ -131,7 +166,7 @@ class Packer:
                 continue
             found = Position(*documents.where[0, :_POSITION].tolist())
             if self._skip and self._skips and found > self.cursor[0]:
-                # How many of the tokens already seen belong to the next documents is no longer known.
+                # It is no longer known how many of the seen tokens belong to the documents that follow.
                 self._skip = self.seen = 0
             ends = have - self._skip + np.cumsum(documents.lengths)
             if self._skip:
@@ -150,12 +185,20 @@ class Packer:
                 self._records = np.concatenate([some for some in records if some is not None])
 
     def cut(self, block: Batch, stride: int, document_mask: bool, counted_R: np.ndarray | None = None) -> Cut:
-        """Writes the next rows, `stride` (1 to T) tokens apart, to `block`; past the end of the stream is padding.
+        """Writes the next rows to `block`, padded past the end of the stream. `finish` makes the other fields.
 
-        block: as `empty_block`, each field contiguous; a lane writes to its place in the host's batch, so that no token
-        is copied twice. `finish` makes the other fields. A row's last target is looked up past its end, not consumed.
-        With document_mask a document's last token has no loss, since its target would be another document's first;
-        without it a row is one segment. counted_R: as Cut.counted, for the counts; the caller hands it to `finish`.
+        The target of a row's last token is looked up past the row's end, without consuming it.
+
+        Args:
+            block: Arrays as from `empty_block`, each contiguous. A lane writes straight into its place in the host's
+                batch, so no token is copied twice.
+            stride: Tokens between the starts of consecutive rows, 1 to T.
+            document_mask: If True, a document's last token has no loss, since its target would belong to another
+                document. If False, each row is one segment.
+            counted_R: As `Cut.counted`, for the counts. The caller passes it on to `finish`.
+
+        Returns:
+            Where documents end in the rows.
         """
         rows, seq_len = block["tokens"].shape
         span = (rows - 1) * stride + seq_len
@@ -173,7 +216,7 @@ class Packer:
         count = rows * seq_len if counted_R is None else int(counted_R.sum())
         if counted_R is not None:
             full, part = divmod(count, seq_len)
-            # The last full row may reach further than a begun one that overlaps it.
+            # The last full row may reach further than the partial row that overlaps it.
             span = max((full - 1) * stride + seq_len if full else 0, full * stride + part if part else 0)
         if have <= (rows - 1) * stride + seq_len:
             left_R = have - stride * np.arange(rows)
@@ -184,7 +227,7 @@ class Packer:
         return Cut(rows, last, left_R)
 
     def addresses(self, rows: int, seq_len: int, stride: int) -> list[Pieces]:
-        """The documents in each of the next rows. Call before `cut`."""
+        """The documents in each of the next rows. Call it before `cut`."""
         self._fill((rows - 1) * stride + seq_len + 1)
         ends = np.append(self._starts[1:], len(self._tokens))
         found: list[Pieces] = []
@@ -200,12 +243,12 @@ class Packer:
         end = max(min(span, len(self._tokens)), self.seen)
         self.counts.tokens += tokens
         self.counts.unique += end - self.seen
-        # `seen` above 0 with a first token at or below it: this document's beginning has been counted.
+        # A document that starts before `seen` has already been counted.
         self.counts.documents += int(self._starts.searchsorted(end) - self._starts.searchsorted(self.seen))
         self.seen = end
 
     def _advance(self, count: int) -> None:
-        """Move the cursor by `count` tokens and forget what is before it."""
+        """Moves the cursor by `count` tokens and drops what lies before it."""
         self.seen = max(self.seen - count, 0)
         if count >= len(self._tokens):
             self._tokens, self._starts, self._where = self._tokens[:0], self._starts[:0], self._where[:0]
@@ -226,12 +269,12 @@ class Packer:
 
 def _rows(tokens: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
     """[(rows - 1) · stride + seq_len] → [rows, seq_len], a view."""
-    # np.lib.stride_tricks costs 14 microseconds a call, 10 times this.
+    # np.lib.stride_tricks costs 14 microseconds per call, 10 times as much.
     return np.ndarray((rows, seq_len), tokens.dtype, tokens, strides=(stride * tokens.itemsize, tokens.itemsize))
 
 
 def _write_records(records: np.ndarray, stride: int, block: np.ndarray) -> None:
-    """records: [tokens left, W]; block: [R, T, W]. Past the end of the stream they are 0."""
+    """Writes records [tokens left, W] to block [R, T, W], with zeros past the end of the stream."""
     for row, into in enumerate(block):
         found = records[row * stride : row * stride + len(into)]
         into[: len(found)] = found
@@ -239,7 +282,7 @@ def _write_records(records: np.ndarray, stride: int, block: np.ndarray) -> None:
 
 
 def _last_tokens(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
-    """Where in R · T a document's last token is. starts: where documents begin, ascending, int64 [N]."""
+    """Indices into R · T of documents' last tokens. starts: where documents begin, ascending, int64 [N]."""
     if stride == seq_len:
         return starts[starts.searchsorted(0, side="right") : starts.searchsorted(rows * seq_len, side="right")] - 1
     begins_R = np.arange(rows) * stride
@@ -251,7 +294,16 @@ def _last_tokens(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> np
 
 
 def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> Cut:
-    """Cuts of some rows each as one of all. parts: with the place of each of its rows, [R]; together they are all."""
+    """Merges cuts of some rows each into one cut of all rows.
+
+    Args:
+        parts: Each cut with the places of its rows in the block, [its rows]. Together they cover all rows.
+        rows: R.
+        seq_len: T.
+
+    Returns:
+        The cut of the whole block.
+    """
     last, left_R = [], np.full(rows, seq_len + 1)
     for cut, place_R in parts:
         row_N, token_N = np.divmod(cut.last, seq_len)
@@ -262,10 +314,17 @@ def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> 
 
 
 def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
-    """The block with all of BATCH_FIELDS; targets that there are none for become 0.
+    """Completes a block to all of BATCH_FIELDS. Missing targets become 0.
 
-    cuts: of the block's rows, from its first on. Work is in pieces (a row's start to its first document's start, or
-    from one document's start to the next); only the lines that make the results touch every token.
+    Work is per piece (from a row's start to its first document's start, or from one document's start to the next); only
+    the final array operations touch every token.
+
+    Args:
+        block: What `Packer.cut` wrote.
+        cuts: The cuts of the block's rows, in order.
+
+    Returns:
+        The completed block.
     """
     rows, seq_len = block["tokens"].shape
     last, first = [], 0
@@ -275,7 +334,7 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
     assert first == rows, f"cuts of {first} rows for a block of {rows}"
     last_N = np.concatenate(last)
     inner = last_N + 1
-    # A document that starts with a row makes no piece of its own.
+    # A document that starts at a row's start adds no piece.
     begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
     begin_P.sort()
     row_P = begin_P // seq_len
@@ -300,12 +359,15 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
 
 @functools.lru_cache(maxsize=8)
 def _up_to(count: int) -> np.ndarray:
-    """0 to count - 1. Not to be written to."""
+    """0 to count - 1. Do not write to it."""
     return np.arange(count, dtype=np.int32)
 
 
 def _pad(block: Batch, left_R: np.ndarray) -> None:
-    """Clear what is past the end of the stream. left_R: tokens from each row's first on; the last has no target."""
+    """Clears everything past the end of the stream. The stream's last token has no target.
+
+    left_R: Tokens from each row's start to the end of the stream.
+    """
     for row in np.flatnonzero(left_R <= block["tokens"].shape[1]).tolist():
         left = max(int(left_R[row]), 0)
         for name in ("segment_ids", "positions"):

@@ -1,9 +1,9 @@
-"""The way of a document, from its source to the batch of a training step. The stages are joined here and nowhere else.
+"""The path of a document, from its source to the batch of a training step. Only this module joins the stages.
 
-Shapes: N documents, R rows of a lane, T tokens of a row, B rows of the batch, S sources. V lanes (`num_lanes`) share
+Shapes: N documents, R rows of a lane, T tokens per row, B rows of the batch, S sources. V lanes (`num_lanes`) share
 every source; a host runs the lanes whose rows its devices hold.
 
-    step                             what it makes                                    what it remembers
+    step                             what it produces                                 what it remembers
     1 `resolve`                      Source: files, each readable from any row        identity (dataset, commit, files)
     2 `SourceReader`, units.py       units of each lane, permuted for every epoch     nothing: a function of the seed
     3 `SourceReader.windows`         Window: shuffled, filtered texts [N]             Position: epoch, unit, row
@@ -15,7 +15,7 @@ every source; a host runs the lanes whose rows its devices hold.
                                      with segment ids, positions, loss mask           int64 [V, S, STATE_FIELDS]
     8 `Feed`, feed.py                the same StepBatch as global arrays [B, T]       nothing
 
-Steps 3 and 4 read ahead in threads (`Prefetcher`), step 7 as well (`host_batches`). What is read ahead is never part
+Steps 3 and 4 read ahead in threads (`Prefetcher`), and so does step 7 (`host_batches`). Data read ahead is never part
 of the state: a StepBatch carries the states after its own step, and a checkpoint of them resumes exactly there.
 """
 
@@ -44,13 +44,13 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer
 from jaxtrain.plan import Plan
 
-# Else Grain puts a note about its own frames under every error, users' mistakes included.
+# Otherwise Grain adds a note about its own frames to every error, including user errors.
 grain.config.update("py_traceback_filtering", "off")
 
-PATIENCE_AT_START = 60.0  # seconds that an outage may last: somebody waits, and a launcher may try again
+PATIENCE_AT_START = 60.0  # seconds an outage may last: a user is waiting, and a launcher can retry
 MODES = ("stream", "download", "pretokenized", "auto")
-_DISK_GB = 35.0  # of the disk cache, by default: a shard of 1 GB for each of 32 lanes, and a few to come
-_READERS = 32  # threads that wait for the network, for each host
+_DISK_GB = 35.0  # default disk cache: a shard of 1 GB for each of 32 lanes, plus a few prefetched ones
+_READERS = 32  # threads per host that wait for the network
 _TEXT_LANES = 8  # lanes whose next window is read ahead for a tokenizer's training
 
 
@@ -59,26 +59,28 @@ class DataConfig:
     """Where documents come from and how they become rows.
 
     Attributes:
-        sources: the sources by name. A name is part of its documents' identities: it keys shuffle and holdout.
-        num_lanes: logical readers; fixed for a run, divides every batch size, and at best a multiple of the hosts.
-        mode: "stream": read from the source while training, nothing is kept on disk. "download": fetch the files
-            first. "pretokenized": read the token store. "auto": what is there, see data/modes.py. All give the same
-            batches, and it may change at a resume.
-        token_store: folder with a token store for each source (tools.pretokenize); "" for `tokens` in the work
+        sources: The sources by name. A name is part of its documents' identities: it keys shuffling and holdout.
+        num_lanes: Logical readers. Fixed for a run; divides every batch size; ideally a multiple of the number of
+            hosts.
+        mode: "stream": read from the source while training, keep nothing on disk. "download": fetch the files first.
+            "pretokenized": read the token store. "auto": choose by what is available, see data/modes.py. All modes
+            yield the same batches, and the mode may change at a resume.
+        token_store: Folder with a token store for each source (tools.pretokenize); "" for `tokens` in the work
             directory.
-        ram_cache_gb: memory for what was read from token stores, on each host; for runs of many epochs.
-        max_disk_gb: the most that the disk cache may hold (1e9 bytes), for downloads and tar shards. None: 35.
-            0: no cache, files are read in ranges from where they are.
-        shuffle: permute units each epoch and rows within windows; False keeps the files' order.
-        shuffle_window: rows that are permuted together.
-        holdout: part of the documents, 0 to below 1, that are kept out of training for evaluation.
-        document_mask: attention does not cross documents, and a document's last token has no loss.
-        add_bos: begin each document with the tokenizer's beginning-of-document token.
-        workers: threads that tokenize, on each host; None for 4, or 8 where all comes from token stores.
-        prefetch: batches made ahead, on each host; None for 2, or 4 where all comes from token stores.
-        retry_minutes: how long an outage of a source may last before the run stops (exit code 1).
-        on_corrupt: a file that cannot be decoded "stop"s the run (exit code 1), or its rows from the first bad one on
-            are given up for good: "skip" records it in skips.json and ends with exit code 75, to be started again.
+        ram_cache_gb: Memory per host for blocks read from token stores, for runs of many epochs.
+        max_disk_gb: The most that the disk cache may hold (1e9 bytes), for downloads and tar shards. None: 35. 0: no
+            cache; files are read in ranges from where they are.
+        shuffle: Permute units each epoch and rows within windows. False keeps the files' order.
+        shuffle_window: Rows that are permuted together.
+        holdout: Fraction of the documents, in [0, 1), held out of training for evaluation.
+        document_mask: Attention does not cross documents, and a document's last token has no loss.
+        add_bos: Begin each document with the tokenizer's beginning-of-document token.
+        workers: Tokenizing threads per host. None: 4, or 8 if all data comes from token stores.
+        prefetch: Batches prepared ahead per host. None: 2, or 4 if all data comes from token stores.
+        retry_minutes: How long an outage of a source may last before the run stops (exit code 1).
+        on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" gives up the
+            file's rows from the first bad one on for good, records this in skips.json, and exits with code 75 to be
+            restarted.
     """
 
     sources: dict[str, SourceConfig]
@@ -98,6 +100,7 @@ class DataConfig:
     on_corrupt: str = "stop"
 
     def check(self) -> None:
+        """Raises UserError if a value is out of range."""
         if not self.sources:
             raise UserError("sources={}: give one at least, for example {'code': TextFiles()}")
         for name, least in (("num_lanes", 1), ("shuffle_window", 1), ("workers", 1), ("prefetch", 1)):
@@ -124,15 +127,16 @@ class DataConfig:
                 raise UserError(f"sources: {name!r} is used in logs and overrides; use letters, digits, - and _")
 
     def threads(self, stored: bool = False) -> tuple[int, int]:
-        """(workers, prefetch). stored: all sources are read from token stores."""
+        """(workers, prefetch). stored: whether all sources are read from token stores."""
         workers, prefetch = (8, 4) if stored else (4, 2)
         return self.workers or workers, self.prefetch or prefetch
 
     def read_options(self, seed: int, held_out: bool = False) -> ReadOptions:
+        """The options of the source readers."""
         return ReadOptions(seed, self.num_lanes, self.shuffle, self.shuffle_window, self.holdout, held_out)
 
     def row_spec(self, tokenizer: Tokenizer, epochs: int | None) -> RowSpec:
-        """Raises UserError if add_bos is on and the tokenizer has no such token."""
+        """How documents become rows. Raises UserError if add_bos is on and the tokenizer has no such token."""
         if self.add_bos and tokenizer.bos_id is None:
             raise UserError("data.add_bos=true, but the tokenizer has no beginning-of-document token: set it to false")
         return RowSpec(tokenizer, self.add_bos, self.document_mask, epochs)
@@ -146,9 +150,18 @@ class DataConfig:
         skips: SkippedFiles | None = None,
         scratch: str | None = None,
     ) -> list[SourceReader]:
-        """The sources cut into units for all lanes, in the order of `self.sources`, without what `skips` gives up.
+        """Divides the sources into units for all lanes.
 
-        scratch: a folder for what slow lanes have yet to take, where it does not fit into memory; None: the system's.
+        Args:
+            resolved: The resolved sources by name.
+            seed: The run's seed.
+            held_out: Whether to read the held-out documents instead of the training documents.
+            skips: Files that the run has given up, if any.
+            scratch: Folder for data that slow lanes have not yet consumed, if it does not fit into memory. None: the
+                system's folder for temporary files.
+
+        Returns:
+            One reader per source, in the order of `self.sources`.
         """
         options, seconds, given_up = self.read_options(seed, held_out), 60 * self.retry_minutes, skips or {}
         return [
@@ -165,7 +178,7 @@ class DataConfig:
         ]
 
     def cache(self, directory: str) -> DiskCache | None:
-        """The disk cache in `directory`, for the sources that want one; None if there is to be none."""
+        """The disk cache in `directory`, for the sources that use one; None if `max_disk_gb` is 0."""
         return DiskCache(directory, self.disk_gb) if self.disk_gb else None
 
     @property
@@ -175,21 +188,21 @@ class DataConfig:
 
 
 def pools(config: DataConfig, stored: bool = False) -> Pools:
-    """The threads of this host. stored: all sources are read from token stores."""
+    """This host's thread pools. stored: whether all sources are read from token stores."""
     workers, _ = config.threads(stored)
     return Pools(DaemonPool(_READERS, "jaxtrain-read"), DaemonPool(workers, "jaxtrain-tokenize"))
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """What one step trains on, and where this host's lanes stand after it.
+    """The data of one step, and this host's lane states after it.
 
     Attributes:
-        step: from 1.
-        arrays: `BATCH_FIELDS`, and `RECORDS` with a cached teacher. NumPy [rows of this host's lanes, T], lane by lane;
-            behind `Feed` global jax.Arrays [B, T].
-        states: lane → int64 [S, STATE_FIELDS], after the step.
-        ended: no lane of this host has a token left for any later step.
+        step: The step, from 1.
+        arrays: `BATCH_FIELDS`, plus `RECORDS` with a cached teacher. NumPy [rows of this host's lanes, T], lane by
+            lane; after `Feed`, global jax.Arrays [B, T].
+        states: Lane → int64 [S, STATE_FIELDS], after the step.
+        ended: Whether no lane of this host has a token left for any later step.
     """
 
     step: int
@@ -199,7 +212,7 @@ class StepBatch:
 
 
 class HostDataset(grain.IterDataset):
-    """The batches of some lanes, from step `after` + 1 on. Made by `host_dataset`."""
+    """The batches of some lanes, from step `after` + 1 on. Built by `host_dataset`."""
 
     def __init__(self, lanes: Sequence[LaneDataset], after: int, states: Mapping[int, np.ndarray]):
         super().__init__()
@@ -212,7 +225,7 @@ class HostDataset(grain.IterDataset):
 class HostIterator(grain.DatasetIterator):
     """An iterator of StepBatch that joins the lanes.
 
-    Its state is {"step": the last step taken, "lanes": int64 [lanes of this host, S, STATE_FIELDS]}. Once a step has
+    Its state is {"step": the last step taken, "lanes": int64 [lanes of this host, S, STATE_FIELDS]}. After a step has
     failed, every further `next` raises the same error, because some lanes have taken that step and others have not.
     """
 
@@ -227,9 +240,11 @@ class HostIterator(grain.DatasetIterator):
         self.set_state({"step": dataset.after, "lanes": np.array(states, np.int64)})
 
     def get_state(self) -> dict[str, Any]:
+        """The iterator's state, see the class."""
         return {"step": self._step, "lanes": self._states}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Moves the iterator to a state that `get_state` returned."""
         self._step, self._states = state["step"], state["lanes"]
         for lane, sources in zip(self._lanes, self._states, strict=True):
             lane.set_state({"step": self._step, "sources": sources})
@@ -243,6 +258,7 @@ class HostIterator(grain.DatasetIterator):
         return [row for lane in self._lanes for row in lane.addresses()]
 
     def close(self) -> None:
+        """Closes the source readers."""
         super().close()
         for reader in self._readers:
             reader.close()
@@ -257,7 +273,7 @@ class HostIterator(grain.DatasetIterator):
             raise
 
     def _start(self) -> None:
-        """Register all lanes before any of them reads, and let all of them read before any waits for data."""
+        """Registers all lanes before any of them reads, and lets all of them read before any waits for data."""
         for index, reader in enumerate(self._readers):
             starts = map(position_of, self._states[:, index])
             reader.register(dict(zip(self._numbers, starts, strict=True)))
@@ -297,10 +313,13 @@ def host_dataset(
     """The batches of `lanes` from step `after` + 1 on, as a Grain dataset without prefetching.
 
     Args:
-        readers: one for each source, in the order of the plan.
-        rows: how documents become rows.
-        lanes: the lanes that this host reads, ascending.
-        states: lane → its state after step `after`, int64 [S, STATE_FIELDS]; lanes that are missing start afresh.
+        readers: One per source, in the plan's order.
+        plan: The run's plan.
+        rows: How documents become rows.
+        lanes: The lanes that this host reads, ascending.
+        threads: This host's thread pools.
+        after: The last step already taken.
+        states: Lane → its state after step `after`, int64 [S, STATE_FIELDS]. Missing lanes start at the beginning.
     """
     names = tuple(reader.name for reader in readers)
     assert names == plan.source_names, f"readers of {names} for a plan of {plan.source_names}"
@@ -319,9 +338,11 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """An iterator of StepBatch over `host_dataset`, with `prefetch` batches made ahead in a thread.
+    """An iterator of StepBatch over `host_dataset`, which see. Call `close` to stop before the end.
 
-    Args: as for `host_dataset`. Call `close` to stop before the end.
+    Args:
+        prefetch: Batches to prepare ahead, in a thread.
+        readers, plan, rows, lanes, threads, after, states: As in `host_dataset`.
     """
     dataset: grain.IterDataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states)
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
@@ -330,15 +351,20 @@ def host_batches(
 def resolve(
     config: DataConfig, identities: Mapping[str, Json] | None = None, cache: DiskCache | None = None
 ) -> dict[str, Source]:
-    """Look up all sources, in parallel.
+    """Resolves all sources in parallel.
 
     Args:
-        identities: from a checkpoint, by source: sources named there resolve to exactly what the checkpoint read.
-        cache: the disk cache for sources that need one; without it they read byte ranges.
+        config: The data config.
+        identities: Source identities from a checkpoint, by name. These sources resolve to exactly what the checkpoint
+            read.
+        cache: The disk cache for sources that use one. Without it they read byte ranges.
+
+    Returns:
+        The resolved sources by name.
 
     Raises:
-        UserError: A source does not exist or cannot be read; the message starts with its name.
-        TransientError: The outage outlasted PATIENCE_AT_START or retry_minutes, whichever is shorter.
+        UserError: A source does not exist or cannot be read. The message starts with its name.
+        TransientError: An outage outlasted PATIENCE_AT_START or retry_minutes, whichever is shorter.
     """
     deadline = min(60 * config.retry_minutes, PATIENCE_AT_START)
 
@@ -356,7 +382,7 @@ def resolve(
 
 
 def wants_cache(source: Source) -> TypeGuard[CacheableSource]:
-    """Whether a source is read through the disk cache, where there is one."""
+    """Whether a source reads through the disk cache if there is one."""
     return isinstance(source, CacheableSource) and source.needs_cache
 
 
@@ -370,7 +396,16 @@ def texts(config: DataConfig, readers: Sequence[SourceReader], plan: Plan, max_s
     """The first `max_samples` documents in the plan's mix, to train a tokenizer on.
 
     Without a tokenizer there are no token counts, so the mix counts characters: the next document comes from the source
-    that lags furthest behind its share of the whole run. At most `_TEXT_LANES` windows of each source are in memory.
+    that lags furthest behind its share of the whole run. At most `_TEXT_LANES` windows per source are in memory.
+
+    Args:
+        config: The data config.
+        readers: One per source, in the plan's order.
+        plan: The run's plan, which gives each source's share.
+        max_samples: The most documents to yield.
+
+    Yields:
+        The text of each document.
     """
     shares = _shares(plan)
     pool = DaemonPool(_TEXT_LANES, "jaxtrain-texts")
@@ -393,7 +428,7 @@ def texts(config: DataConfig, readers: Sequence[SourceReader], plan: Plan, max_s
 
 
 def _shares(plan: Plan) -> dict[str, float]:
-    """Each source's part of the run's tokens, by the plan."""
+    """Each source's share of the run's tokens, by the plan."""
     if plan.last_step is None:
         stage = plan.stages[-1]
         return {name: float(stage.weights.get(name, 0)) for name in plan.source_names}
@@ -402,7 +437,7 @@ def _shares(plan: Plan) -> dict[str, float]:
 
 
 def _round_robin(reader: SourceReader, pool: Executor) -> Iterator[str]:
-    """One epoch of a source, lane after lane, a window each; the next lanes' windows are read meanwhile."""
+    """One epoch of a source, one window per lane in turn, while the next lanes' windows are being read."""
     lanes = range(reader.options.num_lanes)
     reader.register(dict.fromkeys(lanes, Position(0, 0, 0)))
     turns = collections.deque(reader.windows(lane, Position(0, 0, 0), 1) for lane in lanes)

@@ -1,7 +1,7 @@
-"""Where the tokens of a step come from, and what a stream gives: the data path of training, watched from outside.
+"""Where the tokens of a step come from, and the throughput of a stream: the training data path, observed from outside.
 
-Nothing here works a batch out a second time. The lanes of all hosts run in this process, and before they take a step
-they are asked which documents its rows hold.
+Nothing here recomputes a batch. The lanes of all hosts run in this process, and before each step they report which
+documents its rows hold.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxtrain.plan import Plan, StepPlan
 
 @dataclasses.dataclass(frozen=True)
 class DocumentSpan:
-    """Tokens [first, end) of a document, in a row; its last token is the one that ends the document."""
+    """Tokens [first, end) of a document within a row. The document's last token is its end-of-document token."""
 
     file: str
     row: int  # in the file
@@ -32,7 +32,14 @@ class DocumentSpan:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a row of a batch comes from. `counted`: its first so many tokens are trained on; fewer at the run's end."""
+    """Where a row of a batch comes from.
+
+    Attributes:
+        lane: The lane that read the row.
+        source: The source's name.
+        pieces: The documents in the row, in order.
+        counted: How many tokens from the start of the row are trained on; fewer than its length only in the last step.
+    """
 
     lane: int
     source: str
@@ -41,15 +48,24 @@ class Origin:
 
     @property
     def tokens(self) -> int:
-        """Those of documents; past the end of the data a row has fewer than its length."""
+        """The row's tokens from documents; past the end of the data this is less than its length."""
         return sum(piece.end - piece.first for piece in self.pieces)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was read: seconds until the first batch was there, and tokens and documents a second after it.
+    """What `StreamInspector.measure` read, and how fast.
 
-    sources: as `ledger.by_source`. first, origins: the first batch, and where its rows come from.
+    Attributes:
+        first: The first batch.
+        origins: Where the rows of the first batch come from.
+        steps: Batches read.
+        documents: Documents begun.
+        tokens: Unique tokens read.
+        first_batch_seconds: Seconds until the first batch.
+        tokens_per_second: Throughput after the first batch; with a single batch, overall.
+        documents_per_second: Likewise.
+        sources: Each source's totals, as `ledger.by_source` returns them.
     """
 
     first: StepBatch
@@ -66,7 +82,8 @@ class Measurement:
 class StreamInspector:
     """The batches of the whole run from step `after` + 1 on, in one process.
 
-    states: where each lane stood after step `after`; those missing start at the beginning of the sources.
+    Attributes:
+        ended: Whether every source is exhausted for good.
     """
 
     def __init__(
@@ -79,12 +96,22 @@ class StreamInspector:
         after: int = 0,
         states: Mapping[int, np.ndarray] | None = None,
     ):
+        """Starts after step `after`.
+
+        Args:
+            readers: One per source, in the plan's order.
+            plan: The run's plan.
+            rows: How documents become rows.
+            threads: The thread pools to read with.
+            after: The last step already taken.
+            states: The state of each lane after step `after`. Missing lanes start at the beginning of the sources.
+        """
         self._readers, self._plan, self._epochs = readers, plan, rows.epochs
         lanes = range(readers[0].options.num_lanes)
         dataset = host_dataset(readers, plan, rows, lanes, threads, after=after, states=states or {})
         self._batches: HostIterator = iter(dataset)
         self._step = after
-        self.ended = False  # no source has another token, nor will have
+        self.ended = False  # every source is exhausted for good
 
     def __enter__(self) -> "StreamInspector":
         return self
@@ -93,7 +120,7 @@ class StreamInspector:
         self._batches.close()
 
     def next(self) -> StepBatch:
-        """Raises UserError past the end of the run."""
+        """The next batch. Raises UserError past the end of the run or of the data."""
         if self.ended:
             raise UserError(f"the data ends with step {self._step:,}, after {self._epochs} epoch(s) of every source")
         batch = next(self._batches)
@@ -101,13 +128,13 @@ class StreamInspector:
         return batch
 
     def go_to(self, step: int, on_step: Callable[[], object] = lambda: None) -> None:
-        """Read on until `step` is the next one. on_step: called after each."""
+        """Reads on until `step` is the next step, calling `on_step` after each batch."""
         while self._step < step - 1:
             self.next()
             on_step()
 
     def next_with_origins(self) -> tuple[StepBatch, list[Origin]]:
-        """The next batch, and where each of its rows comes from. Raises as `next`."""
+        """The next batch and the origin of each of its rows. Raises like `next`."""
         at = self._plan.at(self._step + 1)
         found = [] if self.ended else self._batches.addresses()
         batch = self.next()
@@ -123,7 +150,15 @@ class StreamInspector:
         )
 
     def measure(self, documents: int, last_step: int | None) -> Measurement:
-        """Read until so many documents have begun, to the end of `last_step` or of the data, one batch at least."""
+        """Reads until `documents` documents have begun, `last_step` is reached, or the data ends; at least one batch.
+
+        Args:
+            documents: Documents to read.
+            last_step: The last step to read, or None.
+
+        Returns:
+            What was read, and how fast.
+        """
         names = self._plan.source_names
         begun = time.perf_counter()
         batch, origins = self.next_with_origins()
@@ -134,7 +169,7 @@ class StreamInspector:
             batch, steps = self.next(), steps + 1
             now = self._totals(batch)
         ended = time.perf_counter()
-        # A single batch has only the whole time, with what it took to begin.
+        # For a single batch only the total time is known, startup included.
         since, before = (first, start) if steps > 1 else (begun, dict.fromkeys(now, 0))
         seconds = max(ended - since, 1e-9)
         return Measurement(
@@ -155,5 +190,5 @@ class StreamInspector:
 
 
 def _stacked(batch: StepBatch) -> np.ndarray:
-    """int64 [V, S, F]: here one process has all lanes."""
+    """int64 [V, S, F]: this process has all lanes."""
     return np.stack([batch.states[lane] for lane in sorted(batch.states)])

@@ -1,4 +1,4 @@
-"""From a lane's windows of texts to tokenized documents, with a teacher's records if there are any."""
+"""From a lane's windows of texts to tokenized documents, with a teacher's records if any."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +12,21 @@ from jaxtrain.data.source_reader import Position, Window
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.interfaces import Tokenizer
 
-CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, few enough to be done soon
-CHUNK_TOKENS = 50_000  # about as much, if a store has the tokens already
+CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, few enough to finish quickly
+CHUNK_TOKENS = 50_000  # about the same, for tokens from a store
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
-    """How documents become rows, for all lanes. `epochs`: how often a source is read; None for ever.
+    """How documents become rows, for all lanes.
 
-    records: by source, what gives each document's records; empty for batches without. width: bytes of a record.
+    Attributes:
+        tokenizer: The run's tokenizer.
+        add_bos: Whether each document begins with the beginning-of-document token.
+        document_mask: Whether attention and loss stop at document boundaries.
+        epochs: How many times each source is read; None for no limit.
+        records: The teacher's records of each source, by name; empty for batches without records.
+        width: W, bytes per record.
     """
 
     tokenizer: Tokenizer
@@ -32,12 +38,24 @@ class RowSpec:
 
 
 class Records(Protocol):
-    """What is known of the tokens of a source's documents. Safe for several threads."""
+    """Records of the tokens of a source's documents, such as a teacher's. Thread-safe."""
 
     def read(self, file: int, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """uint8 [sum of lengths, W] for documents of one file. rows: in the file, [N]. tokens, lengths: as Documents.
+        """Reads the records of documents of one file.
 
-        Raises UserError for a document that is not there, or has other tokens; CorruptError, TransientError.
+        Args:
+            file: The file's index.
+            rows: The documents' rows in the file, [N].
+            tokens: Their tokens, as in Documents.
+            lengths: Their lengths, as in Documents.
+
+        Returns:
+            uint8 [sum of lengths, W].
+
+        Raises:
+            UserError: A document is missing or has other tokens.
+            CorruptError: The records are damaged.
+            TransientError: The storage is unavailable.
         """
         ...
 
@@ -49,9 +67,17 @@ def documents_of(
     nothing: Callable[[], object] = lambda: None,
     records: Records | None = None,
 ) -> Iterator[Documents]:
-    """The tokenized documents of a lane's windows from `start` on, with their records.
+    """Tokenizes the documents of a lane's windows and attaches their records.
 
-    nothing: called if the first epoch has no document with a token. The stream ends there unless it raises.
+    Args:
+        windows: The lane's windows.
+        start: The position to start at.
+        rows: How documents become rows.
+        nothing: Called if the first epoch has no document with a token. The stream ends there unless it raises.
+        records: The source's records, or None.
+
+    Yields:
+        Chunks of documents.
     """
     empty = start == Position(0, 0, 0)
     for window in windows:
@@ -73,7 +99,7 @@ def documents_of(
 def _tokenized(window: Window, first: int, rows: RowSpec, in_pieces: bool) -> Iterator[Documents]:
     """The window's documents from row `first` on, in pieces of about `CHUNK_CHARACTERS`.
 
-    in_pieces: also where the window has tokens, which are given all at once otherwise.
+    in_pieces: Whether to split windows from a store, too, which otherwise come as one piece.
     """
     kept = np.flatnonzero(window.positions >= first)
     if window.tokens is not None:
@@ -89,7 +115,7 @@ def _tokenized(window: Window, first: int, rows: RowSpec, in_pieces: bool) -> It
 
 
 def _pieces(sizes: Sequence[int] | np.ndarray, enough: int) -> Iterator[slice]:
-    """Cuts where the sizes of a piece have come to `enough`."""
+    """Slices whose sizes add up to at least `enough`, except perhaps the last."""
     begin = held = 0
     for index, size in enumerate(sizes):
         held += size
@@ -108,7 +134,7 @@ def _encode(window: Window, chunk: Sequence[int], rows: RowSpec) -> Documents:
 
 
 def _closed(window: Window, of_window: np.ndarray, tokens: TokenArrays, which: np.ndarray, rows: RowSpec) -> Documents:
-    """The window's documents `of_window`, whose ids are those numbered `which` of `tokens`; none is empty."""
+    """The window's documents `of_window`, whose ids are the documents `which` of `tokens`; none is empty."""
     bos_id = rows.tokenizer.bos_id if rows.add_bos else None
     flat, lengths = tokens.closed(which, rows.tokenizer.eos_id, bos_id)
     at = window.start

@@ -1,6 +1,6 @@
-"""Transforms and filters of one document: pure functions, named in a source's config and hashed into its identity.
+"""Transforms and filters of single documents: pure functions, named in a source's config and hashed into its identity.
 
-A dropped document keeps its row, so cursors and holdout do not move when a filter is changed in a new run.
+A dropped document keeps its row number, so cursors and holdout do not move when a new run changes a filter.
 """
 
 import dataclasses
@@ -12,16 +12,18 @@ from jaxtrain.errors import UserError
 
 @dataclasses.dataclass(kw_only=True)
 class AtLeast:
-    """Keep documents whose number in a column is `value` or more, such as FineWeb-Edu's int_score. Missing: dropped."""
+    """Keeps documents whose `column` is at least `value`, such as FineWeb-Edu's int_score. Drops missing values."""
 
     column: str
     value: float
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns to read besides the text."""
         return (self.column,)
 
     def check(self) -> None:
+        """Raises UserError if the column has no name."""
         if not self.column:
             raise UserError("column='': name the column with the number, for example 'int_score'")
 
@@ -32,15 +34,17 @@ class AtLeast:
 
 @dataclasses.dataclass(kw_only=True)
 class MinLength:
-    """Keep documents of `characters` or more."""
+    """Keeps documents of at least `characters` characters."""
 
     characters: int
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns to read besides the text: none."""
         return ()
 
     def check(self) -> None:
+        """Raises UserError if `characters` is below 1."""
         if self.characters < 1:
             raise UserError(f"characters={self.characters}: give 1 or more")
 
@@ -50,15 +54,17 @@ class MinLength:
 
 @dataclasses.dataclass(kw_only=True)
 class Template:
-    """Makes the text from columns: `template="Question: {question}\\nAnswer: {answer}"`. Missing values become ""."""
+    """Builds the text from columns: `template="Question: {question}\\nAnswer: {answer}"`. Missing values become ""."""
 
     template: str
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that the template names."""
         return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
 
     def check(self) -> None:
+        """Raises UserError if the template is not a format string or names no column."""
         try:
             names = self.columns
         except ValueError as error:

@@ -1,9 +1,9 @@
-"""The storage format of a teacher's most likely tokens: one fixed-width record per position, packed like tokens.
+"""The storage format of a teacher's top-k tokens: one fixed-width record per position, packed like tokens.
 
 A record holds, little-endian: k ids (16 bits each, plus 8 if the vocabulary has more than 65,536 tokens), their
-log-probabilities at temperature 1 (float16, most likely first), and for each temperature the logarithm of the mass of
-all other tokens (float32). Log-probabilities at temperature 1 determine those at another temperature up to a constant,
-and the tail's mass gives that constant. Shapes: see interfaces.py; K stored tokens, W bytes per record.
+log-probabilities at temperature 1 (float16, most likely first), and for each temperature the log of the mass of all
+other tokens (float32). Log-probabilities at temperature 1 determine those at another temperature up to a constant, and
+the mass of the tail gives that constant. Shapes: see interfaces.py; K stored tokens, W bytes per record.
 """
 
 import dataclasses
@@ -15,13 +15,19 @@ import numpy as np
 from jaxtrain.errors import UserError
 from jaxtrain.losses.chunks import NEVER
 
-# Within float16's range; exp(-60,000) is as good as zero.
+# Within the range of float16; exp(-60,000) underflows to zero.
 _LEAST = -60_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """k: tokens stored per position. temperatures: those at which the tail's mass is stored."""
+    """The layout of a record.
+
+    Attributes:
+        vocab_size: Size of the teacher's vocabulary.
+        k: Tokens stored per position.
+        temperatures: The temperatures at which the mass of the tail is stored.
+    """
 
     vocab_size: int
     k: int
@@ -34,11 +40,11 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Bytes of a record."""
+        """Bytes per record."""
         return self.k * (5 if self.high_bytes else 4) + 4 * len(self.temperatures)
 
     def slot(self, temperature: float) -> int:
-        """The index of the temperature's tail. Raises UserError if that temperature is not stored."""
+        """The index of a temperature's tail. Raises UserError if the cache does not store that temperature."""
         for index, stored in enumerate(self.temperatures):
             if stored == temperature:
                 return index
@@ -49,7 +55,16 @@ class Layout:
         )
 
     def pack(self, ids: jax.Array, log_p: jax.Array, tails: jax.Array) -> jax.Array:
-        """ids int [..., K], log_p fp32 [..., K] at temperature 1, tails fp32 [..., temperatures] → uint8 [..., W]."""
+        """Packs records.
+
+        Args:
+            ids: Token ids, int [..., K].
+            log_p: Log-probabilities at temperature 1, fp32 [..., K].
+            tails: Log of the mass of the tail at each temperature, fp32 [..., temperatures].
+
+        Returns:
+            uint8 [..., W].
+        """
         parts = [_bytes_of((ids & 0xFFFF).astype(jnp.uint16))]
         if self.high_bytes:
             parts.append((ids >> 16).astype(jnp.uint8))
@@ -58,10 +73,17 @@ class Layout:
         return jnp.concatenate(parts, axis=-1)
 
     def unpack(self, records: jax.Array, slot: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """uint8 [..., W] → (ids int32 [..., K], log-probabilities fp32 [..., K], log of the tail's mass fp32 [...]).
+        """Unpacks records at the temperature of `slot`.
 
-        Both are at the temperature of `slot`. They are renormalized to remove the rounding of the stored numbers, so
-        that they and the tail sum to a mass of 1.
+        The log-probabilities are renormalized to remove the rounding of the stored values: with the tail they sum to a
+        mass of 1.
+
+        Args:
+            records: uint8 [..., W].
+            slot: Index of the temperature, from `slot()`.
+
+        Returns:
+            ids int32 [..., K], log-probabilities fp32 [..., K], and the log of the mass of the tail fp32 [...].
         """
         k = self.k
         ids = _from_bytes(records[..., : 2 * k], jnp.uint16).astype(jnp.int32)
@@ -80,7 +102,7 @@ class Layout:
 
 
 def top_records(logits_CV: jax.Array, layout: Layout) -> jax.Array:
-    """The records of positions, uint8 [C, W]. logits_CV: fp32, without columns beyond the vocabulary."""
+    """The records of C positions, uint8 [C, W]. logits_CV: fp32, without the padding columns of the vocabulary."""
     log_p_CV = jax.nn.log_softmax(logits_CV)
     log_p_CK, ids_CK = jax.lax.top_k(log_p_CV, layout.k)
     rows = jnp.arange(len(logits_CV))[:, None]
@@ -89,7 +111,7 @@ def top_records(logits_CV: jax.Array, layout: Layout) -> jax.Array:
     for heat in layout.temperatures:
         log_z_C = jax.nn.logsumexp(log_p_CV / heat, axis=1)
         tails.append(jax.nn.logsumexp(rest_CV / heat, axis=1) - log_z_C)
-    # If no token is left over, the sum is over NEVER / heat, which is as good as no mass.
+    # If no token remains, the sum runs over NEVER / heat, which is effectively zero mass.
     return layout.pack(ids_CK, log_p_CK, jnp.stack(tails, axis=-1))
 
 

@@ -29,8 +29,8 @@ from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossFn
 
-Sums = dict[str, jax.Array]  # fp32 scalars; "loss" is the one that is differentiated
-NEVER = -1e30  # the logit of padding: no probability, and still finite when divided by a temperature
+Sums = dict[str, jax.Array]  # fp32 scalars; only "loss" is differentiated
+NEVER = -1e30  # the logit of padding: zero probability, and finite after division by a temperature
 CHUNK_TOKENS = 1024
 Arrays = tuple[jax.Array, ...]
 Constants = tuple[Arrays, Arrays, Arrays]  # rows, heads, scalars
@@ -43,20 +43,22 @@ class Vocabulary:
 
     Attributes:
         columns: int32 [1, V], the ids of the slice.
-        split: Whether other devices have the rest. `sum`, `max` and `kth_largest` reduce over them.
+        split: Whether other devices hold the rest. If so, `sum`, `max` and `kth_largest` reduce over them.
     """
 
     columns: jax.Array
     split: bool
 
     def sum(self, x: jax.Array) -> jax.Array:
+        """Sums x over the devices that share the vocabulary."""
         return jax.lax.psum(x, "tensor") if self.split else x
 
     def max(self, x: jax.Array) -> jax.Array:
+        """The maximum of x over the devices that share the vocabulary."""
         return jax.lax.pmax(x, "tensor") if self.split else x
 
     def kth_largest(self, x_CV: jax.Array, k: int) -> jax.Array:
-        """The k-th largest value over the whole vocabulary, [C]; k is at most its size."""
+        """The k-th largest value over the whole vocabulary, [C]. k must not exceed its size."""
         top = jax.lax.top_k(x_CV, min(k, x_CV.shape[1]))[0]
         if self.split:
             top = jax.lax.all_gather(top, "tensor", axis=1, tiled=True)
@@ -64,26 +66,29 @@ class Vocabulary:
         return top[:, -1]
 
     def pick(self, x_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
-        """x_CV at ids_C, fp32 [C]; 0 if the slice does not have the id."""
+        """x_CV at ids_C, fp32 [C]; 0 if the id is outside the slice."""
         local_C = ids_C - self.columns[0, 0]
         picked_C = jnp.take_along_axis(x_CV, local_C[:, None], axis=1, mode="clip")[:, 0]
         return jnp.where((local_C >= 0) & (local_C < x_CV.shape[1]), picked_C, 0.0)
 
 
 # (logits_CV fp32, vocabulary, *rows of the chunk [C, ...], *heads [*, V], *scalars) -> (sums, gradient of sums["loss"]
-# with respect to logits_CV). Rows of zeros fill up the last chunk: they must add nothing.
+# with respect to logits_CV). Rows of zeros pad the last chunk and must contribute nothing.
 ChunkFn = Callable[..., tuple[Sums, jax.Array]]
 
 
 def from_function(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens: int = CHUNK_TOKENS) -> LossFn:
-    """A plain function as a loss: chunked, sharded, and differentiated by JAX.
+    """Turns a plain function into a loss: chunked, sharded, and differentiated by JAX.
 
     Args:
         function: (x_CD, w_DV, targets_C, mask_C) -> a dict of sums over the positions where the mask is True, fp32
-            scalars, among them "loss"; or the loss alone. x and w are in the compute dtype, w with all its columns:
-            those from the vocabulary's size on are padding. Targets are 0 where the mask is False.
-        mesh: The mesh of the run. Devices of `tensor` share the positions.
-        chunk_tokens: The most positions of a chunk on each device: the function may make arrays of [C, V].
+            scalars, including "loss"; or the loss alone. x and w are in the compute dtype. w has all its columns;
+            columns from the vocabulary size on are padding. Targets are 0 where the mask is False.
+        mesh: The run's mesh. Devices along `tensor` split the positions.
+        chunk_tokens: The most positions per chunk on each device. The function may allocate arrays of [C, V].
+
+    Returns:
+        The loss function.
     """
 
     def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
@@ -119,19 +124,21 @@ def from_function(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens:
 
 
 def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Callable[..., Sums]:
-    """A function (x_BTD, w_DV, *rows, heads=(), scalars=()) -> sums over all positions, fp32.
+    """Builds a loss from a function of one chunk's logits.
 
-    It is differentiable with respect to x and w through sums["loss"]. No gradient passes through the other sums, which
-    are for reports, nor to rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw is
-    accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary: only [C] statistics
-    and dx are reduced.
+    The loss is differentiable with respect to x and w through sums["loss"]. No gradient flows through the other sums,
+    which are for reporting, or into rows, heads and scalars. Logits are x @ w in x's dtype with fp32 accumulation; dw
+    is accumulated in fp32 over chunks and devices. With `tensor` the head stays split by vocabulary: only [C]
+    statistics and dx are reduced.
 
     Args:
         chunk_fn: What the loss does to a chunk.
-        mesh: The mesh of the run.
-        chunk_tokens: The most positions of a chunk on each device.
+        mesh: The run's mesh.
+        chunk_tokens: The most positions per chunk on each device.
 
-    The result's `rows` are [B, T, ...] each; `heads` are [*, V] each, laid out as w (a teacher's).
+    Returns:
+        A function (x_BTD, w_DV, *rows, heads=(), scalars=()) -> sums over all positions, fp32. Each of `rows` is
+        [B, T, ...]. Each of `heads` (a teacher's) is [*, V], sharded like w.
     """
 
     def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
@@ -182,7 +189,7 @@ def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | N
             mesh=mesh,
             in_specs=(batch, head, (batch, head, PartitionSpec())),
             out_specs=(PartitionSpec(), batch, head),
-            check_vma=False,  # nothing is differentiated through it, so replication need not be tracked
+            check_vma=False,  # nothing differentiates through it, so replication need not be tracked
         )(x_BTD, w_DV, constants)
 
     @jax.custom_vjp
@@ -206,7 +213,7 @@ def _gather(heads: Any, ways: Ways) -> Any:
 
 
 def _cut(rows: Arrays, chunk_tokens: int, multiple: int) -> Arrays:
-    """[B, T, ...] -> [chunks, C, ...], with zeros at the end; the number of chunks is a multiple of `multiple`."""
+    """[B, T, ...] -> [chunks, C, ...], padded with zeros; the number of chunks is a multiple of `multiple`."""
     N = rows[0].shape[0] * rows[0].shape[1]
     num_chunks = -(-N // (chunk_tokens * multiple)) * multiple
     C = -(-N // num_chunks)
@@ -222,7 +229,7 @@ def _cut(rows: Arrays, chunk_tokens: int, multiple: int) -> Arrays:
 def _reduced(
     sums: Sums, dx: jax.Array, dw_DV: jax.Array, x_BTD: jax.Array, w_DV: jax.Array, ways: Ways
 ) -> tuple[Sums, jax.Array, jax.Array]:
-    """Sums and gradients of the whole batch from a device's: dx [chunks, C, D] in x's shape, dw in w's."""
+    """Combines a device's sums and gradients into the batch's: dx [chunks, C, D] in x's shape, dw in w's."""
     B, T, D = x_BTD.shape
     dx_BTD = dx.reshape(-1, D)[: B * T].reshape(B, T, D)
     copies = tuple(name for name in ("data", "context") if name in ways)

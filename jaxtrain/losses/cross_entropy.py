@@ -16,32 +16,37 @@ class CrossEntropy:
     """Cross-entropy in nats, optionally with z-loss.
 
     Attributes:
-        z_loss: Weight of log(Z)², Z the softmax's normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311,
-            section 5, uses 1e-4); 0 turns it off.
-        chunk_tokens: The most positions whose logits exist at once on a device, in about 8 bytes * chunk_tokens *
-            vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32. By the published peaks of an H200 and
-            a TPU v5p (an estimate, not measured) that takes as long as the products of some 220 positions, so chunks
-            well below 1,000 positions should be slow there.
+        z_loss: Weight of log(Z)², where Z is the softmax normalizer. It keeps logits from drifting (PaLM, arXiv
+            2204.02311, section 5, uses 1e-4). 0 turns it off.
+        chunk_tokens: The most positions whose logits exist at once on a device; they take about 8 bytes * chunk_tokens
+            * vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32. By the published peaks of an H200
+            and a TPU v5p (an estimate, not measured) that takes as long as the matrix products of about 220 positions,
+            so chunks well below 1,000 positions should be slow there.
     """
 
     z_loss: float = 0.0
     chunk_tokens: int = CHUNK_TOKENS
 
     def check(self) -> None:
+        """Raises UserError if a value is out of range."""
         if self.z_loss < 0:
             raise UserError(f"z_loss={self.z_loss}: a weight of 0 or more is needed (PaLM uses 1e-4).")
         if self.chunk_tokens < 1:
             raise UserError(f"chunk_tokens={self.chunk_tokens}: at least one position is needed (1024 is usual).")
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
-        """The loss: "loss" = "ce_loss" + "z_loss" (absent if its weight is 0)."""
+        """Builds the loss: "loss" = "ce_loss" + "z_loss" (omitted if its weight is 0)."""
         return chunked_loss(self.chunk_fn(vocab_size), mesh, self.chunk_tokens)
 
     def chunk_fn(self, vocab_size: int) -> ChunkFn:
-        """What the loss does to a chunk of logits; distillation adds its divergence to it.
+        """Builds the loss of one chunk of logits. Distillation adds its divergence to it.
 
-        (logits_CV, vocabulary, targets_C, mask_C, weight) -> (sums, gradient of sums["loss"] with respect to the
-        logits). The weight multiplies the cross-entropy, not the z-loss, in "loss".
+        Args:
+            vocab_size: Columns from here on are padding.
+
+        Returns:
+            (logits_CV, vocabulary, targets_C, mask_C, weight) -> (sums, gradient of sums["loss"] with respect to the
+            logits). In "loss" the weight multiplies the cross-entropy but not the z-loss.
         """
 
         def chunk(

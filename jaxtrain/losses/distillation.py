@@ -1,7 +1,7 @@
 """Distillation from hidden states and heads of a student and a teacher, in chunks of positions.
 
-The logits of all positions never exist, neither the student's nor the teacher's. Shapes: see interfaces.py; E is the
-teacher's width, C positions of a chunk.
+Neither the student's nor the teacher's logits of all positions exist at once. Shapes: see interfaces.py; E is the
+teacher's width, C positions per chunk.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxtrain.losses.cached import Layout
 from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
 from jaxtrain.losses.divergences import Divergence, ForwardKL, TopK, kept_and_tail, log_sum
 
-# Larger vocabularies get smaller chunks, so that a chunk takes no more memory.
+# Larger vocabularies get smaller chunks to keep a chunk's memory constant.
 _FULL_CHUNK_VOCABULARY = 32_768
 
 # (x_BTD, w_DV, teacher's x_BTE and w_EV or its records_BTW, targets_BT, mask_BT, ce_weight, kd_weight) -> sums
@@ -40,16 +40,16 @@ class ChunkLoss(Protocol):
 class Distillation:
     """ce_weight * loss + kd_weight * T² * divergence of the student from the teacher, both softened by T.
 
-    The factor T² keeps the gradient's size when the temperature changes (Hinton et al. 2015, section 2). The weights
-    follow schedules of tokens, as the learning rate does: weight * schedule, the schedule from 0 to 1.
+    The factor T² keeps the gradient's scale independent of the temperature (Hinton et al. 2015, section 2). The weights
+    follow schedules of tokens, like the learning rate: weight * schedule, with the schedule from 0 to 1.
 
     Attributes:
         divergence: ForwardKL, ReverseKL, JSD or TopK (losses/divergences.py).
         temperature: T, which divides the logits of both.
         ce_weight: The peak weight of the config's loss, by default the cross-entropy.
         kd_weight: The peak weight of the divergence.
-        ce_schedule, kd_schedule: Such as Linear() to fade a term out, Constant(warmup_fraction=0.5) to fade it in
-            (plan/schedules.py); None for always the peak.
+        ce_schedule, kd_schedule: For example Linear() to fade a term out, Constant(warmup_fraction=0.5) to fade it in
+            (plan/schedules.py). None keeps the peak throughout.
     """
 
     divergence: Divergence = dataclasses.field(default_factory=ForwardKL)
@@ -60,6 +60,7 @@ class Distillation:
     kd_schedule: ScheduleConfig | None = None
 
     def check(self) -> None:
+        """Raises UserError if a value is out of range."""
         if not 0.01 <= self.temperature <= 1000:
             raise UserError(f"temperature={self.temperature}: give 0.01 to 1000; 1 to 4 is usual.")
         for name in ("ce_weight", "kd_weight"):
@@ -69,22 +70,25 @@ class Distillation:
             raise UserError("ce_weight=0 and kd_weight=0: there is nothing to learn from; set one above 0.")
 
     def weights(self) -> tuple[Schedule, Schedule]:
-        """The weights of loss and divergence as functions of (tokens, total tokens)."""
+        """The weights of the loss and the divergence as functions of (tokens, total tokens)."""
         return _scaled(self.ce_weight, self.ce_schedule), _scaled(self.kd_weight, self.kd_schedule)
 
     def build(self, vocab_size: int, mesh: Mesh | None, loss: LossConfig) -> DistillationFn:
-        """The loss (x_BTD, w_DV, teacher's x_BTE, teacher's w_EV, targets_BT, mask_BT, ce_weight, kd_weight) -> sums.
+        """Builds the loss against a live teacher.
 
-        "loss" = ce_weight * the config's loss + kd_weight * "kd_loss", which has its factor T². With CrossEntropy the
-        weight leaves its "z_loss" alone. No gradient reaches the teacher.
+        "loss" = ce_weight * the config's loss + kd_weight * "kd_loss", which includes the factor T². With CrossEntropy,
+        ce_weight does not scale "z_loss". No gradient reaches the teacher.
 
         Args:
-            vocab_size: Columns of both heads from it on are padding.
-            mesh: The mesh of the run.
+            vocab_size: Columns of both heads from here on are padding.
+            mesh: The run's mesh.
             loss: The config's loss. With CrossEntropy both terms share the student's logits.
 
+        Returns:
+            (x_BTD, w_DV, teacher's x_BTE, teacher's w_EV, targets_BT, mask_BT, ce_weight, kd_weight) -> sums.
+
         Raises:
-            UserError: The divergence keeps more tokens than there are.
+            UserError: The divergence keeps more tokens than the vocabulary has.
         """
         if isinstance(self.divergence, TopK) and self.divergence.k > vocab_size:
             raise UserError(
@@ -106,13 +110,20 @@ class Distillation:
         return distillation
 
     def build_cached(self, layout: Layout, mesh: Mesh | None, loss: LossConfig) -> DistillationFn:
-        """As `build`, from a teacher's stored records: the loss (x_BTD, w_DV, records uint8 [B, T, W], targets_BT,
-        mask_BT, ce_weight, kd_weight) -> sums.
+        """Builds the loss against a teacher's stored records; otherwise like `build`.
 
         The divergence is TopK's: forward KL over the stored tokens and one outcome for all others.
 
+        Args:
+            layout: The layout of the records.
+            mesh: The run's mesh.
+            loss: The config's loss.
+
+        Returns:
+            (x_BTD, w_DV, records uint8 [B, T, W], targets_BT, mask_BT, ce_weight, kd_weight) -> sums.
+
         Raises:
-            UserError: The records do not serve the divergence, its k, or the temperature.
+            UserError: The records do not support the divergence, its k, or the temperature.
         """
         if not (isinstance(self.divergence, TopK) and self.divergence.k == layout.k):
             raise UserError(
@@ -126,7 +137,7 @@ class Distillation:
             log_q_CV: jax.Array, vocabulary: Vocabulary, records_CW: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             ids_CK, log_p_CK, tail_C = layout.unpack(records_CW, slot)
-            # Ids of other devices' slices fall outside. Below 0 they would count from the end.
+            # Ids of other devices' slices are out of range. Negative ones would index from the end.
             local_CK = ids_CK - vocabulary.columns[0, 0]
             local_CK = jnp.where(local_CK < 0, log_q_CV.shape[1], local_CK)
             rows = jnp.arange(len(log_q_CV))[:, None]
@@ -168,7 +179,7 @@ class Distillation:
             sums, dlogits_CV = {"loss": jnp.float32(0)}, jnp.float32(0)
             if loss_chunk is not None:
                 sums, dlogits_CV = loss_chunk(logits_CV, vocabulary, targets_C, mask_C, ce_weight)
-            # At T = 1 XLA finds that the cross-entropy has computed it already.
+            # At T = 1 XLA reuses the cross-entropy's value (common subexpression).
             log_q_CV = self._log_softmax(logits_CV, vocabulary, vocab_size)
             value_C, gradient_CV = divergence(log_q_CV, vocabulary, *teacher)
             sums["kd_loss"] = heat**2 * jnp.where(mask_C, value_C, 0.0).sum()

@@ -1,8 +1,9 @@
-"""How far a student's distribution over the vocabulary is from its teacher's, and the gradient, for one chunk.
+"""Divergences of a student's distribution over the vocabulary from its teacher's, with gradients, for one chunk.
 
-p is the teacher's distribution, q the student's, both at the temperature; gradients are by the student's logits at the
-temperature (u, with q = softmax(u)). Log-probabilities are finite everywhere: padding has about -1e30, so that a
-probability of 0 times any difference of logarithms is 0. Shapes: see chunks.py; sums go over the whole vocabulary.
+p is the teacher's distribution and q the student's, both at the temperature. Gradients are with respect to the
+student's logits at the temperature (u, with q = softmax(u)). Log-probabilities are finite everywhere: padding has about
+-1e30, so a probability of 0 times any difference of logs is 0. Shapes: see chunks.py; sums run over the whole
+vocabulary.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jaxtrain.losses.chunks import NEVER, Vocabulary
 
 
 class Divergence(Protocol):
-    """A dataclass; of log q and log p, [C, V] each: (values [C] in nats, their gradients by u [C, V])."""
+    """A dataclass: (log q, log p), [C, V] each, → (values [C] in nats, gradients with respect to u [C, V])."""
 
     def __call__(
         self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary
@@ -36,8 +37,9 @@ class ForwardKL:
 
 @dataclasses.dataclass(kw_only=True)
 class ReverseKL:
-    """KL(q || p) = sum of q (log q - log p): the student keeps to what the teacher finds likely (MiniLLM, Gu et al.
-    2023, arXiv:2306.08543).
+    """KL(q || p) = sum of q (log q - log p): the student stays where the teacher finds tokens likely.
+
+    (MiniLLM, Gu et al. 2023, arXiv:2306.08543.)
     """
 
     def __call__(self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
@@ -48,17 +50,20 @@ class ReverseKL:
 
 @dataclasses.dataclass(kw_only=True)
 class JSD:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: generalized Jensen-Shannon divergence
-    (GKD, Agarwal et al. 2023, arXiv:2306.13649, equation 1).
+    """Generalized Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    beta: 0.5 is the Jensen-Shannon divergence. At 0 and 1, where the formula is 0 for all p and q, it is the limit of
-        formula / beta and formula / (1 - beta): KL(p || q) and KL(q || p). So values and gradients shrink with beta
-        towards the ends (by about beta), and jump there.
+    (GKD, Agarwal et al. 2023, arXiv:2306.13649, equation 1.)
+
+    Attributes:
+        beta: 0.5 is the Jensen-Shannon divergence. At 0 and 1, where the formula is 0 for all p and q, the value is the
+            limit of formula / beta and formula / (1 - beta): KL(p || q) and KL(q || p). So values and gradients shrink
+            with beta toward the ends (roughly in proportion) and jump there.
     """
 
     beta: float = 0.5
 
     def check(self) -> None:
+        """Raises UserError if beta is outside [0, 1]."""
         if not 0 <= self.beta <= 1:
             raise UserError(f"beta={self.beta}: give 0 (forward KL) to 1 (reverse KL).")
 
@@ -72,22 +77,26 @@ class JSD:
         log_q_by_m_CV = -jnp.logaddexp(log_rest, log_beta + ratio_CV)
         sums = jnp.stack([(p_CV * log_p_by_m_CV).sum(axis=1), (q_CV * log_q_by_m_CV).sum(axis=1)])
         from_p_C, from_q_C = vocabulary.sum(sums)
-        # d JSD / dq = (1 - beta) log(q / m): what q changes in m cancels.
+        # d JSD / dq = (1 - beta) log(q / m): the terms from m's dependence on q cancel.
         gradient_CV = (1 - self.beta) * q_CV * (log_q_by_m_CV - from_q_C[:, None])
         return self.beta * from_p_C + (1 - self.beta) * from_q_C, gradient_CV
 
 
 @dataclasses.dataclass(kw_only=True)
 class TopK:
-    """Forward KL where all tokens but the teacher's k most likely are one outcome, the tail, with their mass.
+    """Forward KL over the teacher's k most likely tokens and one outcome, the tail, that merges all others.
 
-    A lower bound of the forward KL (merging outcomes never raises it), and equal to it for k = vocabulary; leaving the
-    tail out and renormalizing would be neither. Tokens as likely as the k-th are kept, too.
+    A lower bound of the forward KL (merging outcomes never raises it), and equal to it for k = vocabulary. Dropping the
+    tail and renormalizing would be neither. Tokens tied with the k-th are kept, too.
+
+    Attributes:
+        k: Tokens to keep.
     """
 
     k: int = 64
 
     def check(self) -> None:
+        """Raises UserError if k is out of range."""
         if self.k < 1:
             raise UserError(f"k={self.k}: keep at least one token (64 is usual).")
 
@@ -100,20 +109,28 @@ class TopK:
 def kept_and_tail(
     log_q_CV: jax.Array, log_p_CV: jax.Array, kept_CV: jax.Array, tail_p_C: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array]:
-    """Forward KL over the kept tokens and one outcome for all others: (values [C], gradients by u [C, V]).
+    """Forward KL over the kept tokens and one outcome for all others.
 
-    log_p_CV: anything finite where a token is not kept. tail_p_C: the logarithm of the others' mass.
+    Args:
+        log_q_CV: The student's log-probabilities.
+        log_p_CV: The teacher's log-probabilities; any finite value where a token is not kept.
+        kept_CV: Which tokens are kept, bool.
+        tail_p_C: The log of the teacher's mass of all other tokens.
+        vocabulary: The device's slice of the vocabulary.
+
+    Returns:
+        Values [C] and gradients with respect to u [C, V].
     """
     tail_q_C = log_sum(jnp.where(kept_CV, NEVER, log_q_CV), vocabulary)
     p_CV = jnp.where(kept_CV, jnp.exp(log_p_CV), 0.0)
     value_C = vocabulary.sum((p_CV * (log_p_CV - log_q_CV)).sum(axis=1))
     value_C += jnp.exp(tail_p_C) * (tail_p_C - tail_q_C)
-    # In the tail the student's own proportions are as good as any: q of a token, less its share of the tail's p.
+    # In the tail the gradient spreads p's mass in the student's own proportions.
     share_CV = jnp.exp(jnp.minimum(log_q_CV - tail_q_C[:, None], 0.0) + tail_p_C[:, None])
     return value_C, jnp.exp(log_q_CV) - jnp.where(kept_CV, p_CV, share_CV)
 
 
 def log_sum(x_CV: jax.Array, vocabulary: Vocabulary) -> jax.Array:
-    """log of the sum of exp(x) over the vocabulary: [C]."""
+    """log of the sum of exp(x) over the whole vocabulary, [C]."""
     max_C = vocabulary.max(x_CV.max(axis=1))
     return jnp.log(vocabulary.sum(jnp.exp(x_CV - max_C[:, None]).sum(axis=1))) + max_C

@@ -1,4 +1,4 @@
-"""From the config's stages and bounds to a plan."""
+"""Builds a plan from the config's stages and bounds."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,16 +26,32 @@ def build_plan(
     schedule: Schedule,
     loss_weights: tuple[Schedule, Schedule] = CROSS_ENTROPY_ALONE,
 ) -> Plan:
-    """Builds the plan of a run. loss_weights: of the cross-entropy and of the divergence from a teacher.
+    """Builds the plan of a run.
 
-    A stage ends at the step that reaches its cumulative bound, and its overshoot shortens the next stage (a stage left
-    with no tokens is refused). The run ends at exactly its token target (total_tokens, or the sum of the stages), with
-    its last batch masked, or after `steps`, whichever comes first. Without any of them it continues until the data
-    ends, if `epochs` bounds it.
+    A stage ends at the step that reaches its cumulative bound, and its overshoot shortens the next stage. A stage left
+    with no tokens is an error. The run ends at exactly its token target (`total_tokens`, or the sum of the stages),
+    with its last batch masked, or after `steps`, whichever comes first. With neither, it continues until the data ends,
+    provided `epochs` bounds it.
+
+    Args:
+        stages: The stages, in order.
+        source_names: The names of all sources. `Plan.sources_of` returns indices into them.
+        num_lanes: The number of lanes. It must divide every batch size.
+        seed: The seed of the permutation of rows within a batch.
+        total_tokens: The run's length in tokens, or None.
+        steps: The most steps to take, or None.
+        epochs: How many times each source is read, or None for no limit. It bounds a run without a token target or
+            steps.
+        learning_rate: The peak learning rate.
+        schedule: (tokens, total tokens) → factor of the peak learning rate.
+        loss_weights: The schedules of the cross-entropy's weight and of the distillation divergence's weight.
+
+    Returns:
+        The plan.
 
     Raises:
-        UserError: with the stage's number, if a stage is invalid by itself or combined with others; if the run has no
-            bound; or from `schedule`.
+        UserError: A stage is invalid, alone or with the others (the message has its number), the run has no bound, or
+            `schedule` rejects the run.
     """
     if not stages:
         raise UserError("stages=(): a run needs one stage at least, for example (Stage(seq_len=2048, batch_size=64),)")
@@ -64,14 +80,14 @@ def build_plan(
 def _laid_out(
     stages: Sequence[Stage], resolved: Sequence[tuple[int, dict[str, Fraction]]], target: int | None, steps: int | None
 ) -> tuple[StagePlan, ...]:
-    """Lays the stages out in order. resolved: batch size and weights of each; target: the run's token target."""
+    """Lays the stages out in order. resolved: (batch size, weights) of each stage; target: the run's token target."""
     bounds = [*accumulate(stage.tokens for stage in stages if stage.tokens is not None), target][: len(stages)]
     _check_reached(stages, [batch_size for batch_size, _ in resolved], bounds)
     planned: list[StagePlan] = []
     step, token, row = 1, 0, 0
     for number, (stage, bound, (batch_size, weights)) in enumerate(zip(stages, bounds, resolved, strict=True), 1):
         batch_tokens = batch_size * stage.seq_len
-        # Rounded up; none where `steps` ended the run before.
+        # Rounded up; 0 if `steps` ends the run before this stage.
         batches = None if bound is None else max(-((token - bound) // batch_tokens), 0)
         if steps is not None:
             batches = steps + 1 - step if batches is None else min(batches, steps + 1 - step)
@@ -102,7 +118,7 @@ def _laid_out(
 def _check_reached(stages: Sequence[Stage], batch_sizes: Sequence[int], bounds: Sequence[int | None]) -> None:
     """Raises UserError for a stage without a step because the last batch of the previous stage covers it.
 
-    It does not matter whether `steps` ends the run earlier: a run with more steps continues with the same plan.
+    An earlier end of the run through `steps` does not matter: a run with more steps continues the same plan.
     """
     token = start = 0
     for index, (stage, batch_size, end) in enumerate(zip(stages, batch_sizes, bounds, strict=True)):

@@ -1,6 +1,6 @@
 """Which source every row of a batch comes from: exact integers, a pure function of weights, seed and step.
 
-Shapes: S sources, B rows of a batch, N rows of a stage so far (batches × B).
+Shapes: S sources, B rows per batch, N rows of a stage so far (batches × B).
 """
 
 import functools
@@ -16,17 +16,25 @@ from jaxtrain.errors import UserError
 from jaxtrain.plan import stable_hash
 
 _MAX_DENOMINATOR = 10**6
-_CHUNK = 1024  # batches for which counts are computed and kept together
+_CHUNK = 1024  # batches whose counts are computed and cached together
 _KEPT_CHUNKS = 4
-_KEPT_BATCHES = 32  # of 65,536 rows: 4 MB. Lanes of one host ask for the same few steps, each when it gets there.
+_KEPT_BATCHES = 32  # 4 MB at 65,536 rows. The lanes of a host need the same few steps at slightly different times.
 _arranging = threading.Lock()
 
 
 def exact_weights(weights: Mapping[str, float]) -> dict[str, Fraction]:
-    """Weights as exact fractions that sum to 1; a weight means the decimal number that was written.
+    """Converts weights to exact fractions that sum to 1. A weight means the decimal number as written.
 
-    Denominators are limited to 10**6, so that 0.3333333 is a third. Raises UserError for a negative weight, for one
-    that is not 0 but below 10**-6, and if the sum is not 1 within 10**-6.
+    Denominators are limited to 10**6, so 0.3333333 becomes one third.
+
+    Args:
+        weights: Weight of each source by name.
+
+    Returns:
+        The exact weight of each source by name.
+
+    Raises:
+        UserError: A weight is negative or between 0 and 10**-6, or the sum differs from 1 by more than 10**-6.
     """
     exact = {}
     for name, weight in weights.items():
@@ -42,19 +50,22 @@ def exact_weights(weights: Mapping[str, float]) -> dict[str, Fraction]:
 
 
 class Mix:
-    """How many rows of each source a stage's batches hold, for fixed weights [S] and batch size.
+    """The number of rows from each source in a stage's batches, for fixed weights [S] and batch size.
 
-    Row k = 1, 2, ... of source s may come once N > (k-1) / w_s and must have come when N >= k / w_s. Every batch takes
-    the B rows with the earliest deadlines k / w_s among those that may come (ties: the first source). So each source
-    has the floor or the ceiling of its share N w_s after every batch, and counts never shrink. Some schedule meets all
-    deadlines, because sharing each row out by weight does, and then earliest-deadline-first meets them too: rows are
-    unit jobs on B machines. (Tijdeman 1980, "The chairman assignment problem"; Baruah et al. 1996, "Proportionate
-    progress", for the windows.)
+    Row k = 1, 2, ... of source s is released once N > (k-1) / w_s and is due by N >= k / w_s. Every batch takes the B
+    released rows with the earliest deadlines k / w_s (ties: the first source). So after every batch each source has the
+    floor or the ceiling of its share N w_s, and counts never shrink. A schedule that meets all deadlines exists,
+    because splitting each row by weight meets them, so earliest-deadline-first meets them too: rows are unit jobs on B
+    machines. (Tijdeman 1980, "The chairman assignment problem"; Baruah et al. 1996, "Proportionate progress", for the
+    windows.)
 
-    The counts repeat with a period: where all N w_s are integers they equal the shares. Weights with few decimals have
-    short periods; for long ones counts are computed once, in order, about 1 microsecond a batch, and remembered in
-    4 chunks of 1,024 batches (32 kB times S) and one count for each chunk before (1 kB times S for 10,000 batches).
-    Safe for several threads.
+    The counts are periodic: they equal the shares whenever all N w_s are integers. Weights with few decimals have short
+    periods. For long periods, counts are computed once, in order, at about 1 microsecond per batch. The cache holds 4
+    chunks of 1,024 batches (32 kB × S) and one count for each earlier chunk (1 kB × S for 10,000 batches). Thread-safe.
+
+    Attributes:
+        batch_size: B.
+        period: Batches after which the counts repeat.
     """
 
     def __init__(self, weights: Sequence[Fraction], batch_size: int):
@@ -64,7 +75,7 @@ class Mix:
         self._denominator = math.lcm(*(weight.denominator for weight in weights))
         self._numerators = [int(weight * self._denominator) for weight in weights]
         self.period = self._denominator // math.gcd(self._denominator, batch_size)  # batches
-        # (count + 1) / weight in exact integers: (count + 1) * scale, up to a factor that all sources share.
+        # (count + 1) / weight in exact integers: (count + 1) * scale, up to a common factor.
         multiple = math.lcm(*(numerator for numerator in self._numerators if numerator))
         self._scales = [multiple // numerator if numerator else 0 for numerator in self._numerators]
         self._starts = [(0,) * len(weights)]  # counts at the start of each chunk reached so far
@@ -72,7 +83,7 @@ class Mix:
         self._lock = threading.Lock()
 
     def counts_after(self, batches: int) -> np.ndarray:
-        """Rows of each source in the stage's first `batches` batches, int64 [S]; they sum to batches × batch size."""
+        """Rows of each source in the stage's first `batches` batches: int64 [S], summing to batches × batch size."""
         assert batches >= 0
         periods, offset = divmod(batches, self.period)
         rows = periods * self.period * self.batch_size
@@ -80,10 +91,17 @@ class Mix:
         return whole + self._chunk(offset // _CHUNK)[offset % _CHUNK]
 
     def cut(self, batches: int, rows: int) -> list[np.ndarray]:
-        """Divides the batch after `batches` where it counts for `rows` whole rows and a part of the one after them.
+        """Splits a batch of which only `rows` whole rows and part of the next row are trained on.
 
-        Rows of each source, each int64 [S]: of those that count whole, of that one, of the others. By the same rule, as
-        if they were three batches: so every source is within one row of its share where the counting ends.
+        The same rule applies as if the three parts were three batches, so where training ends every source is within
+        one row of its share.
+
+        Args:
+            batches: Batches of the stage before this one.
+            rows: Rows that are trained on in full.
+
+        Returns:
+            Rows of each source, int64 [S], in the full rows, in the partial row, and in the remaining rows.
         """
         assert rows < self.batch_size
         first = batches * self.batch_size
@@ -93,7 +111,7 @@ class Mix:
         return [after - before for before, after in itertools.pairwise(counts)]
 
     def _chunk(self, index: int) -> np.ndarray:
-        """Counts after each of the batches of one chunk, int64 [_CHUNK, S]."""
+        """Counts after each batch of one chunk, int64 [_CHUNK, S]."""
         with self._lock:
             if index not in self._chunks:
                 for earlier in range(len(self._starts) - 1, index):
@@ -113,7 +131,7 @@ class Mix:
         return table
 
     def _advance(self, counts: list[int], rows: int) -> list[int]:
-        """The rule: counts of each source after `rows` rows, from those at an earlier number of them."""
+        """The rule: counts of each source after `rows` rows, given the counts after fewer rows."""
         counts, left, below_ceiling = [*counts], rows, []
         for source, numerator in enumerate(self._numerators):
             floor, rest = divmod(rows * numerator, self._denominator)
@@ -129,12 +147,21 @@ class Mix:
 
 
 def arrange(sources: Sequence[int], counts: Sequence[int], seed: int, step: int) -> np.ndarray:
-    """The source of every row of a batch with counts[i] rows of sources[i]: int16 [B], read-only.
+    """Assigns a source to every row of a batch.
 
-    Rows are permuted by (seed, step): a fixed pattern would resonate with the lanes, and with two sources at one half
-    each, every second lane would never read the first. A batch of one source is not permuted.
+    Rows are permuted by (seed, step): a fixed pattern would resonate with the lanes. With two sources at one half each,
+    every second lane would never read the first. A batch from a single source is not permuted.
+
+    Args:
+        sources: Source indices.
+        counts: counts[i] is the number of rows of sources[i].
+        seed: The run's seed.
+        step: The step, from 1.
+
+    Returns:
+        The source of every row: int16 [B], read-only.
     """
-    with _arranging:  # 64 lanes that start together compute it once
+    with _arranging:  # lanes that start together compute it once
         return _arranged(tuple(sources), tuple(int(count) for count in counts), seed, step)
 
 

@@ -1,4 +1,4 @@
-"""Every step of a run, as a pure function of its number. Shapes: S sources, B rows of a batch."""
+"""Every step of a run as a pure function of its number. Shapes: S sources, B rows per batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ _COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "weights",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """A resolved stage. It has no steps (last_step = first_step - 1) if the run's `steps` end before it."""
+    """A resolved stage. It has no steps (last_step = first_step - 1) if the run's `steps` ends before it."""
 
     index: int  # from 1
     name: str
     seq_len: int
     batch_size: int
     overlap_tokens: int
-    weights: Mapping[str, Fraction]  # positive ones only, by name in alphabetical order
+    weights: Mapping[str, Fraction]  # positive weights only, by name in alphabetical order
     first_step: int
-    last_step: int | None  # None: nothing in the plan ends it
+    last_step: int | None  # None: the plan sets no end
     first_token: int  # tokens trained before it
     last_token: int | None  # tokens trained at its end
     first_row: int  # rows of all steps before it
@@ -33,22 +33,23 @@ class StagePlan:
 
     @property
     def stride(self) -> int:
-        """Tokens from the start of a row to the start of the next one of the same lane and source."""
+        """Tokens from the start of a row to the start of the next row of the same lane and source."""
         return self.seq_len - self.overlap_tokens
 
     @property
     def has_steps(self) -> bool:
+        """Whether the run takes any step of this stage."""
         return self.last_step is None or self.last_step >= self.first_step
 
     def batches_before(self, step: int) -> int:
-        """How many of the stage's batches come before `step`."""
+        """The number of the stage's batches before `step`."""
         end = step if self.last_step is None else min(step, self.last_step + 1)
         return max(end - self.first_step, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Everything about one step but its rows' sources."""
+    """Everything about one step except the sources of its rows."""
 
     step: int  # from 1
     stage: int  # from 1
@@ -61,16 +62,21 @@ class StepPlan:
     tokens_after: int
     rows_before: int  # rows of all earlier steps
     learning_rate: float
-    ce_weight: float  # of the cross-entropy in the loss, and of the divergence from a teacher
-    kd_weight: float
-    masked_from: int  # tokens of the batch, row by row, that count: all of them but in the run's last step
+    ce_weight: float  # weight of the cross-entropy in the loss
+    kd_weight: float  # weight of the divergence from a teacher
+    masked_from: int  # tokens of the batch, row by row, that are trained on: all of them except in the last step
 
 
 class Plan:
-    """See `build_plan`. `last_step` and `total_tokens` (the end of the run) are None if only the data ends the run.
+    """The plan of a whole run, built by `build_plan`.
 
-    `horizon` is the token count that schedules use: the run's token target even if `steps` ends the run earlier, so
-    that a resume with more steps continues the same schedule; total_tokens without a target.
+    Attributes:
+        stages: The resolved stages, in order.
+        source_names: The names of all sources.
+        last_step: The run's last step, or None if only the data ends the run.
+        total_tokens: The tokens trained by the end of the run, or None if only the data ends it.
+        horizon: The token count that schedules use: the run's token target even if `steps` ends the run earlier, so
+            that a resume with more steps continues the same schedule. `total_tokens` if there is no target.
     """
 
     def __init__(
@@ -93,17 +99,17 @@ class Plan:
         self._peak = learning_rate
         self._schedule = schedule
         self._loss_weights = loss_weights
-        # Of the last step's batch.
+        # Where the last step's batch is cut.
         self._masked_from = 0 if self.last_step is None else self.at(self.last_step).masked_from
 
     def at(self, step: int) -> StepPlan:
-        """The plan of a step, from 1 to last_step; takes time O(stages). Raises UserError past the end."""
+        """The plan of a step from 1 to last_step, in O(stages) time. Raises UserError past the end."""
         stage = self._stage(step)
         batch_tokens = stage.batch_size * stage.seq_len
         batches = step - stage.first_step
         before = stage.first_token + batches * batch_tokens
         after = before + batch_tokens if self.total_tokens is None else min(before + batch_tokens, self.total_tokens)
-        # The middle, rounded up: see plan/schedules.py.
+        # Midpoint, rounded up: see plan/schedules.py.
         middle = (before + after + 1) // 2
         ce_weight, kd_weight = (weight(middle, self.horizon) for weight in self._loss_weights)
         return StepPlan(
@@ -128,7 +134,7 @@ class Plan:
         return self._stage(step).index
 
     def sources_of(self, step: int) -> np.ndarray:
-        """Index into source_names for every row of a step: int16 [B], read-only. See plan/mixing.py for the rule.
+        """The index into source_names of every row of a step: int16 [B], read-only. See plan/mixing.py for the rule.
 
         In a masked last batch, the rows before and after the cut are divided among sources and permuted separately.
         """
@@ -144,13 +150,13 @@ class Plan:
         return sources
 
     def source_rows_before(self, step: int) -> np.ndarray:
-        """Rows of each source in all earlier steps, int64 [S]; step may be last_step + 1."""
+        """Rows of each source in all earlier steps, int64 [S]. `step` may be last_step + 1."""
         return self._totals(step, [1] * len(self.stages))
 
     def source_tokens_before(self, step: int) -> np.ndarray:
-        """Trained tokens of each source in all earlier steps, int64 [S]; step may be last_step + 1.
+        """Trained tokens of each source in all earlier steps, int64 [S]. `step` may be last_step + 1.
 
-        They sum to the run's tokens before the step: rows × seq_len, less what the last batch masks at the end.
+        They sum to the run's tokens before the step: rows × seq_len, minus the tokens that the last batch masks.
         """
         tokens = self._totals(step, [stage.seq_len for stage in self.stages])
         if self.last_step is not None and step > self.last_step:
@@ -161,7 +167,7 @@ class Plan:
         return tokens
 
     def record(self) -> Json:
-        """The part of this plan that `differences` needs, recorded in checkpoints."""
+        """The part of this plan that `differences` needs, for checkpoints."""
         return {
             "seed": self._seed,
             "total_tokens": self.total_tokens,
@@ -178,17 +184,24 @@ class Plan:
         }
 
     def differences(self, recorded: Json, step: int) -> list[str]:
-        """How this plan's steps 1 to `step` differ from those of an earlier plan's `record()`, one line each.
+        """Compares this plan's steps 1 to `step` with those of an earlier plan.
 
-        Empty if both train on the same shapes, sources and tokens up to `step`. Later steps may differ, and so may
-        learning rates, names, and the order of sources. Stops after the first stage that differs.
+        Later steps may differ, and so may learning rates, names, and the order of sources. The comparison stops after
+        the first stage that differs.
+
+        Args:
+            recorded: The `record()` of the earlier plan.
+            step: The last step to compare.
+
+        Returns:
+            One line per difference; empty if both plans train on the same shapes, sources and tokens up to `step`.
         """
         if self.last_step is not None and self.last_step < step:
             return [f"step {step:,} is trained, but the plan now ends at step {self.last_step:,}"]
         old_stages, new_stages = (
             [stage for stage in record["stages"] if stage["first_step"] <= step] for record in (recorded, self.record())
         )
-        for old, new in zip(old_stages, new_stages, strict=False):  # both reach `step`, or differ before
+        for old, new in zip(old_stages, new_stages, strict=False):  # both reach `step` or differ earlier
             lines = [
                 f"stage {old['index']} ({old['name']}): {field} was {_shown(old[field])}, is now {_shown(new[field])}"
                 for field in _COMPARED
@@ -200,7 +213,7 @@ class Plan:
             return [f"seed was {recorded['seed']}, is now {self._seed}: it decides the source of every row"]
         now = self.at(step)
         full = now.tokens_before + now.batch_size * now.seq_len
-        # Only a plan's last batch can be masked: the earlier plan's, if this was its last step.
+        # Only a plan's last batch can be masked. The earlier plan masked this one if this was its last step.
         was = full if recorded["total_tokens"] is None else min(recorded["total_tokens"], full)
         if was != now.tokens_after:
             return [
@@ -210,7 +223,7 @@ class Plan:
         return []
 
     def table(self) -> str:
-        """The plan as text, one line per stage, as printed by --dry_run."""
+        """The plan as text, one line per stage, as `--dry_run` prints it."""
         header = ("stage", "steps", "seq_len", "batch", "tokens", "learning rate", "overlap", "weights")
         lines = [header, *(self._table_line(stage) for stage in self.stages)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -260,9 +273,9 @@ class Plan:
         return [self.source_names.index(name) for name in stage.weights]
 
     def _totals(self, step: int, row_values: Sequence[int]) -> np.ndarray:
-        """Rows of each source before the step, times a value for each stage: int64 [S]."""
+        """Rows of each source before the step, times a value per stage: int64 [S]."""
         assert 1 <= step <= (step if self.last_step is None else self.last_step + 1), f"no totals before step {step}"
-        if self.last_step is not None and step > self.last_step:  # whose batch may be divided in another way
+        if self.last_step is not None and step > self.last_step:  # a masked last batch is divided differently
             value = row_values[self._stage(self.last_step).index - 1]
             last = np.bincount(self.sources_of(self.last_step), minlength=len(self.source_names))
             return self._totals(self.last_step, row_values) + last * value
@@ -273,7 +286,7 @@ class Plan:
 
 
 def _until(value: Any, field: str, step: int) -> Any:
-    """A field of a recorded stage as known at `step`: the end of a stage is open until it is reached."""
+    """A recorded stage's field as known at `step`: the end of a stage is open until the run reaches it."""
     if field == "last_step":
         return step if value is None else min(value, step)
     return value

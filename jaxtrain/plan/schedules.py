@@ -1,8 +1,9 @@
 """Learning-rate schedules: functions of tokens, so that a change of batch size does not distort them.
 
-`build()` returns `schedule(tokens, total) -> factor`, the share (0 to 1) of the peak rate after `tokens` of the run's
-`total` tokens. The plan evaluates it in the middle of each step, which is the step's mean on a linear ramp. A warmup or
-decay therefore has the same effect for any batch size, and the first and the last step's rates are above 0.
+`build()` returns `schedule(tokens, total) -> factor`, the fraction (0 to 1) of the peak rate after `tokens` of the
+run's `total` tokens. The plan evaluates it at the midpoint of each step, which is the step's mean on a linear ramp. A
+warmup or decay therefore has the same effect for any batch size, and the rates of the first and the last step are above
+0.
 """
 
 import dataclasses
@@ -15,25 +16,26 @@ from jaxtrain.interfaces import Schedule
 
 @dataclasses.dataclass(kw_only=True)
 class WarmUp:
-    """The linear warmup from 0 to the peak, shared by all schedules. Without either field there is none.
+    """The linear warmup from 0 to the peak that all schedules share. With neither field set there is no warmup.
 
-    warmup_tokens: length in tokens.
-    warmup_fraction: length as a share of the run's tokens, 0 to below 1; needs a run with a known end.
+    Attributes:
+        warmup_tokens: Length in tokens.
+        warmup_fraction: Length as a fraction of the run's tokens, in [0, 1). Needs a run with a known end.
     """
 
     warmup_tokens: int | None = None
     warmup_fraction: float | None = None
 
     def check(self) -> None:
-        """Raises UserError for values out of range or two lengths for one thing."""
+        """Raises UserError if a value is out of range or both lengths are set."""
         _check_length("warmup", self.warmup_tokens, self.warmup_fraction)
 
     def _after_warmup(self, shape: Callable[[int, float, int | None], float]) -> Schedule:
-        """The schedule that is `shape(tokens, warm-up's tokens, total)` once the warm-up is over."""
+        """The schedule that follows `shape(tokens, warmup tokens, total)` after the warmup."""
 
         def schedule(tokens: int, total: int | None) -> float:
             warmup = _length("warmup", self.warmup_tokens, self.warmup_fraction, total)
-            factor = shape(tokens, warmup, total)  # first, so that it can refuse the total at the first step
+            factor = shape(tokens, warmup, total)  # first, so that a bad total fails at step 1
             return tokens / warmup if tokens < warmup else factor
 
         return schedule
@@ -41,10 +43,10 @@ class WarmUp:
 
 @dataclasses.dataclass(kw_only=True)
 class Constant(WarmUp):
-    """The peak rate to the end; the only schedule for a run without a known end. Fields: see WarmUp."""
+    """The peak rate until the end, and the only schedule for a run without a known end. Fields: see WarmUp."""
 
     def build(self) -> Schedule:
-        """schedule(tokens, total) → factor, 0 to 1; total may be None unless warmup_fraction is given."""
+        """Returns schedule(tokens, total) → factor, 0 to 1. `total` may be None unless warmup_fraction is set."""
         return self._after_warmup(lambda tokens, warmup, total: 1.0)
 
 
@@ -52,18 +54,22 @@ class Constant(WarmUp):
 class Cosine(WarmUp):
     """Half a cosine from the peak to the end (Loshchilov & Hutter 2017, SGDR, equation 5, without restarts).
 
-    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    Attributes:
+        final_fraction: Final rate as a fraction of the peak, 0 to 1. Other fields: see WarmUp.
     """
 
     final_fraction: float = 0.1
 
     def check(self) -> None:
-        """Raises UserError for values out of range."""
+        """Raises UserError if a value is out of range."""
         super().check()
         _check_share("final_fraction", self.final_fraction)
 
     def build(self) -> Schedule:
-        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the warm-up fills it."""
+        """Returns schedule(tokens, total) → factor, 0 to 1.
+
+        It raises UserError without a total or if the warmup fills it.
+        """
 
         def shape(tokens: int, warmup: float, total: int | None) -> float:
             part = _progress(tokens, warmup, _horizon(self, total))
@@ -76,18 +82,22 @@ class Cosine(WarmUp):
 class Linear(WarmUp):
     """A straight line from the peak to the end, by default to 0 (Bergsma et al. 2025, "Straight to Zero").
 
-    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    Attributes:
+        final_fraction: Final rate as a fraction of the peak, 0 to 1. Other fields: see WarmUp.
     """
 
     final_fraction: float = 0.0
 
     def check(self) -> None:
-        """Raises UserError for values out of range."""
+        """Raises UserError if a value is out of range."""
         super().check()
         _check_share("final_fraction", self.final_fraction)
 
     def build(self) -> Schedule:
-        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the warm-up fills it."""
+        """Returns schedule(tokens, total) → factor, 0 to 1.
+
+        It raises UserError without a total or if the warmup fills it.
+        """
 
         def shape(tokens: int, warmup: float, total: int | None) -> float:
             part = _progress(tokens, warmup, _horizon(self, total))
@@ -98,13 +108,14 @@ class Linear(WarmUp):
 
 @dataclasses.dataclass(kw_only=True)
 class WSD(WarmUp):
-    """Warm-up, stable, decay: the peak rate, then a decay over the last part (Hu et al. 2024, MiniCPM, section 4).
+    """Warmup-stable-decay: the peak rate, then a decay at the end (Hu et al. 2024, MiniCPM, section 4).
 
-    decay_tokens: length of the decay in tokens.
-    decay_fraction: its length as a share of the run's tokens; give one of the two.
-    shape: "linear", or "sqrt" for 1 - sqrt(part of the decay that is over) (Hägele et al. 2024, "Scaling laws and
-        compute-optimal training beyond fixed training durations", section 3, where it is the better of the two).
-    final_fraction: the rate at the end as a share of the peak, 0 to 1. Other fields: see WarmUp.
+    Attributes:
+        decay_tokens: Length of the decay in tokens.
+        decay_fraction: Length of the decay as a fraction of the run's tokens. Exactly one of the two must be set.
+        shape: "linear", or "sqrt" for 1 - sqrt(progress of the decay) (Hägele et al. 2024, "Scaling laws and
+            compute-optimal training beyond fixed training durations", section 3, where it is the better of the two).
+        final_fraction: Final rate as a fraction of the peak, 0 to 1. Other fields: see WarmUp.
     """
 
     decay_tokens: int | None = None
@@ -113,7 +124,7 @@ class WSD(WarmUp):
     final_fraction: float = 0.0
 
     def check(self) -> None:
-        """Raises UserError for values out of range or a decay without a length."""
+        """Raises UserError if a value is out of range or the decay has no length."""
         super().check()
         _check_length("decay", self.decay_tokens, self.decay_fraction)
         if self.decay_tokens is None and self.decay_fraction is None:
@@ -123,7 +134,10 @@ class WSD(WarmUp):
         _check_share("final_fraction", self.final_fraction)
 
     def build(self) -> Schedule:
-        """schedule(tokens, total) → factor, 0 to 1. It raises UserError without a total or if the parts exceed it."""
+        """Returns schedule(tokens, total) → factor, 0 to 1.
+
+        It raises UserError without a total or if the parts exceed it.
+        """
 
         def shape(tokens: int, warmup: float, total: int | None) -> float:
             horizon = _horizon(self, total)
@@ -151,7 +165,7 @@ def _horizon(config: WarmUp, total: int | None) -> int:
 
 
 def _length(what: str, tokens: int | None, fraction: float | None, total: int | None) -> float:
-    """Tokens of the warm-up or the decay; 0 where neither is given."""
+    """Tokens of the warmup or the decay; 0 if neither length is set."""
     if fraction is None:
         return 0 if tokens is None else tokens
     if total is None:

@@ -1,8 +1,8 @@
 """Seeded permutations and document hashes: the only sources of randomness in the data path.
 
-Everything is a pure function of a key, a tuple of strings and integers. NumPy promises that `Philox.random_raw` never
-changes (unlike `Generator` methods), and a stable argsort of distinct-or-tied words is defined by them alone, so the
-values are the same on every machine and version; golden values are tested.
+Everything is a pure function of a key, a tuple of strings and integers. NumPy guarantees that `Philox.random_raw` never
+changes (unlike the methods of `Generator`), and a stable argsort of the raw words depends on nothing else. So the
+values are the same on every machine and in every version; tests pin golden values.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ Part = str | int
 
 
 def philox(*key: Part) -> np.random.Philox:
-    """A counter-based bit generator for `key`; parts are length-prefixed, so ("a", "bc") and ("ab", "c") differ."""
+    """A counter-based bit generator for `key`. Parts are length-prefixed, so ("a", "bc") and ("ab", "c") differ."""
     digest = hashlib.blake2b(digest_size=16)
     for part in key:
         encoded = f"{type(part).__name__[0]}{part}".encode()
@@ -22,15 +22,23 @@ def philox(*key: Part) -> np.random.Philox:
 
 
 def permutation(n: int, *key: Part) -> np.ndarray:
-    """A permutation of range(n), int64 [n], that depends on `key` alone."""
+    """A permutation of range(n), int64 [n], that depends only on `key`."""
     return np.argsort(philox(*key).random_raw(n), kind="stable")
 
 
 def document_hash(source: str, file: str, rows: np.ndarray) -> np.ndarray:
-    """A uint64 for each document identity (source, file, row). rows: int [n] → uint64 [n].
+    """Hashes each document identity (source, file, row).
 
-    The file's key is mixed with the row by the finalizer of splitmix64 (Steele et al. 2014, "Fast splittable
-    pseudorandom number generators", figure 19), so that any fraction of the range is a fair sample.
+    The file's key is mixed with the row by the splitmix64 finalizer (Steele et al. 2014, "Fast splittable pseudorandom
+    number generators", figure 19), so any fraction of the range is an unbiased sample.
+
+    Args:
+        source: The source's name.
+        file: The file's name.
+        rows: Rows in the file, int [n].
+
+    Returns:
+        uint64 [n].
     """
     base = np.uint64(philox("document", source, file).random_raw())
     z = base + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

@@ -14,13 +14,16 @@ from jaxtrain.plan import mixing
 class Stage:
     """A span of training tokens with one sequence length, batch size and mix.
 
-    name: shown in logs; means nothing else.
-    seq_len: tokens of a row.
-    tokens: length of the stage in trained tokens; none only in the last stage: the rest of the run.
-    weights: share of the tokens for each source by name, summing to 1; sources left out get none. Not needed with one.
-    batch_size: rows of a batch over all devices, a multiple of data.num_lanes; this or tokens_per_batch.
-    tokens_per_batch: batch_size is this // seq_len, rounded down to a multiple of both data.num_lanes and 8.
-    overlap: part of a row, 0 to below 1, that the next row of the same lane and source repeats.
+    Attributes:
+        name: A label for logs. It has no other effect.
+        seq_len: Tokens per row.
+        tokens: Length of the stage in trained tokens. None, allowed only in the last stage, means the rest of the run.
+        weights: Each source's share of the tokens, by name, summing to 1. Omitted sources get none. Optional with a
+            single source.
+        batch_size: Rows per batch over all devices, a multiple of data.num_lanes. Set this or tokens_per_batch.
+        tokens_per_batch: Sets the batch size to this // seq_len, rounded down to a multiple of both data.num_lanes and
+            8.
+        overlap: The fraction of a row, in [0, 1), that the next row of the same lane and source repeats.
     """
 
     name: str = "main"
@@ -32,9 +35,10 @@ class Stage:
     overlap: float = 0.0
 
     def check_alone(self) -> None:
-        """Raises UserError for a value out of range, whatever the rest of the config.
+        """Raises UserError for a value out of range, independent of the rest of the config.
 
-        Called by `build_plan`, which names the stage by its number from 1: so it is not the `check` of a config's part.
+        `build_plan` calls it and adds the stage's number to the message, so it is not named `check`, which the config
+        tree calls itself.
         """
         for field in ("seq_len", "tokens", "batch_size", "tokens_per_batch"):
             value = getattr(self, field)
@@ -51,7 +55,7 @@ class Stage:
             raise UserError("weights={} names no source: give each one's share, summing to 1")
 
     def rows(self, num_lanes: int) -> int:
-        """Rows of a batch. Raises UserError, with sizes that work, if the lanes cannot share them equally."""
+        """Rows per batch. Raises UserError, with sizes that work, if they do not divide evenly among the lanes."""
         if self.batch_size is not None:
             if self.batch_size % num_lanes:
                 lower = self.batch_size // num_lanes * num_lanes
@@ -73,13 +77,17 @@ class Stage:
         return rows
 
     def overlap_tokens(self) -> int:
-        """Tokens of a row that the next one repeats; the decimal as written, since 0.29 * 100 is 28.999 in floats."""
+        """Tokens of a row that the next one repeats.
+
+        Computed from the decimal as written: 0.29 * 100 is 28.999 in floats.
+        """
         return math.floor(Fraction(str(self.overlap)) * self.seq_len)
 
     def shares(self, source_names: Sequence[str]) -> dict[str, Fraction]:
-        """Positive weights by name, in alphabetical order: neither the config's order nor unused sources change a mix.
+        """Positive weights by name, alphabetically, so neither the config's order nor unused sources change a mix.
 
-        Raises UserError for a source that is not there, for missing weights, and if they do not sum to 1.
+        Raises:
+            UserError: A source does not exist, weights are missing, or they do not sum to 1.
         """
         if self.weights is None:
             if len(source_names) != 1:

@@ -87,7 +87,7 @@ def with_copied_head(arrays):
         ({"tie_word_embeddings": True, "model_type": "qwen2"}, with_head_of_its_own),
         ({"model_type": "smollm3"}, with_head_of_its_own),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_every_spelling_means_what_it_means_to_transformers(changes, tensors, tmp_path):
     """The same config.json and tensors, read by both."""

@@ -31,9 +31,12 @@ def test_the_first_failure_gives_the_code() -> None:
     assert found.returncode == 75
 
 
-def heed_hangups() -> None:
-    """The tests themselves may run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# In front of a command: the tests themselves may run under nohup, whose children ignore SIGHUP.
+HEED_HANGUPS = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
+]
 
 
 def test_signals_are_passed_on() -> None:
@@ -44,8 +47,8 @@ def test_signals_are_passed_on() -> None:
             "sys.stdout.write('ready\\n'), sys.stdout.flush()\n"
             "time.sleep(30)"
         )
-        command = [str(LOCAL), "2", sys.executable, "-c", program]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_hangups) as launcher:
+        command = [*HEED_HANGUPS, str(LOCAL), "2", sys.executable, "-c", program]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
             assert launcher.stdout is not None
             assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
             launcher.send_signal(number)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.launch.test_local import heed_hangups
+from tests.launch.test_local import HEED_HANGUPS
 
 RESTART = pathlib.Path(__file__).parents[2] / "launch" / "restart.sh"
 
@@ -76,10 +76,8 @@ def test_pauses_grow(tmp_path: pathlib.Path) -> None:
 def test_signals_are_passed_on_and_end_it(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     name = number.name.removeprefix("SIG")
     program = f"echo >> {tmp_path}/runs; trap 'echo saved; exit 75' {name}; echo ready; while :; do sleep 0.05; done"
-    command = [str(RESTART), "sh", "-c", program]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment(), preexec_fn=heed_hangups
-    ) as loop:
+    command = [*HEED_HANGUPS, str(RESTART), "sh", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as loop:
         assert loop.stdout is not None
         assert loop.stdout.readline() == "ready\n"
         loop.send_signal(number)

@@ -114,10 +114,10 @@ def test_a_document_packed_with_others_has_the_hidden_states_it_has_alone():
     params = random_params(model)
     tokens, segments, positions = packed_batch(1, 150)
     hidden = jax.jit(model.hidden)
-    packed = hidden(params, tokens, segments, positions)
+    packed = hidden(params, tokens, segments, positions).x
     for document in range(1, 4):
         (where,) = np.nonzero(segments[0] == document)
-        alone = hidden(params, tokens[:, where], np.ones((1, len(where)), np.int32), positions[:, where])
+        alone = hidden(params, tokens[:, where], np.ones((1, len(where)), np.int32), positions[:, where]).x
         np.testing.assert_allclose(packed[:, where], alone, rtol=0, atol=2e-5)
 
 
@@ -127,7 +127,7 @@ def test_a_token_sees_nothing_after_it():
     tokens, segments, positions = packed_batch(2, 20)
     hidden = jax.jit(model.hidden)
     other = np.where(np.arange(20) < 12, tokens, tokens[::-1])
-    before, after = (hidden(params, t, np.ones_like(segments), positions) for t in (tokens, other))
+    before, after = (hidden(params, t, np.ones_like(segments), positions).x for t in (tokens, other))
     np.testing.assert_array_equal(before[:, :12], after[:, :12])
     assert np.abs(before[:, 12:] - after[:, 12:]).max() > 0.1
 
@@ -197,9 +197,9 @@ def test_bfloat16_activations():
     model = dataclasses.replace(EVERYTHING, dtype="bfloat16").build(VOCAB, None)
     params = random_params(model)
     batch = packed_batch(2, 16)
-    hidden = jax.jit(model.hidden)(params, *batch)
+    hidden = jax.jit(model.hidden)(params, *batch).x
     assert hidden.dtype == jnp.bfloat16
-    exact = jax.jit(EVERYTHING.build(VOCAB, None).hidden)(params, *batch)
+    exact = jax.jit(EVERYTHING.build(VOCAB, None).hidden)(params, *batch).x
     assert np.abs(hidden.astype(np.float32) - exact).max() < 0.05 * np.abs(exact).max()
 
 

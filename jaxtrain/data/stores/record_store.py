@@ -1,7 +1,7 @@
-"""What token stores and teachers' caches have in common: ArrayRecords beside a manifest, that several workers write.
+"""What token stores and teacher stores share: ArrayRecords beside a manifest, written by several workers.
 
-The manifest is JSON with a digest of itself, written last: its presence says that the rest is complete. Until then
-`FOLDER/work/plan.json` has what is to be written; the first worker makes it, and all others keep to it.
+The manifest is JSON with a digest of itself, written last: its presence means that the rest is complete. Until then
+`FOLDER/work/plan.json` describes the store to be written. The first worker creates it and all others follow it.
 """
 
 import collections
@@ -25,36 +25,43 @@ from jaxtrain.tokenizers.identity import mismatch
 
 FORMAT = 1
 WORK = "work"
-_IDLE = 32  # open files that nobody uses now; up to 1 MB each
+_IDLE = 32  # idle open files to keep; up to 1 MB each
 _T = TypeVar("_T")
 
 
 def array_records() -> Any:
-    """The library's module, which is compiled and has no types. It is imported where it is needed: most runs do not."""
+    """The library's module, which is compiled and untyped. Imported on demand, since most runs do not need it."""
     return importlib.import_module("array_record.python.array_record_module")
 
 
 class ArrayRecord:
-    """A file of records, opened when it is first read from. For one thread.
-
-    records: that it should have. remedy: what to do about a damaged one.
-    """
+    """A file of records, opened at its first read. For a single thread."""
 
     def __init__(self, path: str, records: int, options: str, remedy: str):
+        """Names a file without opening it.
+
+        Args:
+            path: The file.
+            records: The number of records it should have.
+            options: ArrayRecord's reader options.
+            remedy: What to do if the file is damaged, for the error message.
+        """
         self.path, self._records, self._options, self._remedy = path, records, options, remedy
         self._reader: Any = None
 
     def range(self, first: int, end: int) -> Sequence[bytes]:
+        """Records [first, end). Raises CorruptError if the file is damaged."""
         return self._read(first, first, end)
 
     def some(self, places: Sequence[int]) -> Sequence[bytes]:
+        """The records at `places`, in that order. Raises CorruptError if the file is damaged."""
         return self._read(places[0], places)
 
     def _read(self, row: int, *wanted: Any) -> Sequence[bytes]:
-        """Raises CorruptError for bytes that are not what was written, as ArrayRecord's hashes tell."""
+        """Raises CorruptError if the bytes do not match ArrayRecord's hashes."""
         try:
             if self._reader is None:
-                os.stat(self.path)  # for an error that tells more
+                os.stat(self.path)  # raises a more specific error
                 self._reader = array_records().ArrayRecordReader(self.path, self._options)
                 if self._reader.num_records() != self._records:
                     raise RuntimeError(f"{self._reader.num_records()} records, not {self._records}")
@@ -65,25 +72,27 @@ class ArrayRecord:
             raise CorruptError(f"{self.path} is damaged ({error}); {self._remedy}", self.path, row) from None
 
     def close(self) -> None:
+        """Closes the file."""
         if self._reader is not None:
-            with contextlib.suppress(RuntimeError):  # of a damaged file, which reading it has told
+            with contextlib.suppress(RuntimeError):  # a damaged file, already reported by the read
                 self._reader.close()
 
 
 class ArrayRecords:
-    """Files of records, each open for one thread at a time. Safe for several threads.
+    """Files of records, each open for one thread at a time. Thread-safe.
 
-    Who had a file before leaves it open for a while: opening takes 0.7 ms, as much as reading 500,000 tokens, and a
-    lane opens a file for each of its units.
+    A file stays open for a while after use: opening takes 0.7 ms, as long as reading 500,000 tokens, and a lane opens a
+    file for each of its units.
     """
 
     def __init__(self, options: str, remedy: str):
         self._options, self._remedy = options, remedy
         self._idle: collections.deque[ArrayRecord] = collections.deque()
-        self._lock = threading.RLock()  # re-entrant: the collector may end a suspended reader in a thread that holds it
+        self._lock = threading.RLock()  # re-entrant: a garbage collection in the holder may close a suspended reader
 
     @contextlib.contextmanager
     def open(self, path: str, records: int) -> Iterator[ArrayRecord]:
+        """A context manager that lends the file at `path`, which should have `records` records."""
         with self._lock:
             file = next((idle for idle in self._idle if idle.path == path), None)
             if file is None:
@@ -108,24 +117,34 @@ class ArrayRecords:
 
 
 def digest_of(path: str) -> str:
+    """The digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def digest_of_json(content: Json) -> str:
+    """The digest of a JSON value."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def sealed(content: Json) -> str:
-    """A manifest's text."""
+    """A manifest's text, with its digest."""
     return json.dumps({"format": FORMAT, "digest": digest_of_json(content), **content})
 
 
 def unsealed(text: str, where: str, tool: str) -> tuple[Json, str]:
-    """Its content again, in today's names, and its digest. tool: that writes such manifests.
+    """Parses what `sealed` wrote.
+
+    Args:
+        text: The manifest's text.
+        where: Its path, for error messages.
+        tool: The tool that writes such manifests, for error messages.
+
+    Returns:
+        The content, upgraded to current names, and its digest.
 
     Raises:
-        UserError: It is damaged, or of another format.
+        UserError: The manifest is damaged or has another format.
     """
     content: Json = {}
     try:
@@ -141,7 +160,7 @@ def unsealed(text: str, where: str, tool: str) -> tuple[Json, str]:
 
 
 class Described(Protocol):
-    """The part of a manifest that says what the rows were made of."""
+    """The part of a manifest that describes what the rows were made from."""
 
     @property
     def max_samples(self) -> int | None: ...
@@ -154,9 +173,18 @@ class Described(Protocol):
 def differences(
     which: str, made: Described, has: Json, wanted: Json, config: SourceConfig, tokenizer: Tokenizer
 ) -> list[str]:
-    """Lines that show where `made` does not hold what `config` reads with `tokenizer`; none where it does.
+    """Compares a store with what `config` reads with `tokenizer`.
 
-    which: its name in them. has, wanted: the sources' identities or settings.
+    Args:
+        which: The store's name in the result.
+        made: The store's manifest.
+        has: The source identity or settings that the store was made from.
+        wanted: The source identity or settings of the run.
+        config: The run's source config.
+        tokenizer: The run's tokenizer.
+
+    Returns:
+        Lines that show both sides of each difference; empty if there is none.
     """
     lines = [
         f"  source {name}: the {which} has {_short(has.get(name))}, wanted is {_short(wanted.get(name))}"
@@ -181,7 +209,13 @@ def _short(value: Any) -> str:
 
 
 def planned(folder: str, manifest: str, parse: Callable[[str, str], _T]) -> _T | None:
-    """What was begun or finished there; None for nothing. manifest: its name. parse: (text, path) of one."""
+    """The manifest of a finished store or the plan of one in progress; None if there is neither.
+
+    Args:
+        folder: The store's folder.
+        manifest: The manifest's file name.
+        parse: (text, path) → the parsed manifest.
+    """
     for path in (os.path.join(folder, manifest), os.path.join(folder, WORK, "plan.json")):
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
             return parse(file.read(), path)
@@ -189,13 +223,13 @@ def planned(folder: str, manifest: str, parse: Callable[[str, str], _T]) -> _T |
 
 
 def begin(folder: str, plan: str) -> None:
-    """Lay down a plan, unless another worker's is there: the first one's counts for all."""
+    """Writes the plan unless another worker has written one: the first plan counts for all workers."""
     work = os.path.join(folder, WORK)
     os.makedirs(work, exist_ok=True)
     path, mine = os.path.join(work, "plan.json"), os.path.join(work, f"plan-{os.getpid()}-{id(plan)}.tmp")
     write_text(mine, plan)
     try:
-        os.link(mine, path)  # unlike a rename it fails if the other was first
+        os.link(mine, path)  # unlike a rename, it fails if another worker was first
     except FileExistsError:
         pass
     finally:
@@ -203,6 +237,7 @@ def begin(folder: str, plan: str) -> None:
 
 
 def write_text(path: str, text: str) -> None:
+    """Writes a file and flushes it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -210,9 +245,9 @@ def write_text(path: str, text: str) -> None:
 
 
 def remove_half_written(folder: str, ending: str) -> None:
-    """What a worker was at when it was killed: files with its ending."""
+    """Removes what a killed worker left half-written: files with its ending."""
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(folder):
         if name.endswith(ending):
-            # A writer of this process that failed may still be at its own end.
+            # A failed writer of this process may still be cleaning up.
             pathlib.Path(folder, name).unlink(missing_ok=True)

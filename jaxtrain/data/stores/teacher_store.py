@@ -1,9 +1,9 @@
-"""Teachers' caches: what a teacher says of every token of a source's documents. Written by writer.py.
+"""Teacher stores: a teacher's records of every token of a source's documents. Written by writer.py.
 
-A cache has a folder for each source. It is keyed by documents' identities (file, row) and nothing else, so sequence
-length, packing, mix, lanes and hosts may change. `part_rows` rows of a file make a part, an ArrayRecord with one
-record for each row: 4 bytes of checksum of the document's tokens, then W bytes for each token, as losses/cached.py
-lays them out; empty for a row without text. `cache.json` is written last: its presence says that all is there.
+A teacher's cache has one such folder per source. It is keyed only by document identity (file, row), so sequence
+length, packing, mix, lanes and hosts may change. Every `part_rows` rows of a file form a part, an ArrayRecord with one
+record per row: a 4-byte checksum of the document's tokens, then W bytes per token in the layout of losses/cached.py;
+empty for a row without text. `cache.json` is written last: its presence means that the store is complete.
 """
 
 import dataclasses
@@ -22,14 +22,21 @@ from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer
 from jaxtrain.losses.cached import Layout
 
 MANIFEST = "cache.json"
-# Documents are read one by one, in a shuffled order: nothing is gained by reading ahead.
+# Documents are read one at a time in shuffled order, so reading ahead does not help.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _CHECKSUM = 4  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherShard:
-    """rows, tokens: in it. size, digest: of its file."""
+    """One part of a file.
+
+    Attributes:
+        rows: Rows in the shard.
+        tokens: Tokens in the shard.
+        size: Bytes of its file.
+        digest: Digest of its file.
+    """
 
     rows: int
     tokens: int
@@ -39,11 +46,18 @@ class TeacherShard:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherManifest:
-    """What a cache says of itself, for one source.
+    """The manifest of a teacher store, for one source.
 
-    source, settings, names, max_samples, transforms, tokenizer: as of a token store. teacher: its identity.
-    context: the most tokens that the teacher saw at once; of a longer document it saw windows `stride` tokens apart.
-    parts: by file, in order, of the files that rows were taken from.
+    Attributes:
+        source, settings, names, max_samples, transforms, tokenizer: As in a token store's manifest.
+        add_bos: Whether documents begin with the beginning-of-document token.
+        teacher: The teacher's identity.
+        layout: The layout of the records.
+        context: The teacher's context length in tokens.
+        stride: Tokens between the windows in which the teacher saw a document longer than `context`.
+        part_rows: Rows per part.
+        parts: The parts of each file that rows were taken from, in order.
+        digest: The digest of the text it was parsed from, perhaps by an earlier version; None otherwise.
     """
 
     source: Json
@@ -59,10 +73,11 @@ class TeacherManifest:
     stride: int
     part_rows: int
     parts: list[list[TeacherShard]] = dataclasses.field(default_factory=list)
-    # Of the text that it was read from, which may be an earlier version's.
+    # Not compared: the text may come from an earlier version.
     digest: str | None = dataclasses.field(default=None, compare=False)
 
     def to_json(self) -> str:
+        """The manifest's text, with its digest."""
         return record_store.sealed(self._content())
 
     def _content(self) -> Json:
@@ -70,15 +85,17 @@ class TeacherManifest:
 
     @property
     def tokens(self) -> int:
+        """Tokens in the store."""
         return sum(part.tokens for parts in self.parts for part in parts)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all shards."""
         return sum(part.size for parts in self.parts for part in parts)
 
     @property
     def identity(self) -> str:
-        """Of the records themselves, and of how they were made."""
+        """The identity of the records and of how they were made."""
         return self.digest or record_store.digest_of_json(self._content())
 
 
@@ -94,7 +111,7 @@ def manifest_of(
     stride: int,
     part_rows: int,
 ) -> TeacherManifest:
-    """Of a cache that is to be written."""
+    """The manifest of a store to be written, without parts. Arguments: see TeacherManifest."""
     return TeacherManifest(
         source=source.identity,
         settings=token_store.settings_of(config),
@@ -112,7 +129,7 @@ def manifest_of(
 
 
 def manifest_from_json(text: str, where: str) -> TeacherManifest:
-    """Raises UserError for a damaged one or another format."""
+    """Parses a manifest. Raises UserError if it is damaged or has another format."""
     content, digest = record_store.unsealed(text, where, "tools.cache_teacher")
     layout = content.pop("layout")
     made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
@@ -121,36 +138,40 @@ def manifest_from_json(text: str, where: str) -> TeacherManifest:
 
 
 def planned(folder: str) -> TeacherManifest | None:
-    """The manifest of a store that is finished or begun; None if there is none."""
+    """The manifest of a finished store or the plan of one in progress; None if there is neither."""
     return record_store.planned(folder, MANIFEST, manifest_from_json)
 
 
 def shard_name(file: int, part: int) -> str:
+    """The file name of a part of a file, both from 0."""
     return f"{file:06d}-{part:06d}.array_record"
 
 
 def encode(tokens: np.ndarray, records: np.ndarray) -> bytes:
-    """The record of a document. tokens: int32 [n], with the special ones. records: uint8 [n, W]."""
+    """Encodes the record of a document. tokens: int32 [n], special tokens included. records: uint8 [n, W]."""
     return checksum(tokens).to_bytes(_CHECKSUM, "little") + records.tobytes()
 
 
 def checksum(tokens: np.ndarray) -> int:
+    """The checksum of a document's tokens, 32 bits."""
     return zlib.crc32(tokens.astype("<i4").tobytes())
 
 
 def size_of(tokens: int, documents: int, parts: int, layout: Layout) -> int:
-    """Bytes that so much takes. ArrayRecord adds about 100 to a record, and fills a file up to blocks of 64 kB, two at
-    least.
+    """Estimates the bytes of a store.
+
+    ArrayRecord adds about 100 bytes per record and pads a file to blocks of 64 kB, at least two.
     """
     return tokens * layout.width + documents * (_CHECKSUM + 100) + parts * (2 << 16)
 
 
 def exists(folder: str) -> bool:
+    """Whether the folder holds a complete store."""
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
 def load(folder: str) -> TeacherManifest:
-    """The manifest of a complete cache whose parts are all there. Raises UserError."""
+    """The manifest of a complete store. Raises UserError if the store or one of its parts is missing."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -172,7 +193,7 @@ def load(folder: str) -> TeacherManifest:
 
 
 def verify(folder: str) -> TeacherManifest:
-    """As `load`, and every part is read and its digest compared."""
+    """Like `load`, and also reads every part and compares its digest."""
     manifest = load(folder)
     for name, part in _named(manifest):
         if record_store.digest_of(os.path.join(folder, name)) != part.digest:
@@ -187,7 +208,18 @@ def _named(manifest: TeacherManifest) -> Iterator[tuple[str, TeacherShard]]:
 
 
 def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: Source, tokenizer: Tokenizer) -> None:
-    """Raises UserError, both sides shown, if the cache is not of the documents and tokens that `config` reads."""
+    """Checks that the store holds the documents and tokens that `config` reads.
+
+    Args:
+        manifest: The store's manifest.
+        folder: The store's folder.
+        config: The run's source config.
+        source: The resolved source.
+        tokenizer: The run's tokenizer.
+
+    Raises:
+        UserError: The store holds something else; the message shows both sides.
+    """
     lines = record_store.differences(
         "cache", manifest, names.comparable(manifest.source), names.comparable(source.identity), config, tokenizer
     )
@@ -200,13 +232,14 @@ def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: 
 
 
 class TeacherStore:
-    """The records of one source's documents. Implements data.tokenizing.Records. Safe for several threads."""
+    """The records of one source's documents. Implements data.tokenizing.Records. Thread-safe."""
 
     def __init__(self, folder: str, manifest: TeacherManifest):
         self.folder, self.manifest = folder, manifest
         self._files = ArrayRecords(_READER, "remove the teacher's cache and write it again with tools.cache_teacher")
 
     def read(self, file: int, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """See data.tokenizing.Records."""
         width, found = self.manifest.layout.width, dict.fromkeys(rows.tolist(), b"")
         by_part: dict[int, list[int]] = {}
         for row in found:

@@ -1,10 +1,10 @@
-"""Token stores: the tokens of a source's rows, which are read instead of its text. Written by writer.py.
+"""Token stores: the tokens of a source's rows, read in place of its text. Written by writer.py.
 
-A store stands behind its source: it has the source's identity, files and row groups, so that the same units are cut
-from it, and one record for each row of each file, an empty one where a document is empty or filtered away. It is a
-TFDS folder (`tfds.builder_from_directory(folder).as_data_source("train")`), one ArrayRecord shard for each file that
-has rows, and `store.json` besides. A record is a serialized tf.train.Example with the one feature "tokens", the bytes
-of the ids. Its layout follows from its length, so no library has to parse it.
+A store stands in for its source. It has the source's identity, files and row groups, so it is divided into the same
+units, and one record for each row of each file, empty for an empty or filtered document. It is a TFDS folder
+(`tfds.builder_from_directory(folder).as_data_source("train")`) with one ArrayRecord shard for each file that has rows,
+plus `store.json`. A record is a serialized tf.train.Example with the single feature "tokens", the bytes of the ids. Its
+layout follows from its length, so parsing it needs no library.
 """
 
 import collections
@@ -29,13 +29,13 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Tokenizer, versioned
 
 MANIFEST = "store.json"
-# Ranges of records are read 6 to 9 times as fast with a readahead (735 M tokens/s instead of 95 to 214); a single
-# thread reads them, as every lane has its own reader.
+# Readahead speeds up reading ranges of records (735 M tokens/s instead of 95 to 214). One thread is enough, since every
+# lane has its own reader.
 _READER = "readahead_buffer_size:1M,max_parallelism:0"
 _BLOCK_TOKENS = 1 << 20
-_LOOKED_AT_ROWS = 32  # at the end of each file, for what version 0.1 misread
-# The bytes that lie in front of the ids, but for their lengths: Example.features, .feature (a map's entry), its key,
-# its value, Feature.bytes_list, BytesList.value.
+_LOOKED_AT_ROWS = 32  # at the end of each file, to find what version 0.1 misread
+# The bytes before the ids, except for lengths: Example.features, .feature (a map entry), its key, its value,
+# Feature.bytes_list, BytesList.value.
 _KEY = b"\n\x06tokens\x12"
 
 
@@ -49,7 +49,7 @@ def _varint(number: int) -> bytes:
 
 
 def header(size: int) -> bytes:
-    """What stands before `size` bytes of ids in a record."""
+    """The bytes of a record that precede `size` bytes of ids."""
     head = b""
     for before in (b"\n", b"\n", _KEY, b"\n", b"\n"):
         head = before + _varint(len(head) + size) + head
@@ -57,7 +57,7 @@ def header(size: int) -> bytes:
 
 
 def _headers() -> tuple[np.ndarray, np.ndarray]:
-    """Record lengths from which on the header has so many bytes, ascending."""
+    """The record lengths at which the header grows, ascending, and the header sizes."""
     found: dict[int, int] = {}
     for bits in range(0, 35, 7):
         for size in range(max((1 << bits) - 40, 0), (1 << bits) + 1) if bits else (0,):
@@ -69,7 +69,7 @@ _FROM, _HEADER_BYTES = _headers()
 
 
 def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> TokenArrays:
-    """The ids of several records."""
+    """Decodes the ids of several records of a store with ids of type `dtype`."""
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     heads = _HEADER_BYTES[_FROM.searchsorted(sizes, side="right") - 1]
     payloads = [record[head:] for record, head in zip(records, heads.tolist(), strict=True)]
@@ -77,20 +77,27 @@ def decode(records: Sequence[bytes], dtype: np.dtype[Any]) -> TokenArrays:
 
 
 def encode(ids: np.ndarray) -> bytes:
-    """The record of a document. ids: little-endian, of the store's dtype."""
+    """Encodes the record of a document. ids: little-endian, in the store's dtype."""
     payload = ids.tobytes()
     return header(len(payload)) + payload
 
 
 def dtype_of(vocab_size: int) -> np.dtype[Any]:
+    """The integer type of a store's ids for a vocabulary of `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """One file of the source. shard: its ArrayRecord's name; None for one without rows. size, digest: of the shard.
+    """One file of the source.
 
-    row_groups: as the source has them; None if it has none.
+    Attributes:
+        rows: Rows stored.
+        tokens: Tokens stored.
+        row_groups: The source's row groups; None if it has none.
+        shard: The name of its ArrayRecord; None for a file without rows.
+        size: Bytes of the shard.
+        digest: Digest of the shard.
     """
 
     rows: int
@@ -103,10 +110,18 @@ class StoredFile:
 
 @dataclasses.dataclass(frozen=True)
 class TokenManifest:
-    """What a store says of itself.
+    """The manifest of a token store.
 
-    source: the identity of the resolved source. settings: what its config says (`settings_of`). names: of its files.
-    max_samples: the store has the first so many rows; None for all. files: those that rows were taken from, in order.
+    Attributes:
+        source: The identity of the resolved source.
+        settings: The settings of its config (`settings_of`).
+        names: The names of its files.
+        random_access: Whether the source can be read from any row.
+        max_samples: The store holds this many first rows; None for all.
+        transforms: The descriptions of the transforms, in order.
+        tokenizer: The tokenizer's identity.
+        vocab_size: Size of the vocabulary.
+        files: The files that rows were taken from, in order.
     """
 
     source: Json
@@ -120,18 +135,25 @@ class TokenManifest:
     files: list[StoredFile] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
+        """The manifest's text, with its digest."""
         return record_store.sealed(dataclasses.asdict(self))
 
 
 def manifest_from_json(text: str, where: str) -> TokenManifest:
-    """Raises UserError for a damaged one or another format."""
+    """Parses a manifest. Raises UserError if it is damaged or has another format."""
     content, _ = record_store.unsealed(text, where, "tools.pretokenize")
     files = [StoredFile(**file) for file in content.pop("files")]
     return TokenManifest(**content, files=files)
 
 
 def manifest_of(source: Source, config: SourceConfig, tokenizer: Tokenizer) -> TokenManifest:
-    """The manifest of a store that is to be written, without files."""
+    """The manifest of a store to be written, without files.
+
+    Args:
+        source: The resolved source.
+        config: Its config.
+        tokenizer: The run's tokenizer.
+    """
     return TokenManifest(
         source=read_now(source.identity),
         settings=settings_of(config),
@@ -145,12 +167,12 @@ def manifest_of(source: Source, config: SourceConfig, tokenizer: Tokenizer) -> T
 
 
 def planned(folder: str) -> TokenManifest | None:
-    """The manifest of a store that is finished or begun; None if there is none."""
+    """The manifest of a finished store or the plan of one in progress; None if there is neither."""
     return record_store.planned(folder, MANIFEST, manifest_from_json)
 
 
 def settings_of(config: SourceConfig) -> Json:
-    """What of a source's config decides which documents there are, without credentials."""
+    """The settings of a source's config that determine which documents it has, without credentials."""
     full = config.full_name() if isinstance(config, HuggingFace) else config
     assert dataclasses.is_dataclass(full)
     said = {field.name: getattr(full, field.name) for field in dataclasses.fields(full) if field.name not in _FREE}
@@ -161,26 +183,29 @@ def _public(name: str, value: Any) -> Any:
     return tuple(_public(name, item) for item in value) if isinstance(value, tuple) else cli.public(name, value)
 
 
-_FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared by themselves
-_PATTERNS = ("data_files", "urls", "patterns")  # settings that say which files
+_FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared separately
+_PATTERNS = ("data_files", "urls", "patterns")  # settings that select files
 
 
 class RamCache:
-    """The least recently used blocks of token stores make room for others. limit: bytes. Safe for several threads."""
+    """An LRU cache of blocks of token stores. Thread-safe."""
 
     def __init__(self, limit: float):
+        """limit: The most bytes to hold."""
         self._limit = limit
         self._blocks: collections.OrderedDict[tuple[str, int], TokenArrays] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.used = 0
 
     def get(self, key: tuple[str, int]) -> TokenArrays | None:
+        """The block, or None if it is not cached."""
         with self._lock:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
             return self._blocks.get(key)
 
     def put(self, key: tuple[str, int], block: TokenArrays) -> None:
+        """Adds a block and evicts the least recently used ones."""
         with self._lock:
             if key in self._blocks or block.nbytes > self._limit:
                 return
@@ -192,14 +217,22 @@ class RamCache:
 
 
 class TokenStore:
-    """A resolved source whose rows are token ids. Implements interfaces.Source: its identity, files, random_access and
-    row groups are those of the source that it was written from. Safe for several threads.
+    """A resolved source whose rows are token ids. Implements interfaces.Source. Thread-safe.
+
+    Its identity, files, random_access and row groups are those of the source it was written from.
     """
 
     def __init__(
         self, folder: str, manifest: TokenManifest, cache: RamCache | None = None, identity: Json | None = None
     ):
-        """identity: the source's, from a checkpoint that the store was checked against."""
+        """Reads the store in `folder`.
+
+        Args:
+            folder: The store's folder.
+            manifest: Its manifest.
+            cache: Where to keep blocks in memory; None to keep none.
+            identity: The source's identity from a checkpoint that the store was checked against, if any.
+        """
         self.folder = folder
         self.manifest = manifest
         self.identity = versioned(identity or manifest.source)
@@ -210,6 +243,7 @@ class TokenStore:
         self._shards = ArrayRecords(_READER, "remove the store and write it again with tools.pretokenize")
 
     def row_groups(self, file: int) -> list[int]:
+        """See interfaces.Source."""
         if file >= len(self.manifest.files):
             return []  # past max_samples
         groups = self.manifest.files[file].row_groups
@@ -217,11 +251,12 @@ class TokenStore:
         return groups
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
+        """See interfaces.Source."""
         about = self.manifest.files[file] if file < len(self.manifest.files) else None
         if about is None or about.shard is None or row >= about.rows:
             return
         size = int(min(max(_BLOCK_TOKENS * about.rows / max(about.tokens, 1), 16), 512))
-        # Blocks that are kept begin at fixed rows, so that every reader of the file finds the same ones.
+        # Cached blocks begin at fixed rows, so that all readers of the file share them.
         kept = self._cache is not None
         stop = about.rows if stop is None else min(stop, about.rows)
         with self._shards.open(os.path.join(self.folder, about.shard), about.rows) as shard:
@@ -242,11 +277,12 @@ class TokenStore:
 
 
 def exists(folder: str) -> bool:
+    """Whether the folder holds a complete store."""
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
 def load(folder: str) -> TokenManifest:
-    """The manifest of a complete store whose shards are all there. Raises UserError."""
+    """The manifest of a complete store. Raises UserError if the store or one of its shards is missing."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -270,7 +306,7 @@ def load(folder: str) -> TokenManifest:
 
 
 def verify(folder: str) -> TokenManifest:
-    """As `load`, and every shard is read and its digest compared."""
+    """Like `load`, and also reads every shard and compares its digest."""
     manifest = load(folder)
     for file in manifest.files:
         if file.shard is not None and record_store.digest_of(os.path.join(folder, file.shard)) != file.digest:
@@ -283,11 +319,19 @@ def verify(folder: str) -> TokenManifest:
 def check(
     manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer, identity: Json | None
 ) -> None:
-    """Raises UserError, both sides shown, if the store does not hold what `config` reads with `tokenizer`.
+    """Checks that the store holds what `config` reads with `tokenizer`.
 
-    identity: of the source, from a checkpoint; None if the config alone says what is wanted.
+    Args:
+        manifest: The store's manifest.
+        folder: The store's folder.
+        config: The run's source config.
+        tokenizer: The run's tokenizer.
+        identity: The source's identity from a checkpoint; None to compare the config alone.
+
+    Raises:
+        UserError: The store holds something else; the message shows both sides.
     """
-    # Version 0.1 redacted its settings: those that lost something differ from today's.
+    # Version 0.1 redacted its settings, so settings that lost something differ from today's.
     wanted, has = settings_of(config), manifest.settings
     if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
@@ -317,7 +361,7 @@ def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokeniz
         return distrusted(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
     if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
         return "a text that is no string made JSON of those after it, and transforms hide whether one did"
-    # From such a text on, to the file's end.
+    # Version 0.1 misread everything from such a text to the file's end, so the last rows show it.
     store = TokenStore(folder, manifest)
     for number, file in enumerate(manifest.files):
         if file.shard is None or not os.path.exists(os.path.join(folder, file.shard)):

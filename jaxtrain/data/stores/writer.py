@@ -1,10 +1,10 @@
-"""Writes token and teacher stores: workers run side by side, may be killed at any point, and resume where they stopped.
+"""Writes token and teacher stores. Workers run side by side, may be killed at any point, and resume where they stopped.
 
 A store is a set of ArrayRecord shards and a manifest that is written last. Until then `FOLDER/work` holds `plan.json`,
-the manifest without shards, which the first worker lays down and all others follow, and a JSON marker for each finished
-shard: `FILE.json` in a token store, `FILE-PART.json` in a teacher store (where `FILE.rows` also says how many rows a
-file turned out to have). A shard appears whole, by a rename, or not at all; a restarted worker writes the unfinished
-one again. Whichever worker finds all shards done finishes the store. Every step of that can run twice, so several
+the manifest without shards, which the first worker writes and all others follow, and a JSON marker for each finished
+shard: `FILE.json` in a token store, `FILE-PART.json` in a teacher store (where `FILE.rows` also records how many rows a
+file turned out to have). A shard appears whole, by a rename, or not at all; a restarted worker rewrites an unfinished
+one. Whichever worker finds all shards done finishes the store. Every step of finishing is idempotent, so several
 workers may finish at once and any of them may be killed.
 """
 
@@ -35,18 +35,18 @@ from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer
 
-# What the operating system says of a disk that takes no more, and of a folder that is not to be written.
+# Messages of the operating system for a full disk and for an unwritable folder.
 _FULL = ("No space left", "quota")
 _REFUSED = ("Permission denied", "Operation not permitted", "Read-only file system", "Not a directory")
-# Groups of 16: ranges are read at 735 M tokens/s, and single records, as TFDS reads them, at 42. Uncompressed, since
+# Groups of 16 read at 735 M tokens/s in ranges and at 42 in single records, as TFDS reads them. Uncompressed, since
 # zstd saves little on ids and writes at 37 M tokens/s instead of 190.
 _TOKEN_OPTIONS = "group_size:16,uncompressed"
 # Teacher records are read one at a time, in shuffled order.
 _TEACHER_OPTIONS = "group_size:1,uncompressed"
 _TFDS_NAME = "tokens"
-_RESERVED_BYTES = 1 << 28  # of the disk, left free
+_RESERVED_BYTES = 1 << 28  # disk space to leave free
 _SAMPLED_FILES = 16  # for the size estimate
-# Shards are scored together up to this many tokens: many files have only a document or two, far less than a batch.
+# Shards are scored together up to this many tokens: many files hold only a document or two, far less than a batch.
 _SCORED_TOKENS = 200_000
 
 Progress = Callable[[int, int], None]  # called with the (documents, tokens) written since the last call
@@ -54,7 +54,7 @@ _TokenizedShard = tuple[int, int, list[np.ndarray]]  # file, number of the shard
 
 
 class Score(Protocol):
-    """A teacher: tokens of documents, int32 [n] each → their records, uint8 [n, W] each."""
+    """A teacher: maps the tokens of documents, int32 [n] each, to their records, uint8 [n, W] each."""
 
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]: ...
 
@@ -64,9 +64,9 @@ class Job:
     """One source and where its store goes.
 
     Attributes:
-        name: of the source.
-        folder: of the store.
-        retry_seconds: how long an outage of the source may last.
+        name: The source's name.
+        folder: The store's folder.
+        retry_seconds: How long an outage of the source may last.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Job:
 
 
 class _Writer:
-    """What both kinds of store share. Worker `worker` (from 0) of `workers`."""
+    """What both kinds of store share, for worker `worker` (from 0) of `workers`."""
 
     def __init__(self, job: Job, worker: int, workers: int, exists: Callable[[str], bool], max_samples: int | None):
         self.job, self.worker, self.workers = job, worker, workers
         self.complete = exists(job.folder)
         self._exists, self._max_samples = exists, max_samples
         self._work = os.path.join(job.folder, WORK)
-        self._half = f".worker-{worker}.tmp"  # ending of what this worker is writing
+        self._half = f".worker-{worker}.tmp"  # suffix of the file this worker is writing
         if self.complete:
             shutil.rmtree(self._work, ignore_errors=True)  # whichever worker finished it may have been killed
         else:
@@ -99,7 +99,7 @@ class _Writer:
         return retry.attempt(read, what=self._what(file), deadline=self.job.retry_seconds)
 
     def _wanted_rows(self) -> list[int]:
-        """Rows to write of each file of a random-access source, up to the last file that has any."""
+        """Rows to write of each file of a random-access source, up to the last file with any."""
         rows: list[int] = []
         left = self._max_samples
         while len(rows) < len(self.job.source.files) and left != 0:
@@ -131,7 +131,7 @@ class _Writer:
         except BaseException as error:
             with contextlib.suppress(Exception):
                 writer.close()  # pyright: ignore[reportOptionalMemberAccess] - if it was never opened
-            # ArrayRecord reports errors of the disk as RuntimeError, and JAX has RuntimeErrors of its own.
+            # ArrayRecord reports disk errors as RuntimeError, and so does JAX for other errors.
             is_full = isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in _FULL)
             is_refused = isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in _REFUSED)
             if not (is_full or is_refused):
@@ -161,7 +161,7 @@ class _Writer:
             return json.load(file)
 
     def _finish(self, manifest_name: str, publish: Callable[[], str]) -> bool:
-        """Complete the store. publish: puts the shards in place and returns the manifest's text."""
+        """Completes the store. publish: puts the shards in place and returns the manifest's text."""
         try:
             path = os.path.join(self._work, manifest_name + self._half)
             write_text(path, publish())
@@ -175,17 +175,19 @@ class _Writer:
 
 
 def write_tokens(job: Job, worker: int, workers: int, progress: Progress) -> bool:
-    """Write this worker's files of a token store, and finish the store if all files are done.
+    """Writes this worker's files of a token store, and finishes the store if all files are done.
 
     Args:
-        worker: number of this worker, from 0.
-        workers: of how many.
+        job: The source and where its store goes.
+        worker: Index of this worker, from 0.
+        workers: Number of workers.
+        progress: Called with the documents and tokens written since the last call.
 
     Returns:
         Whether the store is complete.
 
     Raises:
-        UserError: The folder holds the store of another run, or the disk is full.
+        UserError: The folder holds another run's store, or the disk is full.
         TransientError, CorruptError: Raised by the source.
     """
     begun = token_store.planned(job.folder)
@@ -199,7 +201,7 @@ def write_tokens(job: Job, worker: int, workers: int, progress: Progress) -> boo
 
 
 class _TokenWriter(_Writer):
-    """One shard for each file of the source."""
+    """Writes one shard per file of the source."""
 
     def write(self, progress: Progress) -> bool:
         files, left = self.job.source.files, self._max_samples
@@ -225,7 +227,7 @@ class _TokenWriter(_Writer):
         return self._finish(token_store.MANIFEST, functools.partial(self._publish, markers))
 
     def _file(self, file: int, limit: int | None, progress: Progress) -> StoredFile:
-        """Write the shard of a file unless it is done. limit: rows to write; None: all."""
+        """Writes the shard of a file unless it is done. limit: rows to write; None: all."""
         marker = f"{file}.json"
         if not self._is_done(marker):
             shard = os.path.join(self._work, f"{file}.array_record")
@@ -238,7 +240,7 @@ class _TokenWriter(_Writer):
         return StoredFile(**self._marked(marker))
 
     def _shard(self, file: int, limit: int | None, path: str, progress: Progress) -> tuple[int, int]:
-        """Write one record for each row. Returns (rows, tokens)."""
+        """Writes one record per row. Returns (rows, tokens)."""
         rows = tokens = reported = 0
         pool = DaemonPool(1, "jaxtrain-pretokenize")
         try:
@@ -274,13 +276,13 @@ class _TokenWriter(_Writer):
             chunk = [text for text, _ in group]
             with gate:
                 ids, lengths = self.job.tokenizer.encode_batch([text for text in chunk if text])
-            # `np.split` takes 1.5 microseconds a document, a slice 0.2.
+            # `np.split` takes 1.5 microseconds per document, a slice 0.2.
             ids, ends = ids.astype(dtype), lengths.cumsum()
             slices = iter(map(slice, (ends - lengths).tolist(), ends.tolist()))
             yield from (ids[next(slices)] if text else ids[:0] for text in chunk)
 
     def _publish(self, markers: list[str]) -> str:
-        """Name the shards and write the metadata as TFDS expects them. Returns the manifest."""
+        """Names the shards and writes the metadata as TFDS expects them. Returns the manifest."""
         folder = self.job.folder
         files = [StoredFile(**self._marked(marker)) for marker in markers]
         begun = token_store.planned(folder)
@@ -308,7 +310,7 @@ def _move(source: str, target: str) -> None:
 
 
 def _write_metadata(folder: str, files: list[StoredFile], dtype: np.dtype) -> None:
-    """Write what TFDS needs to open the store. Importing TFDS takes 2 s, so it happens here alone."""
+    """Writes what TFDS needs to open the store. Importing TFDS takes 2 s, so only this function does."""
     import tensorflow_datasets as tfds
 
     tokens = tfds.features.Tensor(shape=(None,), dtype=dtype.newbyteorder("=").type, encoding="bytes")
@@ -331,15 +333,21 @@ class TeacherWriter(_Writer):
     """Writes the teacher store of one source.
 
     Attributes:
-        manifest: the store's plan, laid down by the first worker.
-        complete: whether the store was complete before this worker started.
+        manifest: The store's plan, written by the first worker.
+        complete: Whether the store was complete before this worker started.
     """
 
     def __init__(self, job: Job, manifest: TeacherManifest, worker: int, workers: int):
-        """manifest: what the store will say, without shards.
+        """Joins the plan in the store's folder, or writes it.
+
+        Args:
+            job: The source and where its store goes.
+            manifest: The manifest to be, without shards.
+            worker: Index of this worker, from 0.
+            workers: Number of workers.
 
         Raises:
-            UserError: The folder holds another store, finished or begun; the message shows both sides.
+            UserError: The folder holds another store, finished or begun. The message shows both sides.
         """
         self.manifest = _begin_teacher(job.folder, manifest)
         super().__init__(job, worker, workers, teacher_store.exists, self.manifest.max_samples)
@@ -347,11 +355,15 @@ class TeacherWriter(_Writer):
 
     @functools.cached_property
     def known_rows(self) -> list[int] | None:
-        """Rows to write of each file, up to the last one that has any; None if only reading shows them."""
+        """Rows to write of each file, up to the last one with any; None if only reading shows them."""
         return self._wanted_rows() if self.job.source.random_access else None
 
     def sample(self) -> tuple[int, int, int | None]:
-        """(documents, tokens) of the first few shards, and the most documents the store can have; None if unknown."""
+        """Samples the source for a size estimate.
+
+        Returns:
+            (documents, tokens) of the first few shards, and the most documents the store can have; None if unknown.
+        """
         documents = tokens = 0
         for file in range(min(len(self.job.source.files), _SAMPLED_FILES)):
             left = None if self._max_samples is None else self._max_samples - documents
@@ -362,19 +374,23 @@ class TeacherWriter(_Writer):
         return documents, tokens, self._max_samples if self.known_rows is None else sum(self.known_rows)
 
     def done(self) -> tuple[int, int, int]:
-        """(documents, tokens, bytes) of the shards that all workers have written."""
+        """(documents, tokens, bytes) of the shards that all workers have finished."""
         names = [name for name in os.listdir(self._work) if name.endswith(".json") and "-" in name]
         shards = [TeacherShard(**self._marked(name)) for name in names]
         return sum(s.rows for s in shards), sum(s.tokens for s in shards), sum(s.size for s in shards)
 
     def write(self, score: Score, progress: Progress) -> bool:
-        """Write this worker's shards, and finish the store if all shards are done.
+        """Writes this worker's shards, and finishes the store if all shards are done.
+
+        Args:
+            score: The teacher.
+            progress: Called with the documents and tokens written since the last call.
 
         Returns:
             Whether the store is complete.
 
         Raises:
-            UserError: The disk is full; finished shards are kept.
+            UserError: The disk is full. Finished shards are kept.
             TransientError, CorruptError: Raised by the source.
         """
         pool = DaemonPool(1, "jaxtrain-cache-teacher")
@@ -411,18 +427,18 @@ class TeacherWriter(_Writer):
         return -(-rows // self.manifest.part_rows)
 
     def _unfinished(self) -> Iterator[_TokenizedShard]:
-        """The shards of this worker that are not done, tokenized."""
+        """This worker's unfinished shards, tokenized."""
         rows = self.known_rows
         if rows is not None:
             shards = [(file, number) for file, n in enumerate(rows) for number in range(self._num_shards(n))]
-            # Neighbors go to the same worker: a file is opened once, and read on.
+            # Consecutive shards go to the same worker, so a file is opened once and read sequentially.
             begin, end = (len(shards) * worker // self.workers for worker in (self.worker, self.worker + 1))
             for file, group in itertools.groupby(shards[begin:end], lambda shard: shard[0]):
                 left = {number for _, number in group if not self._is_done(f"{file}-{number}.json")}
                 if left:
                     yield from self._shards(file, min(left), rows[file], left)
             return
-        # Without known row counts every worker reads all text, which costs little next to a teacher.
+        # If row counts are unknown, every worker reads all text, which is cheap next to a teacher.
         limit = self._max_samples
         for file in range(len(self.job.source.files)):
             if limit == 0:
@@ -484,7 +500,7 @@ class TeacherWriter(_Writer):
 
 
 def _begin_teacher(folder: str, manifest: TeacherManifest) -> TeacherManifest:
-    """The plan of the store: the first worker's. Raises UserError if it is not `manifest`."""
+    """The store's plan, from the first worker. Raises UserError if it differs from `manifest`."""
     begun = teacher_store.planned(folder)
     if begun is None:
         record_store.begin(folder, manifest.to_json())

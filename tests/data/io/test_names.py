@@ -14,7 +14,7 @@ from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.stores import token_store
-from jaxtrain.data.stores.token_store import Manifest
+from jaxtrain.data.stores.token_store import TokenManifest
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Source, SourceConfig
 from tests.data.memory_source import WordTokenizer
@@ -269,8 +269,8 @@ def test_text_files_of_version_0_1(tmp_path: pathlib.Path, monkeypatch: pytest.M
 TOKENIZER = WordTokenizer()
 
 
-def store_of(config: SourceConfig, source: Json, settings: Json) -> Manifest:
-    made = Manifest(source, settings, source["files"], False, None, [], TOKENIZER.identity, TOKENIZER.vocab_size)
+def store_of(config: SourceConfig, source: Json, settings: Json) -> TokenManifest:
+    made = TokenManifest(source, settings, source["files"], False, None, [], TOKENIZER.identity, TOKENIZER.vocab_size)
     return token_store.manifest_from_json(made.to_json(), "there")
 
 
