@@ -36,6 +36,7 @@ class Piece:
 
 
 def pieces(lengths: Sequence[int], context: int, stride: int) -> list[Piece]:
+    """Splits documents of these lengths into windows of at most `context` tokens, `stride` tokens apart."""
     found = []
     for document, length in enumerate(lengths):
         first = 0

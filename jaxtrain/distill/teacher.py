@@ -145,6 +145,7 @@ class Teacher:
 
     @property
     def is_checkpoint(self) -> bool:
+        """Whether `model` is a jaxtrain work directory or checkpoint rather than a Hugging Face model."""
         return restore.is_checkpoint(self.model)
 
     def _shape(self) -> tuple[ModelConfig, int]:

@@ -133,6 +133,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
+        """Counts the time inside the context as `name`."""
         self._charge()
         self._open.append(name)
         try:
@@ -146,6 +147,7 @@ class Goodput:
         self.seconds["start"] += self.steps()
 
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self._started_at
 
     def steps(self) -> float:
@@ -153,6 +155,7 @@ class Goodput:
         return self.elapsed() - sum(self.seconds.values())
 
     def summary(self) -> str:
+        """One line with the share of each span."""
         elapsed = max(self.elapsed(), 1e-9)
         parts = [f"{100 * self.steps() / elapsed:.1f}% of {elapsed:,.0f} s in steps"]
         parts += [f"{name} {100 * spent / elapsed:.1f}%" for name, spent in self.seconds.items() if spent > 0]
@@ -332,6 +335,7 @@ class Monitor:
 
 
 def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
+    """Formats a logged step for the console."""
     done = f"{at.tokens_after:,} tokens"
     if run.total_tokens is not None:
         done = f"{at.tokens_after:,}/{run.total_tokens:,} tokens, {100 * at.tokens_after / run.total_tokens:.1f}%"

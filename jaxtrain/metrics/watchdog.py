@@ -20,9 +20,11 @@ class Watchdog:
         self._thread.start()
 
     def beat(self) -> None:
+        """Records progress."""
         self._beat_at = time.monotonic()
 
     def close(self) -> None:
+        """Stops watching."""
         self._stop.set()
         self._thread.join()
 

@@ -209,6 +209,7 @@ class Console(logging.Handler):
                 self._bar.write(text, file=sys.stdout)
 
     def stop_bar(self) -> None:
+        """Removes the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -274,6 +275,7 @@ class Mirror:
                 self._uploaded[name] = min(changed, started)
 
     def close(self) -> None:
+        """Uploads the last changes of a remote work directory."""
         if self._remote is not None:
             self._stop.set()
             self._thread.join()

@@ -195,6 +195,7 @@ def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
 
 
 def platform_of(mesh: Mesh | None) -> str:
+    """Returns the platform of the mesh's devices, or JAX's default platform."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 

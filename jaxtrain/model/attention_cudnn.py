@@ -28,6 +28,13 @@ def attend_cudnn(
 ) -> jax.Array:
     """Computes softmax(q kᵀ / sqrt(h)) v in bfloat16, within segments, up to `sliding_window` - 1 tokens back.
 
+    Args:
+        q_BTHh: Queries.
+        k_BTKh: Keys.
+        v_BTKh: Values.
+        segment_ids_BT: Document of each token, int32.
+        sliding_window: Visible tokens, including the token itself; None for all.
+
     Returns:
         x_BTHh.
     """

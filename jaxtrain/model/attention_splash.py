@@ -21,9 +21,20 @@ def attend_splash(
     sliding_window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back: x_BTHh.
+    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back.
 
-    Rows are padded to a multiple of 128. `interpret` runs it without a TPU, slowly.
+    Rows are padded to a multiple of 128.
+
+    Args:
+        q_BTHh: Queries.
+        k_BTKh: Keys.
+        v_BTKh: Values.
+        segment_ids_BT: Document of each token, int32.
+        sliding_window: Visible tokens, including the token itself; None for all.
+        interpret: Run the kernel without a TPU, slowly.
+
+    Returns:
+        x_BTHh.
     """
     batch, seq_len, heads, width = q_BTHh.shape
     padding = -seq_len % LANES

@@ -28,7 +28,18 @@ MASKED = -1e30  # finite: no row is fully masked (each query sees itself), but -
 def attend_xla(
     q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
 ) -> jax.Array:
-    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back: x_BTHh."""
+    """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back.
+
+    Args:
+        q_BTHh: Queries.
+        k_BTKh: Keys.
+        v_BTKh: Values.
+        segment_ids_BT: Document of each token, int32.
+        sliding_window: Visible tokens, including the token itself; None for all.
+
+    Returns:
+        x_BTHh.
+    """
     return _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)[0]
 
 

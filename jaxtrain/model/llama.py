@@ -124,6 +124,7 @@ class LlamaConfig:
 
     @property
     def resolved_head_dim(self) -> int:
+        """Width of a head."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property

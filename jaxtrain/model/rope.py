@@ -28,6 +28,7 @@ class LinearRopeScaling:
             raise UserError(f"rope_scaling.factor={self.factor} would shorten the context: it must be at least 1.")
 
     def scale(self, frequencies: np.ndarray) -> np.ndarray:
+        """Returns the scaled frequencies."""
         return frequencies / self.factor
 
 
@@ -57,6 +58,7 @@ class Llama3RopeScaling:
             )
 
     def scale(self, frequencies: np.ndarray) -> np.ndarray:
+        """Returns the scaled frequencies."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)

@@ -201,6 +201,7 @@ class SentencePieceTokenizer:
 
 
 def check_threads(threads: int | None) -> None:
+    """Raises ValueError if the number of threads is below 1."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: give at least 1, or none for all cores")
 

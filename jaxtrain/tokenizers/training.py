@@ -161,6 +161,12 @@ def train(
 ) -> HFTokenizer | SentencePieceTokenizer:
     """Trains a tokenizer and writes it into a new or empty folder, atomically.
 
+    Args:
+        config: settings of the tokenizer.
+        documents: texts to train on; at most `config.max_samples` are read.
+        folder: output folder.
+        progress: whether to show progress.
+
     Raises:
         UserError: the folder is not empty, there are no documents, or the vocabulary is too small for them. Errors
             from `documents` propagate.

@@ -43,6 +43,7 @@ class Program:
     beside: int = 0
 
     def describe(self, limit: int | None) -> str:
+        """Describes micro-batches and memory in one line. `limit` is in bytes."""
         rows, count = self.batch_size // self.micro_batches, self.micro_batches
         text = f"{count} micro-batch{'es' * (count > 1)} of {rows:,} x {self.seq_len:,} tokens"
         needed, held = memory.needed(self.executable), memory.held(self.executable)

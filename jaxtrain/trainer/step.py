@@ -219,6 +219,12 @@ def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
 def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: int | None) -> int:
     """Returns the number of micro-batches, such that each has at most `micro_batch_tokens` tokens per device.
 
+    Args:
+        mesh: The device mesh.
+        batch_size: Rows of the batch.
+        seq_len: Tokens per row.
+        micro_batch_tokens: Maximum tokens per device in a micro-batch; None for no maximum.
+
     Raises:
         UserError: The mesh does not divide the batch.
     """

@@ -22,7 +22,7 @@ def compare(size: Size, teacher_times: int, rounds: int) -> Json:
 
     Args:
         size: The student and its batch.
-        teacher_times: Size of the teacher, as a multiple of the student's.
+        teacher_times: Factor of the teacher's width, layers and heads over the student's.
         rounds: Number of measurements.
 
     Returns:

@@ -48,6 +48,7 @@ class ParquetFiles:
         return self.rows[file].tolist()
 
     def footer(self, file: int) -> pq.FileMetaData:
+        """Returns the footer of a file, from the cache if possible."""
         with self.lock:
             if file in self.footers:
                 self.footers.move_to_end(file)
