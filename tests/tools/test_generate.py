@@ -21,18 +21,18 @@ def workdir(folder, tmp_path):
 
 @pytest.mark.slow
 def test_texts_are_those_of_generate(workdir, tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("w1 w2 w3\n\nw7\n")
+    prompts = tmp_path / "prompts.txt"  # without w1: its id is the model's BOS, which no text encodes to
+    prompts.write_text("w2 w3 w4\n\nw7\n")
     written = tmp_path / "texts.jsonl"
     settings = {"max_new_tokens": 5, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     assert run(tool, f"--workdir={workdir}", f"--prompts={prompts}", "--samples=2", f"--json={written}", *flags) == 0
     found = restore(workdir)
     eos = found.tokenizer.eos_id
-    ids = [ids for ids in ([1, 2, 3], [eos], [7]) for _ in range(2)]
+    ids = [ids for ids in ([2, 3, 4], [eos], [7]) for _ in range(2)]
     wanted = generate(found.model, found.params, ids, eos_id=eos, **settings)
     rows = [json.loads(line) for line in written.read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == ["w1 w2 w3", "w1 w2 w3", "", "", "w7", "w7"]
+    assert [row["prompt"] for row in rows] == ["w2 w3 w4", "w2 w3 w4", "", "", "w7", "w7"]
     texts = [continuation(found.tokenizer, *each) for each in zip(ids, wanted, strict=True)]
     assert [row["text"] for row in rows] == texts
     assert [row["tokens"] for row in rows] == list(map(len, wanted))
@@ -43,9 +43,9 @@ def test_texts_are_those_of_generate(workdir, tmp_path, capsys):
     assert len(set(texts)) > 1
 
     capsys.readouterr()
-    assert run(tool, f"--workdir={workdir}", "--prompt=w1 w2 w3", "--temperature=0", "--max_new_tokens=4") == 0
-    (greedy,) = generate(found.model, found.params, [[1, 2, 3]], max_new_tokens=4, temperature=0, eos_id=eos)
-    assert capsys.readouterr().out == f"w1 w2 w3{continuation(found.tokenizer, [1, 2, 3], greedy)}\n"
+    assert run(tool, f"--workdir={workdir}", "--prompt=w2 w3 w4", "--temperature=0", "--max_new_tokens=4") == 0
+    (greedy,) = generate(found.model, found.params, [[2, 3, 4]], max_new_tokens=4, temperature=0, eos_id=eos)
+    assert capsys.readouterr().out == f"w2 w3 w4{continuation(found.tokenizer, [2, 3, 4], greedy)}\n"
 
 
 @pytest.mark.parametrize(
