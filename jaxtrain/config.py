@@ -109,6 +109,8 @@ class Config:
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
         deterministic: On GPUs, use deterministic operations only, so that equal runs give equal parameters.
+        compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of
+            trainer/compiler_options.py or in their place: --config.compiler_options.xla_NAME=VALUE.
         sample_prompts: Texts to continue at the end of the run.
     """
 
@@ -135,6 +137,7 @@ class Config:
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
+    compiler_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     sample_prompts: tuple[str, ...] = ()
 
     def check(self) -> None:

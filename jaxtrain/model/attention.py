@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.distributed.sharding import spec
 from jaxtrain.errors import UserError
-from jaxtrain.model.attention_xla import attend_xla
+from jaxtrain.model.attention_xla import SAVED, attend_xla
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
@@ -24,6 +24,17 @@ SHORTEST_FOR_KERNELS = 128
 # Maximum difference of a kernel from XLA in bfloat16, relative to the largest element: rounding is at most 2^-7, bugs
 # are near 1.
 TOLERANCE = 0.03
+
+
+_by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
+
+
+def saved(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A checkpoint policy that saves the output of attention, and the statistics that its backward pass needs.
+
+    XLA and splash name them. cuDNN's wrapper does not, so its primitive is recognized instead.
+    """
+    return "dot_product_attention_fwd" in primitive.name or _by_name(primitive, *args, **params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +215,8 @@ def _kernel(implementation: str, mesh: Mesh | None) -> Any:
     if implementation == "splash":
         from jaxtrain.model.attention_splash import attend_splash
 
-        return functools.partial(attend_splash, interpret=platform_of(mesh) != "tpu")
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        return functools.partial(attend_splash, device_kind=device.device_kind, interpret=platform_of(mesh) != "tpu")
     if implementation == "cudnn":
         from jaxtrain.model.attention_cudnn import attend_cudnn
 

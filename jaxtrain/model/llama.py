@@ -33,7 +33,9 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divide
 # What the backward pass keeps of each layer, besides its input.
 REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.saved
+    ),
 }
 
 
@@ -64,7 +66,7 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights.
+            weights and its attention.
         scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
@@ -270,18 +272,19 @@ class Llama(BaseModel):
         return frame.norm(x).reshape(*tokens_BT.shape, -1), extras_L
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """Returns [B * T, D] (faster on CPU), or [B, T, D] if `context` splits T, which then cannot merge with B.
+        """Returns [B, T, D], or on CPU [B * T, D], which is faster there, unless `context` splits T.
 
         The lookup is in fp32: the gradient of a frequent token sums thousands of rows, more than bf16 can resolve.
         """
         split = self.mesh is not None and self.mesh.shape["context"] > 1 and tokens_BT.shape[1] > 1
+        flat = attention.platform_of(self.mesh) == "cpu" and not split
         x = embedding_VD[tokens_BT]
         if self.mesh is not None:
             # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
             # device's rows. Neither the table nor its gradient is ever gathered.
             columns = NamedSharding(self.mesh, PartitionSpec("data", "context" if split else None, "fsdp"))
             x = jax.lax.with_sharding_constraint(x, columns)
-        x = x if split else x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1]) if flat else x
         return sharding.constrain(x, self.mesh, activation_axes(x))
 
     def _over_layers(self, layer: Any, x: jax.Array, inputs_L: Any) -> tuple[jax.Array, Any]:

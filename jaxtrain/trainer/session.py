@@ -28,7 +28,7 @@ from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
-from jaxtrain.trainer import compatibility, open_data, state
+from jaxtrain.trainer import compatibility, compiler_options, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import StagePrograms
@@ -311,7 +311,8 @@ def make_components(
     elif layout is not None:
         divergence = config.distillation.build_cached(layout, mesh, config.loss)
         distilled = Distilled(None, (), divergence, layout.width)
-    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
+    options = compiler_options.resolve(mesh, config.compiler_options)
+    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled, options)
 
 
 def beside_params(components: StepComponents) -> int:
