@@ -144,7 +144,7 @@ def test_workdir(command: Command, tmp_path: pathlib.Path, hub: LoopbackHub) -> 
     command(workdir=tmp_path / "file").is_error(2, "is a file", "directory")
     command(workdir=pathlib.Path("/dev/null/x")).is_error(2, "/dev/null/x", "cannot be written")
     with Workdir(tmp_path / "busy"):
-        command(workdir=tmp_path / "busy").is_error(2, "used by another run", str(os.getpid()), "--workdir")
+        command(workdir=tmp_path / "busy").is_error(2, "in use by another run", str(os.getpid()), "--workdir")
 
 
 def copied(stopped: Run, tmp_path: pathlib.Path) -> pathlib.Path:

@@ -62,7 +62,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     assert "already holds a tokenizer" in capsys.readouterr().err
     with Workdir(tmp_path / "busy"):
         assert run(f"--workdir={tmp_path / 'busy'}", *settings) == 2
-    assert "is used by another run" in capsys.readouterr().err
+    assert "is in use by another run" in capsys.readouterr().err
     assert not (tmp_path / "busy" / "tokenizer").exists()
 
 

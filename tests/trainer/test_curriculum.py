@@ -156,7 +156,7 @@ def test_evaluation_follows_tokens_not_steps(full):
         (["eval.every_steps=50"], "every_steps=50 and every_tokens=25000000: give one of them"),
         (["eval.every_tokens=0"], "every_tokens=0: give 1 or more"),
         (["data.holdout=0"], "eval.every_tokens=25000000 needs held-out documents: set data.holdout"),
-        (["micro_batch_tokens=1024"], "and those of stage 9 (Expert Reasoning) have 1536 tokens"),
+        (["micro_batch_tokens=1024"], "a row of stage 9 (Expert Reasoning) has 1536 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
