@@ -32,9 +32,7 @@ def test_any_bound_will_do(bound):
 
 def test_max_samples_bound_a_source_but_say_not_how_often_it_is_read():
     bounded = [*ENDLESS, "--config.data.sources.python.max_samples=100"]
-    with pytest.raises(
-        UserError, match=r"nothing says where the run ends: .* 1 ends it after each source's max_samples"
-    ):
+    with pytest.raises(UserError, match=r"nothing bounds the run: .* 1 ends it after each source's max_samples"):
         cli.load("configs/quickstart.py", bounded)
 
 

@@ -146,8 +146,8 @@ def test_other_shapes_are_named(make):
     wanted["params"]["layers"] = {"v": jax.ShapeDtypeStruct((3,), jnp.float32)}
     with pytest.raises(UserError) as error:
         checkpointer.restore(1, wanted)
-    assert "layers/v: saved nothing, wanted (3,)" in str(error.value)
-    assert "layers/w: saved (16, 8), wanted nothing" in str(error.value)
+    assert "layers/v: saved nothing, expected (3,)" in str(error.value)
+    assert "layers/w: saved (16, 8), expected nothing" in str(error.value)
 
 
 # Which checkpoints are kept.
@@ -317,7 +317,7 @@ def test_a_flipped_bit_of_a_large_array_is_found_and_an_older_checkpoint_is_used
     caplog.set_level(logging.INFO)
     second = make()
     assert f"Checkpoint 2 is damaged: {path} does not match its checksum." in caplog.text
-    assert "2.corrupt; checkpoint 1 is used" in caplog.text
+    assert "2.corrupt; using checkpoint 1" in caplog.text
     assert "Verified the files of checkpoint 1" in caplog.text
     assert second.latest_step() == 1
     assert_same(second.restore(1, abstract(state)), state)

@@ -279,7 +279,7 @@ def test_braces(pattern, names):
     "pattern", ["{a}", "a{", "a}", "{{1..2}}", "{}", "{2..1}", "{0..999999999}", "{0..1999}{0..1999}", "{1...3}"]
 )
 def test_other_braces_are_refused(pattern):
-    with pytest.raises(UserError, match=r"braces do not pair|neither a range|ends before|check its range"):
+    with pytest.raises(UserError, match=r"braces are unbalanced or nested|neither a range|ends before|check its range"):
         WebDataset(urls=(f"https://me:secret@host/{pattern}.tar",)).check()
 
 
