@@ -306,7 +306,7 @@ def load(folder: str) -> TokenManifest:
 
 
 def verify(folder: str) -> TokenManifest:
-    """Like `load`, and also reads every shard and compares its digest."""
+    """Like `load`, but also reads every shard and compares its digest."""
     manifest = load(folder)
     for file in manifest.files:
         if file.shard is not None and record_store.digest_of(os.path.join(folder, file.shard)) != file.digest:
@@ -331,7 +331,7 @@ def check(
     Raises:
         UserError: The store holds something else; the message shows both sides.
     """
-    # Version 0.1 redacted its settings, so settings that lost something differ from today's.
+    # Version 0.1 redacted its settings, so settings with a redacted part differ from the current ones.
     wanted, has = settings_of(config), manifest.settings
     if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
