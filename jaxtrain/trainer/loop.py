@@ -104,7 +104,7 @@ def _run(
                 raise UserError(str(error)) from None
             raise
         skipped_files.record(workdir.skips, error)
-        recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
+        recorded = f"Recorded in {workdir.skips}. Run the same command again to continue without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
         # Tell the other processes. The launcher restarts all of them, and they read the list.
@@ -135,8 +135,8 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         with only_new_garbage():
             code = loop.run(train_state)
         step = checkpointer.latest_step()
-        saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
-        monitor.message(f"{saved} Give the same command again to go on." if code == STOPPED else f"Finished. {saved}")
+        saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
+        monitor.message(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
         if code == FINISHED and config.sample_prompts:
             sample(session, loop.state["params"], monitor)
         return code
@@ -240,13 +240,13 @@ class Loop:
             return
         (at, batch, arrays), self._unlogged = self._unlogged, None
         session, values = self._session, jax.device_get(arrays)
-        given = ledger.by_source(session.gather(batch), session.plan.source_names)
-        session.stage_ends.note(at.step, given)
+        totals = ledger.by_source(session.gather(batch), session.plan.source_names)
+        session.stage_ends.note(at.step, totals)
         metrics: Json = {name: float(value) for name, value in values.items() if name != "fingerprint"}
         metrics |= {name: int(values[name]) for name in ("skipped", "skipped_in_a_row")}
         metrics["fingerprint"] = fingerprint.text(np.asarray(values["fingerprint"]))
-        metrics["sources"] = given
-        metrics["stage_sources"] = session.stage_ends.in_stage(at.step, given)
+        metrics["sources"] = totals
+        metrics["stage_sources"] = session.stage_ends.in_stage(at.step, totals)
         metrics["disk_cache_gb"] = None if session.cache is None else session.cache.used_bytes() / 1e9
         self._monitor.log_step(at, metrics)
         in_a_row = metrics["skipped_in_a_row"]

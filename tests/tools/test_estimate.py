@@ -86,7 +86,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--hardware=h100:3",), "cannot be shared by mesh.data * mesh.fsdp = 3"),
+        (("--hardware=h100:3",), "is not divisible by mesh.data * mesh.fsdp = 3"),
         (("--mfu=0",), "--mfu=0"),
         (("--mfu=1.5",), "--mfu=1.5"),
         (("--price=-1",), "--price=-1"),
@@ -144,7 +144,7 @@ def test_memory_is_near_what_compilers_say(chip: str) -> None:
         (stage,) = answer["stages"]
         config = files.load(str(ROOT / f"configs/{name}.py"), (f"--config.mesh.data={slices}",))
         cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-        found = sections.memory(sections.outlook(config, cluster, None, 1.0, 0.0)).numbers
+        found = sections.memory(sections.make_outlook(config, cluster, None, 1.0, 0.0)).numbers
         assert stage["fits"] or not found["fits"], (name, shape)
         if stage["fits"] and found["fits"]:
             assert found["micro_batches"] == [stage["micro_batches"]]

@@ -125,9 +125,9 @@ def test_every_token_of_a_step_is_traced(spec, answer, tokenizer, tmp_path):
         for number, row in enumerate(replayed["rows"]):
             assert (row["row"], row["lane"]) == (number, number * 4 // len(batch["tokens"]))
             expected: list[int] = []
-            for piece in row["documents"]:
-                ids, _ = model.encode_batch([text_of(row["source"], piece["file"], piece["row"])])
-                expected += [*ids.tolist(), model.eos_id][piece["first"] : piece["end"]]
+            for span in row["documents"]:
+                ids, _ = model.encode_batch([text_of(row["source"], span["file"], span["row"])])
+                expected += [*ids.tolist(), model.eos_id][span["first"] : span["end"]]
                 sources.add(row["source"])
             assert expected == batch["tokens"][number].tolist()
             assert f"row {number} (lane {row['lane']}, {row['source']}): " in out
@@ -231,7 +231,7 @@ def test_data_that_ends_and_long_replays(answer, monkeypatch):
     few = [f"--config.data.sources.{name}.max_samples=3" for name in ("web", "wiki", "code", "lines")]
     code, out, err, found = answer("--transitions", "--config.epochs=1", "--config.data.num_lanes=1", *few)
     assert code == 0, err
-    assert "(the data ends here, read from its beginning)" in out
+    assert "(read from its beginning, the data ends here)" in out
     assert [len(change["steps"]) for change in found["transitions"]] == [4, 3]
     code, out, err, _ = answer("--at_step=21")
     assert code == 0, err

@@ -61,7 +61,7 @@ COMMAND = Command(
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
         Flag(name="num_lanes", type=int, default=8, help="lanes read in parallel"),
-        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE is slower"),
+        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="the tokenizers to measure; BPE is slower"),
         rounds_flag(3),
     ),
     config="none",
@@ -135,8 +135,8 @@ class _Measured:
             tokenizing.append(self._tokenize(self._tokenizer)[2])
             cutting.append(self._tokenize(self._prepared)[2])
             if plain.is_installed():
-                spent, given = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
-                usual.append(given / spent.cpu)
+                spent, tokens = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
+                usual.append(tokens / spent.cpu)
             progress(
                 f"{kind}, round {number} of {rounds}: {whole[-1].tokens / whole[-1].spent.wall:,.0f} tokens/s; CPU "
                 f"seconds: whole {whole[-1].spent.cpu:.2f}, tokenizing {tokenizing[-1]:.2f}, prepared "

@@ -45,7 +45,7 @@ def page(runs: Sequence[RunLog]) -> str:
     for run in runs:
         body += [f"<h2>Stages{text(f', {run.name}') if several else ''}</h2>", _stages(run), _ledger(run)]
     if several:
-        body += ["<h2>What the configs differ in</h2>", *(_differences(runs[0], run) for run in runs[1:])]
+        body += ["<h2>Differences between the configs</h2>", *(_differences(runs[0], run) for run in runs[1:])]
     body += ["<h2>Configs</h2>", *(_config(run) for run in runs)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -129,7 +129,7 @@ def _held_out(run: RunLog) -> str:
     loss, bits = (number(run.evaluation.get(key)) for key in ("eval_loss", "eval_bits_per_byte"))
     if loss is None:
         return _NONE
-    found = f"{loss:.4f}" + (f", {bits:.4f} bits a byte" if bits is not None else "")
+    found = f"{loss:.4f}" + (f", {bits:.4f} bits per byte" if bits is not None else "")
     found += f" (step {run.evaluation['step']:,})"
     if run.best is not None and run.best[0] != run.evaluation["step"]:
         found += f"; best {run.best[1]:.4f} (step {run.best[0]:,})"
@@ -280,21 +280,21 @@ def _ledger(run: RunLog) -> str:
     columns = ("Stage", "Source", "Target", "Share", "Tokens", "Unique tokens", "Documents", "Epochs")
     rows, unknown = [], False
     for stage in run.stages:
-        given, target = stage.given, run.targets(stage.number)
-        if given is None:
+        sources, target = stage.sources, run.targets(stage.number)
+        if sources is None:
             unknown = True
             rows.append(_row((_stage_title(run, stage), "not known", *[_NONE] * 6), 2, ' class="first"'))
             continue
-        shown = [name for name in given if given[name]["tokens"] or (target or {}).get(name)]
+        shown = [name for name in sources if sources[name]["tokens"] or (target or {}).get(name)]
         for index, name in enumerate(shown):
             title = "" if index else _stage_title(run, stage)
             wanted = _NONE if target is None or name not in target else f"{target[name]:.2%}"
             rows.append(
-                _row((title, name, wanted, *_counts(given[name], "epochs")), 2, "" if index else ' class="first"')
+                _row((title, name, wanted, *_counts(sources[name], "epochs")), 2, "" if index else ' class="first"')
             )
     if len(run.stages) > 1 or unknown:
-        for index, (name, given) in enumerate((run.last.get("sources") or {}).items()):
-            cells = ("" if index else "all", name, _NONE, *_counts(given, "epoch"))
+        for index, (name, totals) in enumerate((run.last.get("sources") or {}).items()):
+            cells = ("" if index else "all", name, _NONE, *_counts(totals, "epoch"))
             rows.append(_row(cells, 2, "" if index else ' class="first"'))
     note = "Epochs: completed by the lane that is furthest behind."
     if unknown:
@@ -302,8 +302,8 @@ def _ledger(run: RunLog) -> str:
     return _table(columns, rows, 2) + f'<p class="note">{text(note)}</p>'
 
 
-def _counts(given: Json, epochs: str) -> list[str]:
-    share, *counts = (given[key] for key in ("share", "tokens", "unique_tokens", "documents", epochs))
+def _counts(totals: Json, epochs: str) -> list[str]:
+    share, *counts = (totals[key] for key in ("share", "tokens", "unique_tokens", "documents", epochs))
     return [f"{share:.2%}", *(f"{count:,}" for count in counts)]
 
 
@@ -318,7 +318,7 @@ def _differences(first: RunLog, other: RunLog) -> str:
     if len(found) > _MAX_DIFFERENCES:
         rows.append(_row((f"and {len(found) - _MAX_DIFFERENCES:,} more", "", ""), 3))
     if not rows:
-        return f'<p class="note">{text(other.name)}: in nothing.</p>'
+        return f'<p class="note">{text(other.name)}: none.</p>'
     return _table(("Field", first.name, other.name), rows, 3)
 
 
