@@ -216,18 +216,18 @@ class _Walk:
         return clock.now
 
     def _conditional(self, instruction: Instruction, times: int) -> float:
-        """Takes the longest branch."""
-        before, longest, kept = (self.kernels, self.communication), -1.0, ([], [])
+        """Takes the longest branch; on a GPU the shortest, since only rows of many documents leave cuDNN's kernel."""
+        gpu, before = self.chip.platform == "gpu", (self.kernels, self.communication)
+        found = []
         for branch in branches_of(instruction):
             self.kernels, self.communication = [], []
-            seconds = self.computation(branch, times)
-            if seconds > longest:
-                longest, kept = seconds, (self.kernels, self.communication)
-        self.kernels, self.communication = before[0] + kept[0], before[1] + kept[1]
-        if self.chip.platform == "gpu":
+            found.append((self.computation(branch, times), self.kernels, self.communication))
+        seconds, kernels, communication = (min if gpu else max)(found, key=lambda branch: branch[0])
+        self.kernels, self.communication = before[0] + kernels, before[1] + communication
+        if gpu:
             self.kernels.append(_kernel_of(instruction, "host waits of conditionals", "", times, _SYNC, 0, 0))
-            longest += _SYNC
-        return longest
+            seconds += _SYNC
+        return seconds
 
     # ---- Collectives
 

@@ -159,7 +159,7 @@ ENTRY %main (p: pred[], q: bf16[4,2048,16,128], w: bf16[8192,2048], x: bf16[8,12
     assert kernels["gemm"].flops == 2 * 8192 * 8192 * 2048
     assert kernels["gemm"].seconds == pytest.approx(kernels["gemm"].flops / 780e12 + 1.5e-6)
     assert kernels["fmha"].flops == 5 * 4 * 16 * 2048 * 2048 * 128  # half of the square
-    assert kernels["copied"].seconds == pytest.approx(4e-6)
+    assert "copied" not in kernels  # of the longer branch
     assert kernels["either"].part == "host waits of conditionals"
 
 
