@@ -170,7 +170,7 @@ def test_a_compiled_program() -> None:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
 
     shapes = (jax.ShapeDtypeStruct((5, 256, 256), jnp.float32), jax.ShapeDtypeStruct((128, 256), jnp.float32))
-    text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    text = str(jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text())
     found = step_time.estimate(text, CHIP, [0], VOCAB)
     products = [kernel for kernel in found.kernels if kernel.flops]
     # One forward and two backward, of which XLA drops the gradient by the first input or not.

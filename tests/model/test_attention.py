@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
@@ -93,9 +94,9 @@ def test_dots_saves_attention(implementation, policy, saves, capsys):
     (q, k, v), segments, _ = problem(1, 128, 2, 1, 8)
 
     def loss(q, k, v):
-        return attend(q * 2, k, v, segments, mesh=None, implementation=implementation).sum()
+        return attend(q * 2, k, v, jnp.asarray(segments), mesh=None, implementation=implementation).sum()
 
-    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(loss, policy=llama.REMAT_POLICIES[policy]), q, k, v)
+    print_saved_residuals(jax.checkpoint(loss, policy=llama.REMAT_POLICIES[policy]), q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
     # The output and the log-sum-exp of each query, besides q, k and v.
     assert len([line for line in kept if "from the argument" not in line]) == (2 if saves else 0)
