@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.distributed.sharding import spec
 from jaxtrain.errors import UserError
-from jaxtrain.model.attention_xla import SAVED, attend_xla
+from jaxtrain.model.attention_xla import attend_xla
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
@@ -24,17 +24,6 @@ SHORTEST_FOR_KERNELS = 128
 # Maximum difference of a kernel from XLA in bfloat16, relative to the largest element: rounding is at most 2^-7, bugs
 # are near 1.
 TOLERANCE = 0.03
-
-
-_by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
-
-
-def saved(primitive: Any, *args: Any, **params: Any) -> bool:
-    """A checkpoint policy that saves the output of attention, and the statistics that its backward pass needs.
-
-    XLA and splash name them. cuDNN's wrapper does not, so its primitive is recognized instead.
-    """
-    return "dot_product_attention_fwd" in primitive.name or _by_name(primitive, *args, **params)
 
 
 @dataclasses.dataclass(frozen=True)

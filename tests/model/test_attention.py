@@ -96,7 +96,7 @@ def test_dots_saves_attention(implementation, policy, saves, capsys):
     def loss(q, k, v):
         return attend(q * 2, k, v, jnp.asarray(segments), mesh=None, implementation=implementation).sum()
 
-    print_saved_residuals(jax.checkpoint(loss, policy=llama.REMAT_POLICIES[policy]), q, k, v)
+    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy, implementation)), q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
     # The output and the log-sum-exp of each query, besides q, k and v.
     assert len([line for line in kept if "from the argument" not in line]) == (2 if saves else 0)
