@@ -38,8 +38,8 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
     components = offline.components(config, vocab_size, mesh, limit)
     evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
-    beside = session.beside_params(components)
-    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside)
+    extra = session.bytes_besides_params(components)
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
     _describe(components, cluster, limit, vocab_size, source)
     answer: Json = {
         "cluster": str(cluster),
@@ -70,7 +70,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
             answer["evaluation"] = {
                 "fits": True,
                 "micro_batches": program.micro_batches,
-                "needed_bytes": needed and needed + beside,
+                "needed_bytes": needed and needed + extra,
             }
         except DoesNotFitError as error:
             logger.info(f"  DOES NOT FIT. {error}")
