@@ -1,4 +1,4 @@
-"""The commands of the documents: each parses, its config loads, and those that need neither a network nor a cluster run."""
+"""The commands in the docs: each parses, its config loads, and those that need no network and no cluster run."""
 
 import importlib
 import os
