@@ -27,7 +27,7 @@ def partition(source: MemorySource, num_lanes: int) -> units.Partition:
 def lane_documents(
     data: DataConfig, name: str, seed: int, lane: int, epoch: int, held_out: bool = False
 ) -> list[tuple[Identity, str]]:
-    """A lane's documents of one epoch in order, without those that are empty, dropped or held out."""
+    """A lane's documents of one epoch in order, without empty, dropped and held-out ones."""
     source = data.sources[name]
     assert isinstance(source, MemorySource)
     cut = partition(source, data.num_lanes)
@@ -68,7 +68,7 @@ def lane_documents(
 
 @dataclasses.dataclass
 class LaneStream:
-    """All tokens of a lane of a source: (token, number of the document), and where each row begins."""
+    """All tokens of a lane in a source: (token, number of the document), and where each row begins."""
 
     tokens: list[int]
     owners: list[int]
@@ -85,7 +85,7 @@ class LaneStream:
         return self.at >= len(self.tokens)
 
     def row(self, seq_len: int, stride: int, document_mask: bool, counted: int | None = None) -> dict[str, list[int]]:
-        """counted: so many of its tokens are trained on; None: all."""
+        """counted: How many of its tokens are trained on; None for all."""
         fields: dict[str, list[int]] = {
             name: [] for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
         }
@@ -117,7 +117,7 @@ def streams(
     held_out: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> dict[tuple[int, str], LaneStream]:
-    """The stream of every lane in every source, for so many epochs; None: for as many as give `least` tokens."""
+    """The stream of every lane in every source, for `epochs` epochs; None: for enough to yield `least` tokens."""
     found = {}
     for lane in range(data.num_lanes):
         for name in data.sources:
@@ -151,7 +151,7 @@ def _add_epoch(
 def batches(
     data: DataConfig, plan: Plan, lanes: Mapping[tuple[int, str], LaneStream], steps: int
 ) -> list[dict[str, np.ndarray]]:
-    """The global batches of steps 1 to `steps`. Moves `lanes` on."""
+    """The global batches of steps 1 to `steps`. Advances `lanes`."""
     found = []
     for step in range(1, steps + 1):
         at = plan.at(step)

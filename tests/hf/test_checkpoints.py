@@ -120,7 +120,7 @@ def test_a_cut_config_or_index(text, tmp_path):
     for name in ("config.json", reading.INDEX):
         before = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=rf"{name} (is cut or no JSON|is not a JSON object)"):
+        with pytest.raises(UserError, match=rf"{name} (is truncated or not JSON|is not a JSON object)"):
             hf.load(str(folder), in_float32(folder), ONE_DEVICE)
         if before is not None:
             (folder / name).write_bytes(before)

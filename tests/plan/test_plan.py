@@ -238,7 +238,7 @@ def test_stages_that_the_batch_before_swallows():
     plan = plan_of(one(tokens=10), one(tokens=23, seq_len=2), one(tokens=70))
     assert [(stage.first_step, stage.last_step) for stage in plan.stages] == [(1, 1), (2, 2), (3, 4)]
     # The first stage's overshoot may even pass the run's end, and the last stage may be what is left of the run.
-    with pytest.raises(UserError, match=r"stage 2 \(main\): its 5 tokens .* takes 22 of"):
+    with pytest.raises(UserError, match=r"stage 2 \(main\): its 5 tokens .* overshoots by 22"):
         plan_of(one(tokens=10), one(tokens=5), one(tokens=5))
     with pytest.raises(UserError, match=r"stage 2 \(main\): its 7 tokens are never reached: stage 1"):
         plan_of(one(tokens=10), one(), total_tokens=17)

@@ -170,7 +170,7 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"000003-000001\.array_record is not what was written"):
+    with pytest.raises(UserError, match=r"000003-000001\.array_record does not match its checksum"):
         teacher_store.verify(str(tmp_path))
     texts = [(row, config.rows[3][row]) for row in range(16, 32) if config.rows[3][row].strip()]
     encoded = [(row, WordTokenizer().encode_batch([text])) for row, text in texts]
