@@ -76,6 +76,12 @@ def entry_hint(hint: Any) -> Any:
     return (typing.get_args(hint) or (str, Any))[1]
 
 
+def element_hint(hint: Any) -> Any:
+    """The annotation of the elements of a tuple of any length; None for other annotations."""
+    arguments = [typing.get_args(option) for option in options(hint) if typing.get_origin(option) is tuple]
+    return next((found[0] for found in arguments if found[-1] is ...), None)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether the value's own type is right, ignoring its elements, entries and fields.
 
@@ -106,6 +112,14 @@ def fits(value: Any, hint: Any) -> bool:
     if Protocol in origin.__bases__:
         return is_config(value) and not missing_members(value, origin)
     return is_config(value) and isinstance(value, origin)
+
+
+def class_fits(cls: type, hint: Any) -> bool:
+    """Whether instances of a dataclass fit the annotation, whatever their fields hold."""
+    blank = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(blank, field.name, None)
+    return fits(blank, hint)
 
 
 def missing_members(value: Any, protocol: type) -> list[str]:
