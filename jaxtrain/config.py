@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
@@ -95,6 +96,7 @@ class Config:
         teacher: A frozen model to distill from; None for none.
         distillation: How to distill; used only with a teacher.
         total_tokens: Where the run ends, exactly; None if the stages, `steps` or `epochs` end it.
+        scale_to: Tokens of the whole run; every stage's are scaled in proportion. None for those that the stages give.
         steps: The most steps. The schedule stays that of total_tokens, if given.
         epochs: How often each source is read at most; None for as often as the run needs.
         seed: Of parameters, shuffle and mix.
@@ -125,6 +127,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     total_tokens: int | None = None
+    scale_to: int | None = None
     steps: int | None = None
     epochs: int | None = None
     seed: int = 0
@@ -138,7 +141,7 @@ class Config:
     sample_prompts: tuple[str, ...] = ()
 
     def check(self) -> None:
-        for name in ("epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
+        for name in ("scale_to", "epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -178,7 +181,13 @@ class Config:
     def _check_bound(self) -> None:
         """A run over sources without an end needs one. (A plan knows no sources' sizes: it would say less.)"""
         unbounded = [name for name, source in self.data.sources.items() if source.max_samples is None]
-        bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
+        bounds = {
+            self.total_tokens,
+            self.scale_to,
+            self.steps,
+            self.epochs,
+            *(stage.tokens for stage in self.stages[-1:]),
+        }
         if unbounded and self.stages and bounds == {None}:
             raise UserError(
                 "max_samples MUST be specified for streaming datasets! Nothing says where the run ends, and "
@@ -203,20 +212,42 @@ class Config:
                 raise UserError(f"eval.weights: there is no source {name!r}; did you mean {' or '.join(near)}?")
         self.eval.plan(plan, self.data.num_lanes)
 
-    def plan(self) -> Plan:
-        """The run as a pure function of the step. Raises UserError."""
+    def plan(self, horizon: int | None = None) -> Plan:
+        """The run as a pure function of the step. Raises UserError.
+
+        Args:
+            horizon: See `build_plan`.
+        """
+        stages, total_tokens = self._scaled()
         return build_plan(
-            self.stages,
+            stages,
             source_names=tuple(self.data.sources),
             num_lanes=self.data.num_lanes,
             seed=self.seed,
-            total_tokens=self.total_tokens,
+            total_tokens=total_tokens,
             steps=self.steps,
             epochs=self.epochs,
+            horizon=horizon,
             learning_rate=self.optimizer.learning_rate,
             schedule=self.optimizer.schedule.build(),
             loss_weights=CROSS_ENTROPY_ALONE if self.teacher is None else self.distillation.weights(),
         )
+
+    def _scaled(self) -> tuple[tuple[Stage, ...], int | None]:
+        """The stages and total_tokens, in proportion to `scale_to`."""
+        if self.scale_to is None or not self.stages:
+            return self.stages, self.total_tokens
+        ends = list(itertools.accumulate(stage.tokens or 0 for stage in self.stages))
+        # The target was for the stages as they are.
+        total = self.total_tokens if self.stages[-1].tokens is None else ends[-1]
+        if total is None:
+            raise UserError(f"scale_to={self.scale_to:,} scales the stages' tokens: give those of the last stage too")
+        bounds = [0, *(end * self.scale_to // total for end in ends)]
+        scaled = tuple(
+            stage if stage.tokens is None else dataclasses.replace(stage, tokens=end - start)
+            for stage, (start, end) in zip(self.stages, itertools.pairwise(bounds), strict=True)
+        )
+        return scaled, self.scale_to
 
 
 def _check_place(field: str, given: str) -> None:

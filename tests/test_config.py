@@ -63,3 +63,17 @@ def test_distillation_configs(spec):
     config = cli.load(f"configs/{spec}", [])
     assert (config.teacher is None) == (":" in spec)
     assert config.plan().last_step
+
+
+def test_one_field_scales_all_stages():
+    base, half = (cli.load("configs/curriculum_smoke.py", flags) for flags in ([], ["--config.scale_to=250_000"]))
+    (whole, scaled) = (config.plan() for config in (base, half))
+    assert (whole.total_tokens, scaled.total_tokens, scaled.horizon) == (500_000, 250_000, 250_000)
+    ends = [stage.last_token for stage in scaled.stages]
+    for before, after, batch in zip(whole.stages, ends, scaled.stages, strict=True):
+        assert abs(before.last_token / 2 - after) <= batch.batch_size * batch.seq_len
+    # A last stage that takes the rest is scaled with total_tokens.
+    rest = ["--config.stages[9].tokens=none", "--config.scale_to=250_000"]
+    assert [stage.last_token for stage in cli.load("configs/curriculum_smoke.py", rest).plan().stages] == ends
+    with pytest.raises(UserError, match="give those of the last stage too"):
+        cli.load("configs/curriculum_smoke.py", [*rest, "--config.total_tokens=none"])

@@ -128,7 +128,9 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
             if not equals:
                 text = "true" if known[name].type is bool else _next_value(argument, arguments)
             if given.setdefault(name, text) != text:
-                quote = ": quote the value if the shell expanded its braces, or" if "}" not in text + given[name] else ";"
+                quote = (
+                    ": quote the value if the shell expanded its braces, or" if "}" not in text + given[name] else ";"
+                )
                 raise UserError(
                     f"--{name}={given[name]} and --{name}={text} contradict each other{quote} keep one of them"
                 )

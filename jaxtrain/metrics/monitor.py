@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxtrain import cli
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
@@ -339,10 +340,12 @@ def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
     done = f"{at.tokens_after:,} tokens"
     if run.total_tokens is not None:
         done = f"{at.tokens_after:,}/{run.total_tokens:,} tokens, {100 * at.tokens_after / run.total_tokens:.1f}%"
+    cache = values.get("disk_cache_gb")
+    used = "" if cache is None else f" | Cache={cli.size(1e9 * cache)}"
     return (
         f"Step {at.step}: Loss={values['loss']:.4f}, PPL={values['perplexity']:.2f}, "
         f"Tokens/sec={values['tokens_per_sec']:.0f}, LR={values['learning_rate']:.2e} "
-        f"| Stage {at.stage}/{run.num_stages} ({done})"
+        f"| Stage {at.stage}/{run.num_stages} ({done}){used}"
     )
 
 

@@ -81,7 +81,7 @@ def _run(
     step = checkpointer.latest_step()
     if step and not dry_run:  # step 0 is a model imported from Hugging Face
         saved = checkpointer.restore_data(step)
-        if compatibility.is_complete(saved, config, config.plan(), step):
+        if compatibility.is_complete(saved, compatibility.settled(config, saved), config.plan(), step):
             logger.info("The run is complete: step %s, %s tokens. Nothing to do.", f"{step:,}", f"{saved['tokens']:,}")
             return FINISHED
     session: Session | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import hf
+from jaxtrain import cli, hf
 from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
@@ -210,6 +211,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
     start = checkpointer.latest_step() or 0
     saved = checkpointer.restore_data(start) if start else None
+    config = compatibility.settled(config, saved)
     mesh = config.mesh.build()
 
     # The data: tokenizer, sources and their units.
@@ -226,6 +228,9 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     readers = open_data.build(config, sources, skips, scratch)
     for reader in readers:
         logger.info("Source %s", reader.summary)
+    if math.isnan(plan.at(1).learning_rate):  # only `epochs` ends the run
+        plan = config.plan(open_data.horizon(config, readers, tokenizer, plan, saved))
+    _warn_of_warmup(config, plan)
 
     # The model and the components of its steps.
     frozen, cached = None, None
@@ -277,6 +282,23 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         cached=cached,
         saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions did not record it
     )
+
+
+def _warn_of_warmup(config: Config, plan: Plan) -> None:
+    """Warns if `steps` ends the run while the learning rate still rises."""
+    if plan.last_step is None or plan.total_tokens == plan.horizon:
+        return
+    before, last = (plan.at(max(step, 1)).learning_rate for step in (plan.last_step - 1, plan.last_step))
+    if before < last or plan.last_step == 1:
+        fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
+        logger.warning(
+            "steps=%d ends the run within the warm-up: the learning rate reaches %.2g only, since the schedule is that "
+            "of %s tokens. --config.%s fits it to these steps.",
+            plan.last_step,
+            last,
+            f"{plan.horizon:,}",
+            fix,
+        )
 
 
 def make_components(
@@ -348,9 +370,9 @@ def _clean_up(cache: DiskCache) -> None:
     """Removes leftovers of killed processes from the disk cache, and logs its maximum size."""
     cache.trim()
     used, free = cache.used_bytes(), shutil.disk_usage(cache.directory).free
-    logger.info("Disk cache: at most %.2f GB in %s, %.2f used", cache.limit / 1e9, cache.directory, used / 1e9)
+    logger.info("Disk cache: at most %s in %s, %s used", cli.size(cache.limit), cache.directory, cli.size(used))
     if cache.limit - used > free:
-        logger.warning("The disk of the cache has only %.2f GB free: lower data.max_disk_gb.", free / 1e9)
+        logger.warning("The disk of the cache has only %s free: lower data.max_disk_gb.", cli.size(free))
 
 
 def _initial_params(config: Config, components: StepComponents) -> Any:

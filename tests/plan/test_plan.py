@@ -256,8 +256,18 @@ def test_unbounded():
     far = plan.at(10**15)
     assert (far.stage, far.tokens_after, far.masked_from) == (2, 32 * 10**15, 32)
     assert plan.table().endswith("The run ends with its data: no total_tokens, no steps.")
-    with pytest.raises(UserError, match="needs to know where the run ends"):
-        plan_of(one(), epochs=1, schedule=Cosine().build())
+    rising = Cosine(warmup_fraction=0.5, final_fraction=0.0).build()
+    unknown = plan_of(one(), epochs=1, schedule=rising)  # its sources are not counted yet
+    assert math.isnan(unknown.at(1).learning_rate)
+    assert "horizon" not in unknown.record()
+    known = plan_of(one(), epochs=1, schedule=rising, horizon=3200)
+    assert (known.last_step, known.horizon, known.record()["horizon"]) == (None, 3200, 3200)
+    whole = plan_of(one(), total_tokens=3200, schedule=rising)
+    assert known.at(70).learning_rate == whole.at(70).learning_rate
+    assert known.at(1000).learning_rate == 0.0
+    assert known.table().endswith("no steps. About 3,200 tokens, which schedules go by.")
+    with pytest.raises(UserError, match="fills the run's 32"):
+        plan_of(one(), epochs=1, schedule=Cosine(warmup_tokens=40).build(), horizon=32)
     with pytest.raises(UserError, match=r"nothing says where the run ends: set total_tokens .* steps, .*epochs"):
         plan_of(one())
 
@@ -360,7 +370,7 @@ def test_record_is_json():
             "less than 24 rows of 8 .* give 192 or more",
         ),
         ((one(name="a"), one(tokens=5)), {}, r"stage 1 \(a\): tokens=none, but only the last stage"),
-        ((one(tokens=10), one(tokens=5)), {"total_tokens": 14}, "=14, but .* sum to 15: set total_tokens=none, or "),
+        ((one(tokens=10), one(tokens=5)), {"total_tokens": 14}, "=14, but .* sum to 15: give scale_to=14 instead"),
         ((one(tokens=10), one(name="b")), {"total_tokens": 10}, r"stage 2 \(b\) cannot be reached: total_tokens=10, "),
         ((one(), one(seq_len=-8)), {}, r"stage 2 \(main\): seq_len=-8: give 1 or more"),
         ((one(tokens=0), one()), {}, r"stage 1 \(main\): tokens=0: give 1 or more"),
