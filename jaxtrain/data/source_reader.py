@@ -4,6 +4,7 @@ A window is `SourceReader.window` consecutive rows of a unit (the last one of a 
 permuted by a key, so nothing about the shuffle needs to be saved.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -32,7 +33,7 @@ _COUNTED_BYTES = 32_000_000  # files that are read once to count their rows: abo
 class ReadOptions:
     """What decides which documents there are and their order, besides the source. Part of the identity.
 
-    shuffle_window: None lets the reader choose; its own options have the choice.
+    shuffle_window: None lets the reader choose, see SourceReader.window.
     held_out: read the held-out documents (evaluation) instead of the others (training).
     """
 
@@ -93,14 +94,14 @@ class SourceReader:
         options: ReadOptions,
         *,
         retry_seconds: float,
-        skips: Mapping[str, int] | None = None,
+        skipped: Mapping[str, int] | None = None,
         scratch: str | None = None,
     ):
         """Partitions the source, which may read footers.
 
         Args:
             retry_seconds: how long an outage may last.
-            skips: file → the first row to skip, see skipped_files.py.
+            skipped: File → the first row to skip, see skipped_files.py.
             scratch: see SharedFileReader.
 
         Raises:
@@ -110,7 +111,7 @@ class SourceReader:
         self.name = name
         self.source = source
         self.options = options
-        self.skips = dict(skips or {})
+        self.skipped = dict(skipped or {})
         self._max_samples = config.max_samples
         self._transforms = config.transforms
         self._retry_seconds = retry_seconds
@@ -142,7 +143,7 @@ class SourceReader:
             "units": units.RULE,
             "max_samples": self._max_samples,
             "transforms": transforms,
-            "skips": self.skips,
+            "skips": self.skipped,
             **({"shuffle_window": self.window} if self._chooses_window else {}),
         }
 
@@ -243,8 +244,15 @@ class SourceReader:
         """Rows of each unit. Small shared files without footers are counted by reading them; None for others."""
         cut, sizes = self.partition, getattr(self.source, "file_bytes", None)
         if cut.shared and cut.units[0].rows is None and sizes and sum(sizes) <= _COUNTED_BYTES:
-            return [sum(len(block["text"]) for block in self._open(unit.file, 0)) for unit in cut.units]
+            with contextlib.suppress(CorruptError):
+                return [self._count(unit.file) for unit in cut.units]
         return [unit.rows for unit in cut.units]
+
+    def _count(self, file: int) -> int:
+        """Rows of a whole file, also of what is skipped: a window that is chosen by them never changes."""
+        open_at = functools.partial(self.source.open, file)
+        blocks = retry.retrying(open_at, 0, what=self._what(file), deadline=self._retry_seconds)
+        return sum(len(block["text"]) for block in blocks)
 
     def _choose_window(self, cut: units.Partition, counts: Sequence[int | None], num_lanes: int) -> int:
         """_WINDOW rows; of a source too small for that, a quarter of a lane's share of the rows.
@@ -263,13 +271,12 @@ class SourceReader:
         return 1 << max(rows // (4 * num_lanes), 1).bit_length() - 1 if is_small else _WINDOW
 
     def _idle_lane(self, cut: units.Partition, counts: Sequence[int | None], num_lanes: int, window: int) -> int | None:
-        """See units.idle_lane; in the first epoch."""
+        """See units.idle_lane; in the first epoch, without skips, which may come to a run that has long begun."""
         options = self.options
 
         def keeps(unit: int, row: int, count: int) -> bool:
-            file, name = cut.units[unit].file, self.source.files[cut.units[unit].file]
+            name = self.source.files[cut.units[unit].file]
             first = cut.units[unit].first + row
-            count = int(min(count, max(self._end(file) - first, 0)))
             for start in range(first, first + count, _WINDOW):
                 rows = np.arange(start, min(start + _WINDOW, first + count))
                 if not (options.holdout and stable_hash.is_held_out(self.name, name, rows, options.holdout).all()):
@@ -298,10 +305,10 @@ class SourceReader:
             unit = self.partition.units[order[position]]
             first = start.row // size if position == start.unit else 0
             if self._shared is None:
-                pieces = self._sequence(unit, first)
+                windows = self._unit_windows(unit, first)
             else:
-                pieces = self._stripe(lane, (start.epoch, position), unit, first, base)
-            for window, block in pieces:
+                windows = self._shared_windows(lane, (start.epoch, position), unit, first, base)
+            for window, block in windows:
                 yield self._window(Position(start.epoch, position, window * size, base), unit, block)
             if self._shared is not None and self.partition.limit is not None:
                 base += self._shared.rows((start.epoch, position), unit.file, self.partition.limit - base)
@@ -328,7 +335,7 @@ class SourceReader:
 
     def _end(self, file: int) -> float:
         """The first row of a file that is given up; infinite for most."""
-        return self.skips.get(self.source.files[file], math.inf)
+        return self.skipped.get(self.source.files[file], math.inf)
 
     def _corrupt(self, error: CorruptError, file: int, row: int) -> CorruptError:
         name = self.source.files[file]
@@ -360,7 +367,7 @@ class SourceReader:
         finally:
             retry.close(blocks)
 
-    def _sequence(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
+    def _unit_windows(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
         """The unit's windows from number `window` on."""
         first = window * self.window
         left = None if unit.rows is None else unit.rows - first
@@ -369,7 +376,7 @@ class SourceReader:
             blocks = self._open(unit.file, unit.first + first, stop)
             yield from enumerate(regroup(blocks, self.window, left), window)
 
-    def _stripe(
+    def _shared_windows(
         self, lane: int, file: tuple[int, int], unit: units.Unit, window: int, base: int
     ) -> Iterator[tuple[int, Block]]:
         """The lane's windows of a file, from number `window` on. file: (epoch, position in its order)."""

@@ -104,7 +104,7 @@ class Session:
     is_complete: bool
     lane_states: dict[int, np.ndarray]
     stage_ends: ledger.StageEnds
-    skips: dict[str, dict[str, int]]
+    skipped: dict[str, dict[str, int]]
     prefetch: int
     frozen: teacher.Frozen | None
     cached: teacher.Cached | None
@@ -168,7 +168,7 @@ class Session:
                 components.mesh,
                 self.threads,
                 config.seed,
-                self.skips,
+                self.skipped,
                 self.scratch,
                 lambda: self.programs.evaluation().executable,
             )
@@ -217,7 +217,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     # The data: tokenizer, sources and their units.
     scratch = os.fspath(workdir.cache)
     cache = config.data.cache(os.path.join(scratch, "data"))
-    skips = open_data.skipped(workdir.path, saved)
+    skipped = open_data.skipped(workdir.path, saved)
     tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
     sources = {name: one.source for name, one in opened.items()}
     stored = all(one.mode == "pretokenized" for one in opened.values())
@@ -225,7 +225,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         cache = None
     if cache is not None:
         _clean_up(cache)
-    readers = open_data.build(config, sources, skips, scratch)
+    readers = open_data.build(config, sources, skipped, scratch)
     for reader in readers:
         logger.info("Source %s", reader.summary)
     if math.isnan(plan.at(1).learning_rate):  # only `epochs` ends the run
@@ -252,9 +252,9 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         for line in compatibility.check(saved, identities, plan, start):
             logger.info("Changed since the checkpoint: %s", line)
         lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
-        given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
+        totals = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
         # The first versions did not record the ends of stages.
-        stage_ends.restore(saved.get("stage_ends", []), start, given)
+        stage_ends.restore(saved.get("stage_ends", []), start, totals)
     return Session(
         config=config,
         plan=plan,
@@ -276,7 +276,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         is_complete=saved is not None and (start == plan.last_step or saved["data_ended"]),
         lane_states=lane_states,
         stage_ends=stage_ends,
-        skips=skips,
+        skipped=skipped,
         prefetch=config.data.threads(stored)[1],
         frozen=frozen,
         cached=cached,
