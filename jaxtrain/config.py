@@ -18,6 +18,11 @@ from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
 
 
+def reaches_multiple(at: StepPlan, tokens: int) -> bool:
+    """Whether a step reaches a multiple of `tokens` trained tokens."""
+    return at.tokens_after // tokens > at.tokens_before // tokens
+
+
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig:
     """Evaluation on the documents that `data.holdout` keeps out of training.
@@ -57,7 +62,7 @@ class EvalConfig:
     def due(self, at: StepPlan) -> bool:
         """Whether an evaluation comes after this step: a function of the plan alone, so a resume changes nothing."""
         if self.every_tokens is not None:
-            return at.tokens_after // self.every_tokens > at.tokens_before // self.every_tokens
+            return reaches_multiple(at, self.every_tokens)
         return self.every_steps is not None and at.step % self.every_steps == 0
 
     def plan(self, train: Plan, num_lanes: int) -> Plan:
@@ -112,6 +117,8 @@ class Config:
             a new run starts with; "" for random ones.
         deterministic: On GPUs, use deterministic operations only, so that equal runs give equal parameters.
         sample_prompts: Texts to continue at the end of the run.
+        sample_every_tokens: Also continue them every N trained tokens, after the step that reaches them; None for the
+            end only.
     """
 
     model: ModelConfig
@@ -139,9 +146,17 @@ class Config:
     init_from: str = ""
     deterministic: bool = False
     sample_prompts: tuple[str, ...] = ()
+    sample_every_tokens: int | None = None
 
     def check(self) -> None:
-        for name in ("scale_to", "epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
+        for name in (
+            "scale_to",
+            "epochs",
+            "max_skipped_steps",
+            "log_every",
+            "micro_batch_tokens",
+            "sample_every_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -158,6 +173,13 @@ class Config:
             raise UserError(
                 f"monitor.watchdog_minutes={watchdog:g} would end the run before data.retry_minutes="
                 f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
+            )
+        if "" in self.sample_prompts:
+            raise UserError(f"sample_prompts={self.sample_prompts}: one is empty, and there is nothing to continue")
+        if self.sample_every_tokens is not None and not self.sample_prompts:
+            raise UserError(
+                f"sample_every_tokens={self.sample_every_tokens:,} needs texts to continue: set sample_prompts, for "
+                "example to 'Once upon a time'"
             )
         self._check_bound()
         _check_path("init_from", self.init_from)

@@ -23,7 +23,7 @@ from jaxtrain.interfaces import Json
 from jaxtrain.metrics.watchdog import Watchdog
 from jaxtrain.metrics.writers import Console, JsonLines, Mirror, TensorBoard, Tracker, Writer, finite, log_file
 
-SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "stage change")
+SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "samples", "stage change")
 
 logger = logging.getLogger("jaxtrain")
 
@@ -298,6 +298,14 @@ class Monitor:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
         logger.info("Step %d: %s", step, ", ".join(f"{name}={value:.4f}" for name, value in values.items()))
+
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes a separate line with `samples`, the continuation of each prompt."""
+        if jax.process_index() != 0:
+            return
+        self._write(step, {"samples": dict(texts), "time": self._seconds_before + self._goodput.elapsed()})
+        for prompt, text in texts.items():
+            logger.info("Sample: %s%s", prompt, text)
 
     def _write(self, step: int, values: Json) -> None:
         for writer in self._writers:

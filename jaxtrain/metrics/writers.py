@@ -21,6 +21,7 @@ import tqdm
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.summary import text as text_summary
 
 from jaxtrain.checkpoint.workdir import Workdir, write_atomically
 from jaxtrain.cli.redaction import redact
@@ -87,7 +88,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files with the scalars; nested ones are named like `sources/web/tokens`."""
+    """TensorBoard event files: scalars, nested ones named like `sources/web/tokens`, and samples as texts."""
 
     def __init__(self, folder: epath.Path, start_step: int):
         # Not a SummaryWriter: on a full disk its thread ends silently and its queue never drains.
@@ -99,6 +100,10 @@ class TensorBoard:
 
     def write(self, step: int, values: Json) -> None:
         found = [_SUMMARY.Summary.Value(tag=name, simple_value=value) for name, value in scalars(values).items()]
+        for number, (prompt, text) in enumerate(values.get("samples", {}).items()):
+            # Markdown would join lines and hide what looks like markup.
+            shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
+            found += text_summary(f"samples/{number}", shown).value
         summary = _SUMMARY.Summary(value=found)
         self._events.write_event(_EVENT.Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
-from jaxtrain.config import Config
+from jaxtrain.config import Config, reaches_multiple
 from jaxtrain.cost import memory
 from jaxtrain.cost.roofline import peak_flops
 from jaxtrain.data import fingerprint, ledger, skipped_files
@@ -137,8 +137,6 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         step = checkpointer.latest_step()
         saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
         monitor.message(f"{saved} Give the same command again to go on." if code == STOPPED else f"Finished. {saved}")
-        if code == FINISHED and config.sample_prompts:
-            sample(session, loop.state["params"], monitor)
         return code
 
 
@@ -210,6 +208,9 @@ class Loop:
                 return self._finish(FINISHED if ended else STOPPED, last)
             if self._checkpointer.should_save(step):
                 self._save(last)
+            every = session.config.sample_every_tokens
+            if every is not None and reaches_multiple(at, every):
+                self._sample(step)
         raise AssertionError
 
     def _finish(self, code: int, last: _Step | None) -> int:
@@ -217,6 +218,8 @@ class Loop:
             self._save(last)
         with self._monitor.span("checkpoint"):
             self._checkpointer.wait()
+        if last is not None and code == FINISHED:
+            self._sample(last.at.step)
         return code
 
     def _update(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
@@ -265,6 +268,14 @@ class Loop:
             values = evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
         return values
+
+    def _sample(self, step: int) -> None:
+        """Logs samples, after the checkpoint of the step if there is one: a failure here loses nothing."""
+        if self._session.config.sample_prompts:
+            self._log()
+            with self._monitor.span("samples"):
+                texts = sample(self._session, self.state["params"])
+            self._monitor.log_samples(step, texts)
 
     def _save(self, last: _Step) -> None:
         """Saves a checkpoint of step N: the state after N updates, and the lanes' positions after N batches.

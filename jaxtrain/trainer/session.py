@@ -383,8 +383,8 @@ def _initial_params(config: Config, components: StepComponents) -> Any:
     return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
-def sample(session: Session, params: Any, monitor: Monitor) -> None:
-    """Generates continuations of the config's prompts. All processes must call it."""
+def sample(session: Session, params: Any) -> dict[str, str]:
+    """Generates a continuation of each of the config's prompts, the same at any step. All processes must call it."""
     tokenizer, model = session.tokenizer, session.components.model
     ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
     context = model.config.max_seq_len
@@ -401,5 +401,5 @@ def sample(session: Session, params: Any, monitor: Monitor) -> None:
         seed=session.config.seed,
         eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
-        monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")
+    found = zip(session.config.sample_prompts, prompts_ids, texts, strict=True)
+    return {prompt: continuation(tokenizer, prompt_ids, new) for prompt, prompt_ids, new in found}

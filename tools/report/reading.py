@@ -80,6 +80,7 @@ class RunLog:
         best: (step, lowest eval_loss).
         unreadable: number of unreadable lines, such as one truncated by a kill.
         lines: a sample of lines for mix and tooltips, including the last line of every stage.
+        samples: the lines with samples, thinned out.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -88,6 +89,7 @@ class RunLog:
         self.curves = {key: Series() for key in CURVES}
         self.evaluations: dict[str, list[tuple[float, float, int]]] = {key: [] for key in EVALUATED}
         self.lines: Thinned[Json] = Thinned(300)
+        self.samples: Thinned[Json] = Thinned(20)
         self.stages: list[StageLog] = []
         self.last: Json = {}
         self.evaluation: Json = {}
@@ -100,6 +102,8 @@ class RunLog:
         step, tokens = number(line.get("step")), number(line.get("tokens"))
         if step is not None and any(key in line for key in EVALUATED):
             self._add_evaluation({**line, "step": int(step)})
+        elif step is not None and isinstance(line.get("samples"), dict):
+            self.samples.add({**line, "step": int(step)})
         elif step is None or tokens is None or step <= self.last.get("step", 0) or not _SHAPE.issubset(line):
             self.unreadable += 1
         else:
