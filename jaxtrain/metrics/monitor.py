@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+from etils import epath
 
 from jaxtrain import cli
 from jaxtrain.checkpoint.workdir import Workdir
@@ -213,7 +214,7 @@ class Monitor:
         if config.tensorboard:
             self._writers.append(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
         for tracker in config.trackers:
-            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config))
+            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config, lines.last_step))
 
     def __enter__(self) -> "Monitor":
         return self
@@ -316,6 +317,12 @@ class Monitor:
                     f"the metrics of step {step} cannot be written to {self._folder}: {error}. Make room and run the "
                     "same command again: it resumes from the newest checkpoint."
                 ) from error
+
+    def attach(self, path: epath.Path) -> None:
+        """Adds a file of a local work directory to the run in the trackers."""
+        for writer in self._writers:
+            if isinstance(writer, Tracker) and "://" not in str(path):
+                writer.attach(path)
 
     def message(self, text: str) -> None:
         """Prints a line and writes it to log.txt, on process 0."""

@@ -130,6 +130,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
             monitor.message(f"The run is complete: step {start:,}, {session.start_tokens:,} tokens. Nothing to do.")
             return FINISHED
         workdir.write_config(session.identities["config"])
+        monitor.attach(workdir.config)
         train_state = session.train_state(monitor)
         loop = Loop(session, checkpointer, monitor)
         with only_new_garbage():

@@ -242,8 +242,10 @@ def test_tensorboard_has_the_same_scalars(tmp_path):
     log(tmp_path, [10, 20], config=config)
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
-    for name in (b"loss", b"sources/web/tokens", b"tokens_per_sec"):
+    for name in (b"train/loss", b"sources/web/tokens", b"speed/tokens_per_sec", b"data/stage", b"seconds/data"):
         assert content.count(name) >= 2
+    assert writers._tag("eval_loss") == "eval/loss"
+    assert writers._tag("eval_by_source/web/loss") == "eval_by_source/web/loss"
     assert writers.scalars({"a": 1, "b": {"c": 2.0, "d": "x", "e": None}, "f": True}) == {"a": 1, "b/c": 2.0}
 
 
@@ -263,6 +265,29 @@ def test_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         log(tmp_path, [10], config=dataclasses.replace(config, trackers=("wandb",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "attached"), [("wandb", {"base_path": "FOLDER", "policy": "now"}), ("trackio", {"project": "p"})]
+)
+def test_files_are_attached_and_steps_never_go_back(tmp_path, monkeypatch, name, attached):
+    steps, files = [], []
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: None,
+        log=lambda values, step: steps.append(step),
+        save=lambda path, **kwargs: files.append((path, kwargs)),
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, name, fake)
+    config = MonitorConfig(tensorboard=False, trackers=(name,), project="p", watchdog_minutes=None)
+    log(tmp_path, [10, 20, 30], config=config)
+    log(tmp_path, [20, 30, 40], start_step=10, config=config)  # the checkpoint of step 10 was the newest
+    assert steps == [10, 20, 30, 30, 40]
+    assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 30, 40]
+    with console_logging() as console, config.build(Workdir(tmp_path), RUN, console) as monitor:
+        monitor.attach(tmp_path / "config.json")
+    wanted = {key: str(tmp_path) if value == "FOLDER" else value for key, value in attached.items()}
+    assert files == [(str(tmp_path / "config.json"), wanted)]
 
 
 def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
