@@ -35,6 +35,8 @@ class EvalConfig:
         seq_len: Tokens of a row; None for the last stage's.
         batch_size: Rows of a batch, a multiple of data.num_lanes; None for the last stage's.
         weights: The share of each source; None for the last stage's.
+        source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
+            several; 0 for none. None for `tokens` divided equally.
     """
 
     every_steps: int | None = None
@@ -43,12 +45,15 @@ class EvalConfig:
     seq_len: int | None = None
     batch_size: int | None = None
     weights: dict[str, float] | None = None
+    source_tokens: int | None = None
 
     def check(self) -> None:
         for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
+        if self.source_tokens is not None and self.source_tokens < 0:
+            raise UserError(f"source_tokens={self.source_tokens}: give 0 (no evaluation by source) or more")
         if self.every_steps is not None and self.every_tokens is not None:
             raise UserError(
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
@@ -65,10 +70,23 @@ class EvalConfig:
             return reaches_multiple(at, self.every_tokens)
         return self.every_steps is not None and at.step % self.every_steps == 0
 
+    def plans(self, train: Plan, num_lanes: int) -> dict[str, Plan]:
+        """The rows of an evaluation: `plan` under "", and a plan for each source if there are several."""
+        mix, names = {"": self.plan(train, num_lanes)}, train.source_names
+        tokens = self.tokens // len(names) if self.source_tokens is None else self.source_tokens
+        if len(names) == 1 or not tokens:
+            return mix
+        return mix | {name: self._plan(train, num_lanes, (name,), None, tokens) for name in names}
+
     def plan(self, train: Plan, num_lanes: int) -> Plan:
-        """The rows of an evaluation, as a plan of their own. Raises UserError."""
+        """The rows of the evaluation of the mix, as a plan of their own. Raises UserError."""
+        weights = self.weights or {name: float(weight) for name, weight in train.stages[-1].weights.items()}
+        return self._plan(train, num_lanes, train.source_names, weights, self.tokens)
+
+    def _plan(
+        self, train: Plan, num_lanes: int, names: tuple[str, ...], weights: dict[str, float] | None, tokens: int
+    ) -> Plan:
         last = train.stages[-1]
-        weights = self.weights or {name: float(weight) for name, weight in last.weights.items()}
         stage = Stage(
             name="evaluation",
             seq_len=self.seq_len or last.seq_len,
@@ -77,10 +95,10 @@ class EvalConfig:
         )
         return build_plan(
             (stage,),
-            source_names=train.source_names,
+            source_names=names,
             num_lanes=num_lanes,
             seed=0,
-            total_tokens=self.tokens,
+            total_tokens=tokens,
             steps=None,
             epochs=None,
             learning_rate=0.0,

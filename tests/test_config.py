@@ -77,3 +77,20 @@ def test_one_field_scales_all_stages():
     assert [stage.last_token for stage in cli.load("configs/curriculum_smoke.py", rest).plan().stages] == ends
     with pytest.raises(UserError, match="give those of the last stage too"):
         cli.load("configs/curriculum_smoke.py", [*rest, "--config.total_tokens=none"])
+
+
+def test_an_evaluation_has_rows_for_each_source():
+    config = cli.load("configs/curriculum_smoke.py", ["--config.eval.source_tokens=4000"])
+    plans = config.eval.plans(config.plan(), config.data.num_lanes)
+    assert {name: plan.source_names for name, plan in plans.items()} == {
+        "": ("web", "math", "code"),
+        **{name: (name,) for name in ("web", "math", "code")},
+    }
+    assert [plan.total_tokens for plan in plans.values()] == [16_384, 4000, 4000, 4000]
+    assert len({(plan.stages[0].batch_size, plan.stages[0].seq_len) for plan in plans.values()}) == 1  # one program
+    config.eval.source_tokens = None
+    assert config.eval.plans(config.plan(), config.data.num_lanes)["web"].total_tokens == 16_384 // 3
+    config.eval.source_tokens = 0
+    assert list(config.eval.plans(config.plan(), config.data.num_lanes)) == [""]
+    one = cli.load("configs/quickstart.py")
+    assert list(one.eval.plans(one.plan(), one.data.num_lanes)) == [""]

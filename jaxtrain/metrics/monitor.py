@@ -293,12 +293,15 @@ class Monitor:
         self._console.advance(at.tokens_after, loss)
         logger.info(console_line(at, values, self._run))
 
-    def log_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a separate line with `eval_loss` (nats per token), `eval_bits_per_byte` and others."""
+    def log_eval(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a separate line: `eval_loss` (nats per token), `eval_bits_per_byte`, maybe `eval_by_source`."""
         if jax.process_index() != 0:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
-        logger.info("Step %d: %s", step, ", ".join(f"{name}={value:.4f}" for name, value in values.items()))
+        by_source = values.get("eval_by_source", {})
+        shown = [f"{name}={value:.4f}" for name, value in values.items() if name != "eval_by_source"]
+        shown += [f"{name}={found['loss']:.4f}" for name, found in by_source.items() if found["loss"] is not None]
+        logger.info("Step %d: %s", step, ", ".join(shown))
 
     def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes a separate line with `samples`, the continuation of each prompt."""

@@ -158,7 +158,7 @@ def only_new_garbage() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The last step. `evaluated` is its held-out loss, if measured."""
+    """The last step. `evaluated` has its held-out loss on the mix, if measured."""
 
     at: StepPlan
     batch: StepBatch
@@ -268,7 +268,7 @@ class Loop:
         with self._monitor.span("evaluation"):
             values = evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
-        return values
+        return {name: value for name, value in values.items() if name != "eval_by_source"}
 
     def _sample(self, step: int) -> None:
         """Logs samples, after the checkpoint of the step if there is one: a failure here loses nothing."""

@@ -161,7 +161,7 @@ class Session:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
             self.evaluator = Evaluator(
-                self.eval_plan,
+                config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
                 self.tokenizer,

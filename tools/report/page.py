@@ -40,6 +40,7 @@ def page(runs: Sequence[RunLog]) -> str:
     ]
     loss = charts.loss(runs)
     body += [] if loss is None else [_figure(loss, "loss")]
+    body += [_figure(figure, "") for run in runs if (figure := charts.by_source(run, several)) is not None]
     body += ['<div class="grid2">', *(_figure(figure, "") for figure in charts.small(runs)), "</div>"]
     mixes = [figure for run in runs if (figure := charts.mix(run, several)) is not None]
     body += ["<h2>Mix</h2>", *(_figure(figure, "") for figure in mixes)] if mixes else []
