@@ -142,7 +142,7 @@ def values_of(path):
     data = path.read_bytes()
     while data:
         (length,) = struct.unpack("<Q", data[:8])
-        yield from event_pb2.Event.FromString(data[12 : 12 + length]).summary.value
+        yield from event_pb2.Event.FromString(data[12 : 12 + length]).summary.value  # pyright: ignore[reportAttributeAccessIssue]
         data = data[16 + length :]
 
 
