@@ -171,7 +171,7 @@ def _parsed(value: Any, hint: Any, change: Change, given: Mapping[str, Change]) 
         keys = ", ".join(typed.entries(value, hint))
         below = next(leaves(value, hint, target), (target, hint, None))
         raise UserError(
-            f"{change.flag}: {_kind(value)} has no text form; set what is in it, for example "
+            f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, for example "
             f"{below[0]}={typed.example(below[1])} ({keys}){usage}"
         )
     example = typed.example(hint)

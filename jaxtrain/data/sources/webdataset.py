@@ -191,8 +191,8 @@ class WebDatasetSource:
         if not isinstance(document, dict) or column not in document:
             has = f"the keys {', '.join(map(repr, document))}" if isinstance(document, dict) else kind_of(document)
             raise RowError(
-                f"member {name!r} has no key {column!r}. It has {has}. Set column to the one with the text, or "
-                "members to those that are documents."
+                f"member {name!r} has no key {column!r}. It has {has}. Set column to the key of the text, or members "
+                "to the types that hold documents."
             )
         text = document[column]
         if not isinstance(text, str | None):
