@@ -225,8 +225,8 @@ class SourceReader:
         fix = f"Set {' or '.join(fixes)}, or use" if fixes else "Use"
         return (
             f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
-            f"epoch ({dealt} are divided among the lanes, and filters and holdout={options.holdout} may drop documents). {fix} a "
-            "larger source."
+            f"epoch ({dealt} are divided among the lanes, and filters and holdout={options.holdout} may drop "
+            f"documents). {fix} a larger source."
         )
 
     def _lanes_that_work(self, counts: Sequence[int | None], drops: int) -> list[int]:
