@@ -129,7 +129,8 @@ def missing_members(value: Any, protocol: type) -> list[str]:
         if Protocol in base.__bases__:
             members |= inspect.get_annotations(base).keys() | vars(base).keys()
     public = (member for member in members if not member.startswith("_") or member == "__call__")
-    return sorted(member for member in public if not hasattr(value, member))
+    # The class first: a property is not evaluated.
+    return sorted(member for member in public if not (hasattr(type(value), member) or hasattr(value, member)))
 
 
 def parse(text: str, hint: Any) -> Any:

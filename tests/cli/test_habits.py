@@ -76,7 +76,7 @@ ANSWERED = [
     (f"{ONE} --config.steps 5", "an override is written --config.FIELD=VALUE"),
     (f"{ONE} --config.gradient_accumulation=4", "--config.micro_batch_tokens=N"),
     (f"{ONE} --config.gradient_accumulation_steps=4", "--config.micro_batch_tokens=N"),
-    (f"{ONE} --config.warmup_steps=100", "--config.optimizer.schedule.warmup_fraction=0.01"),
+    (f"{ONE} --config.warmup_steps=100", "--config.optimizer.schedule.warmup_tokens?"),
     (f"{ONE} --config.learning_rate=1e-3", "--config.optimizer.learning_rate?"),
     (f"{ONE} --config.optimizer=Lion", "choose AdamW or Muon"),
     (f"{ONE} --config.optimizer.schedule=cosine_with_restarts", "choose Constant or Cosine or Linear or WSD"),
