@@ -122,6 +122,7 @@ class SourceReader:
             raise UserError(f"source {name!r}: all of its rows are in corrupt files that are skipped.")
         self._chooses_window = options.shuffle_window is None
         counts = self._counts() if self._chooses_window else [unit.rows for unit in self.partition.units]
+        self._row_counts: list[int | None] = counts
         total = None if None in counts else sum(count or 0 for count in counts)
         limit = self.partition.limit
         self.most_rows = limit if total is None else total if limit is None else min(total, limit)
@@ -129,10 +130,6 @@ class SourceReader:
         self._shared: SharedFileReader | None = None
         if self.partition.shared:
             self._shared = SharedFileReader(self._open, self.window, options.num_lanes, scratch)
-        if not options.held_out:
-            idle = self._idle_lane(self.partition, counts, options.num_lanes, self.window)
-            if idle is not None:
-                self.refuse(idle)
 
     @property
     def identity(self) -> Json:
@@ -203,6 +200,12 @@ class SourceReader:
                 self.refuse(lane)
                 return
             start = Position(start.epoch + 1, 0, 0)
+
+    def check_lanes(self) -> None:
+        """Raises UserError if row counts show that a lane gets no document in the first epoch, without reading any."""
+        idle = self._idle_lane(self.partition, self._row_counts, self.options.num_lanes, self.window)
+        if idle is not None:
+            self.refuse(idle)
 
     def refuse(self, lane: int) -> None:
         """For a lane without a document in the first epoch: raises UserError, unless it reads held-out documents."""

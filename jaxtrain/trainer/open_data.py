@@ -115,8 +115,18 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 def build(
     config: Config, resolved: Mapping[str, Source], skipped: SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
-    """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them."""
-    cut = functools.partial(config.data.build, resolved, seed=config.seed, skipped=skipped, scratch=scratch)
+    """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them.
+
+    Raises:
+        UserError: a lane gets no document, as far as row counts show. Nothing is compiled yet.
+    """
+
+    def cut() -> list[SourceReader]:
+        readers = config.data.build(resolved, seed=config.seed, skipped=skipped, scratch=scratch)
+        for reader in readers:
+            reader.check_lanes()
+        return readers
+
     readers = _on_process_0(cut)
     if jax.process_count() > 1:
         footers = {name: source for name, source in resolved.items() if isinstance(source, HuggingFaceSource)}
