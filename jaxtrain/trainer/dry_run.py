@@ -33,9 +33,9 @@ def describe(session: Session, workdir: Workdir) -> None:
     logger.info(f"\nParameters: {model.num_params:,} ({model.num_params_non_embedding:,} without embeddings)")
     mesh = dict(session.components.mesh.shape)
     logger.info(f"Mesh: {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    _describe_data(session)  # before the compiler's minutes: a source may be unreadable, or too small for its lanes
     _describe_memory(session)
     _describe_disk(session, workdir)
-    _describe_data(session)
 
 
 def _describe_memory(session: Session) -> None:
