@@ -117,7 +117,7 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     print(
         f"  Speed{' (with start-up: there is one batch)' if measured.steps == 1 else ''}: "
         f"{measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first batch "
-        f"after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens a document",
+        f"after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens per document",
         flush=True,
     )
     return {
