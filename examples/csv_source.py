@@ -42,7 +42,7 @@ class CSVFiles:
         digest = hashlib.sha256(repr((self.column, names, sizes)).encode()).hexdigest()[:16]
         found = Resolved(self.folder, self.column, names, {"kind": "csv", "files": digest})
         if identity is not None and identity["files"] != digest:
-            raise UserError(f"folder={self.folder}: its files have changed since the checkpoint; put them back")
+            raise UserError(f"folder={self.folder}: its files have changed since the checkpoint; restore them")
         return found
 
 

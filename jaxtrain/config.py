@@ -156,8 +156,9 @@ class Config:
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(
-                f"monitor.watchdog_minutes={watchdog:g} would end the run before data.retry_minutes="
-                f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
+                f"monitor.watchdog_minutes={watchdog:g} would stop the run before "
+                f"data.retry_minutes={self.data.retry_minutes:g} ends an outage and reports its cause: set it "
+                "higher, or to none"
             )
         self._check_bound()
         _check_path("init_from", self.init_from)
@@ -172,8 +173,8 @@ class Config:
                 )
             if self.micro_batch_tokens is not None and self.micro_batch_tokens < stage.seq_len:
                 raise UserError(
-                    f"micro_batch_tokens={self.micro_batch_tokens}: a device takes whole rows, and those of stage "
-                    f"{stage.index} ({stage.name}) have {stage.seq_len} tokens; give that or more"
+                    f"micro_batch_tokens={self.micro_batch_tokens}: a device processes whole rows, and a row of "
+                    f"stage {stage.index} ({stage.name}) has {stage.seq_len} tokens; give that or more"
                 )
         if self.eval.is_on:
             self._check_eval(plan)
@@ -184,11 +185,11 @@ class Config:
         bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
         if unbounded and self.stages and bounds == {None}:
             raise UserError(
-                "max_samples MUST be specified for streaming datasets! Nothing says where the run ends, and "
-                f"{' and '.join(unbounded)} would be read for ever. Set one of\n"
+                "max_samples MUST be specified for streaming datasets! Nothing bounds the run, and "
+                f"{' and '.join(unbounded)} would be read forever. Set one of\n"
                 f"  data.sources.{unbounded[0]}.max_samples (documents) and epochs=1: 1,000 to 10,000 for a quick "
-                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium one, "
-                "10M to 100M for a large one, at about 1,000 tokens each;\n"
+                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium "
+                "one, 10M to 100M for a large one, at about 1,000 tokens each;\n"
                 "  total_tokens (for example 1000000000), steps, tokens of the last stage, or epochs.\n"
                 'See "How to choose max_samples" in docs/data.md.'
             )

@@ -53,7 +53,7 @@ COMMAND = cli.Command(
             help="HOST:PORT of process 0, if no launcher or cluster sets it; with --num_processes and --process_id",
         ),
         cli.Flag(name="num_processes", type=int | None, default=None, help="how many processes run this command"),
-        cli.Flag(name="process_id", type=int | None, default=None, help="which of them this is: 0, 1, ..."),
+        cli.Flag(name="process_id", type=int | None, default=None, help="the number of this process: 0, 1, ..."),
     ),
     resumes=True,
 )

@@ -57,11 +57,11 @@ class CheckpointConfig:
 
     def check(self) -> None:
         if self.every_steps < 1:
-            raise UserError(f"every_steps={self.every_steps}: steps between two checkpoints, must be 1 or more.")
+            raise UserError(f"every_steps={self.every_steps}: the steps between two checkpoints must be 1 or more.")
         if self.every_minutes is not None and not self.every_minutes > 0:
             raise UserError(f"every_minutes={self.every_minutes}: must be above 0, or None to save by steps only.")
         if self.keep < 1:
-            raise UserError(f"keep={self.keep}: the newest checkpoint is what a resume needs; must be 1 or more.")
+            raise UserError(f"keep={self.keep}: must be 1 or more, because a resume needs the newest checkpoint.")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"keep_every={self.keep_every}: must be 1 or more steps, or None to keep none forever.")
         if self.keep_best < 0:
@@ -135,7 +135,7 @@ class Checkpointer:
         """Whether a signal asks to save and stop now. Call it once after each step, on every process."""
         reached = self._stop.reached()
         if reached:
-            logger.warning("Stopping at step %d as asked by a signal.", step)
+            logger.warning("Stopping at step %d because of a signal.", step)
         return reached
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
@@ -219,15 +219,16 @@ class Checkpointer:
             self._failed = True
             self._remove_unfinished()
             last = max((s for s in restore.steps_in(self._directory) if s != self._writing), default=None)
-            kept = "no earlier one exists" if last is None else f"checkpoint {last} is whole, nothing else is lost"
+            kept = "no earlier one exists" if last is None else f"checkpoint {last} is intact, nothing else is lost"
             reason = storage.refusal(error)
             if reason is None:
                 error.add_note(f"Checkpoint {self._writing} was not written to {self._directory}: {kept}.")
                 raise
             raise UserError(
                 f"Checkpoint {self._writing} could not be written to {self._directory}: {reason}; {kept}.\n"
-                "Fix that and run the same command again: it continues from there (or use another --workdir, or a "
-                f"smaller checkpoint.keep).\n{error}"
+                "Fix that and run the same command again to continue from there, or use another --workdir or a "
+                "smaller checkpoint.keep.\n"
+                f"{error}"
             ) from error
 
     def _remove_unfinished(self) -> None:
@@ -308,13 +309,13 @@ class Checkpointer:
                 logger.warning("Checkpoint %d is damaged: %s.", step, problem)
         if damaged and whole is None:
             raise UserError(
-                f"No checkpoint in {self._directory} is whole ({len(damaged)} damaged).\n"
-                "Restore that folder from a copy, or start again in an empty --workdir.\n"
+                f"No checkpoint in {self._directory} is intact ({len(damaged)} damaged).\n"
+                "Restore the folder from a backup, or start again in an empty --workdir.\n"
                 + "\n".join(problem for problem in damaged.values() if problem is not None)
             )
         for step in damaged if process == 0 else ():
             moved = integrity.set_aside(self._directory / str(step))
-            logger.warning("Checkpoint %d is damaged and was moved to %s; checkpoint %d is used.", step, moved, whole)
+            logger.warning("Checkpoint %d is damaged and was moved to %s; using checkpoint %d.", step, moved, whole)
         broadcast([0])  # nobody lists the folder before the moves are done
 
     def _committed_steps(self) -> list[int]:

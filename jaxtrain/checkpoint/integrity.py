@@ -82,7 +82,7 @@ def problem(folder: epath.Path, process: int = 0, num_processes: int = 1) -> str
             return f"{path} is missing"
         if found != size:
             return f"{path} has {found} of {size} bytes"
-        return None if found_crc == crc else f"{path} was changed"
+        return None if found_crc == crc else f"{path} does not match its checksum"
 
     with futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
         return next(filter(None, pool.map(check, mine)), None)

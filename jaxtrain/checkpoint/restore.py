@@ -89,7 +89,7 @@ def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None)
         problem = integrity.problem(folder, jax.process_index(), jax.process_count())
         if any_process(problem is not None):
             raise UserError(
-                f"Checkpoint {folder} is damaged: {problem or 'another process says what it found'}. Use another step."
+                f"Checkpoint {folder} is damaged: {problem or 'see the message of another process'}. Use another step."
             )
     return read(folder, {"params": abstract})["params"]
 
@@ -126,15 +126,15 @@ def _check_shapes(item: epath.Path, saved_tree: Any, wanted_tree: Any) -> None:
 
     saved, wanted = shapes(saved_tree), shapes(wanted_tree)
     different = [
-        f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+        f"{name}: saved {saved.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}"
         for name in sorted(saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
     if different:
         raise UserError(
-            f"The arrays in {item} are not those that the config describes ({len(different)} differ):\n  "
+            f"The arrays in {item} do not match the config ({len(different)} differ):\n  "
             + "\n  ".join(different[:10])
-            + "\nUse the model and optimizer that it was saved with, or another --workdir."
+            + "\nUse the model and optimizer of the run that saved it, or another --workdir."
         )
 
 

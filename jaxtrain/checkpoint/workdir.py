@@ -156,12 +156,12 @@ def _unreachable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, ImportError):
         return UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].")
     if "Credentials" in type(error).__name__:
-        return UserError(f"{what}. Set the bucket's credentials as the cloud's own tools expect.")
+        return UserError(f"{what}. Set up the bucket's credentials as for the cloud provider's tools.")
     return TransientError(what)
 
 
 def _refused(path: epath.Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error}. Give a --workdir that you may write.")
+    return UserError(f"{path} cannot be written: {error}. Give a --workdir that you can write to.")
 
 
 def _holder() -> Json:
@@ -170,8 +170,8 @@ def _holder() -> Json:
 
 def _in_use(path: epath.Path, holder: str) -> UserError:
     return UserError(
-        f"{path.parent} is used by another run ({holder.strip() or 'holder unknown'}). "
-        "Wait for it, stop it, or give another --workdir."
+        f"{path.parent} is in use by another run ({holder.strip() or 'holder unknown'}). Wait for it, stop it, or "
+        "give another --workdir."
     )
 
 
@@ -219,7 +219,7 @@ class _Lease:
     def __enter__(self) -> "_Lease":
         found = self._read()
         if found:
-            logger.warning("%s exists: watching for %.0f s whether its run is alive.", self._path, _WATCH_SECONDS)
+            logger.warning("%s exists: waiting %.0f s to see whether its run is alive.", self._path, _WATCH_SECONDS)
             deadline = time.monotonic() + _WATCH_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(_WATCH_SECONDS / 30)
@@ -260,7 +260,7 @@ class _Lease:
             try:
                 if not self._is_mine():
                     # This process was suspended for over a minute and another run took over: two must not write.
-                    logger.error("Another run has taken the lease %s; this one ends.", self._path)
+                    logger.error("Another run has taken the lease %s; this one stops.", self._path)
                     os._exit(1)
                 self._write()
             except OSError as error:

@@ -80,7 +80,7 @@ def parse(text: str, flag: str, slices: int = 1) -> Cluster:
         near = difflib.get_close_matches(kind, hardware.BY_NAME, cutoff=0.5) or list(hardware.BY_NAME)
         raise UserError(f"--{flag}={text}: there is no chip {kind!r} in the table; did you mean {' or '.join(near)}?")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
-        raise UserError(f"--slices={slices}: TPUs take one slice or more; for GPUs give hosts x GPUs instead")
+        raise UserError(f"--slices={slices}: TPUs need at least one slice; for GPUs give hosts x GPUs instead")
     if not colon or not re.fullmatch(r"\d+(x\d+)*", shape):
         example = f"{kind}:2x8 (hosts x GPUs)" if chip.platform == "gpu" else f"{kind}:{_SHAPES[kind][2]}"
         raise UserError(f"--{flag}={text}: the shape is missing or not of the form 2x4; for example {example}")
@@ -109,9 +109,9 @@ def _shape_message(text: str, flag: str, kind: str, sides: tuple[int, ...]) -> s
     near = min(chips, key=lambda shape: abs(math.log(chips[shape] / max(wanted, 0.5))))
     more = ""
     if kind in _MAX_CHIPS:
-        more = f", and those with three sides that are multiples of 4, ascending, up to {_MAX_CHIPS[kind]:,} chips"
+        more = f", and any three ascending multiples of 4, up to {_MAX_CHIPS[kind]:,} chips"
     elif wanted > chips[largest]:
-        more = f". For more chips take several slices: --{flag}={kind}:{largest} --slices=2"
+        more = f". For more chips, use several slices: --{flag}={kind}:{largest} --slices=2"
     return (
         f"--{flag}={text}: there is no slice {kind}:{'x'.join(map(str, sides))}; the nearest in size is "
         f"{kind}:{near}. There are {', '.join(_SHAPES[kind])}{more}."

@@ -91,8 +91,8 @@ def explained(error: Exception) -> UserError | None:
     if not is_exhausted(error):
         return None
     return UserError(
-        f"a device ran out of memory: {str(error).splitlines()[0]} Set memory_gb below what the last line above says "
-        "that a stage needs: it is then split into more micro-batches. Other programs on the device count too."
+        f"a device ran out of memory: {str(error).splitlines()[0]} Set memory_gb below what the last line above "
+        "gives for a stage: it is then split into more micro-batches. Other programs on the device count too."
     )
 
 
@@ -152,7 +152,7 @@ def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None,
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
-            needs = f"more than the compiler could place{used(error)}"
+            needs = f"more than the compiler could fit{used(error)}"
             return None
         # A compiler that does not report memory cannot be held to a limit.
         size = (needed(tried[count]) or -beside) + beside

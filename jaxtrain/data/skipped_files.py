@@ -67,7 +67,7 @@ def compare(source: str, old: Mapping[str, int], new: Mapping[str, int]) -> tupl
             continue
         line = f"source {source!r}: {file} is skipped {_from(now)}, was {_from(before)}"
         if now is None or (before is not None and now > before):
-            refused.append(f"{line}: what was given up stays so")
+            refused.append(f"{line}: a skipped file stays skipped")
         elif now == FOOTER:
             refused.append(f"{line}: positions in the checkpoint count the row groups of its footer; restore the file")
         else:

@@ -112,9 +112,9 @@ class SourceReader:
         if self.partition.shared:
             self._shared = SharedFileReader(self._open, options.shuffle_window, options.num_lanes, scratch)
         if not self.partition.units:
-            raise UserError(f"source {name!r} has no rows at all. Look at its name, split and files.")
+            raise UserError(f"source {name!r} has no rows. Check its name, split and files.")
         if all(self._end(unit.file) <= unit.first for unit in self.partition.units):
-            raise UserError(f"source {name!r}: all of its rows are in files that were corrupt and are skipped.")
+            raise UserError(f"source {name!r}: all of its rows are in corrupt files that are skipped.")
 
     @property
     def identity(self) -> Json:
@@ -195,13 +195,13 @@ class SourceReader:
             longest = max(self._rows(number, unit) for number, unit in enumerate(self.partition.units))
             pieces, works = f"windows of {options.shuffle_window} rows", -(-longest // options.shuffle_window)
         else:
-            pieces, works = f"{len(self.partition.units)} pieces", len(self.partition.units)
+            pieces, works = f"{len(self.partition.units)} units", len(self.partition.units)
         filtered = options.holdout or self._transforms
         works = max(min(works, options.num_lanes - 1) // (2 if filtered or self._shared is None else 1), 1)
         return (
             f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
-            f"epoch ({pieces} are shared out, and filters and holdout={options.holdout} may drop documents). Set "
-            f"data.num_lanes to {works} or less, data.shuffle_window to less, or use a larger source."
+            f"epoch ({pieces} are divided among the lanes, and filters and holdout={options.holdout} may drop "
+            f"documents). Set data.num_lanes to {works} or less, lower data.shuffle_window, or use a larger source."
         )
 
     def _rows(self, number: int, unit: units.Unit) -> int:
@@ -259,7 +259,7 @@ class SourceReader:
         rest = "this file" if row <= 0 else f"its rows from {row:,} on"
         return CorruptError(
             f"source {self.name!r}, file {name}: {error}. Repair or replace the file, or set data.on_corrupt=skip to "
-            f"go on without {rest}.",
+            f"continue without {rest}.",
             name,
             row,
             self.name,

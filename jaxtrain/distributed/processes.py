@@ -81,7 +81,7 @@ def _check_xla_flags(flags: str) -> None:
     """
     if flags and not flags.lstrip().startswith("-"):
         if not os.path.isfile(flags):
-            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else is a file, and there is none.")
+            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else names a file. There is none.")
         return
     names = [re.split(r"[= ]", flag)[0].lstrip("-") for flag in flags.split()]
     library = pathlib.Path(jaxlib.__file__).parent / "libjax_common.so"
@@ -117,9 +117,9 @@ def explicit_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     count_name, index_name = next((pair for pair in _NUMBERED if pair[0] in environment), _NUMBERED[0])
     count, index = (_number(environment, name) for name in (count_name, index_name))
     if not 0 <= index < count:
-        raise UserError(f"{index_name}={index} is not one of {count_name}={count} processes: they count from 0.")
+        raise UserError(f"{index_name}={index} is not one of {count_name}={count} processes: numbers start at 0.")
     if ":" not in address:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, a free one on process 0's.")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, a free port of that host.")
     if count == 1:
         return None
     arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -135,7 +135,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         found = "is not set" if text is None else f"is '{text}'"
         raise UserError(
             f"JAX_COORDINATOR_ADDRESS is set, but {name} {found}. Each process needs the address of process 0, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (or --coordinator, --num_processes, --process_id); one alone: none."
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (or --coordinator, --num_processes, --process_id); or none of "
+            "them for a single process."
         )
     return int(text)
 
@@ -263,5 +264,5 @@ class _Alarm:
         else:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _client().key_value_set(f"{_HEARD}{index}", "")
-            logger.error("Process %d ends, since %s failed: see its message, or process 0's.", index, where)
+            logger.error("Process %d exits because %s failed: see its message, or process 0's.", index, where)
         os._exit(told["code"])

@@ -58,11 +58,11 @@ class Muon:
     def check(self) -> None:
         base.check_fields(self)
         if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum={self.momentum}: from 0 to below 1; 0.95 is usual.")
+            raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:
-            raise UserError(f"adam_ratio={self.adam_ratio}: 0 or more is needed; 1 gives AdamW the same rate.")
+            raise UserError(f"adam_ratio={self.adam_ratio}: give 0 or more; 1 gives AdamW the same rate.")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
-            raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: "bfloat16" or "float32" is needed.')
+            raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
         """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
@@ -111,7 +111,7 @@ def flat(tree: Any) -> dict[Path, Any]:
 def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """0.2 * sqrt(max(m, n)) * orthogonalized matrices of an array with "embed" on one side, in its own shape, fp32."""
     inner = axes[1:] if axes[0] == "layers" else axes
-    assert "embed" in (inner[0], inner[-1]), f"a matrix has its 'embed' axis first or last, not {axes}"
+    assert "embed" in (inner[0], inner[-1]), f"a matrix must have its 'embed' axis first or last, not {axes}"
     sizes = update.shape[-len(inner) :]
     m = sizes[0] if inner[0] == "embed" else math.prod(sizes[:-1])
     n = math.prod(sizes) // m

@@ -73,7 +73,7 @@ def test_writes_what_training_reads(config, tmp_path, capsys):
     shard = next((tmp_path / "run" / "tokens" / "web").glob("*.array_record-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert run(config, "--verify") == 2
-    assert "is not what was written" in capsys.readouterr().err
+    assert "does not match its checksum" in capsys.readouterr().err
 
 
 def texts_of(source, file, tokenizer) -> list[str]:

@@ -256,16 +256,16 @@ class HttpBytes:
     def _check(self, response: Any, start: int, most: int) -> int:
         """The position of the answer's first byte, if its headers are those of the range that was asked for."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise TransientError(f"{self.what}: the server sent it compressed, though asked not to")
+            raise TransientError(f"{self.what}: the server sent compressed data although the request forbids it")
         if response.status_code == 206:
             found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
             if found is None:
-                raise TransientError(f"{self.what}: an answer without a proper Content-Range")
+                raise TransientError(f"{self.what}: the response has no valid Content-Range")
             self._note(int(found[3]), response)
             return int(found[1])
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal() or start or int(length) > most:
-            raise _NoRangeError(f"{self.what}: the server sent the whole file where a range was asked for")
+            raise _NoRangeError(f"{self.what}: the server sent the whole file instead of a range")
         self._note(int(length), response)
         return 0
 
@@ -323,7 +323,7 @@ def _body(response: Any, most: int, timeout: float, what: str) -> bytes:
         parts.append(part)
         length += len(part)
         if length > most:
-            raise TransientError(f"{what}: the server sent more than the {most} bytes asked for")
+            raise TransientError(f"{what}: the server sent more than the {most} bytes requested")
         if time.monotonic() - start > timeout + length / _SLOWEST:
             raise TransientError(f"{what}: the server sent {length} bytes in {time.monotonic() - start:.0f} s")
     return b"".join(parts)

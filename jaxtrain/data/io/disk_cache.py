@@ -57,9 +57,9 @@ class DiskCache:
         """Raises UserError if a file of `size` bytes can never fit."""
         if size > self.limit:
             raise UserError(
-                f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may hold "
-                f"({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, ideally to that "
-                "for each file that is read at once, or split the file."
+                f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may "
+                f"hold ({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, ideally to "
+                "that for each file that is read at the same time, or split the file."
             )
 
     @contextlib.contextmanager

@@ -38,8 +38,8 @@ def named(addresses: Iterable[str], naming: int = NAMING) -> dict[str, str]:
             if naming < NAMING:
                 raise UserError(_not_told_apart([name]))
             raise UserError(
-                f"two addresses of {name} differ only in credentials or in parameters that sign them, which no name "
-                "may hold. Give each file an address of its own."
+                f"two addresses of {name} differ only in credentials or signatures, which a name must not contain. "
+                "Give each file a distinct address."
             )
     return found
 
@@ -85,8 +85,8 @@ def inexact(identity: Json) -> list[str]:
 def _not_told_apart(names: Sequence[str]) -> str:
     few = ", ".join(list(dict.fromkeys(names))[:3])
     return (
-        f"version 0.1 gave several files one name ({few}), and shuffle and holdout follow the name, so this cannot go "
-        "on. Start a new run in another --workdir, and write its stores and caches again."
+        f"version 0.1 gave several files the same name ({few}). Shuffle and holdout depend on the name, so the run "
+        "cannot continue. Start a new run in another --workdir, and write its stores and caches again."
     )
 
 

@@ -194,7 +194,7 @@ def _network(error: BaseException, what: str) -> Exception | None:
     names = _names(error)
     text = _first_line(error)
     if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
-        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as the cloud's own tools do."))
+        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as for the cloud's own tools."))
     if isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return UserError(
             _say(what, f"the server's certificate is not trusted ({text}). Set SSL_CERT_FILE if you use a proxy.")
@@ -263,7 +263,7 @@ class _Outage:
             self.waiting.discard(reader)
             if recovered and not self.waiting:
                 took = time.monotonic() - self.since
-                log.warning("Reading goes on after %.1f s (%d readers had to wait).", took, self.readers)
+                log.warning("Reading continues after %.1f s (%d readers waited).", took, self.readers)
 
 
 _outage = _Outage()
@@ -379,7 +379,7 @@ def pause(seconds: float, why: str) -> None:
     backoff, left = _running.get(), time_left()
     (sleep if backoff is None else backoff.sleep)(min(seconds, left))
     if seconds > left:
-        raise TransientError(f"{why}: the next request may be sent only in {seconds - left:.0f} s")
+        raise TransientError(f"{why}: the next request has to wait {seconds - left:.0f} s")
 
 
 def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:

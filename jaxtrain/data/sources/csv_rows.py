@@ -82,13 +82,13 @@ def csv_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwarg
             if kwargs.get("on_bad_lines", "error") != "error":
                 continue
             raise RowError(
-                f"has {len(row)} fields, and the header has {len(header)}. Quote texts that hold the separator, and "
-                "name all columns in the header."
+                f"has {len(row)} fields, and the header has {len(header)}. Quote texts that contain the separator, "
+                "and name all columns in the header."
             )
         found = row[at] if at < len(row) else ""
         fields = {name: row[i] if i < len(row) else "" for name, i in others.items()}
         if strict and any(map(has_surrogates, (found, *fields.values()))):
-            raise DamagedError(f"holds bytes that are not {encoding}")
+            raise DamagedError(f"contains bytes that are not {encoding}")
         yield {**{name: _value(field) for name, field in fields.items()}, "text": found}
 
 
@@ -99,8 +99,8 @@ def _check(kwargs: Json, what: str) -> None:
         unknown.append(f"sep={separator!r}")
     if unknown:
         raise UserError(
-            f"{what}: the dataset's card sets {', '.join(unknown)} for its CSV files, which is not supported. Try its "
-            "parquet files by revision='refs/convert/parquet'."
+            f"{what}: the dataset's card sets {', '.join(unknown)} for its CSV files, which is not supported. Try "
+            "its parquet files with revision='refs/convert/parquet'."
         )
 
 
@@ -138,7 +138,7 @@ def _records(lines: _Lines, kwargs: Json) -> Iterator[list[str]]:
     try:
         for row in reader:
             if lines.ended:
-                raise CutShortError("a quoted field does not end")
+                raise CutShortError("a quoted field is not closed")
             is_blank = lines.count == begun + 1 and not lines.last.strip(" \t\r\n") and len(row) < 2
             begun = lines.count
             if keep_blank or not is_blank:

@@ -115,11 +115,11 @@ class _Values:
                 yield self._value()
             if mark != "]":
                 raise (
-                    DamagedError(f"no , or ] but {mark!r} in a list") if mark else CutShortError("a list does not end")
+                    DamagedError(f"{mark!r} in a list, not , or ]") if mark else CutShortError("a list is not closed")
                 )
             self._at += 1
         if self._next():
-            raise DamagedError("there is more after the list's end")
+            raise DamagedError("there is data after the list's end")
 
     def _more(self) -> None:
         """Read on, at least as much as is left, so that a value of any length is looked at few times."""
@@ -161,7 +161,7 @@ class _Values:
             except ValueError:  # an integer of more than 4,300 digits
                 value, end = _ANY_INTEGER.raw_decode(self._buffer, self._at)
             except RecursionError:
-                raise RowError("holds objects or lists in each other to a depth that Python does not parse.") from None
+                raise RowError("nests objects or lists too deeply for Python to parse.") from None
             self.characters += end - self._at
             self._begin, self._at = self._at, end
             return value

@@ -105,5 +105,5 @@ def has_surrogates(text: str) -> bool:
 
 def kind_of(value: Any) -> str:
     """What JSON calls it."""
-    names = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
+    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

@@ -57,14 +57,14 @@ def distrusted(identity: Json, columns: Sequence[str], is_stored: bool) -> str |
         return None
     if builder == "csv":
         return (
-            "it took the texts NA, null and nan of CSV files for empty, and in some files another column for the text"
+            "it read the texts NA, null and nan of CSV files as empty, and in some files the text from another column"
         )
     if builder == "json" and columns:
         return f"it guessed the types of the columns {', '.join(columns)}, which transforms read"
     if is_stored and builder == "arrow":
-        return "it took Arrow streams that were cut for whole ones"
+        return "it accepted truncated Arrow streams as complete"
     if is_stored and any(map(_is_zstd, identity["files"])):
-        return "it took zstd files that were cut for whole ones"
+        return "it accepted truncated zstd files as complete"
     return None
 
 
@@ -143,7 +143,7 @@ def _text_rows(
         found = iter([file.read()]) if by == "document" else _paragraphs(file)
     for document in found:
         if errors == "strict" and has_surrogates(document):
-            raise DamagedError(f"holds bytes that are not {encoding}")
+            raise DamagedError(f"contains bytes that are not {encoding}")
         yield {"text": document, only: document}
 
 
@@ -214,9 +214,9 @@ def _batches(file: _Counted, text: str, columns: Sequence[str], what: str) -> An
             yield batch
         if not is_file:
             if file.found_end:
-                raise CutShortError("its stream is cut short")
+                raise CutShortError("its stream is truncated")
             if file.read(1):
-                raise DamagedError("there is more after the end of its stream")
+                raise DamagedError("there is data after the end of its stream")
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

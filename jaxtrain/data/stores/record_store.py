@@ -187,7 +187,7 @@ def differences(
         Lines that show both sides of each difference; empty if there is none.
     """
     lines = [
-        f"  source {name}: the {which} has {_short(has.get(name))}, wanted is {_short(wanted.get(name))}"
+        f"  source {name}: the {which} has {_short(has.get(name))}, expected {_short(wanted.get(name))}"
         for name in sorted(wanted.keys() | has.keys())
         if wanted.get(name) != has.get(name)
     ]

@@ -140,7 +140,7 @@ class _Writer:
                 os.unlink(path)
             if is_full:
                 raise self._full(str(error)) from None
-            raise UserError(f"{path} cannot be written ({error}). Give an --output that you may write.") from None
+            raise UserError(f"{path} cannot be written ({error}). Give an --output that you can write to.") from None
 
     def _full(self, why: str) -> UserError:
         return UserError(
@@ -289,7 +289,7 @@ class _TokenWriter(_Writer):
         assert begun is not None
         shards = [number for number, file in enumerate(files) if file.rows]
         if not shards:
-            raise UserError(f"source {self.job.name!r} has no rows at all. Look at its name, split and files.")
+            raise UserError(f"source {self.job.name!r} has no rows. Check its name, split and files.")
         for place, number in enumerate(shards):
             name = f"{_TFDS_NAME}-train.array_record-{place:05d}-of-{len(shards):05d}"
             files[number] = dataclasses.replace(files[number], shard=name)
@@ -509,9 +509,9 @@ def _begin_teacher(folder: str, manifest: TeacherManifest) -> TeacherManifest:
     wanted, found = (json.loads(dataclasses.replace(each, parts=[]).to_json()) for each in (manifest, begun))
     changed = [name for name in wanted if wanted[name] != found[name] and name not in ("digest", "settings", "names")]
     if changed:
-        lines = [f"  {name}: the cache has {found[name]}, wanted is {wanted[name]}" for name in changed]
+        lines = [f"  {name}: the cache has {found[name]}, expected {wanted[name]}" for name in changed]
         raise UserError(
-            f"{folder} holds another cache, finished or begun:\n" + "\n".join(lines) + "\nGive another --output, or "
+            f"{folder} holds a different cache:\n" + "\n".join(lines) + "\nGive another --output, or "
             "remove that folder."
         )
     return begun
