@@ -16,7 +16,6 @@ Ding et al. 2024, "Fewer truncations improve language modeling", pack a whole da
 import bisect
 import copy
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,31 +29,16 @@ from jaxtrain.interfaces import RECORDS, Batch
 # times the text.
 WINDOW = 64
 
+_KEY_BITS = 32  # of a document's number in a key
 _FILE = WHERE.index("file")  # the columns before it are those of a Position
-
-
-class Piece(NamedTuple):
-    """Consecutive tokens of a document in a row, or in several rows that it fills.
-
-    Attributes:
-        place: Where the tokens begin, as an index into the block's R · T tokens.
-        document: The document, as an index into the packer's buffer.
-        first: The first token, counted from the document's start.
-        count: The number of tokens.
-    """
-
-    place: int
-    document: int
-    first: int
-    count: int
 
 
 class RowPlanner:
     """Plans rows of documents of known lengths. Documents are numbered in reading order.
 
     Attributes:
-        pieces: The contents of the rows planned so far.
-        left: For each of these rows, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
+        lengths: The documents' lengths.
+        left: For each row planned so far, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
         front: The first document that is not used up.
         opened: The document that goes on in the next row, and its next token; None if there is none.
     """
@@ -77,20 +61,28 @@ class RowPlanner:
             closing: Plan only until no used or opened document comes after one that is neither, and only with
                 documents up to the last of these.
         """
-        self.pieces: list[Piece] = []
         self.left: list[int] = []
         self.front = 0
         self.opened = opened
-        self._lengths, self._seq_len = lengths, seq_len
+        self.lengths, self._seq_len = lengths, seq_len
         self._closing = closing
         self._stop = max([0, *used, *(opened or ())[:1]]) + 1 if closing else len(lengths)
         self._used = bytearray(len(lengths))
         for document in used:
             self._used[document] = True
+        self._pieces: list[int] = []  # see `pieces`; a flat list, since one of tuples takes longer to make and convert
         self._known = 0  # documents before this one are used up, opened or in one of these two:
         self._whole: list[int] = []  # documents that fit into a row, as keys in ascending order
         self._long: list[int] = []  # documents longer than a row, oldest first
         self._extend()
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """Consecutive tokens of a document in a row, or in several rows that they fill: int64 [P, 4].
+
+        Each is (where they begin in the block's R · T tokens, the document, its first token there, tokens).
+        """
+        return np.array(self._pieces, np.int64).reshape(-1, 4)
 
     @property
     def used(self) -> list[int]:
@@ -104,47 +96,54 @@ class RowPlanner:
 
     def plan(self, rows: int) -> None:
         """Plans `rows` more rows, or as many as the documents are enough for."""
-        end = len(self.left) + rows
+        seq_len, end = self._seq_len, len(self.left) + rows
         while len(self.left) < end and (self.opened is not None or self.front < self._known):
             if self._closing and not self.has_gaps:
                 return
             document, first = self.opened or self._oldest()
-            rest = self._lengths[document] - first
-            full = min(rest // self._seq_len, end - len(self.left))
+            rest = self.lengths[document] - first
+            full = min(rest // seq_len, end - len(self.left))
             if full:
-                self._place(len(self.left) * self._seq_len, document, first, full * self._seq_len)
-                self.left += [self._seq_len + 1] * (full - 1) + [self._seq_len + (self.opened is not None)]
+                self._place(len(self.left) * seq_len, document, first, full * seq_len)
+                self.left += [seq_len + 1] * (full - 1) + [seq_len + (self.opened is not None)]
             else:
                 self._row(document, first, rest)
 
     def _row(self, document: int, first: int, count: int) -> None:
-        """Plans a row that begins with a document's last `count` tokens."""
-        room = self._seq_len
-        place = len(self.left) * room
-        while count:
-            self._place(place, document, first, count)
-            place, room, first, count = place + count, room - count, 0, 0
-            fits = bisect.bisect_right(self._whole, _key(room, 0))
-            if fits:
-                count, document = _length_and_document(self._whole.pop(fits - 1))
-            elif room and self._long:
-                count, document = room, self._long.pop(0)
-        self.left.append(self._seq_len + 1 if self.opened is not None else self._seq_len - room)
+        """Plans a row that begins with the last `count` tokens of a document, fewer than T."""
+        place, whole = len(self.left) * self._seq_len, self._whole
+        end = place + self._seq_len
+        self._place(place, document, first, count)
+        place += count
+        # The longest document that fits has the last key up to this one.
+        while fits := bisect.bisect_right(whole, (end - place) << _KEY_BITS):
+            key = whole.pop(fits - 1)
+            count = -(-key >> _KEY_BITS)
+            self._pieces += (place, document := (count << _KEY_BITS) - key, 0, count)
+            self._use_up(document)
+            place += count
+        if place < end and self._long:
+            self._place(place, self._long.pop(0), 0, end - place)
+            place = end
+        self.left.append(self._seq_len + 1 if self.opened is not None else place - end + self._seq_len)
 
     def _oldest(self) -> tuple[int, int]:
         """Takes the oldest document from its list. Returns the document and its first token."""
         if self._long and self._long[0] == self.front:
             self._long.pop(0)
         else:
-            self._whole.remove(_key(self._lengths[self.front], self.front))
+            self._whole.remove(self._key(self.front))
         return self.front, 0
 
     def _place(self, place: int, document: int, first: int, count: int) -> None:
-        self.pieces.append(Piece(place, document, first, count))
-        if first + count < self._lengths[document]:
+        self._pieces += (place, document, first, count)
+        if first + count < self.lengths[document]:
             self.opened = document, first + count
-            return
-        self.opened = None
+        else:
+            self.opened = None
+            self._use_up(document)
+
+    def _use_up(self, document: int) -> None:
         self._used[document] = True
         if document == self.front:
             following = self._used.find(0, document)
@@ -154,24 +153,18 @@ class RowPlanner:
     def _extend(self) -> None:
         """Adds the documents that are new in the window."""
         end = min(self.front + WINDOW, self._stop)
-        opened = None if self.opened is None else self.opened[0]
         for document in range(self._known, end):
-            if document != opened and not self._used[document]:
-                if self._lengths[document] > self._seq_len:
-                    self._long.append(document)
-                else:
-                    bisect.insort(self._whole, _key(self._lengths[document], document))
+            if self._used[document] or (self.opened is not None and document == self.opened[0]):
+                continue
+            if self.lengths[document] > self._seq_len:
+                self._long.append(document)
+            else:
+                bisect.insort(self._whole, self._key(document))
         self._known = max(self._known, end)
 
-
-def _key(length: int, document: int) -> int:
-    """Orders documents by length, and the older of two equals after the other."""
-    return (length << 32) - document
-
-
-def _length_and_document(key: int) -> tuple[int, int]:
-    length = -(-key >> 32)
-    return length, (length << 32) - key
+    def _key(self, document: int) -> int:
+        """Orders documents by length, and the older of two equals after the other."""
+        return (self.lengths[document] << _KEY_BITS) - document
 
 
 class FitPacker(Packer):
@@ -202,14 +195,14 @@ class FitPacker(Packer):
         """Starts at a state. ahead, taken: see the class. The others are as in Packer."""
         super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width)
         self._ahead = (ahead, token) if ahead else None
-        self._taken = taken
+        self._used = [n for n in range(1, WINDOW) if taken >> n - 1 & 1]
 
     @property
     def state(self) -> list[int]:
         """The state, in the order of lanes.STATE_FIELDS."""
         epoch, unit, row, token, *rest = super().state
         ahead, token = self._ahead or (0, token)
-        return [epoch, unit, row, token, *rest, ahead, self._taken]
+        return [epoch, unit, row, token, *rest, ahead, sum(1 << n - 1 for n in self._used)]
 
     def cut(
         self,
@@ -240,7 +233,7 @@ class FitPacker(Packer):
         if not planned.left:
             return super().addresses(rows, seq_len, stride)
         found: list[Spans] = [[] for _ in planned.left]
-        for place, document, first, count in planned.pieces:
+        for place, document, first, count in planned.pieces.tolist():
             file, file_row = self._where[document, _FILE:].tolist()
             for begin in range(0, count, seq_len):  # more than one row only if each is full
                 span = (file, file_row, first + begin, first + min(begin + seq_len, count))
@@ -255,79 +248,67 @@ class FitPacker(Packer):
 
     def _plan(self, rows: int, seq_len: int, fit: bool) -> RowPlanner:
         """Plans the next rows that are packed by best fit."""
-        if not fit and self._ahead is None and not self._taken:
+        if not fit and self._ahead is None and not self._used:
             return RowPlanner([], seq_len)
         if self.seen:
             self._fill(self.seen + 1)
             self._advance(self.seen)
-        used = [n for n in range(1, WINDOW) if self._taken >> n - 1 & 1]
-        lengths = self._read(rows * seq_len if fit else 0, used)
-        if not self._taken:
-            used = []
+        lengths = self._read(rows * seq_len if fit else 0)
         opened = self._ahead or ((0, self._token) if self._token else None)
-        planner = RowPlanner(lengths, seq_len, opened, used, closing=not fit)
+        planner = RowPlanner(lengths, seq_len, opened, self._used, closing=not fit)
         planner.plan(rows)
         return planner
 
-    def _read(self, tokens: int, used: list[int]) -> list[int]:
-        """Reads all documents that can be in the window until `tokens` tokens are used up.
-
-        Args:
-            tokens: Tokens of the next rows.
-            used: Documents that are already used up.
+    def _read(self, tokens: int) -> list[int]:
+        """Reads every document that can be in the window before `tokens` more tokens are used up.
 
         Returns:
             The lengths of the documents in the buffer.
         """
         self._fill(tokens + 1)
-        if (self._ahead or self._taken) and self._where[:1, :_FILE].tolist() != [self._position]:
+        if (self._ahead or self._used) and self._where[:1, :_FILE].tolist() != [self._position]:
             assert self._may_be_skipped, f"the document at {self.cursor[0]} is gone"
-            # It is no longer known which documents `taken` means. Some may come again, but none is left out.
-            self._ahead, self._taken, used = None, 0, []
+            # It is no longer known which documents are used up. Some may come again, but none is left out.
+            self._ahead, self._used = None, []
         while True:
             have = len(self._tokens)
-            lengths = np.diff(self._starts, append=have)
-            before = tokens + int(lengths[[n for n in used if n < len(lengths)]].sum()) + (self._ahead or (0, 0))[1]
-            if len(lengths) < int(self._starts.searchsorted(before, side="right")) + WINDOW:
-                self._fill(have + 1)
+            lengths = np.diff(self._starts, append=have).tolist()
+            before = tokens + sum([lengths[n] for n in self._used if n < len(lengths)]) + (self._ahead or (0, 0))[1]
+            if len(lengths) >= self._starts.searchsorted(before, side="right") + WINDOW:
+                return lengths
+            self._fill(have + 1)
             if len(self._tokens) == have:
-                return lengths.tolist()
+                return lengths
 
     def _write(self, planned: RowPlanner, block: Batch, document_mask: bool, counted_R: np.ndarray | None) -> Cut:
         """Writes and counts the planned rows, the first ones of the block."""
         made, seq_len = len(planned.left), block["tokens"].shape[1]
+        pieces, starts = planned.pieces, self._starts.tolist()
+        for name, found in (("tokens", self._tokens), (RECORDS, self._records)):
+            if found is not None:
+                into = block[name][:made].reshape(made * seq_len, *found.shape[1:])
+                into[:] = 0
+                for place, document, first, count in pieces.tolist():
+                    source = starts[document] + first
+                    into[place : place + count] = found[source : source + count]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        tokens[:] = 0
-        starts = self._starts.tolist()
-        ends_N = np.append(self._starts[1:], len(self._tokens))
-        for place, document, first, count in planned.pieces:
-            source = starts[document] + first
-            tokens[place : place + count] = self._tokens[source : source + count]
-            following = self._tokens[source + 1 : source + count + 1]
-            targets[place : place + len(following)] = following
-        if self._records is not None:
-            records = block[RECORDS][:made].reshape(made * seq_len, -1)
-            records[:] = 0
-            for place, document, first, count in planned.pieces:
-                source = starts[document] + first
-                records[place : place + count] = self._records[source : source + count]
-        place_P, document_P, first_P, count_P = np.array(planned.pieces).T
-        length_P = (ends_N - self._starts)[document_P]
+        # A document that a row cuts goes on in the next one.
+        targets[:-1] = tokens[1:]
+        targets[-1] = 0 if planned.opened is None else self._tokens[starts[planned.opened[0]] + planned.opened[1]]
+        place_P, document_P, first_P, count_P = pieces.T
+        length_P = np.array(planned.lengths)[document_P]
         last = (place_P + count_P - 1)[first_P + count_P == length_P]
         left_R = np.array(planned.left)
-        if not document_mask:
-            # The next document of the row follows; `left` masks the last token of a row.
-            inner = last[last + 1 < len(tokens)]
-            targets[inner] = tokens[inner + 1]
-            last = last[:0]
+        there_R = np.minimum(left_R, seq_len)
         counted_R = np.full(made, seq_len) if counted_R is None else counted_R
-        given = int(np.minimum(np.minimum(left_R, seq_len), counted_R).sum())
+        given = int(np.minimum(there_R, counted_R).sum())
         begun_P = (first_P == 0) & (place_P % seq_len < counted_R[place_P // seq_len])
         self.counts.tokens += given
         self.counts.unique += given
         self.counts.padding += int(counted_R.sum()) - given
         self.counts.documents += int(begun_P.sum())
         self.counts.cut += int((begun_P & (length_P > np.minimum(count_P, seq_len))).sum())
+        last = last if document_mask else last[:0]
         return Cut(made, last, left_R if (left_R <= seq_len).any() else None)
 
     def _used_tokens(self, planned: RowPlanner) -> int:
@@ -343,4 +324,4 @@ class FitPacker(Packer):
         self._ahead = None
         if planned.opened is not None and planned.opened[0] > planned.front:
             self._ahead = planned.opened[0] - planned.front, planned.opened[1]
-        self._taken = sum(1 << n - planned.front - 1 for n in planned.used)
+        self._used = [n - planned.front for n in planned.used]

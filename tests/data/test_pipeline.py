@@ -174,7 +174,8 @@ def test_training_ends_when_every_lane_has_ended_in_every_source_to_come():
     ]
     found = Case(data, plan_of(data, stages, 0, steps=20), 0, 1).run()
     assert [batch.ended for batch in found] == [False] * 12 + [True] * 8  # 3 batches each; a's end is not the run's
-    ended_in_a = [all(state[0, -1] for state in batch.states.values()) for batch in found]
+    ended = STATE_FIELDS.index("ended")
+    ended_in_a = [all(state[0, ended] for state in batch.states.values()) for batch in found]
     assert ended_in_a == [False] * 2 + [True] * 18
     assert not any(batch.arrays["loss_mask"].any() for batch in found[3:10])
 
