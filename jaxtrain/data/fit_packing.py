@@ -15,6 +15,7 @@ Ding et al. 2024, "Fewer truncations improve language modeling", pack a whole da
 
 import bisect
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -72,7 +73,8 @@ class RowPlanner:
             self._used[document] = True
         self._pieces: list[int] = []  # see `pieces`; a flat list, since one of tuples takes longer to make and convert
         self._known = 0  # documents before this one are used up, opened or in one of these two:
-        self._whole: list[int] = []  # documents that fit into a row, as keys in ascending order
+        # Documents that fit into a row, as ascending keys: the length, and then the older of two equals later.
+        self._whole: list[int] = []
         self._long: list[int] = []  # documents longer than a row, oldest first
         self._extend()
 
@@ -132,7 +134,7 @@ class RowPlanner:
         if self._long and self._long[0] == self.front:
             self._long.pop(0)
         else:
-            self._whole.remove(self._key(self.front))
+            self._whole.remove((self.lengths[self.front] << _KEY_BITS) - self.front)
         return self.front, 0
 
     def _place(self, place: int, document: int, first: int, count: int) -> None:
@@ -153,18 +155,12 @@ class RowPlanner:
     def _extend(self) -> None:
         """Adds the documents that are new in the window."""
         end = min(self.front + WINDOW, self._stop)
-        for document in range(self._known, end):
-            if self._used[document] or (self.opened is not None and document == self.opened[0]):
-                continue
-            if self.lengths[document] > self._seq_len:
-                self._long.append(document)
-            else:
-                bisect.insort(self._whole, self._key(document))
+        opened = None if self.opened is None else self.opened[0]
+        new = [n for n in range(self._known, end) if n != opened and not self._used[n]]
+        self._long += [n for n in new if self.lengths[n] > self._seq_len]
+        self._whole += [(self.lengths[n] << _KEY_BITS) - n for n in new if self.lengths[n] <= self._seq_len]
+        self._whole.sort()
         self._known = max(self._known, end)
-
-    def _key(self, document: int) -> int:
-        """Orders documents by length, and the older of two equals after the other."""
-        return (self.lengths[document] << _KEY_BITS) - document
 
 
 class FitPacker(Packer):
@@ -272,7 +268,7 @@ class FitPacker(Packer):
             self._ahead, self._used = None, []
         while True:
             have = len(self._tokens)
-            lengths = np.diff(self._starts, append=have).tolist()
+            lengths = [end - start for start, end in itertools.pairwise([*self._starts.tolist(), have])]
             before = tokens + sum([lengths[n] for n in self._used if n < len(lengths)]) + (self._ahead or (0, 0))[1]
             if len(lengths) >= self._starts.searchsorted(before, side="right") + WINDOW:
                 return lengths
