@@ -19,13 +19,13 @@ DATA = "data"
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
-    """Whether it is a work directory with a checkpoint, a folder of checkpoints, or a checkpoint."""
+    """Whether the path is a work directory with a checkpoint, a folder of checkpoints, or a checkpoint."""
     root = absolute(path)
     return (root / DATA).exists() or bool(steps_in(root / "checkpoints")) or bool(steps_in(root))
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps of a work directory's checkpoints, in order; none if there are none."""
+    """The steps of a work directory's checkpoints, in order."""
     return sorted(steps_in(epath.Path(workdir) / "checkpoints"))
 
 
@@ -37,7 +37,7 @@ def step_folder(path: epath.PathLike, step: int | None = None) -> epath.Path:
         step: None is the newest.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     root = absolute(path)
     if (root / DATA).exists():
@@ -53,7 +53,7 @@ def step_folder(path: epath.PathLike, step: int | None = None) -> epath.Path:
 
 
 def load_data(path: epath.PathLike, step: int | None = None) -> Json:
-    """The JSON data of a checkpoint of this version or an earlier one, in today's names.
+    """The JSON data of a checkpoint of this version or an earlier one, in current names.
 
     Args:
         path: See `step_folder`.
@@ -144,5 +144,5 @@ def steps_in(directory: epath.Path) -> list[int]:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path as Orbax takes it: absolute, or a URL."""
+    """The path in the form that Orbax accepts: absolute, or a URL."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(os.path.expanduser(path)))

@@ -78,7 +78,7 @@ class DataConfig:
         workers: Tokenizing threads per host. None: 4, or 8 if all data comes from token stores.
         prefetch: Batches prepared ahead per host. None: 2, or 4 if all data comes from token stores.
         retry_minutes: How long an outage of a source may last before the run stops (exit code 1).
-        on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" gives up the
+        on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" skips the
             file's rows from the first bad one on for good, records this in skips.json, and exits with code 75 to be
             restarted.
     """
@@ -338,7 +338,7 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """An iterator of StepBatch over `host_dataset`, which see. Call `close` to stop before the end.
+    """An iterator of StepBatch over `host_dataset`. Call `close` to stop before the end.
 
     Args:
         prefetch: Batches to prepare ahead, in a thread.

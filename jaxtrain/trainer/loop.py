@@ -53,19 +53,19 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
         UserError: the user must change something.
     """
     processes.join(config.deterministic)
-    with console_logging() as console, processes.failures_told(), Workdir(workdir_path) as workdir:
+    with console_logging() as console, processes.failures_announced(), Workdir(workdir_path) as workdir:
         configure_runtime(config, workdir)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
             # Report the failure before closing, which needs all processes.
-            with processes.failures_told():
+            with processes.failures_announced():
                 code = _run(config, workdir, checkpointer, console, dry_run, keep)
         except Exception:
-            checkpointer.give_up_others()
+            checkpointer.abandon_others()
             raise
         finally:
             checkpointer.close()
-    processes.leave_together()
+    processes.exit_together()
     return code
 
 
@@ -108,8 +108,8 @@ def _run(
         logger.warning("%s", error)
         logger.warning("%s", recorded)
         # Tell the other processes. The launcher restarts all of them, and they read the list.
-        processes.tell(f"{error}\n{recorded}", STOPPED)
-        checkpointer.give_up_others()
+        processes.announce_failure(f"{error}\n{recorded}", STOPPED)
+        checkpointer.abandon_others()
         return STOPPED
 
 
@@ -132,7 +132,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         workdir.write_config(session.identities["config"])
         train_state = session.train_state(monitor)
         loop = Loop(session, checkpointer, monitor)
-        with only_new_garbage():
+        with frozen_gc():
             code = loop.run(train_state)
         step = checkpointer.latest_step()
         saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
@@ -143,7 +143,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
 
 
 @contextlib.contextmanager
-def only_new_garbage() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """Excludes objects alive at entry from Python's garbage collection.
 
     Startup leaves about 230,000 objects that live as long as the process: JAX, libraries, compiled programs. Every full

@@ -237,7 +237,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
     _report(components, plan, eval_plan)
     evaluation = None if eval_plan is None else eval_plan.stages[0]
-    beside = beside_params(components)
+    extra = bytes_besides_params(components)
 
     # Where to continue.
     identities = compatibility.identities(config, readers, tokenizer, plan)
@@ -257,7 +257,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         tokenizer=tokenizer,
         readers=readers,
         components=components,
-        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside),
+        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra),
         limit=limit,
         checkpointer=checkpointer,
         identities=identities,
@@ -314,7 +314,7 @@ def make_components(
     return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
-def beside_params(components: StepComponents) -> int:
+def bytes_besides_params(components: StepComponents) -> int:
     """Bytes that training keeps on each device besides the model's parameters: optimizer state and teacher."""
     made = state.abstract(components.model, components.optimizer, components.mesh)
     distilled = () if components.distilled is None else components.distilled.abstract
@@ -372,7 +372,7 @@ def sample(session: Session, params: Any, monitor: Monitor) -> None:
         params,
         prompts_ids,
         limit=session.limit,
-        beside=beside_params(session.components),
+        extra=bytes_besides_params(session.components),
         max_new_tokens=min(_SAMPLE_TOKENS, context - max(map(len, prompts_ids))),
         temperature=0.8,
         top_k=50,

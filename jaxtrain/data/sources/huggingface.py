@@ -17,7 +17,7 @@ from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locat
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.samples import sample_blocks
-from jaxtrain.data.sources.streams import BUILDER_KWARGS, distrusted, reader_version, stream_blocks
+from jaxtrain.data.sources.streams import BUILDER_KWARGS, misread_reason, reader_version, stream_blocks
 from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
@@ -248,7 +248,7 @@ class HuggingFace:
         for key, now in self._about().items():
             if identity[key] != now:
                 raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
-        if reason := distrusted(identity, self.columns(), is_stored=False):
+        if reason := misread_reason(identity, self.columns(), is_stored=False):
             raise UserError(
                 f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would "
                 "change: start a new run in another --workdir."

@@ -192,7 +192,7 @@ def load(folder: str) -> TeacherManifest:
 
 
 def verify(folder: str) -> TeacherManifest:
-    """Like `load`, and also reads every part and compares its digest."""
+    """Like `load`, but also reads every part and compares its digest."""
     manifest = load(folder)
     for name, part in _named(manifest):
         if record_store.digest_of(os.path.join(folder, name)) != part.digest:

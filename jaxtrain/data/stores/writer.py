@@ -342,12 +342,12 @@ class TeacherWriter(_Writer):
 
         Args:
             job: The source and where its store goes.
-            manifest: The manifest to be, without shards.
+            manifest: The manifest to write, without shards.
             worker: Index of this worker, from 0.
             workers: Number of workers.
 
         Raises:
-            UserError: The folder holds another store, finished or begun. The message shows both sides.
+            UserError: The folder holds a different store, finished or not. The message shows both sides.
         """
         self.manifest = _begin_teacher(job.folder, manifest)
         super().__init__(job, worker, workers, teacher_store.exists, self.manifest.max_samples)
@@ -355,7 +355,7 @@ class TeacherWriter(_Writer):
 
     @functools.cached_property
     def known_rows(self) -> list[int] | None:
-        """Rows to write of each file, up to the last one with any; None if only reading shows them."""
+        """Rows to write of each file, up to the last one with any; None if they are known only by reading."""
         return self._wanted_rows() if self.job.source.random_access else None
 
     def sample(self) -> tuple[int, int, int | None]:
