@@ -29,6 +29,7 @@ class EvalConfig:
         seq_len: Tokens of a row; None for the last stage's.
         batch_size: Rows of a batch, a multiple of data.num_lanes; None for the last stage's.
         weights: The share of each source; None for the last stage's.
+        packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
     """
 
     every_steps: int | None = None
@@ -37,6 +38,7 @@ class EvalConfig:
     seq_len: int | None = None
     batch_size: int | None = None
     weights: dict[str, float] | None = None
+    packing: str | None = None
 
     def check(self) -> None:
         for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
@@ -68,6 +70,7 @@ class EvalConfig:
             seq_len=self.seq_len or last.seq_len,
             batch_size=self.batch_size or last.batch_size,
             weights=weights,
+            packing=self.packing or last.packing,
         )
         return build_plan(
             (stage,),

@@ -51,7 +51,7 @@ class Program:
             return text
         most = "" if limit is None else f" of {limit / 1e9:.3g}"
         return (
-            f"{text}: {(needed + self.extra) / 1e9:.3g}{most} GB a device (state and batch "
+            f"{text}: {(needed + self.extra) / 1e9:.3g}{most} GB per device (state and batch "
             f"{(held + self.extra) / 1e9:.3g}, temporary {(needed - held) / 1e9:.3g})"
         )
 

@@ -63,8 +63,9 @@ def test_what_training_keeps_counts(fake: Fake) -> None:
     assert made.evaluation().micro_batches == 4
     made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), extra=10_000)
     assert made.evaluation().micro_batches == 8
-    assert "2.38e-05 of 3e-05 GB a device (state and batch 1.1e-05, temporary 1.28e-05)" in made.evaluation().describe(
-        30_000
+    assert (
+        "2.38e-05 of 3e-05 GB per device (state and batch 1.1e-05, temporary 1.28e-05)"
+        in made.evaluation().describe(30_000)
     )
 
 
