@@ -37,6 +37,7 @@ class EvalConfig:
         weights: The share of each source; None for the last stage's.
         source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
             several; 0 for none. None for `tokens` divided equally.
+        packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
     """
 
     every_steps: int | None = None
@@ -46,6 +47,7 @@ class EvalConfig:
     batch_size: int | None = None
     weights: dict[str, float] | None = None
     source_tokens: int | None = None
+    packing: str | None = None
 
     def check(self) -> None:
         for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
@@ -92,6 +94,7 @@ class EvalConfig:
             seq_len=self.seq_len or last.seq_len,
             batch_size=self.batch_size or last.batch_size,
             weights=weights,
+            packing=self.packing or last.packing,
         )
         return build_plan(
             (stage,),

@@ -117,6 +117,7 @@ def _laid_out(
                 seq_len=stage.seq_len,
                 batch_size=batch_size,
                 overlap_tokens=stage.overlap_tokens(),
+                packing=stage.packing,
                 weights=weights,
                 first_step=step,
                 last_step=None if batches is None else step + batches - 1,

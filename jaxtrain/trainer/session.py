@@ -29,6 +29,7 @@ from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
+from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
@@ -213,6 +214,21 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     saved = checkpointer.restore_data(start) if start else None
     config = compatibility.settled(config, saved)
     mesh = config.mesh.build()
+    limit = memory.limit(mesh, config.memory_gb)
+
+    def programs_of(components: StepComponents) -> StagePrograms:
+        evaluation = None if eval_plan is None else eval_plan.stages[0]
+        _report(components, plan, eval_plan)
+        extra = bytes_besides_params(components)
+        return StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
+
+    # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks for.
+    components, programs = None, None
+    asked, alone = config.tokenizer, jax.process_count() == 1 and config.teacher is None
+    if alone and isinstance(asked, TrainTokenizer) and asked.needs_training(workdir.path):
+        components = make_components(config, asked.vocab_size, plan, mesh, None, limit)
+        programs = programs_of(components)
+        programs.begin(1)
 
     # The data: tokenizer, sources and their units.
     scratch = os.fspath(workdir.cache)
@@ -238,11 +254,10 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         frozen = config.teacher.build(tokenizer, mesh)
     elif config.teacher is not None:
         cached = config.teacher.open_cache(config.data, sources, tokenizer)
-    limit = memory.limit(mesh, config.memory_gb)
-    components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
-    _report(components, plan, eval_plan)
-    evaluation = None if eval_plan is None else eval_plan.stages[0]
-    extra = bytes_besides_params(components)
+    if components is None or programs is None or tokenizer.vocab_size != components.model.vocab_size:
+        layout = cached and cached.layout
+        components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, layout)
+        programs = programs_of(components)
 
     # Where to continue.
     identities = compatibility.identities(config, readers, tokenizer, plan)
@@ -262,7 +277,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         tokenizer=tokenizer,
         readers=readers,
         components=components,
-        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra),
+        programs=programs,
         limit=limit,
         checkpointer=checkpointer,
         identities=identities,

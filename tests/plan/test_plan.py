@@ -336,6 +336,8 @@ def test_differences():
         "stage 2 (long): batch_size was 4, is now 8",
         "stage 2 (long): overlap_tokens was 0, is now 8",
     ]
+    assert changed(11, {"packing": "fit"}) == ["stage 2 (long): packing was concat, is now fit"]
+    assert changed(10, {"packing": "fit"}) == changed(20, None, {"packing": "fit"}) == []
     assert changed(11, seed=5) == ["seed was 0, is now 5: it decides the source of every row"]
     assert changed(50, total_tokens=1000) == ["step 50 is trained, but the plan now ends at step 22"]
     (line,) = changed(84, total_tokens=9000)
@@ -346,7 +348,11 @@ def test_differences():
 
 def test_record_is_json():
     plan = curriculum()
-    assert plan.differences(json.loads(json.dumps(plan.record())), 1952) == []
+    record = json.loads(json.dumps(plan.record()))
+    assert plan.differences(record, 1952) == []
+    for stage in record["stages"]:  # version 0.1 did not record it
+        assert stage.pop("packing") == "concat"
+    assert plan.differences(record, 1952) == []
 
 
 @pytest.mark.parametrize(
@@ -358,6 +364,8 @@ def test_record_is_json():
         ((one(batch_size=None),), {}, "batch_size=None and tokens_per_batch=None: give one"),
         ((one(tokens_per_batch=64),), {}, "batch_size=4 and tokens_per_batch=64: give one"),
         ((one(overlap=1.0),), {}, "overlap=1.0 is a fraction of a row"),
+        ((one(packing="fitt"),), {}, "packing='fitt' is not known; did you mean 'fit'?"),
+        ((one(packing="fit", overlap=0.5),), {}, "overlap=0.5 with packing='fit': rows of whole documents do not"),
         ((one(weights={"web": 0.9}),), {}, r"stage 1 \(main\): weights {'web': 0.9} sum to 0.9; they must sum to 1"),
         ((one(weights={"weeb": 1.0}),), {}, "there is no source 'weeb' in data.sources; did you mean web?"),
         ((one(weights={"x": 1.0}),), {}, "did you mean web or math or code?"),
