@@ -68,7 +68,7 @@ def test_xla_flags() -> None:
     _check_xla_flags("--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true --xla_dump_to=x")
     with pytest.raises(UserError, match="no flag --xla_gpu_deterministic_op;"):
         _check_xla_flags("--xla_dump_to=x --xla_gpu_deterministic_op=true")
-    with pytest.raises(UserError, match="anything else names a file. There is none"):
+    with pytest.raises(UserError, match=r"anything else names a file\. There is none"):
         _check_xla_flags("xla_dump_to=x")
 
 
