@@ -52,7 +52,11 @@ def case(hub: LoopbackHub) -> Case:
         holdout=0.1,
     )
     weights = {"web": 0.5, "wiki": 0.25, "code": 0.25}
-    plan = plan_of(data, [Stage(seq_len=16, batch_size=8, weights=weights, overlap=0.25)], 3, total_tokens=128 * 14)
+    stages = [
+        Stage(seq_len=16, batch_size=8, weights=weights, tokens=128 * 7, overlap=0.25),
+        Stage(seq_len=16, batch_size=8, weights=weights, packing="fit"),
+    ]
+    plan = plan_of(data, stages, 3, total_tokens=128 * 14)
     return Case(data, plan, 3, None)
 
 
@@ -119,7 +123,7 @@ def test_a_download_of_some_documents_fetches_their_files_alone(case, hub: Loopb
         resolved = sources(opened(case, "download", tmp_path))
     held = sorted(os.listdir(tmp_path / "cache" / "data"))
     assert len(held) == 3 + 1 + 1  # of web, of wiki, and the cache's lock
-    assert "Source code: only reading tells which files max_samples wants" in caplog.text
+    assert "Source code: only reading shows which files max_samples needs" in caplog.text
     assert_same(case.run(resolved=resolved), expected)
     assert len(os.listdir(tmp_path / "cache" / "data")) == 5 + 2  # code's
     # They are not all that there are: another run does not take them for those.
@@ -133,7 +137,7 @@ def test_a_limit_below_the_dataset_changes_nothing(case, tmp_path, caplog):
     largest = max(file.size() for file in files._files)  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         resolved = sources(opened(case, "download", tmp_path, gigabytes=2.5 * largest / 1e9))
-    assert "the rest is fetched when it is read" in caplog.text
+    assert "the rest is fetched every time it is read" in caplog.text
     assert_same(case.run(resolved=resolved), expected)
     held = sum(os.path.getsize(path) for path in (tmp_path / "cache" / "data").iterdir())
     assert held <= 2.5 * largest

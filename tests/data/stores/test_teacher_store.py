@@ -127,12 +127,13 @@ def batches(
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_every_token_gets_its_own_record(name: str, lanes: int, tmp_path: pathlib.Path) -> None:
-    """Two epochs of shuffled, overlapping rows of two lengths, in any cut."""
+    """Two epochs of shuffled rows of three lengths, overlapping, by best fit and cut."""
     config = SOURCES[name]
     write(job(config, tmp_path, add_bos=lanes == 2))
     data = DataConfig(sources={"a": config}, num_lanes=lanes, shuffle_window=8, holdout=0.1, add_bos=lanes == 2)
     stages = [
         Stage(seq_len=5, batch_size=8, overlap=0.4, tokens=400),
+        Stage(seq_len=12, batch_size=8, tokens=960, packing="fit"),
         Stage(seq_len=64, batch_size=4, tokens=64 * 4 * 30),
     ]
     seen = 0
@@ -159,7 +160,9 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     write(job(config, tmp_path))
     data = DataConfig(sources={"a": config}, num_lanes=1)
     stages = [Stage(seq_len=8, batch_size=4, tokens=320)]
-    with pytest.raises(UserError, match=r"tokens for row \d+ of file-\d, and the run reads \d+ there, or others"):
+    with pytest.raises(
+        UserError, match=r"tokens for row \d+ of file-\d, but the run reads \d+ there, or different ones"
+    ):
         list(batches(config, tmp_path, data, stages, Shifted()))
     records = TeacherStore(str(tmp_path), teacher_store.load(str(tmp_path)))
     with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
@@ -182,7 +185,7 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
 def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     config = source(max_samples=70)
     write(job(config, tmp_path))
-    with pytest.raises(UserError, match=r"holds another cache.*\n.*context: the cache has 8, wanted is 16"):
+    with pytest.raises(UserError, match=r"holds a different cache.*\n.*context: the cache has 8, expected 16"):
         TeacherWriter(*job(config, tmp_path, context=16), 0, 1)
     made, tokenizer = teacher_store.load(str(tmp_path)), WordTokenizer()
     teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)
