@@ -78,7 +78,7 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights and its attention (with cuDNN, attention too).
+            weights and its attention; with cuDNN, attention as well.
         scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """

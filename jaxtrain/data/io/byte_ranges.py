@@ -292,7 +292,7 @@ class HubBytes(HttpBytes):
 def _session_guarded() -> None:
     # At exit the client's own handler closes its connections, and a thread that waits for one waits for the whole
     # timeout: the gate must close first.
-    gate.be_first()
+    gate.close_first()
 
 
 def _session() -> Any:
