@@ -198,6 +198,7 @@ class HuggingFace:
 
     def _builder(self, sha: str) -> Any:
         import datasets
+        from huggingface_hub import HfApi
 
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
@@ -211,19 +212,12 @@ class HuggingFace:
                 # missing file. Look at the hidden exception, and check that listing works at all.
                 hidden = retry.classify(error.__context__ or error, what)
                 fault = hidden if isinstance(hidden, TransientError) else fault
-                self._list(sha)
+                with retry.classified(f"dataset {self.name}"):
+                    next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
             raise _as_fault(fault, error, what) from None
         if builder.name == "cache":
             raise TransientError(f"{what}: the Hub cannot be reached (a prepared copy is in the datasets cache)")
         return builder
-
-    def _list(self, sha: str) -> None:
-        from huggingface_hub import HfApi
-
-        try:
-            next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
-        except Exception as error:
-            raise retry.classify(error, f"dataset {self.name}") from None
 
     def _similar(self) -> list[str]:
         """Names of Hub datasets similar to the one given."""
