@@ -158,14 +158,10 @@ def _default(hint: Any, change: Change, path: str) -> Any:
     """Overriding a field of an optional group that is None turns the group on, if all its fields have defaults."""
     classes = [option for option in typed.options(hint) if dataclasses.is_dataclass(option)]
     if len(classes) == 1 and isinstance(classes[0], type):
-        required = [field.name for field in dataclasses.fields(classes[0]) if not _has_default(field)]
-        if not required:
+        fields = dataclasses.fields(classes[0])
+        if not any(one.default is one.default_factory is dataclasses.MISSING for one in fields):
             return classes[0]()
     raise UserError(f"{change.flag}: {path} is none and has no fields to set; give it a value in the config file")
-
-
-def _has_default(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> UserError:

@@ -7,9 +7,8 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import jax
 from etils import epath
@@ -25,13 +24,12 @@ from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
-from jaxtrain.distributed.consensus import broadcast, broadcast_json
-from jaxtrain.errors import FollowedError, TransientError, UserError
+from jaxtrain.distributed.consensus import broadcast, broadcast_json, on_process_0
 from jaxtrain.interfaces import Json, Source, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 
-T = TypeVar("T")
+_FAILED = "process 0 could not prepare the run: see its message"
 
 logger = logging.getLogger("jaxtrain")
 
@@ -73,7 +71,7 @@ def open_all(
         fetch=fetch,
         ahead=not is_tool,
     )
-    opened = _on_process_0(lambda: opening(identities=known_sources(config, saved)))
+    opened = on_process_0(lambda: opening(identities=known_sources(config, saved)), _FAILED)
     if jax.process_count() > 1:
         told = {n: {"source": one.source.identity, "mode": one.mode} for n, one in (opened or {}).items()}
         told = broadcast_json(told)
@@ -99,7 +97,7 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
         saved: a checkpoint's data state, to read the same commits; None to look the sources up now.
         cache: the disk cache, if there is one.
     """
-    found = _on_process_0(lambda: pipeline.resolve(config.data, known_sources(config, saved), cache))
+    found = on_process_0(lambda: pipeline.resolve(config.data, known_sources(config, saved), cache), _FAILED)
     if jax.process_count() > 1:
         identities = broadcast_json({name: {"source": source.identity} for name, source in (found or {}).items()})
         found = found or pipeline.resolve(config.data, identities, cache)
@@ -112,7 +110,7 @@ def build(
 ) -> list[SourceReader]:
     """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them."""
     cut = functools.partial(config.data.build, resolved, seed=config.seed, skips=skips, scratch=scratch)
-    readers = _on_process_0(cut)
+    readers = on_process_0(cut, _FAILED)
     if jax.process_count() > 1:
         footers = {name: source for name, source in resolved.items() if isinstance(source, HuggingFaceSource)}
         told = broadcast_json({name: source.known_row_groups() for name, source in footers.items()})
@@ -125,39 +123,17 @@ def build(
 
 def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, int]]:
     """Corrupt files to skip, from the work directory and the checkpoint: source → file → first row not read."""
-    found = _on_process_0(
+    found = on_process_0(
         lambda: skip_lists.union(
             skip_lists.load(epath.Path(workdir) / "skips.json"), skip_lists.saved(saved["sources"]) if saved else {}
-        )
+        ),
+        _FAILED,
     )
     found = broadcast_json(found)
     for source, files in found.items():
         for file, row in files.items():
             logger.info("Source %s: corrupt file %s is skipped from row %d on.", source, file, max(row, 0))
     return found
-
-
-class _ElsewhereUserError(UserError, FollowedError):
-    """Process 0 raised a UserError and reports it."""
-
-
-class _ElsewhereTransientError(TransientError, FollowedError):
-    """Process 0 raised an error that a restart may fix."""
-
-
-def _on_process_0(function: Callable[[], T]) -> T | None:
-    """Calls a function on process 0. Returns its result there, None elsewhere. All processes raise if it fails."""
-    result, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-    kind = int(broadcast([0 if failure is None else 1 if isinstance(failure, UserError) else 2])[0])
-    if kind:
-        text = "process 0 could not prepare the run: see its message"
-        raise failure or (_ElsewhereUserError if kind == 1 else _ElsewhereTransientError)(text)
-    return result
 
 
 def tokenizer(
@@ -183,7 +159,7 @@ def tokenizer(
                 ThreadPoolExecutor(1, "jaxtrain-tokenizer").submit(chosen.train, texts, workdir).result()
 
     if isinstance(chosen, TrainTokenizer):
-        _on_process_0(train)
+        on_process_0(train, _FAILED)
     build = functools.partial(chosen.build, os.fspath(workdir))
     return retry.attempt(build, what="tokenizer", deadline=pipeline.PATIENCE_AT_START)
 

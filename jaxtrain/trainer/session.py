@@ -20,10 +20,9 @@ from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import StepBatch
-from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
+from jaxtrain.interfaces import AttentionModel
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -60,14 +59,17 @@ def configure_runtime(config: Config, workdir: Workdir) -> None:
     )
 
 
-@dataclasses.dataclass(kw_only=True)
 class Session:
     """Everything a run consists of.
 
     Attributes:
+        config: the run's config.
         plan: maps a step to stage, shapes, learning rate and the source of each row.
+        eval_plan: the plan of an evaluation; None without evaluation.
+        readers: the sources cut into units, in the plan's order.
         components: the components of a step.
         programs: the compiled steps.
+        limit: bytes that a step may use on a device; None for no limit.
         identities: what every checkpoint records about data and model (see `compatibility`).
         sources: the sources of documents, by name.
         modes: how each source is read, by name.
@@ -75,41 +77,86 @@ class Session:
         scratch: a local folder for temporary files.
         start_step: step of the restored checkpoint; 0 for a new run.
         start_tokens: tokens trained up to start_step.
-        lane_states: the position of each lane after start_step.
-        prefetch: number of batches that this host prepares ahead.
+        is_complete: whether nothing is left to train.
+        stage_ends: each source's totals at the end of every stage so far.
         evaluator: None before `train_state`, or if the config has no evaluation.
-        frozen: the teacher, if it runs during training.
-        cached: the teacher's cache, if one is read.
-        saved_teacher: the teacher recorded in the checkpoint.
     """
 
-    config: Config
-    plan: Plan
-    eval_plan: Plan | None
-    tokenizer: Tokenizer
-    readers: list[SourceReader]
-    components: StepComponents
-    programs: StagePrograms
-    limit: int | None
-    checkpointer: Checkpointer
-    identities: Json
-    threads: pipeline.Pools
-    sources: dict[str, Source]
-    modes: dict[str, str]
-    cache: DiskCache | None
-    scratch: str
-    start_step: int
-    start_tokens: int
-    is_complete: bool
-    lane_states: dict[int, np.ndarray]
-    stage_ends: ledger.StageEnds
-    skips: dict[str, dict[str, int]]
-    prefetch: int
-    frozen: teacher.Frozen | None
-    cached: teacher.Cached | None
-    saved_teacher: Json | None
-    evaluator: Evaluator | None = None
-    teacher_params: Any = None
+    def __init__(self, config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True):
+        """Opens the data, builds the model, and finds where to continue.
+
+        Args:
+            config: the run's config.
+            workdir: the work directory.
+            checkpointer: the work directory's checkpoints.
+            fetch: whether sources of mode "download" are fetched now; otherwise they are streamed.
+
+        Raises:
+            UserError: settings conflict, or this config may not resume from the checkpoint.
+        """
+        self.config, self._checkpointer = config, checkpointer
+        self.plan = plan = config.plan()
+        self.eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
+        self.start_step = start = checkpointer.latest_step() or 0
+        saved = checkpointer.restore_data(start) if start else None
+        mesh = config.mesh.build()
+
+        # The data: tokenizer, sources and their units.
+        self.scratch = os.fspath(workdir.cache)
+        cache = config.data.cache(os.path.join(self.scratch, "data"))
+        self._skips = open_data.skipped(workdir.path, saved)
+        self.tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
+        self.sources = {name: one.source for name, one in opened.items()}
+        self.modes = {name: one.mode for name, one in opened.items()}
+        stored = all(mode == "pretokenized" for mode in self.modes.values())
+        self._threads, (_, self._prefetch) = pipeline.pools(config.data, stored), config.data.threads(stored)
+        is_used = any(one.mode == "download" or pipeline.wants_cache(one.source) for one in opened.values())
+        self.cache = cache if is_used else None
+        if self.cache is not None:
+            _clean_up(self.cache)
+        self.readers = open_data.build(config, self.sources, self._skips, self.scratch)
+        for reader in self.readers:
+            logger.info("Source %s", reader.summary)
+
+        # The model and the components of its steps.
+        self._frozen: teacher.Frozen | None = None
+        self._cached: teacher.Cached | None = None
+        self._teacher_params: Any = None
+        if config.teacher is not None and config.teacher.cache is None:
+            self._frozen = config.teacher.build(self.tokenizer, mesh)
+        elif config.teacher is not None:
+            self._cached = config.teacher.open_cache(config.data, self.sources, self.tokenizer)
+        self.limit = memory.limit(mesh, config.memory_gb)
+        layout = self._cached and self._cached.layout
+        self.components = make_components(
+            config, self.tokenizer.vocab_size, plan, mesh, self._frozen, self.limit, layout
+        )
+        _report(self.components, plan, self.eval_plan)
+        self.programs = StagePrograms(
+            self.components,
+            plan,
+            config.micro_batch_tokens,
+            self.limit,
+            self.eval_plan and self.eval_plan.stages[0],
+            beside_params(self.components),
+        )
+        self.evaluator: Evaluator | None = None
+
+        # Where to continue.
+        self.identities = compatibility.identities(config, self.readers, self.tokenizer, plan)
+        self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
+        self._lane_states: dict[int, np.ndarray] = {}
+        self.stage_ends = ledger.StageEnds(plan)
+        if saved is not None:
+            for line in compatibility.check(saved, self.identities, plan, start):
+                logger.info("Changed since the checkpoint: %s", line)
+            self.start_tokens = saved["tokens"]
+            self.is_complete = start == plan.last_step or saved["data_ended"]
+            self._lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
+            given = ledger.by_source(np.stack(list(self._lane_states.values())), plan.source_names)
+            # The first versions recorded neither the ends of stages nor the teacher.
+            self.stage_ends.restore(saved.get("stage_ends", []), start, given)
+            self._saved_teacher = saved.get("teacher")
 
     @functools.cached_property
     def feed(self) -> Feed:
@@ -117,17 +164,17 @@ class Session:
         data, mesh = self.config.data, self.components.mesh
         lanes = local_lanes(mesh, data.num_lanes)
         rows = data.row_spec(self.tokenizer, self.config.epochs)
-        if self.cached is not None:
-            rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
+        if self._cached is not None:
+            rows = dataclasses.replace(rows, records=self._cached.records(), width=self._cached.layout.width)
         batches = pipeline.host_batches(
             self.readers,
             self.plan,
             rows,
             lanes,
-            self.threads,
+            self._threads,
             after=self.start_step,
-            states=self.lane_states,
-            prefetch=self.prefetch,
+            states=self._lane_states,
+            prefetch=self._prefetch,
         )
         return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
 
@@ -145,17 +192,20 @@ class Session:
         first = self.plan.at(self.start_step + 1).stage
         self.programs.begin(first)
         self.feed.begin()
-        self._load_teacher(monitor)
+        self._load_teacher()
         if self.start_step:
             with monitor.span("checkpoint"):
                 wanted = state.abstract(components.model, components.optimizer, components.mesh)
-                restored = self.checkpointer.restore(self.start_step, wanted)
-            monitor.message(f"Resumed from step {self.start_step:,} ({self.start_tokens:,} tokens).")
+                restored = self._checkpointer.restore(self.start_step, wanted)
+            logger.info(f"Resumed from step {self.start_step:,} ({self.start_tokens:,} tokens).")
         elif config.init_from:
-            restored = state.create_from(
-                _initial_params(config, components), components.model, components.optimizer, components.mesh
-            )
-            monitor.message(f"Starting with the parameters of {config.init_from}.")
+            wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
+            if restore.is_checkpoint(config.init_from):
+                params = restore.restore_params(config.init_from, wanted)
+            else:
+                params = hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+            restored = state.create_from(params, components.model, components.optimizer, components.mesh)
+            logger.info(f"Starting with the parameters of {config.init_from}.")
         else:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
@@ -165,9 +215,9 @@ class Session:
                 self.sources,
                 self.tokenizer,
                 components.mesh,
-                self.threads,
+                self._threads,
                 config.seed,
-                self.skips,
+                self._skips,
                 self.scratch,
                 lambda: self.programs.evaluation().executable,
             )
@@ -175,108 +225,23 @@ class Session:
             self.programs.settle(first)
         return restored
 
-    def _load_teacher(self, monitor: Monitor) -> None:
-        if self.frozen is not None:
-            self.teacher_params = self.frozen.load()
-            self.identities["teacher"] = self.frozen.identity(self.teacher_params)
-            monitor.message(f"Distilling from {self.frozen.config.model}.")
-        elif self.cached is not None:
-            self.teacher_params = ()
-            self.identities["teacher"] = self.cached.identity
-            monitor.message(f"Distilling from {self.cached.summary}.")
+    def _load_teacher(self) -> None:
+        if self._frozen is not None:
+            self._teacher_params = self._frozen.load()
+            self.identities["teacher"] = self._frozen.identity(self._teacher_params)
+            logger.info(f"Distilling from {self._frozen.config.model}.")
+        elif self._cached is not None:
+            self._teacher_params = ()
+            self.identities["teacher"] = self._cached.identity
+            logger.info(f"Distilling from {self._cached.summary}.")
         if self.start_step:
-            compatibility.check_teacher(self.saved_teacher, self.identities["teacher"], self.start_step)
+            compatibility.check_teacher(self._saved_teacher, self.identities["teacher"], self.start_step)
 
     def teaching(self, at: StepPlan) -> tuple[Teaching, ...]:
         """The step's extra argument if the run has a teacher; () otherwise."""
         if self.components.distilled is None:
             return ()
-        return ((self.teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
-
-
-def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
-    """Opens the data, builds the model, and finds where to continue.
-
-    Args:
-        config: the run's config.
-        workdir: the work directory.
-        checkpointer: the work directory's checkpoints.
-        fetch: whether sources of mode "download" are fetched now; otherwise they are streamed.
-
-    Raises:
-        UserError: settings conflict, or this config may not resume from the checkpoint.
-    """
-    plan = config.plan()
-    eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
-    start = checkpointer.latest_step() or 0
-    saved = checkpointer.restore_data(start) if start else None
-    mesh = config.mesh.build()
-
-    # The data: tokenizer, sources and their units.
-    scratch = os.fspath(workdir.cache)
-    cache = config.data.cache(os.path.join(scratch, "data"))
-    skips = open_data.skipped(workdir.path, saved)
-    tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
-    sources = {name: one.source for name, one in opened.items()}
-    stored = all(one.mode == "pretokenized" for one in opened.values())
-    if not any(one.mode == "download" or pipeline.wants_cache(one.source) for one in opened.values()):
-        cache = None
-    if cache is not None:
-        _clean_up(cache)
-    readers = open_data.build(config, sources, skips, scratch)
-    for reader in readers:
-        logger.info("Source %s", reader.summary)
-
-    # The model and the components of its steps.
-    frozen, cached = None, None
-    if config.teacher is not None and config.teacher.cache is None:
-        frozen = config.teacher.build(tokenizer, mesh)
-    elif config.teacher is not None:
-        cached = config.teacher.open_cache(config.data, sources, tokenizer)
-    limit = memory.limit(mesh, config.memory_gb)
-    components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
-    _report(components, plan, eval_plan)
-    evaluation = None if eval_plan is None else eval_plan.stages[0]
-    beside = beside_params(components)
-
-    # Where to continue.
-    identities = compatibility.identities(config, readers, tokenizer, plan)
-    lane_states: dict[int, np.ndarray] = {}
-    stage_ends = ledger.StageEnds(plan)
-    if saved is not None:
-        for line in compatibility.check(saved, identities, plan, start):
-            logger.info("Changed since the checkpoint: %s", line)
-        lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
-        given = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
-        # The first versions did not record the ends of stages.
-        stage_ends.restore(saved.get("stage_ends", []), start, given)
-    return Session(
-        config=config,
-        plan=plan,
-        eval_plan=eval_plan,
-        tokenizer=tokenizer,
-        readers=readers,
-        components=components,
-        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside),
-        limit=limit,
-        checkpointer=checkpointer,
-        identities=identities,
-        threads=pipeline.pools(config.data, stored),
-        sources=sources,
-        modes={name: one.mode for name, one in opened.items()},
-        cache=cache,
-        scratch=scratch,
-        start_step=start,
-        start_tokens=0 if saved is None else saved["tokens"],
-        is_complete=saved is not None and (start == plan.last_step or saved["data_ended"]),
-        lane_states=lane_states,
-        stage_ends=stage_ends,
-        skips=skips,
-        prefetch=config.data.threads(stored)[1],
-        frozen=frozen,
-        cached=cached,
-        saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions did not record it
-    )
+        return ((self._teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
 def make_components(
@@ -353,15 +318,7 @@ def _clean_up(cache: DiskCache) -> None:
         logger.warning("The disk of the cache has only %.2f GB free: lower data.max_disk_gb.", free / 1e9)
 
 
-def _initial_params(config: Config, components: StepComponents) -> Any:
-    """Reads the parameters of `init_from`: a jaxtrain checkpoint or a Hugging Face model."""
-    wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
-    if restore.is_checkpoint(config.init_from):
-        return restore.restore_params(config.init_from, wanted)
-    return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
-
-
-def sample(session: Session, params: Any, monitor: Monitor) -> None:
+def sample(session: Session, params: Any) -> None:
     """Generates continuations of the config's prompts. All processes must call it."""
     tokenizer, model = session.tokenizer, session.components.model
     ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
@@ -380,4 +337,4 @@ def sample(session: Session, params: Any, monitor: Monitor) -> None:
         eos_id=tokenizer.eos_id,
     )
     for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
-        monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")
+        logger.info(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")

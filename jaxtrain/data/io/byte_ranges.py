@@ -37,7 +37,6 @@ class Bytes(Protocol):
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop), fewer only at the end of the file."""
-        ...
 
     def tail(self, count: int) -> bytes:
         """The last `count` bytes, or all if there are fewer."""
@@ -46,7 +45,6 @@ class Bytes(Protocol):
 
     def stamp(self) -> Json:
         """What shows that the file has changed, as far as that is cheap to know."""
-        ...
 
     def refresh(self) -> None:
         """Forget what was learned about the file: the next read asks its origin."""
