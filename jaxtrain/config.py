@@ -157,9 +157,9 @@ class Config:
                 f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
             )
         self._check_bound()
-        _check_place("init_from", self.init_from)
+        _check_path("init_from", self.init_from)
         if self.teacher is not None:
-            _check_place("teacher.model", self.teacher.model)
+            _check_path("teacher.model", self.teacher.model)
         plan = self.plan()
         for stage in plan.stages:
             if stage.seq_len > self.model.max_seq_len:
@@ -219,17 +219,17 @@ class Config:
         )
 
 
-def _check_place(field: str, given: str) -> None:
+def _check_path(field: str, value: str) -> None:
     """A mistyped folder looks like a model of the Hub, and would be asked for there until the network gives up."""
-    where = pathlib.Path(given).expanduser()
-    if not given or "://" in given or where.exists():
+    where = pathlib.Path(value).expanduser()
+    if not value or "://" in value or where.exists():
         return
-    is_path = given.startswith((".", "/", "~")) or given.count("/") > 1
+    is_path = value.startswith((".", "/", "~")) or value.count("/") > 1
     if is_path or (where.parent != pathlib.Path() and where.parent.is_dir()):
         beside = sorted(path.name for path in where.parent.iterdir()) if where.parent.is_dir() else []
         near = difflib.get_close_matches(where.name, beside)
         hint = f" Did you mean {' or '.join(str(where.parent / name) for name in near)}?" if near else ""
         raise UserError(
-            f"{field}={given}: there is no such folder.{hint} Give a work directory, a checkpoint, a Hugging Face "
+            f"{field}={value}: there is no such folder.{hint} Give a work directory, a checkpoint, a Hugging Face "
             "model's folder, or its id on the Hub."
         )

@@ -124,7 +124,7 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
     loaded: Any = cli.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
-    outlook = estimate.outlook(loaded, cluster, None, 1.0, 0.0)
+    outlook = estimate.make_outlook(loaded, cluster, None, 1.0, 0.0)
     (stage,) = outlook.plan.stages
     memory = estimate.memory(outlook).numbers
     count = memory["micro_batches"][0]

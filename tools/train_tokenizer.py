@@ -72,8 +72,8 @@ def main(flags: cli.Flags) -> None:
     from jaxtrain.tokenizers import training
 
     chosen = config.tokenizer if isinstance(config.tokenizer, training.TrainTokenizer) else training.TrainTokenizer()
-    given = {name: getattr(flags, name) for name in _FIELDS}
-    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    flagged = {name: getattr(flags, name) for name in _FIELDS}
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in flagged.items() if value is not None})
     cli.check(chosen)
     training.check_free(output)
     with console_logging(), contextlib.ExitStack() as held:

@@ -109,7 +109,7 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
     known = {flag.name: flag for flag in command.flags if not flag.positional}
     if command.config != "none":
         known["config"] = Flag(name="config", help="the config file")
-    given: dict[str, str] = {}
+    raw: dict[str, str] = {}
     overrides: list[str] = []
     bare: list[str] = []
     arguments = iter(argv)
@@ -117,7 +117,7 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
         if command.config != "none" and argument.startswith(("--config.", "--config[")):
             overrides.append(argument)
         elif argument in ("-h", "--help"):
-            given["help"] = "true"
+            raw["help"] = "true"
         elif argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
             if name == "help":
@@ -127,28 +127,28 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
                 raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known)}")
             if not equals:
                 text = "true" if known[name].type is bool else _next_value(argument, arguments)
-            if given.setdefault(name, text) != text:
-                raise UserError(f"--{name}={given[name]} and --{name}={text} contradict each other; keep one of them")
+            if raw.setdefault(name, text) != text:
+                raise UserError(f"--{name}={raw[name]} and --{name}={text} contradict each other; keep one of them")
         elif argument.startswith("-") and len(argument) > 1:
             raise UserError(f"{argument}: flags start with two dashes; did you mean -{argument}?")
         else:
             bare.append(argument)
-    if "help" in given:
+    if "help" in raw:
         print(help_text(command))
-        if "config" in given:
-            print(_fields_text(files.load(given["config"], overrides)))
+        if "config" in raw:
+            print(_fields_text(files.load(raw["config"], overrides)))
         raise SystemExit(0)
     tree.parse_overrides(overrides)  # checks their form; their fields need the file
-    values = {flag.name: _value(flag, given, command) for flag in command.flags if not flag.positional}
+    values = {flag.name: _value(flag, raw, command) for flag in command.flags if not flag.positional}
     values |= _positional_values(command, bare)
-    if command.config == "required" and "config" not in given:
+    if command.config == "required" and "config" not in raw:
         raise UserError(f"--config=FILE is missing, for example: {command.examples[0]}")
     for module in values.get(IMPORT.name, ()):
         try:
             importlib.import_module(module)
         except Exception as error:
             raise UserError(f"--import={module}: {type(error).__name__}: {error}") from error
-    return Flags(config=given.get("config"), overrides=tuple(overrides), **values)
+    return Flags(config=raw.get("config"), overrides=tuple(overrides), **values)
 
 
 def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> NoReturn:
@@ -242,12 +242,12 @@ def _near(name: str, known: dict[str, Flag]) -> str:
     )
 
 
-def _value(flag: Flag, given: dict[str, str], command: Command) -> Any:
-    if flag.name not in given:
+def _value(flag: Flag, raw: dict[str, str], command: Command) -> Any:
+    if flag.name not in raw:
         if flag.default is REQUIRED:
             raise UserError(f"--{flag.name} is missing ({flag.help}), for example: {command.examples[0]}")
         return flag.default
-    return _parsed(flag, given[flag.name], f"--{flag.name}={given[flag.name]}")
+    return _parsed(flag, raw[flag.name], f"--{flag.name}={raw[flag.name]}")
 
 
 def _parsed(flag: Flag, text: str, shown: str) -> Any:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from jaxtrain.data import packing
-from jaxtrain.data.packing import Counts, Cut, Packer, Pieces, empty_block
+from jaxtrain.data.packing import Counts, Cut, Packer, Spans, empty_block
 from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.threads import Pools, Prefetcher
 from jaxtrain.data.tokenizing import RowSpec, documents_of
@@ -51,9 +51,8 @@ class SourceLane:
         records = rows.records.get(reader.name)
         self._documents = Prefetcher(documents_of(windows, start, rows, nothing, records), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
-        self.packer = Packer(
-            self._documents, start, token, seen, Counts(documents, tokens, unique), end, bool(reader.skips), rows.width
-        )
+        counts, skipped = Counts(documents, tokens, unique), bool(reader.skipped)
+        self.packer = Packer(self._documents, start, token, seen, counts, end, skipped, rows.width)
         windows.start()
 
     def start(self) -> None:
@@ -220,7 +219,7 @@ class LaneIterator(grain.DatasetIterator):
             cut = dataclasses.replace(cut, counted=counted_R)
         return cut, all(self._states[index, _ENDED] for index in share.wanted)
 
-    def addresses(self) -> list[tuple[int, Pieces]]:
+    def addresses(self) -> list[tuple[int, Spans]]:
         """The source and the documents of each of this lane's rows of the next step. Reads what `next` would read."""
         shares, lane = self._dataset.shares, self._dataset.lane
         self.open()

@@ -131,7 +131,7 @@ class StageEnds:
     def _stage(self, step: int) -> StagePlan:
         return self._plan.stages[self._plan.at(step).stage - 1]
 
-    def restore(self, saved: Sequence[Json], step: int, given: Mapping[str, Json]) -> None:
+    def restore(self, saved: Sequence[Json], step: int, totals: Mapping[str, Json]) -> None:
         """Restores the totals of a checkpoint.
 
         The current plan's stages apply, not the saved ones: those after `step` may have changed.
@@ -139,25 +139,25 @@ class StageEnds:
         Args:
             saved: The `to_json` of the checkpoint.
             step: The step of the checkpoint.
-            given: Each source's totals at `step`, as `by_source` returns them.
+            totals: Each source's totals at `step`, as `by_source` returns them.
         """
         for end in saved:
             if end["step"] < step:
                 self.note(end["step"], end["sources"])
-        self.note(step, given)
+        self.note(step, totals)
 
-    def note(self, step: int, given: Mapping[str, Json]) -> None:
+    def note(self, step: int, totals: Mapping[str, Json]) -> None:
         """Records the totals at `step` if a stage ends there. A source added later counts as 0."""
         if self._stage(step).last_step == step:
-            counted = {name: {key: given[name][key] for key in _COUNTED} for name in given}
+            counted = {name: {key: totals[name][key] for key in _COUNTED} for name in totals}
             self._totals[step] = {**self._totals[0], **counted}
 
-    def in_stage(self, step: int, given: Mapping[str, Json]) -> dict[str, Json] | None:
+    def in_stage(self, step: int, totals: Mapping[str, Json]) -> dict[str, Json] | None:
         """The part of the totals that the stage of `step` has contributed so far.
 
         Args:
             step: A step of the stage.
-            given: Each source's totals at `step`, as `by_source` returns them.
+            totals: Each source's totals at `step`, as `by_source` returns them.
 
         Returns:
             By source: tokens, unique_tokens, documents, epochs (completed in the stage by the slowest lane), share.
@@ -166,7 +166,7 @@ class StageEnds:
         before = self._totals.get(self._stage(step).first_step - 1)
         if before is None:
             return None
-        parts = {name: {key: given[name][key] - before[name][key] for key in _COUNTED} for name in given}
+        parts = {name: {key: totals[name][key] - before[name][key] for key in _COUNTED} for name in totals}
         total = max(sum(part["tokens"] for part in parts.values()), 1)
         return {
             name: {

@@ -3,8 +3,8 @@
 Each lane cuts its own rows. `finish` adds segments, positions and masks for the host's whole batch at once, in a fifth
 of the time of doing it per lane.
 
-Shapes: N documents, R rows of one block, T tokens per row (seq_len), P pieces (parts of documents within rows), W bytes
-per record.
+Shapes: N documents, R rows of one block, T tokens per row (seq_len), P segments (parts of documents within rows), W
+bytes per record.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ class Documents:
     records: np.ndarray | None = None
 
 
-# The documents of a row: (file, row in the file, first token, end token) of each. Tokens count from its start.
-Pieces = list[tuple[int, int, int, int]]
+# The documents in a row: (file, row in the file, first token, end token) of each. Tokens count from the document's
+# first.
+Spans = list[tuple[int, int, int, int]]
 
 # Columns of `Documents.where`: the fields of the document's Position, its file (index in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
@@ -108,7 +109,7 @@ class Packer:
         seen: int,
         counts: Counts,
         end: Position | None = None,
-        skips: bool = False,
+        may_be_skipped: bool = False,
         width: int = 0,
     ):
         """Starts at a cursor.
@@ -120,8 +121,8 @@ class Packer:
             seen: Tokens from the cursor on that earlier rows already contained.
             counts: What has been drawn so far.
             end: Position of the end of the stream; None if it has no end.
-            skips: Whether the cursor's document may have been skipped since (skipped_files.py), so that the next one
-                follows.
+            may_be_skipped: Whether the cursor's document may have been skipped since (skipped_files.py), so that the
+                next one follows.
             width: W, bytes per record; 0 without records.
         """
         self._documents = documents
@@ -133,7 +134,7 @@ class Packer:
         self._records = np.empty((0, width), np.uint8) if width else None
         self._position, self._token = list(dataclasses.astuple(position)), token
         self._end = end
-        self._skips = skips
+        self._may_be_skipped = may_be_skipped
         self.seen = seen
         self.counts = counts
         self.ended = position == end
@@ -165,7 +166,7 @@ class Packer:
             if not len(documents.lengths):
                 continue
             found = Position(*documents.where[0, :_POSITION].tolist())
-            if self._skip and self._skips and found > self.cursor[0]:
+            if self._skip and self._may_be_skipped and found > self.cursor[0]:
                 # It is no longer known how many of the seen tokens belong to the documents that follow.
                 self._skip = self.seen = 0
             ends = have - self._skip + np.cumsum(documents.lengths)
@@ -226,11 +227,11 @@ class Packer:
         self._advance(rows * stride)
         return Cut(rows, last, left_R)
 
-    def addresses(self, rows: int, seq_len: int, stride: int) -> list[Pieces]:
+    def addresses(self, rows: int, seq_len: int, stride: int) -> list[Spans]:
         """The documents in each of the next rows. Call it before `cut`."""
         self._fill((rows - 1) * stride + seq_len + 1)
         ends = np.append(self._starts[1:], len(self._tokens))
-        found: list[Pieces] = []
+        found: list[Spans] = []
         for begin in range(0, rows * stride, stride):
             inside = np.flatnonzero((self._starts < begin + seq_len) & (ends > begin))
             first = np.maximum(begin - self._starts[inside], 0)
@@ -316,8 +317,8 @@ def spread(parts: Sequence[tuple[Cut, np.ndarray]], rows: int, seq_len: int) -> 
 def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
     """Completes a block to all of BATCH_FIELDS. Missing targets become 0.
 
-    Work is per piece (from a row's start to its first document's start, or from one document's start to the next); only
-    the final array operations touch every token.
+    Work is per segment (from a row's start to its first document's start, or from one document's start to the next);
+    only the final array operations touch every token.
 
     Args:
         block: What `Packer.cut` wrote.
@@ -334,7 +335,7 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
     assert first == rows, f"cuts of {first} rows for a block of {rows}"
     last_N = np.concatenate(last)
     inner = last_N + 1
-    # A document that starts at a row's start adds no piece.
+    # A document that starts at a row's start adds no segment.
     begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
     begin_P.sort()
     row_P = begin_P // seq_len

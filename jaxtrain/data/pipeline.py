@@ -35,7 +35,7 @@ from jaxtrain.data.io import retry
 from jaxtrain.data.io.cached_files import CachedBytes
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.lanes import STATE_FIELDS, LaneDataset, LaneSchedule, position_of
-from jaxtrain.data.packing import Pieces, empty_block
+from jaxtrain.data.packing import Spans, empty_block
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.data.source_reader import Position, ReadOptions, SourceReader, Window
 from jaxtrain.data.threads import DaemonPool, Pools
@@ -147,7 +147,7 @@ class DataConfig:
         *,
         seed: int,
         held_out: bool = False,
-        skips: SkippedFiles | None = None,
+        skipped: SkippedFiles | None = None,
         scratch: str | None = None,
     ) -> list[SourceReader]:
         """Divides the sources into units for all lanes.
@@ -156,14 +156,14 @@ class DataConfig:
             resolved: The resolved sources by name.
             seed: The run's seed.
             held_out: Whether to read the held-out documents instead of the training documents.
-            skips: Files that the run has given up, if any.
+            skipped: Corrupt files to skip, if any.
             scratch: Folder for data that slow lanes have not yet consumed, if it does not fit into memory. None: the
                 system's folder for temporary files.
 
         Returns:
             One reader per source, in the order of `self.sources`.
         """
-        options, seconds, given_up = self.read_options(seed, held_out), 60 * self.retry_minutes, skips or {}
+        options, seconds = self.read_options(seed, held_out), 60 * self.retry_minutes
         return [
             SourceReader(
                 name,
@@ -171,7 +171,7 @@ class DataConfig:
                 resolved[name],
                 options,
                 retry_seconds=seconds,
-                skips=given_up.get(name),
+                skipped=(skipped or {}).get(name),
                 scratch=scratch,
             )
             for name, config in self.sources.items()
@@ -251,7 +251,7 @@ class HostIterator(grain.DatasetIterator):
         self._started = False
         self._failed: Exception | None = None
 
-    def addresses(self) -> list[tuple[int, Pieces]]:
+    def addresses(self) -> list[tuple[int, Spans]]:
         """The source and the documents of each row of the next step. Reads what `next` would read."""
         if not self._started:
             self._start()

@@ -37,19 +37,19 @@ class Origin:
     Attributes:
         lane: The lane that read the row.
         source: The source's name.
-        pieces: The documents in the row, in order.
+        spans: The documents in the row, in order.
         counted: How many tokens from the start of the row are trained on; fewer than its length only in the last step.
     """
 
     lane: int
     source: str
-    pieces: tuple[DocumentSpan, ...]
+    spans: tuple[DocumentSpan, ...]
     counted: int
 
     @property
     def tokens(self) -> int:
         """The row's tokens from documents; past the end of the data this is less than its length."""
-        return sum(piece.end - piece.first for piece in self.pieces)
+        return sum(span.end - span.first for span in self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +138,14 @@ class StreamInspector:
         at = self._plan.at(self._step + 1)
         found = [] if self.ended else self._batches.addresses()
         batch = self.next()
-        return batch, [self._origin(at, row, index, pieces) for row, (index, pieces) in enumerate(found)]
+        return batch, [self._origin(at, row, index, spans) for row, (index, spans) in enumerate(found)]
 
-    def _origin(self, at: StepPlan, row: int, index: int, pieces: Sequence[tuple[int, int, int, int]]) -> Origin:
+    def _origin(self, at: StepPlan, row: int, index: int, spans: Sequence[tuple[int, int, int, int]]) -> Origin:
         reader = self._readers[index]
         return Origin(
             lane=row * reader.options.num_lanes // at.batch_size,
             source=reader.name,
-            pieces=tuple(DocumentSpan(reader.source.files[file], *rest) for file, *rest in pieces),
+            spans=tuple(DocumentSpan(reader.source.files[file], *rest) for file, *rest in spans),
             counted=min(max(at.masked_from - row * at.seq_len, 0), at.seq_len),
         )
 

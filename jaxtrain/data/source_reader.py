@@ -86,14 +86,14 @@ class SourceReader:
         options: ReadOptions,
         *,
         retry_seconds: float,
-        skips: Mapping[str, int] | None = None,
+        skipped: Mapping[str, int] | None = None,
         scratch: str | None = None,
     ):
         """Partitions the source, which may read footers.
 
         Args:
             retry_seconds: how long an outage may last.
-            skips: file → the first row to skip, see skipped_files.py.
+            skipped: File → the first row to skip, see skipped_files.py.
             scratch: see SharedFileReader.
 
         Raises:
@@ -103,7 +103,7 @@ class SourceReader:
         self.name = name
         self.source = source
         self.options = options
-        self.skips = dict(skips or {})
+        self.skipped = dict(skipped or {})
         self._max_samples = config.max_samples
         self._transforms = config.transforms
         self._retry_seconds = retry_seconds
@@ -125,7 +125,7 @@ class SourceReader:
             "units": units.RULE,
             "max_samples": self._max_samples,
             "transforms": transforms,
-            "skips": self.skips,
+            "skips": self.skipped,
         }
 
     @property
@@ -222,10 +222,10 @@ class SourceReader:
             unit = self.partition.units[order[position]]
             first = start.row // size if position == start.unit else 0
             if self._shared is None:
-                pieces = self._sequence(unit, first)
+                windows = self._unit_windows(unit, first)
             else:
-                pieces = self._stripe(lane, (start.epoch, position), unit, first, base)
-            for window, block in pieces:
+                windows = self._shared_windows(lane, (start.epoch, position), unit, first, base)
+            for window, block in windows:
                 yield self._window(Position(start.epoch, position, window * size, base), unit, block)
             if self._shared is not None and self.partition.limit is not None:
                 base += self._shared.rows((start.epoch, position), unit.file, self.partition.limit - base)
@@ -252,7 +252,7 @@ class SourceReader:
 
     def _end(self, file: int) -> float:
         """The first row of a file that is given up; infinite for most."""
-        return self.skips.get(self.source.files[file], math.inf)
+        return self.skipped.get(self.source.files[file], math.inf)
 
     def _corrupt(self, error: CorruptError, file: int, row: int) -> CorruptError:
         name = self.source.files[file]
@@ -284,7 +284,7 @@ class SourceReader:
         finally:
             retry.close(blocks)
 
-    def _sequence(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
+    def _unit_windows(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
         """The unit's windows from number `window` on."""
         first = window * self.options.shuffle_window
         left = None if unit.rows is None else unit.rows - first
@@ -293,7 +293,7 @@ class SourceReader:
             blocks = self._open(unit.file, unit.first + first, stop)
             yield from enumerate(regroup(blocks, self.options.shuffle_window, left), window)
 
-    def _stripe(
+    def _shared_windows(
         self, lane: int, file: tuple[int, int], unit: units.Unit, window: int, base: int
     ) -> Iterator[tuple[int, Block]]:
         """The lane's windows of a file, from number `window` on. file: (epoch, position in its order)."""

@@ -70,11 +70,11 @@ class TokenArrays:
         if bos_id is None and len(rows) == len(self) and (rows[1:] > rows[:-1]).all():
             return self._all_closed(eos_id), closed
         between = np.array([eos_id] if bos_id is None else [eos_id, bos_id], np.int32)
-        pieces = [between[1:]]
+        slices = [between[1:]]
         for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True):
-            pieces += (self.ids[begin:end], between)
-        pieces[-1] = between[:1]
-        return np.concatenate(pieces, dtype=np.int32, casting="unsafe"), closed
+            slices += (self.ids[begin:end], between)
+        slices[-1] = between[:1]
+        return np.concatenate(slices, dtype=np.int32, casting="unsafe"), closed
 
     def _all_closed(self, eos_id: int) -> np.ndarray:
         """`closed` for all documents in order, without bos_id: the case right after tokenizing. Takes half the time."""

@@ -96,25 +96,25 @@ def documents_of(
         nothing()
 
 
-def _tokenized(window: Window, first: int, rows: RowSpec, in_pieces: bool) -> Iterator[Documents]:
-    """The window's documents from row `first` on, in pieces of about `CHUNK_CHARACTERS`.
+def _tokenized(window: Window, first: int, rows: RowSpec, chunked: bool) -> Iterator[Documents]:
+    """The window's documents from row `first` on, in chunks of about `CHUNK_CHARACTERS`.
 
-    in_pieces: Whether to split windows from a store, too, which otherwise come as one piece.
+    chunked: Whether to split windows from a store, too, which otherwise come as one chunk.
     """
     kept = np.flatnonzero(window.positions >= first)
     if window.tokens is not None:
         of_file = window.file_rows[kept] - window.first
-        pieces = _pieces(window.tokens.lengths[of_file], CHUNK_TOKENS) if in_pieces else [slice(None)]
-        for piece in pieces:
-            if len(kept[piece]):
-                yield _closed(window, kept[piece], window.tokens, of_file[piece], rows)
+        chunks = _chunks(window.tokens.lengths[of_file], CHUNK_TOKENS) if chunked else [slice(None)]
+        for chunk in chunks:
+            if len(kept[chunk]):
+                yield _closed(window, kept[chunk], window.tokens, of_file[chunk], rows)
         return
     indices = kept.tolist()
-    for piece in _pieces([len(window.texts[index]) for index in indices], CHUNK_CHARACTERS):
-        yield _encode(window, indices[piece], rows)
+    for chunk in _chunks([len(window.texts[index]) for index in indices], CHUNK_CHARACTERS):
+        yield _encode(window, indices[chunk], rows)
 
 
-def _pieces(sizes: Sequence[int] | np.ndarray, enough: int) -> Iterator[slice]:
+def _chunks(sizes: Sequence[int] | np.ndarray, enough: int) -> Iterator[slice]:
     """Slices whose sizes add up to at least `enough`, except perhaps the last."""
     begin = held = 0
     for index, size in enumerate(sizes):

@@ -27,7 +27,7 @@ RULE = "units-2"  # goes into the identity; change it with the rules above
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A contiguous piece of a file that can be opened alone: rows [first, first + rows), to its end if rows is None."""
+    """A contiguous part of a file that can be opened alone: rows [first, first + rows), to its end if rows is None."""
 
     file: int
     first: int = 0
@@ -63,8 +63,8 @@ def partition(
     """
     files = range(len(source.files))
     if not source.random_access:
-        striped = max_samples is not None or len(files) < num_lanes
-        return Partition(tuple(Unit(file) for file in files), striped, max_samples)
+        shared = max_samples is not None or len(files) < num_lanes
+        return Partition(tuple(Unit(file) for file in files), shared, max_samples)
     if max_samples is None and len(files) >= FILES_PER_LANE * num_lanes:
         return Partition(tuple(Unit(file) for file in files), shared=False)
     groups = groups_within(len(files), max_samples, row_groups)

@@ -66,7 +66,7 @@ def join(deterministic: bool) -> None:
     if deterministic:
         # XLA reads its flags once, when the first device is looked up.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    arguments = given(os.environ) or _in_cluster(os.environ)
+    arguments = explicit_arguments(os.environ) or _in_cluster(os.environ)
     if arguments is not None:
         faulthandler.enable()
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -106,7 +106,7 @@ def _find_devices(platforms: str) -> None:
         raise
 
 
-def given(environment: Mapping[str, str]) -> dict[str, Any] | None:
+def explicit_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of jax.distributed.initialize from JAX_COORDINATOR_ADDRESS. None: not set, or one process.
 
     The count and index may also be a launcher's, as in `mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT`.

@@ -77,12 +77,12 @@ class MeshConfig:
         """
         self.check()
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-        given = {axis: size for axis, size in sizes.items() if size != -1}
-        product = math.prod(given.values())
-        automatic = [axis for axis in MESH_AXES if axis not in given]
+        fixed = {axis: size for axis, size in sizes.items() if size != -1}
+        product = math.prod(fixed.values())
+        automatic = [axis for axis in MESH_AXES if axis not in fixed]
         if num_devices % product if automatic else num_devices != product:
-            raise UserError(_size_message(given, automatic, num_devices))
-        return tuple(sizes[axis] if axis in given else num_devices // product for axis in MESH_AXES)
+            raise UserError(_size_message(fixed, automatic, num_devices))
+        return tuple(sizes[axis] if axis in fixed else num_devices // product for axis in MESH_AXES)
 
     def build(self, devices: Sequence[Device] | None = None) -> Mesh:
         """The mesh over `devices` (by default all of the run), with axes MESH_AXES, all Auto.
@@ -96,11 +96,11 @@ class MeshConfig:
         )
 
 
-def _size_message(given: dict[str, int], automatic: list[str], num_devices: int) -> str:
-    product = math.prod(given.values())
-    asked = " x ".join(f"{axis}={size}" for axis, size in given.items())
+def _size_message(fixed: dict[str, int], automatic: list[str], num_devices: int) -> str:
+    product = math.prod(fixed.values())
+    asked = " x ".join(f"{axis}={size}" for axis, size in fixed.items())
     fixes = []
-    for axis, size in given.items():
+    for axis, size in fixed.items():
         others = product // size
         if size > 1 and num_devices % others == 0:
             works = divisors(num_devices // others) if automatic else [num_devices // others]

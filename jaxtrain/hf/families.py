@@ -91,11 +91,11 @@ def _check_types(values: Json, types: dict[str, type], where: str) -> None:
             raise UserError(f"{where}: {key}={value!r} in config.json is not {_TYPE_NAMES[kind]}.")
 
 
-def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
+def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     """Reads a config.json.
 
     Args:
-        given: content of config.json.
+        content: The content of config.json.
         where: the checkpoint, for messages.
 
     Returns:
@@ -104,7 +104,7 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
     Raises:
         UserError: a key is missing, malformed or unsupported; the message names it.
     """
-    kind = given.get("model_type")
+    kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type={kind!r} is not supported. Supported architectures: "
@@ -113,7 +113,9 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
     family = FAMILIES[kind]
     # For these three null means "derived" or "none"; any other key that is null counts as omitted.
     nullable = ("num_key_value_heads", "head_dim", "sliding_window")
-    known: Json = family.defaults | {key: value for key, value in given.items() if value is not None or key in nullable}
+    known: Json = family.defaults | {
+        key: value for key, value in content.items() if value is not None or key in nullable
+    }
     missing = [key for key in _REQUIRED if key not in known]
     if missing:
         raise UserError(f"{where}: config.json lacks {', '.join(missing)}.")
@@ -157,22 +159,22 @@ def from_json(given: Json, where: str) -> tuple[LlamaConfig, int]:
 
 def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
     """The RoPE base and scaling, with the precedence and fallbacks of transformers."""
-    given = known.get("rope_scaling") or known.get("rope_parameters") or {}
-    _check_types(given, _ROPE_TYPES, where)
-    nested = [key for key, value in given.items() if isinstance(value, dict)]
+    rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
+    _check_types(rope, _ROPE_TYPES, where)
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise UserError(f"{where}: rotary positions for {', '.join(nested)} alone are not supported; all layers share.")
-    partial = given.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))
+    partial = rope.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; whole heads are rotated.")
-    theta = given.get("rope_theta", known["rope_theta"])
-    kind = given.get("rope_type") or given.get("type") or "default"
+    theta = rope.get("rope_theta", known["rope_theta"])
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
         raise UserError(f"{where}: rope_type={kind!r} is not supported. Supported: default, linear, llama3.")
     original = "original_max_position_embeddings"
-    settings = {original: known["max_position_embeddings"]} | given
+    settings = {original: known["max_position_embeddings"]} | rope
     if known.get(original) is not None:
         settings[original] = known[original]
     scaling = LinearRopeScaling if kind == "linear" else Llama3RopeScaling
@@ -188,11 +190,11 @@ def _rotates(known: Json, where: str) -> list[bool]:
     layers, every = known["num_hidden_layers"], known["no_rope_layer_interval"]
     if every < 1:
         raise UserError(f"{where}: no_rope_layer_interval={every} in config.json must be at least 1.")
-    given = known.get("no_rope_layers", [(i + 1) % every for i in range(layers)])
-    rotates = [bool(r) for r in given[:layers]]
+    pattern = known.get("no_rope_layers", [(i + 1) % every for i in range(layers)])
+    rotates = [bool(r) for r in pattern[:layers]]
     every = layers + 1 if all(rotates) else rotates.index(False) + 1
     if rotates != [(i + 1) % every != 0 for i in range(layers)]:
-        raise UserError(f"{where}: no_rope_layers={given} is not supported; only every n-th layer may be without.")
+        raise UserError(f"{where}: no_rope_layers={pattern} is not supported; only every n-th layer may be without.")
     return rotates
 
 

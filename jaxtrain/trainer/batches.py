@@ -120,7 +120,8 @@ class BatchIterator(grain.DatasetIterator):
         cache = config.data.cache(os.fspath(workdir.cache / "data"))
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
         skipped = open_data.skipped(workdir.path, saved)
-        readers = config.data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=skipped)
+        sources = {name: one.source for name, one in opened.items()}
+        readers = config.data.build(sources, seed=config.seed, skipped=skipped)
         commits = {reader.name: reader.source.identity.get("revision") for reader in readers}
         self._revisions = {name: commit for name, commit in commits.items() if commit is not None}
         identities = compatibility.identities(config, readers, tokenizer, plan)

@@ -56,8 +56,8 @@ def _describe_memory(session: Session) -> None:
 
 
 def _describe_disk(session: Session, workdir: Workdir) -> None:
-    config, parts, cache = session.config.checkpoint, session.components, session.cache
-    arrays = jax.tree.leaves(state.abstract(parts.model, parts.optimizer, parts.mesh))
+    config, components, cache = session.config.checkpoint, session.components, session.cache
+    arrays = jax.tree.leaves(state.abstract(components.model, components.optimizer, components.mesh))
     size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays)
     kept = config.most_at_once(session.plan.last_step)
     logger.info(f"\nDisk: a checkpoint has {size / 1e9:.2f} GB, at most {kept} at once: {size * kept / 1e9:.2f} GB")
@@ -102,14 +102,14 @@ def _describe_data(session: Session) -> None:
         logger.info(f"\nThe run is complete: step {session.start_step:,}. No batch is left to read.")
         return
     batch = next(session.feed)
-    given = ledger.by_source(session.gather(batch), names)
+    totals = ledger.by_source(session.gather(batch), names)
     tokens = None if plan.last_step is None else plan.source_tokens_before(plan.last_step + 1)
     logger.info(f"\nData ({session.config.data.mode}), one batch read:")
     for index, name in enumerate(names):
         if tokens is None:
             logger.info(f"  {name}: until the data ends")
             continue
-        line, now = f"  {name}: {int(tokens[index]):,} tokens", given[name]
+        line, now = f"  {name}: {int(tokens[index]):,} tokens", totals[name]
         if now["documents"]:
             length = now["unique_tokens"] / now["documents"]
             documents = int(tokens[index]) / length

@@ -64,7 +64,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         threads: Pools,
         seed: int,
-        skips: SkippedFiles,
+        skipped: SkippedFiles,
         scratch: str,
         executable: Callable[[], Any],
     ):
@@ -72,7 +72,7 @@ class Evaluator:
         self._executable = executable
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.int32)
         self._lanes = local_lanes(mesh, data.num_lanes)
-        self._readers = data.build(resolved, seed=seed, held_out=True, skips=skips, scratch=scratch)
+        self._readers = data.build(resolved, seed=seed, held_out=True, skipped=skipped, scratch=scratch)
         self._rows = data.row_spec(tokenizer, 1)
         self._batches: list[StepBatch] = []
         self._error: BaseException | None = None

@@ -240,13 +240,13 @@ class Loop:
             return
         (at, batch, arrays), self._unlogged = self._unlogged, None
         session, values = self._session, jax.device_get(arrays)
-        given = ledger.by_source(session.gather(batch), session.plan.source_names)
-        session.stage_ends.note(at.step, given)
+        totals = ledger.by_source(session.gather(batch), session.plan.source_names)
+        session.stage_ends.note(at.step, totals)
         metrics: Json = {name: float(value) for name, value in values.items() if name != "fingerprint"}
         metrics |= {name: int(values[name]) for name in ("skipped", "skipped_in_a_row")}
         metrics["fingerprint"] = fingerprint.text(np.asarray(values["fingerprint"]))
-        metrics["sources"] = given
-        metrics["stage_sources"] = session.stage_ends.in_stage(at.step, given)
+        metrics["sources"] = totals
+        metrics["stage_sources"] = session.stage_ends.in_stage(at.step, totals)
         metrics["disk_cache_gb"] = None if session.cache is None else session.cache.used_bytes() / 1e9
         self._monitor.log_step(at, metrics)
         in_a_row = metrics["skipped_in_a_row"]

@@ -13,8 +13,8 @@ from jaxtrain.trainer.session import make_components
 from jaxtrain.trainer.step import StepComponents
 
 
-def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
-    """Finds the vocabulary size: `given`, else from the config, else from the tokenizer's local files.
+def vocabulary(config: Config, vocab_size: int | None) -> tuple[int, str]:
+    """Finds the vocabulary size: `vocab_size` if given, else from the config, else from the tokenizer's local files.
 
     Returns:
         (vocabulary size, description of where it is from).
@@ -22,10 +22,10 @@ def vocabulary(config: Config, given: int | None) -> tuple[int, str]:
     Raises:
         UserError: none of them determines it.
     """
-    if given is not None:
-        if given < 1:
-            raise UserError(f"--vocab_size={given}: give 1 or more, the size of the tokenizer's vocabulary")
-        return given, "--vocab_size"
+    if vocab_size is not None:
+        if vocab_size < 1:
+            raise UserError(f"--vocab_size={vocab_size}: give 1 or more, the size of the tokenizer's vocabulary")
+        return vocab_size, "--vocab_size"
     chosen: Any = config.tokenizer
     declared = getattr(chosen, "vocab_size", None)
     if declared is not None:

@@ -106,10 +106,10 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 
 
 def build(
-    config: Config, resolved: Mapping[str, Source], skips: SkippedFiles, scratch: str | None = None
+    config: Config, resolved: Mapping[str, Source], skipped: SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
     """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them."""
-    cut = functools.partial(config.data.build, resolved, seed=config.seed, skips=skips, scratch=scratch)
+    cut = functools.partial(config.data.build, resolved, seed=config.seed, skipped=skipped, scratch=scratch)
     readers = on_process_0(cut, _FAILED)
     if jax.process_count() > 1:
         footers = {name: source for name, source in resolved.items() if isinstance(source, HuggingFaceSource)}

@@ -104,7 +104,7 @@ class Session:
         # The data: tokenizer, sources and their units.
         self.scratch = os.fspath(workdir.cache)
         cache = config.data.cache(os.path.join(self.scratch, "data"))
-        self._skips = open_data.skipped(workdir.path, saved)
+        self._skipped = open_data.skipped(workdir.path, saved)
         self.tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
         self.sources = {name: one.source for name, one in opened.items()}
         self.modes = {name: one.mode for name, one in opened.items()}
@@ -114,7 +114,7 @@ class Session:
         self.cache = cache if is_used else None
         if self.cache is not None:
             _clean_up(self.cache)
-        self.readers = open_data.build(config, self.sources, self._skips, self.scratch)
+        self.readers = open_data.build(config, self.sources, self._skipped, self.scratch)
         for reader in self.readers:
             logger.info("Source %s", reader.summary)
 
@@ -153,9 +153,9 @@ class Session:
             self.start_tokens = saved["tokens"]
             self.is_complete = start == plan.last_step or saved["data_ended"]
             self._lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
-            given = ledger.by_source(np.stack(list(self._lane_states.values())), plan.source_names)
+            totals = ledger.by_source(np.stack(list(self._lane_states.values())), plan.source_names)
             # The first versions recorded neither the ends of stages nor the teacher.
-            self.stage_ends.restore(saved.get("stage_ends", []), start, given)
+            self.stage_ends.restore(saved.get("stage_ends", []), start, totals)
             self._saved_teacher = saved.get("teacher")
 
     @functools.cached_property
@@ -217,7 +217,7 @@ class Session:
                 components.mesh,
                 self._threads,
                 config.seed,
-                self._skips,
+                self._skipped,
                 self.scratch,
                 lambda: self.programs.evaluation().executable,
             )

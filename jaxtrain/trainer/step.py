@@ -90,7 +90,7 @@ class StepComponents:
         return options | self.model.compiler_options(batch_size, seq_len)
 
 
-def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
+def train_step(components: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
     """Returns a function (state, batch, learning_rate fp32, rows_before[, teaching]) -> (state, metrics).
 
     `rows_before` is the number of rows trained on before this step as uint32 (low, high). `teaching` is given only with
@@ -101,7 +101,7 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
     tokens changes only the step.
 
     Args:
-        parts: The components of the step.
+        components: The components of the step.
         micro_batches: Number of micro-batches.
     """
 
@@ -109,17 +109,17 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
         state: State, batch: Batch, learning_rate: jax.Array, rows_before: Any, teaching: Teaching | None = None
     ) -> tuple[State, Metrics]:
         params, opt, meta = state["params"], state["opt"], state["meta"]
-        grads, sums = _gradients(parts, params, batch, micro_batches, teaching)
+        grads, sums = _gradients(components, params, batch, micro_batches, teaching)
         tokens = batch["loss_mask"].sum(dtype=jnp.int32)
         scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm = optax.tree.norm(grads)
-        if parts.clip_norm is not None:
+        if components.clip_norm is not None:
             # Pascanu et al. 2013, algorithm 1.
-            shrink = parts.clip_norm / jnp.maximum(norm, parts.clip_norm)
+            shrink = components.clip_norm / jnp.maximum(norm, components.clip_norm)
             grads = jax.tree.map(lambda g: g * shrink, grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        new = parts.optimizer.update(grads, opt, params, learning_rate)
+        new = components.optimizer.update(grads, opt, params, learning_rate)
         # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
         apply = finite & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
@@ -140,12 +140,12 @@ def train_step(parts: StepComponents, micro_batches: int) -> Callable[..., tuple
 
 
 def _gradients(
-    parts: StepComponents, params: Params, batch: Batch, count: int, teaching: Teaching | None
+    components: StepComponents, params: Params, batch: Batch, count: int, teaching: Teaching | None
 ) -> tuple[Params, Metrics]:
     """Returns the gradient of the batch's summed loss, accumulated over `count` micro-batches, and all sums, fp32."""
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        sums = _sums(parts, params, batch, teaching)
+        sums = _sums(components, params, batch, teaching)
         return sums["loss"], sums
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -155,11 +155,11 @@ def _gradients(
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
 
-    micro_batches = split_batch(batch, count, parts.mesh)
+    micro_batches = split_batch(batch, count, components.mesh)
     shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
     grads, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # Otherwise XLA would replicate the zeros, and with them the sum.
-    grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(parts.mesh, parts.model.axes))
+    grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(components.mesh, components.model.axes))
     return jax.lax.scan(add, (grads, sums), micro_batches)[0]
 
 
@@ -173,20 +173,20 @@ def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
     return {name: split(x_BT) for name, x_BT in batch.items()}
 
 
-def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:
+def _sums(components: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:
     """Returns sums over a micro-batch's tokens with a loss: the loss, its terms, the model's losses and metrics."""
     inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
-    x_BTD, losses, reports = parts.model.hidden(params, *inputs)
-    head_DV = parts.model.head(params)
-    if parts.distilled is None or teaching is None:
-        sums = parts.loss(x_BTD, head_DV, batch["targets"], batch["loss_mask"])
+    x_BTD, losses, reports = components.model.hidden(params, *inputs)
+    head_DV = components.model.head(params)
+    if components.distilled is None or teaching is None:
+        sums = components.loss(x_BTD, head_DV, batch["targets"], batch["loss_mask"])
     else:
-        teacher = parts.distilled.teacher
+        teacher = components.distilled.teacher
         # Stopped gradients: nothing of the teacher's forward pass is kept for a backward pass.
         frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
         says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
         rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
-        sums = parts.distilled.loss(x_BTD, head_DV, *says, *rest)
+        sums = components.distilled.loss(x_BTD, head_DV, *says, *rest)
     # The model reports means over the micro-batch. Scale them by its tokens, to sum and divide them like the loss.
     tokens = batch["loss_mask"].sum(dtype=jnp.int32).astype(jnp.float32)
     extra = {name: value * tokens for name, value in {**losses, **reports}.items()}
@@ -196,18 +196,18 @@ def _sums(parts: StepComponents, params: Params, batch: Batch, teaching: Teachin
     return {**sums, **extra, "loss": sum((extra[name] for name in losses), sums["loss"])}
 
 
-def eval_step(parts: StepComponents) -> Callable[..., Metrics]:
+def eval_step(components: StepComponents) -> Callable[..., Metrics]:
     """Returns a function (params, batch, token_bytes int32 [V]) -> sums.
 
     The sums are `nats` of the plain cross-entropy, `tokens`, and `bytes` of the targets' text.
     """
-    cross_entropy = CrossEntropy().build(parts.model.vocab_size, parts.mesh)
+    cross_entropy = CrossEntropy().build(components.model.vocab_size, components.mesh)
 
     def step(params: Params, batch: Batch, token_bytes_V: jax.Array) -> Metrics:
-        x_BTD = parts.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
+        x_BTD = components.model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
         mask_BT = batch["loss_mask"]
-        arrays = (x_BTD, parts.model.head(params), batch["targets"], mask_BT)
-        sums = parts.loss(*arrays)
+        arrays = (x_BTD, components.model.head(params), batch["targets"], mask_BT)
+        sums = components.loss(*arrays)
         if "ce_loss" not in sums:
             sums = cross_entropy(*arrays)
         bytes_BT = jnp.where(mask_BT, token_bytes_V[batch["targets"]], 0)
@@ -261,20 +261,21 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) ->
     return batch
 
 
-def lower_train_step(parts: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
+def lower_train_step(components: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
     """Traces the train step for one shape; `.compile()` returns the executable. The state is donated."""
-    whole = sharding.replicated(parts.mesh)
-    state = abstract(parts.model, parts.optimizer, parts.mesh)
+    mesh = components.mesh
+    whole = sharding.replicated(mesh)
+    state = abstract(components.model, components.optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     word = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
-    inputs = [state, abstract_batch(parts.mesh, batch_size, seq_len, parts.record_width), scalar, (word, word)]
-    if parts.distilled is not None:
-        inputs.append((parts.distilled.abstract, scalar, scalar))
+    inputs = [state, abstract_batch(mesh, batch_size, seq_len, components.record_width), scalar, (word, word)]
+    if components.distilled is not None:
+        inputs.append((components.distilled.abstract, scalar, scalar))
     function = jax.jit(
-        train_step(parts, micro_batches),
+        train_step(components, micro_batches),
         donate_argnums=0,
         out_shardings=(layout, whole),
-        compiler_options=parts.compiler_options(batch_size // micro_batches, seq_len),
+        compiler_options=components.compiler_options(batch_size // micro_batches, seq_len),
     )
     return function.lower(*inputs)

@@ -17,7 +17,7 @@ CHIP = hardware.BY_NAME["v5e"]
 L, D, F, H, K, h, V, T = 3, 32, 48, 4, 2, 8, 256, 64
 
 
-def make_parts(remat: str = "full") -> StepComponents:
+def make_components(remat: str = "full") -> StepComponents:
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
     model = LlamaConfig(
         hidden_size=D, intermediate_size=F, num_layers=L, num_heads=H, num_kv_heads=K, head_dim=h, remat=remat
@@ -45,10 +45,10 @@ def test_arithmetic(remat: str) -> None:
     forward_head = 2 * D * V
     training = 3 * (forward_weights + forward_attention + forward_head + 2 * norms)
     again = {"none": 0, "dots": forward_attention, "full": forward_weights + 2 * norms + forward_attention}[remat]
-    parts = make_parts(remat)
-    assert parts.flops_per_token(T) == pytest.approx(training)
-    assert roofline.recomputed_flops_per_token(parts.model, T) == pytest.approx(again)
-    found = roofline.roofline(CHIP, parts, make_shape(1), 10**6, roofline.Traffic())
+    components = make_components(remat)
+    assert components.flops_per_token(T) == pytest.approx(training)
+    assert roofline.recomputed_flops_per_token(components.model, T) == pytest.approx(again)
+    found = roofline.roofline(CHIP, components, make_shape(1), 10**6, roofline.Traffic())
     assert found.seconds["arithmetic"] == pytest.approx((training + again) * 16 * T / 8 / CHIP.flops)
 
 
@@ -69,7 +69,9 @@ def test_memory(remat: str, micro_batches: int) -> None:
     shard = (L * sum(a * b for a, b in WEIGHTS) + 2 * V * D + (2 * L + 1) * D) / 4
     read_or_written += (4 + 3) * 4 * shard  # weights, moments and gradients in; weights and moments out
     read_or_written += 2 * 4 * shard * micro_batches if micro_batches > 1 else 0
-    assert roofline.memory_bytes(make_parts(remat), make_shape(micro_batches), 10**6) == pytest.approx(read_or_written)
+    assert roofline.memory_bytes(make_components(remat), make_shape(micro_batches), 10**6) == pytest.approx(
+        read_or_written
+    )
 
 
 ISLANDS = [0, 0, 0, 0, 1, 1, 1, 1]
@@ -100,12 +102,14 @@ def test_bytes_that_a_chip_sends(
 
 
 def test_what_binds() -> None:
-    parts, shape = make_parts(), make_shape(1)
-    found = roofline.roofline(CHIP, parts, shape, 1024, roofline.Traffic(links=CHIP.links, network=3 * CHIP.network))
+    components, shape = make_components(), make_shape(1)
+    found = roofline.roofline(
+        CHIP, components, shape, 1024, roofline.Traffic(links=CHIP.links, network=3 * CHIP.network)
+    )
     assert found.bound_by == "network"
     assert found.seconds["links"] == 1.0
     assert found.tokens_per_sec == pytest.approx(16 * T / 3)
-    assert found.mfu == pytest.approx(found.tokens_per_sec * parts.flops_per_token(T) / (8 * CHIP.flops))
+    assert found.mfu == pytest.approx(found.tokens_per_sec * components.flops_per_token(T) / (8 * CHIP.flops))
 
 
 @pytest.mark.parametrize(

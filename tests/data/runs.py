@@ -43,14 +43,14 @@ def batches_of(
     lanes: Sequence[int] | None = None,
     prefetch: int = 2,
     held_out: bool = False,
-    skips: SkippedFiles | None = None,
+    skipped: SkippedFiles | None = None,
     resolved: Mapping[str, Source] | None = None,
 ) -> Iterator[Iterator[StepBatch]]:
     """A host's batches; the threads end with the context. resolved: other sources than the case's own."""
     data = case.data
     if resolved is None:
         resolved = {name: source.resolve() for name, source in data.sources.items()}
-    readers = data.build(resolved, seed=case.seed, held_out=held_out, skips=skips)
+    readers = data.build(resolved, seed=case.seed, held_out=held_out, skipped=skipped)
     threads = pools(data)
     rows = data.row_spec(case.tokenizer, case.epochs)
     wanted = range(data.num_lanes) if lanes is None else lanes

@@ -43,7 +43,7 @@ def examples(property_: Property, count: int, derandomize: bool) -> None:
 
 
 def split(rng: random.Random, lanes: int) -> list[list[int]]:
-    """Lanes dealt to hosts, in any way; each host has one at least."""
+    """Lanes distributed over hosts in any way; each host has at least one."""
     hosts = rng.randint(1, lanes)
     numbers = rng.sample(range(lanes), lanes)
     cuts = [0, *sorted(rng.sample(range(1, lanes), hosts - 1)), lanes]

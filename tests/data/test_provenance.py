@@ -49,12 +49,12 @@ def tokens_of(case: Case, origin: Origin) -> list[int]:
     source, tokenizer = case.data.sources[origin.source], WordTokenizer()
     assert isinstance(source, MemorySource)
     found = []
-    for piece in origin.pieces:
-        text = source.rows[source.files.index(piece.file)][piece.row]
+    for span in origin.spans:
+        text = source.rows[source.files.index(span.file)][span.row]
         ids = tokenizer.encode_batch([text])[0].tolist()
         whole = [tokenizer.bos_id] * case.data.add_bos + ids + [tokenizer.eos_id]
-        assert 0 <= piece.first < piece.end <= len(whole)
-        found += whole[piece.first : piece.end]
+        assert 0 <= span.first < span.end <= len(whole)
+        found += whole[span.first : span.end]
     return found
 
 
@@ -130,8 +130,8 @@ def test_a_row_past_the_end_says_so(watch):
     case = Case(data, plan_of(data, [Stage(seq_len=4, batch_size=2)], 0, steps=9), 0, 1)
     with watch(case) as stream:
         _, (first, second) = stream.next_with_origins()
-        assert first.pieces == (DocumentSpan("file-0", 0, 0, 4),)
-        assert second.pieces == (DocumentSpan("file-0", 1, 0, 2),)
+        assert first.spans == (DocumentSpan("file-0", 0, 0, 4),)
+        assert second.spans == (DocumentSpan("file-0", 1, 0, 2),)
         assert (first.tokens, second.tokens, second.counted) == (4, 2, 4)
         with pytest.raises(UserError, match="the data ends with step 1, after 1 epoch"):
             stream.go_to(3)

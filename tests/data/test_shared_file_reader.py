@@ -42,14 +42,14 @@ def test_every_lane_gets_its_windows_in_any_order_of_lanes(seed, monkeypatch):
     monkeypatch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", rng.choice([0, 30, 1 << 20]))
     monkeypatch.setattr(shared_file_reader, "_OPEN_FILES", rng.choice([1, 2, 4]))
     source = files(rng.choices([0, 2, 3, 7, 30, 61], k=5))
-    stripes = SharedFileReader(source.open, SIZE, LANES)
+    shared = SharedFileReader(source.open, SIZE, LANES)
     lanes = rng.sample(range(LANES), rng.randint(1, LANES))
-    stripes.register({lane: Want((0, 0), stripes.first_window(lane, 0)) for lane in lanes})
+    shared.register({lane: Want((0, 0), shared.first_window(lane, 0)) for lane in lanes})
     left = {
         lane: [
             (file, number)
             for file in range(len(source.rows))
-            for number in range(stripes.first_window(lane, file), 30, LANES)
+            for number in range(shared.first_window(lane, file), 30, LANES)
         ]
         for lane in lanes
     }
@@ -58,58 +58,58 @@ def test_every_lane_gets_its_windows_in_any_order_of_lanes(seed, monkeypatch):
         for _ in range(rng.choice([1, 2, 20])):
             if left[lane]:
                 file, number = left[lane].pop(0)
-                block = stripes.get((0, file), file, lane, number)
+                block = shared.get((0, file), file, lane, number)
                 assert (None if block is None else block["text"]) == window(source, file, number)
         if rng.random() < 0.2:
             file = rng.randrange(5)
             limit = rng.choice([0, 1, 6, 30, 100])
-            assert stripes.rows((0, file), file, limit) == min(len(source.rows[file]), limit)
-    assert all(not reader._kept for reader in stripes._readers.values()), "windows that nobody will ask for"
-    stripes.close()
+            assert shared.rows((0, file), file, limit) == min(len(source.rows[file]), limit)
+    assert all(not reader._kept for reader in shared._readers.values()), "windows that nobody will ask for"
+    shared.close()
 
 
 @pytest.mark.parametrize("start", range(8))
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 9])
 def test_rows_are_exact_wherever_the_reader_stands(start, count):
     source = files([count])
-    stripes = SharedFileReader(source.open, SIZE, LANES)
-    stripes.register({0: Want((0, 0), start)})
-    stripes.get((0, 0), 0, 0, start)  # often past the end, where a fresh reader learns nothing
+    shared = SharedFileReader(source.open, SIZE, LANES)
+    shared.register({0: Want((0, 0), start)})
+    shared.get((0, 0), 0, 0, start)  # often past the end, where a fresh reader learns nothing
     for limit in (100, 4, 9, 1):
-        assert stripes.rows((0, 0), 0, limit) == min(count, limit)
+        assert shared.rows((0, 0), 0, limit) == min(count, limit)
 
 
 def test_a_fault_in_one_lane_never_ends_the_file_for_another():
     source = files([40])
-    stripes = SharedFileReader(source.open, SIZE, LANES)
-    stripes.register({lane: Want((0, 0), lane) for lane in range(LANES)})
+    shared = SharedFileReader(source.open, SIZE, LANES)
+    shared.register({lane: Want((0, 0), lane) for lane in range(LANES)})
 
     def fail(file: int, row: int) -> None:
         if row >= 9:
             raise OSError("gone")
 
-    assert stripes.get((0, 0), 0, 0, 0) is not None
+    assert shared.get((0, 0), 0, 0, 0) is not None
     source.fault = fail
     for lane in (0, 3, 0, 3):
         with pytest.raises(OSError, match="gone"):
-            stripes.get((0, 0), 0, lane, 8 if lane == 0 else 7)
+            shared.get((0, 0), 0, lane, 8 if lane == 0 else 7)
     with pytest.raises(OSError, match="gone"):
-        stripes.rows((0, 0), 0, 100)
+        shared.rows((0, 0), 0, 100)
     source.fault = None
-    assert stripes.rows((0, 0), 0, 100) == 40
+    assert shared.rows((0, 0), 0, 100) == 40
     for lane in range(1, LANES):
-        block = stripes.get((0, 0), 0, lane, lane)
+        block = shared.get((0, 0), 0, lane, lane)
         assert block is not None
         assert block["text"] == window(source, 0, lane)
 
 
 def test_short_files_are_opened_about_once_for_all_lanes():
     source = files([SIZE] * 60)
-    stripes = SharedFileReader(source.open, SIZE, LANES)
-    stripes.register({lane: Want((0, 0), stripes.first_window(lane, 0)) for lane in range(LANES)})
+    shared = SharedFileReader(source.open, SIZE, LANES)
+    shared.register({lane: Want((0, 0), shared.first_window(lane, 0)) for lane in range(LANES)})
     for lane in range(LANES):  # one after the other: as far apart as can be
         for file in range(60):
-            stripes.get((0, file), file, lane, stripes.first_window(lane, file))
+            shared.get((0, file), file, lane, shared.first_window(lane, file))
     # Once to give the window, once to see the end, and again where the file was closed in between; not for each lane.
     assert len(source.opened) <= 3 * 60
     assert source.rows_read <= 2 * 60 * SIZE
@@ -117,12 +117,12 @@ def test_short_files_are_opened_about_once_for_all_lanes():
 
 def test_lanes_together_read_a_file_once():
     source = files([600])
-    stripes = SharedFileReader(source.open, SIZE, LANES)
-    stripes.register({lane: Want((0, 0), lane) for lane in range(LANES)})
+    shared = SharedFileReader(source.open, SIZE, LANES)
+    shared.register({lane: Want((0, 0), lane) for lane in range(LANES)})
 
     def read(lane):
         for number in range(lane, 200, LANES):
-            block = stripes.get((0, 0), 0, lane, number)
+            block = shared.get((0, 0), 0, lane, number)
             assert block is not None
             assert block["text"] == window(source, 0, number)
 
@@ -136,13 +136,13 @@ def test_lanes_together_read_a_file_once():
 
 def test_windows_of_lanes_elsewhere_are_not_kept():
     source = files([600])
-    stripes = SharedFileReader(source.open, SIZE, LANES)
-    stripes.register({lane: Want((0, 0), lane or 100) for lane in range(LANES)})
-    stripes.get((0, 0), 0, 0, 100)
-    (reader,) = stripes._readers.values()
+    shared = SharedFileReader(source.open, SIZE, LANES)
+    shared.register({lane: Want((0, 0), lane or 100) for lane in range(LANES)})
+    shared.get((0, 0), 0, 0, 100)
+    (reader,) = shared._readers.values()
     assert len(reader._kept) == 75
-    stripes.register({1: Want((0, 0), 1)})
-    stripes.get((0, 0), 0, 1, 197)
+    shared.register({1: Want((0, 0), 1)})
+    shared.get((0, 0), 0, 1, 197)
     assert all(number % LANES == 1 for number in reader._kept if number > 100)
 
 
@@ -150,19 +150,19 @@ def test_an_empty_spill_gives_its_disk_back(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", 0)
     source = files([600])
     source.rows[0][4] = "\udcff"  # a lone surrogate
-    stripes = SharedFileReader(source.open, SIZE, LANES, str(tmp_path))
-    stripes.register({1: Want((0, 0), 1), 2: Want((0, 0), 2)})
-    stripes.get((0, 0), 0, 2, 2)
-    block = stripes.get((0, 0), 0, 1, 1)
+    shared = SharedFileReader(source.open, SIZE, LANES, str(tmp_path))
+    shared.register({1: Want((0, 0), 1), 2: Want((0, 0), 2)})
+    shared.get((0, 0), 0, 2, 2)
+    block = shared.get((0, 0), 0, 1, 1)
     assert block is not None
     assert block["text"] == ["0 3", "\udcff", "0 5"]
-    (reader,) = stripes._readers.values()
+    (reader,) = shared._readers.values()
     assert reader._spill is not None
     assert os.fstat(reader._spill.fileno()).st_dev == os.stat(tmp_path).st_dev
     assert os.path.dirname(os.readlink(f"/proc/self/fd/{reader._spill.fileno()}")) == str(tmp_path)
     assert os.listdir(tmp_path) == []
     assert reader._spill.seek(0, 2) == 0
-    stripes.close()
+    shared.close()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -191,15 +191,15 @@ def test_other_columns_come_back_as_they_were(monkeypatch):
         for at in range(row, 36):
             yield {"text": [str(at)], "odd": [odd[at // SIZE % len(odd)]]}
 
-    stripes = SharedFileReader(open_at, SIZE, LANES)
-    stripes.register({lane: Want((0, 0), stripes.first_window(lane, 0)) for lane in range(LANES)})
+    shared = SharedFileReader(open_at, SIZE, LANES)
+    shared.register({lane: Want((0, 0), shared.first_window(lane, 0)) for lane in range(LANES)})
     for lane in reversed(range(LANES)):
         for number in range(lane, 12, LANES):
-            block = stripes.get((0, 0), 0, lane, number)
+            block = shared.get((0, 0), 0, lane, number)
             assert block is not None
             assert block["odd"] == [odd[number % len(odd)]] * SIZE
             assert type(block["odd"][0]) is type(odd[number % len(odd)])
-    stripes.close()
+    shared.close()
 
 
 def test_closing_waits_for_no_reader():
@@ -211,13 +211,13 @@ def test_closing_waits_for_no_reader():
         goes_on.wait(10)
         yield {"text": ["a"] * SIZE}
 
-    stripes = SharedFileReader(open_at, SIZE, LANES)
-    stripes.register({0: Want((0, 0), 0)})
+    shared = SharedFileReader(open_at, SIZE, LANES)
+    shared.register({0: Want((0, 0), 0)})
     found = []
-    reader = threading.Thread(target=lambda: found.append(stripes.get((0, 0), 0, 0, 0)), daemon=True)
+    reader = threading.Thread(target=lambda: found.append(shared.get((0, 0), 0, 0, 0)), daemon=True)
     reader.start()
     assert reads.wait(10)
-    closing = threading.Thread(target=stripes.close, daemon=True)
+    closing = threading.Thread(target=shared.close, daemon=True)
     closing.start()
     closing.join(5)
     assert not closing.is_alive()

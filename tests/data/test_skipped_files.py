@@ -57,8 +57,8 @@ def same(a: StepBatch, b: StepBatch) -> None:
         np.testing.assert_array_equal(state, b.states[lane], err_msg=f"state of lane {lane}, step {a.step}")
 
 
-# striped, dealt by ranges of row groups, dealt by files
-LAYOUTS = {"striped": (3, 90, 45), "ranges": (5, 60, 6), "files": (40, 20, 20)}
+# files shared by all lanes, units of row groups, units of whole files
+LAYOUTS = {"shared": (3, 90, 45), "ranges": (5, 60, 6), "files": (40, 20, 20)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,12 +74,12 @@ def test_skipped_rows_are_as_if_filtered(layout, holdout):
     source = MemorySource(rows=rows, groups=groups, transforms=(Without(frozenset()),), block=1)
     source.fault = corrupt_from({1: count // 2 + 1, 2: 0})
     case = case_of(source, holdout=holdout)
-    found = case.run(skips={"web": given_up})
+    found = case.run(skipped={"web": given_up})
     for a, b in zip(filtered, found, strict=True):
         same(a, b)
     for at in found[3:40:12]:
         for a, b in zip(
-            filtered[at.step :], case.run(after=at.step, states=at.states, skips={"web": given_up}), strict=True
+            filtered[at.step :], case.run(after=at.step, states=at.states, skipped={"web": given_up}), strict=True
         ):
             same(a, b)
 
@@ -102,11 +102,11 @@ def test_a_list_that_grows_in_mid_run(random_access):
     whole = case.run()
     for at in whole[2:100:24]:
         for given_up in ({"file-0": 30}, {"file-0": 0, "file-2": 65}):
-            rest = case.run(after=at.step, states=at.states, skips={"web": given_up})
-            again = case.run(after=at.step, states=at.states, skips={"web": given_up}, prefetch=1)
+            rest = case.run(after=at.step, states=at.states, skipped={"web": given_up})
+            again = case.run(after=at.step, states=at.states, skipped={"web": given_up}, prefetch=1)
             for a, b in zip(rest, again, strict=True):
                 same(a, b)
-            later = case.run(after=rest[4].step, states=rest[4].states, skips={"web": given_up})
+            later = case.run(after=rest[4].step, states=rest[4].states, skipped={"web": given_up})
             for a, b in zip(rest[5:], later, strict=True):
                 same(a, b)
             gone = {10_000 * int(name[-1]) + row + 2 for name, first in given_up.items() for row in range(first, 120)}
@@ -116,13 +116,13 @@ def test_a_list_that_grows_in_mid_run(random_access):
 def test_a_source_of_corrupt_files_alone_is_refused():
     source = MemorySource(rows=unique(2, 60))
     with pytest.raises(UserError, match="all of its rows are in files that were corrupt"):
-        case_of(source).run(skips={"web": {"file-0": 0, "file-1": 0}})
+        case_of(source).run(skipped={"web": {"file-0": 0, "file-1": 0}})
 
 
 def run_or_find(case: Case, given_up: dict[str, dict[str, int]]) -> list[StepBatch]:
     """The run; or nothing, and `given_up` has what it stumbled over."""
     try:
-        return case.run(skips=given_up)
+        return case.run(skipped=given_up)
     except CorruptError as error:
         text, found = str(error), skipped_files.union(given_up, {error.source: {error.file: error.row}})
     assert found != given_up
@@ -182,7 +182,7 @@ def test_a_footer_that_cannot_be_read(hub: LoopbackHub, monkeypatch):
         "train-1.parquet",
         skipped_files.FOOTER,
     )
-    assert len(case.run(skips={"web": {"train-1.parquet": skipped_files.FOOTER}})) == 20
+    assert len(case.run(skipped={"web": {"train-1.parquet": skipped_files.FOOTER}})) == 20
     hub.commit("org/web", {"train-1.parquet": good})
     hub.fault("train-1", "corrupt", count=1)
     assert len(case.run()) == 20
@@ -244,6 +244,6 @@ def test_what_a_resume_allows():
 def test_identity_has_the_list():
     source = MemorySource(rows=unique(2, 60))
     case = case_of(source)
-    reader = SourceReader("web", source, source, case.data.read_options(0), retry_seconds=1, skips={"file-0": 7})
+    reader = SourceReader("web", source, source, case.data.read_options(0), retry_seconds=1, skipped={"file-0": 7})
     assert reader.identity["skips"] == {"file-0": 7}
     assert skipped_files.saved({"web": reader.identity}) == {"web": {"file-0": 7}}

@@ -43,7 +43,7 @@ def all_rows(made: SourceReader, epochs: int = 1) -> Found:
 SHAPES = {
     "many files": numbered([7] * 70),
     "row groups": numbered([100, 0, 250]),
-    "striped": numbered([90, 60]),
+    "shared": numbered([90, 60]),
     "many files, in order only": numbered([7] * 70, random_access=False),
     "one file, in order only": numbered([200], random_access=False),
 }

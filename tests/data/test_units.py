@@ -37,7 +37,7 @@ def test_fewer_files_are_cut_into_ranges_of_row_groups():
     assert [unit.first for unit in first[1:]] == np.cumsum([unit.rows or 0 for unit in first[:-1]]).tolist()
 
 
-def test_few_units_are_striped():
+def test_few_units_are_shared():
     assert reference.partition(source(3, [5, 0, 7]), 2) == units.Partition(
         (Unit(0, 0, 12), Unit(1, 0, 12), Unit(2, 0, 12)), shared=True
     )

@@ -81,11 +81,11 @@ def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(scores, np.take_along_axis(wanted, ids, axis=1), rtol=2**-11, atol=3e-4)
 
 
-def run(parts: StepComponents, batches: list[Any], teaching: Any) -> Any:
-    step = lower_train_step(parts, BATCH, SEQ, 2).compile()
-    now, metrics = state.create(parts.model, parts.optimizer, parts.mesh, seed=0), []
+def run(components: StepComponents, batches: list[Any], teaching: Any) -> Any:
+    step = lower_train_step(components, BATCH, SEQ, 2).compile()
+    now, metrics = state.create(components.model, components.optimizer, components.mesh, seed=0), []
     for number, batch in enumerate(batches):
-        arrays = jax.device_put(batch, sharding.batch_sharding(parts.mesh))
+        arrays = jax.device_put(batch, sharding.batch_sharding(components.mesh))
         now, measured = step(now, arrays, RATE, fingerprint.split(number * BATCH), teaching)
         metrics.append(host(measured))
     return host(now), metrics
@@ -132,12 +132,12 @@ def test_from_the_cache_as_on_the_fly(k: int) -> None:
         records = np.concatenate(scorer(found)).reshape(BATCH, SEQ, layout.width)
         plain.append(batch)
         with_records.append({**batch, RECORDS: records})
-    parts = functools.partial(StepComponents, student, loss, optimizer, model.mesh, 1.0)
-    one, first = run(parts(live), plain, (frozen, *weights))
-    other, second = run(parts(cached), with_records, ((), *weights))
+    components = functools.partial(StepComponents, student, loss, optimizer, model.mesh, 1.0)
+    one, first = run(components(live), plain, (frozen, *weights))
+    other, second = run(components(cached), with_records, ((), *weights))
     for live_one, cached_one in zip(first, second, strict=True):
         np.testing.assert_array_equal(live_one["fingerprint"], cached_one["fingerprint"])
         for name in ("loss", "ce_loss", "kd_loss"):
             np.testing.assert_allclose(cached_one[name], live_one[name], rtol=2e-4, err_msg=name)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), other["params"], one["params"])
-    assert parts(cached).flops_per_token(SEQ) == student.flops_per_token(SEQ)
+    assert components(cached).flops_per_token(SEQ) == student.flops_per_token(SEQ)

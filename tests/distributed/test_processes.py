@@ -8,7 +8,7 @@ import time
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from jaxtrain.distributed.processes import _check_xla_flags, _in_cluster, given
+from jaxtrain.distributed.processes import _check_xla_flags, _in_cluster, explicit_arguments
 from jaxtrain.errors import UserError
 from tests.e2e.runs import LOCAL, ROOT, environment
 from tests.tiers import nightly_but
@@ -24,7 +24,7 @@ SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
     [(OURS, (4, 3)), (OPEN_MPI, (2, 1)), (SLURM, (8, 0)), ({**SLURM, **OURS}, (4, 3)), ({**SLURM, **OPEN_MPI}, (2, 1))],
 )
 def test_an_address_is_given(environment: dict[str, str], numbers: tuple[int, int]) -> None:
-    found = given({**ADDRESS, **environment})
+    found = explicit_arguments({**ADDRESS, **environment})
     assert found == {
         "coordinator_address": "host:1234",
         "num_processes": numbers[0],
@@ -33,13 +33,13 @@ def test_an_address_is_given(environment: dict[str, str], numbers: tuple[int, in
     }
     # The cluster still says which of a host's GPUs are this process's.
     local = {"SLURM_LOCALID": "0"} if "SLURM_NTASKS" in environment else {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    assert "cluster_detection_method" not in (given({**ADDRESS, **environment, **local}) or {})
+    assert "cluster_detection_method" not in (explicit_arguments({**ADDRESS, **environment, **local}) or {})
 
 
 def test_none_is_given() -> None:
-    assert given({}) is None
-    assert given({**OURS, "JAX_COORDINATOR_ADDRESS": ""}) is None
-    assert given({**ADDRESS, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    assert explicit_arguments({}) is None
+    assert explicit_arguments({**OURS, "JAX_COORDINATOR_ADDRESS": ""}) is None
+    assert explicit_arguments({**ADDRESS, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_none_is_given() -> None:
 )
 def test_what_is_given_is_not_enough(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        given(environment)
+        explicit_arguments(environment)
 
 
 def test_a_process_id_alone() -> None:

@@ -47,10 +47,10 @@ def text_of(source: str, file: str, row: int) -> str:
 def row_of(answer: dict, row: dict, tokenizer: SentencePieceTokenizer) -> dict[str, np.ndarray]:
     """Rebuilds a row with masks and targets from the documents listed, each read from its file and tokenized."""
     fields: dict[str, list[int]] = {name: [] for name in ("tokens", "targets", "segment_ids", "loss_mask")}
-    for segment, piece in enumerate(row["documents"], 1):
-        ids, _ = tokenizer.encode_batch([text_of(row["source"], piece["file"], piece["row"])])
+    for segment, span in enumerate(row["documents"], 1):
+        ids, _ = tokenizer.encode_batch([text_of(row["source"], span["file"], span["row"])])
         document = [*ids.tolist(), tokenizer.eos_id]
-        here = range(piece["first"], piece["end"])
+        here = range(span["first"], span["end"])
         fields["tokens"] += [document[index] for index in here]
         fields["targets"] += [([*document, 0])[index + 1] for index in here]
         fields["loss_mask"] += [index + 1 < len(document) for index in here]

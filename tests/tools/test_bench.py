@@ -334,10 +334,10 @@ def test_simulate(numbers):
     found = numbers(
         "simulate --files=700 --num_lanes=24 --rows=900 --group_rows=100 --hosts=1,5,24,48 --devices=2 --batch_size=48"
     )
-    assert [found[kind]["striped"] for kind in ("parquet", "files", "striped")] == [False, False, True]
+    assert [found[kind]["shared"] for kind in ("parquet", "files", "shared")] == [False, False, True]
     assert found["parquet"]["footers_read"] == 0  # more than 16 files a lane
     assert found["files"]["units"] == 700
-    assert found["striped"]["files"] == 7
+    assert found["shared"]["files"] == 7
     for kind in ("parquet", "files"):
         assert all(1 <= spread < 1.6 for spread in found[kind]["rows_max_by_mean_of_lanes"])
         assert found[kind]["lanes_without_rows"] == 0
@@ -352,10 +352,10 @@ def test_simulate(numbers):
 def test_the_simulation_notices_units_that_are_read_twice_or_never(monkeypatch):
     sizes = simulate.sizes_of(200, 50)
     assert abs(sizes.mean() / 50 - 1) < 0.3
-    simulate.dealt(sizes, False, 8, 10)
+    simulate.distribute(sizes, False, 8, 10)
     monkeypatch.setattr(units, "share", lambda order, lane, num_lanes: order[lane : lane + 20])
     with pytest.raises(AssertionError, match="units are not read exactly once"):
-        simulate.dealt(sizes, False, 8, 10)
+        simulate.distribute(sizes, False, 8, 10)
     monkeypatch.setattr(simulate, "lanes_of_rows", lambda start, stop, rows: range(start // rows + 1, stop // rows))
     with pytest.raises(AssertionError, match="read by nobody"):
         simulate.hosts(5, 2, 24, 1)

@@ -144,7 +144,7 @@ def test_memory_is_near_what_compilers_say(chip: str) -> None:
         (stage,) = answer["stages"]
         config = files.load(str(ROOT / f"configs/{name}.py"), (f"--config.mesh.data={slices}",))
         cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-        found = sections.memory(sections.outlook(config, cluster, None, 1.0, 0.0)).numbers
+        found = sections.memory(sections.make_outlook(config, cluster, None, 1.0, 0.0)).numbers
         assert stage["fits"] or not found["fits"], (name, shape)
         if stage["fits"] and found["fits"]:
             assert found["micro_batches"] == [stage["micro_batches"]]

@@ -125,9 +125,9 @@ def test_every_token_of_a_step_is_traced(spec, answer, tokenizer, tmp_path):
         for number, row in enumerate(replayed["rows"]):
             assert (row["row"], row["lane"]) == (number, number * 4 // len(batch["tokens"]))
             expected: list[int] = []
-            for piece in row["documents"]:
-                ids, _ = model.encode_batch([text_of(row["source"], piece["file"], piece["row"])])
-                expected += [*ids.tolist(), model.eos_id][piece["first"] : piece["end"]]
+            for span in row["documents"]:
+                ids, _ = model.encode_batch([text_of(row["source"], span["file"], span["row"])])
+                expected += [*ids.tolist(), model.eos_id][span["first"] : span["end"]]
                 sources.add(row["source"])
             assert expected == batch["tokens"][number].tolist()
             assert f"row {number} (lane {row['lane']}, {row['source']}): " in out

@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
 
 
 @functools.cache
-def make_parts(*shape: int, muon: bool = False, clip_norm: float | None = 1.0) -> StepComponents:
+def make_components(*shape: int, muon: bool = False, clip_norm: float | None = 1.0) -> StepComponents:
     mesh = make_mesh(*shape)
     model = MODEL.build(VOCAB, mesh)
     optimizer = (MUON if muon else ADAMW).build(model.axes, mesh)
@@ -59,11 +59,11 @@ def make_parts(*shape: int, muon: bool = False, clip_norm: float | None = 1.0) -
 _COMPILED: dict[tuple[int, int], Any] = {}
 
 
-def compiled(parts: StepComponents, micro_batches: int) -> Any:
-    """The step, compiled once. parts: of `make_parts`, which keeps them alive."""
-    key = (id(parts), micro_batches)
+def compiled(components: StepComponents, micro_batches: int) -> Any:
+    """The step, compiled once. components: of `make_components`, which keeps them alive."""
+    key = (id(components), micro_batches)
     if key not in _COMPILED:
-        _COMPILED[key] = lower_train_step(parts, BATCH, SEQ, micro_batches).compile()
+        _COMPILED[key] = lower_train_step(components, BATCH, SEQ, micro_batches).compile()
     return _COMPILED[key]
 
 
@@ -87,15 +87,17 @@ def host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def run(parts: StepComponents, batches: list[dict[str, np.ndarray]], micro_batches: int = 1, start: Any = None) -> Any:
+def run(
+    components: StepComponents, batches: list[dict[str, np.ndarray]], micro_batches: int = 1, start: Any = None
+) -> Any:
     """(the state on the host, the metrics of every step)"""
-    step = compiled(parts, micro_batches)
-    layout = state.shardings(parts.model, parts.optimizer, parts.mesh)
-    now = state.create(parts.model, parts.optimizer, parts.mesh, seed=0) if start is None else start
+    step = compiled(components, micro_batches)
+    layout = state.shardings(components.model, components.optimizer, components.mesh)
+    now = state.create(components.model, components.optimizer, components.mesh, seed=0) if start is None else start
     now = jax.device_put(now, layout)
     metrics = []
     for number, batch in enumerate(batches):
-        arrays = jax.device_put(batch, sharding.batch_sharding(parts.mesh))
+        arrays = jax.device_put(batch, sharding.batch_sharding(components.mesh))
         now, measured = step(now, arrays, RATE, fingerprint.split(number * BATCH))
         metrics.append(host(measured))
     return host(now), metrics
@@ -118,12 +120,12 @@ def assert_close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
 @pytest.fixture(scope="module")
 def alone() -> Any:
     """Two steps on one device."""
-    return run(make_parts(), [make_batch(1), make_batch(2)])
+    return run(make_components(), [make_batch(1), make_batch(2)])
 
 
 @pytest.mark.parametrize("shape", nightly_but(zip(QUICK), zip(SHAPES), slow=zip(SLOW)))
 def test_every_mesh_gives_what_one_device_gives(shape: tuple[int, int, int], alone: Any) -> None:
-    found = run(make_parts(*shape), [make_batch(1), make_batch(2)])
+    found = run(make_components(*shape), [make_batch(1), make_batch(2)])
     assert_close(found, alone)
 
 
@@ -131,18 +133,18 @@ def test_every_mesh_gives_what_one_device_gives(shape: tuple[int, int, int], alo
 @pytest.mark.parametrize("shape", nightly_but([((2, 2, 1, 2),)], zip([(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 1, 8)])))
 def test_every_mesh_with_muon(shape: tuple[int, ...]) -> None:
     batches = [make_batch(1), make_batch(2)]
-    assert_close(run(make_parts(*shape, muon=True), batches), run(make_parts(muon=True), batches), 1e-3)
+    assert_close(run(make_components(*shape, muon=True), batches), run(make_components(muon=True), batches), 1e-3)
 
 
 def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
     """One step against whole logits, a log-softmax and one gradient."""
-    parts, batch = make_parts(), make_batch(1)
-    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    components, batch = make_components(), make_batch(1)
+    params = state.create(components.model, components.optimizer, components.mesh, seed=0)["params"]
 
     def plain(params: Any) -> jax.Array:
         inputs = (jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions"))
-        x_BTD = parts.model.hidden(params, *inputs).x
-        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, parts.model.head(params))[..., :VOCAB]
+        x_BTD = components.model.hidden(params, *inputs).x
+        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, components.model.head(params))[..., :VOCAB]
         nats_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["targets"][..., None], axis=-1)[..., 0]
         return (nats_BT * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
@@ -163,12 +165,12 @@ def test_accumulation_changes_nothing(shape: tuple[int, ...], micro_batches: int
     """Micro-batches with very different numbers of tokens: a mean of their means would be another loss."""
     counts = make_batch(1)["loss_mask"].reshape(-1, micro_batches, SEQ).sum(axis=(0, 2))
     assert counts.max() > 1.1 * counts.min()
-    assert_close(run(make_parts(*shape), [make_batch(1), make_batch(2)], micro_batches), alone)
+    assert_close(run(make_components(*shape), [make_batch(1), make_batch(2)], micro_batches), alone)
 
 
 def test_a_masked_batch_changes_nothing_but_the_step(alone: Any) -> None:
     before = alone[0]
-    after, (measured,) = run(make_parts(), [make_batch(3, masked=1.0)], start=before)
+    after, (measured,) = run(make_components(), [make_batch(3, masked=1.0)], start=before)
     for item in ("params", "opt"):
         jax.tree.map(np.testing.assert_array_equal, after[item], before[item])
     assert after["meta"].pop("step") == before["meta"]["step"] + 1
@@ -178,11 +180,11 @@ def test_a_masked_batch_changes_nothing_but_the_step(alone: Any) -> None:
 
 
 def test_updates_with_non_finite_gradients_are_left_out_and_counted(alone: Any) -> None:
-    parts, good = make_parts(), alone[0]
+    components, good = make_components(), alone[0]
     bad = host(good)
     leaves, tree = jax.tree.flatten(bad["params"])
     bad["params"] = tree.unflatten([np.full_like(leaves[0], np.nan), *leaves[1:]])
-    after, measured = run(parts, [make_batch(1), make_batch(2)], start=bad)
+    after, measured = run(components, [make_batch(1), make_batch(2)], start=bad)
     assert [(m["skipped"], m["skipped_in_a_row"]) for m in measured] == [(1, 1), (2, 2)]
     assert not np.isfinite(measured[0]["loss"])
     for item in ("params", "opt"):
@@ -190,27 +192,27 @@ def test_updates_with_non_finite_gradients_are_left_out_and_counted(alone: Any) 
     # Their data counts: it was read, and a resume must not read it again.
     assert (after["meta"]["fingerprint"] != good["meta"]["fingerprint"]).any()
     assert after["meta"]["step"] == good["meta"]["step"] + 2
-    _, (measured,) = run(parts, [make_batch(1)], start={**after, "params": good["params"]})
+    _, (measured,) = run(components, [make_batch(1)], start={**after, "params": good["params"]})
     assert (measured["skipped"], measured["skipped_in_a_row"]) == (2, 0)
 
 
 def test_clipping(alone: Any) -> None:
     """The reported norm is the one before; a limit of almost nothing leaves only the decay."""
-    parts = make_parts(clip_norm=1e-9)
-    moved, (measured,) = run(parts, [make_batch(1)])
+    components = make_components(clip_norm=1e-9)
+    moved, (measured,) = run(components, [make_batch(1)])
     np.testing.assert_array_equal(measured["grad_norm"], alone[1][0]["grad_norm"])
-    fresh = host(state.create(parts.model, parts.optimizer, parts.mesh, seed=0))
+    fresh = host(state.create(components.model, components.optimizer, components.mesh, seed=0))
     decay = 1 - RATE * ADAMW.weight_decay
     for before, after in zip(jax.tree.leaves(fresh["params"]), jax.tree.leaves(moved["params"]), strict=True):
         assert np.allclose(after, before, atol=1e-8) or np.allclose(after, before * decay, atol=1e-8)
 
 
 def test_evaluation_counts_nats_tokens_and_bytes() -> None:
-    parts, batch = make_parts(), make_batch(1)
-    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    components, batch = make_components(), make_batch(1)
+    params = state.create(components.model, components.optimizer, components.mesh, seed=0)["params"]
     token_bytes = np.random.default_rng(0).integers(0, 9, VOCAB).astype(np.int32)
-    sums = jax.jit(eval_step(parts))(params, batch, token_bytes)
-    _, (measured,) = run(parts, [batch])
+    sums = jax.jit(eval_step(components))(params, batch, token_bytes)
+    _, (measured,) = run(components, [batch])
     assert sums["tokens"] == batch["loss_mask"].sum()
     assert sums["bytes"] == token_bytes[batch["targets"][batch["loss_mask"]]].sum()
     np.testing.assert_allclose(sums["nats"] / sums["tokens"], measured["loss"], rtol=1e-6)
@@ -240,22 +242,22 @@ def test_a_mesh_that_does_not_divide_the_batch() -> None:
 
 def test_auxiliary_losses_are_added_and_reported_however_a_batch_is_cut(alone: Any) -> None:
     """A model's own loss, a mean over its rows, counts in each micro-batch by the tokens there."""
-    parts = make_parts()
+    components = make_components()
 
     class Routed:
         """The model, with a loss that differs between rows."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(parts.model, name)
+            return getattr(components.model, name)
 
         def hidden(self, params: Any, tokens: Any, segment_ids: Any, positions: Any) -> Hidden:
-            x = parts.model.hidden(params, tokens, segment_ids, positions).x
+            x = components.model.hidden(params, tokens, segment_ids, positions).x
             return Hidden(x, {"router_loss": 0.01 * jnp.mean(jnp.square(x))}, {"load": jnp.mean(tokens * 1.0)})
 
     model: Any = Routed()
-    routed = dataclasses.replace(parts, model=model)
+    routed = dataclasses.replace(components, model=model)
     batch = make_batch(1)
-    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    params = state.create(components.model, components.optimizer, components.mesh, seed=0)["params"]
     _, (whole,) = run(routed, [batch])
     np.testing.assert_allclose(whole["loss"], alone[1][0]["loss"] + whole["router_loss"], rtol=1e-6)
     x = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x

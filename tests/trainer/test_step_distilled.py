@@ -1,4 +1,4 @@
-"""The step with a teacher: against model and loss put together by hand; the same on every mesh and in any parts."""
+"""The step with a teacher: against model and loss assembled by hand; identical on every mesh and split of the batch."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ WEIGHTS = (np.float32(0.4), np.float32(0.6))
 
 
 @functools.cache
-def make_parts(*shape: int) -> tuple[StepComponents, Any]:
+def make_components(*shape: int) -> tuple[StepComponents, Any]:
     """StepComponents, and the teacher's parameters: never the student's numbers, though both come from seeds."""
     mesh = make_mesh(*shape)
     model, teacher = MODEL.build(VOCAB, mesh), TEACHER.build(VOCAB, mesh)
@@ -39,12 +39,12 @@ def make_parts(*shape: int) -> tuple[StepComponents, Any]:
 
 def run(shape: tuple[int, ...], micro_batches: int = 1) -> Any:
     """(the state on the host after two steps, their metrics)"""
-    parts, frozen = make_parts(*shape)
-    step = lower_train_step(parts, BATCH, SEQ, micro_batches).compile()
-    now = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)
+    components, frozen = make_components(*shape)
+    step = lower_train_step(components, BATCH, SEQ, micro_batches).compile()
+    now = state.create(components.model, components.optimizer, components.mesh, seed=0)
     metrics = []
     for number in range(2):
-        arrays = jax.device_put(make_batch(number + 1), sharding.batch_sharding(parts.mesh))
+        arrays = jax.device_put(make_batch(number + 1), sharding.batch_sharding(components.mesh))
         now, measured = step(now, arrays, RATE, fingerprint.split(number * BATCH), (frozen, *WEIGHTS))
         metrics.append(host(measured))
     return host(now), metrics
@@ -57,30 +57,30 @@ def alone() -> Any:
 
 def test_loss_and_state(alone: Any) -> None:
     """By hand: logits of both, plain softmaxes. The state has no trace of the teacher, whose arrays are untouched."""
-    parts, frozen = make_parts()
-    assert parts.distilled is not None
+    components, frozen = make_components()
+    assert components.distilled is not None
     batch = make_batch(1)
-    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    params = state.create(components.model, components.optimizer, components.mesh, seed=0)["params"]
 
     def log_softmax(model: Any, params: Any, heat: float) -> jax.Array:
         x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
         return jax.nn.log_softmax((x_BTD @ model.head(params))[..., :VOCAB] / heat)
 
-    log_q, log_p = log_softmax(parts.model, params, 2.0), log_softmax(parts.distilled.teacher, frozen, 2.0)
+    log_q, log_p = log_softmax(components.model, params, 2.0), log_softmax(components.distilled.teacher, frozen, 2.0)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     m = 0.3 * p + 0.7 * q
     jsd = 0.3 * (p * jnp.log(p / m)).sum(-1) + 0.7 * (q * jnp.log(q / m)).sum(-1)
-    ce = -jnp.take_along_axis(log_softmax(parts.model, params, 1.0), batch["targets"][..., None], axis=-1)[..., 0]
+    ce = -jnp.take_along_axis(log_softmax(components.model, params, 1.0), batch["targets"][..., None], axis=-1)[..., 0]
     ce, kd = (float(x[batch["loss_mask"]].mean()) for x in (ce, 4 * jsd))
     measured = alone[1][0]
     np.testing.assert_allclose([measured["ce_loss"], measured["kd_loss"]], [ce, kd], rtol=1e-5)
     np.testing.assert_allclose(measured["loss"], 0.4 * ce + 0.6 * kd, rtol=1e-5)
-    plain = state.abstract(parts.model, parts.optimizer, parts.mesh)
+    plain = state.abstract(components.model, components.optimizer, components.mesh)
     assert jax.tree.structure(alone[0]) == jax.tree.structure(plain)
-    assert parts.distilled.teacher is not None
-    both = (parts.model, parts.distilled.teacher)
+    assert components.distilled.teacher is not None
+    both = (components.model, components.distilled.teacher)
     mine, theirs = (model.flops_per_token(64) for model in both)
-    assert parts.flops_per_token(64) == mine + theirs / 3
+    assert components.flops_per_token(64) == mine + theirs / 3
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
@@ -116,8 +116,8 @@ def test_nothing_of_the_teachers_forward_pass_is_kept() -> None:
         )
         distilled = Distilled(teacher, abstract, LOSS.build(VOCAB, mesh, CrossEntropy()))
         optimizer = ADAMW.build(model.axes, mesh)
-        parts = StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, 1.0, distilled)
-        memory = lower_train_step(parts, BATCH, 128, 1).compile().memory_analysis()
+        components = StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, 1.0, distilled)
+        memory = lower_train_step(components, BATCH, 128, 1).compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
 
@@ -127,8 +127,8 @@ def test_nothing_of_the_teachers_forward_pass_is_kept() -> None:
 
 @pytest.mark.slow
 def test_evaluation_is_of_the_cross_entropy_alone(alone: Any) -> None:
-    parts, _ = make_parts()
-    params = state.create(parts.model, parts.optimizer, parts.mesh, seed=0)["params"]
+    components, _ = make_components()
+    params = state.create(components.model, components.optimizer, components.mesh, seed=0)["params"]
     batch = make_batch(1)
-    sums = jax.jit(eval_step(parts))(params, batch, np.ones(VOCAB, np.int32))
+    sums = jax.jit(eval_step(components))(params, batch, np.ones(VOCAB, np.int32))
     np.testing.assert_allclose(sums["nats"] / sums["tokens"], alone[1][0]["ce_loss"], rtol=1e-6)

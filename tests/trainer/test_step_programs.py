@@ -20,8 +20,8 @@ def program(*shape: int) -> tuple[str, StepComponents]:
     # Fourteen layers, so that a parameter of all of them is larger than the head.
     model = dataclasses.replace(MODEL, num_layers=LAYERS).build(VOCAB, mesh)
     optimizer = AdamW(learning_rate=1e-2).build(model.axes, mesh)
-    parts = StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, 1.0)
-    return lower_train_step(parts, BATCH, SEQ, 1).compile().as_text(), parts
+    components = StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, 1.0)
+    return lower_train_step(components, BATCH, SEQ, 1).compile().as_text(), components
 
 
 def collectives(text: str) -> dict[str, list[int]]:
@@ -50,15 +50,15 @@ def collectives(text: str) -> dict[str, list[int]]:
     ids=str,
 )
 def test_collectives_of_a_mesh(shape: tuple[int, ...], wanted: tuple[str, ...], unwanted: tuple[str, ...]) -> None:
-    text, parts = program(*shape)
+    text, components = program(*shape)
     found = collectives(text)
     kinds = {kind for kind, sizes in found.items() if sizes}
     summary = {kind: (len(sizes), max(sizes)) for kind, sizes in found.items() if sizes}
     assert set(wanted) <= kinds, summary
     assert not set(unwanted) & kinds, summary
-    config = parts.model.config
+    config = components.model.config
     layer = config.hidden_size * config.intermediate_size
-    head = math.prod(parts.model.shapes["head"].shape)
+    head = math.prod(components.model.shapes["head"].shape)
     assert LAYERS * config.hidden_size**2 > head > layer
     assert max(found["all-gather"], default=0) <= head, summary
 

@@ -18,7 +18,7 @@ BENCHMARKS = {
     "loss": "memory and time of the chunked cross-entropy, against the plain one",
     "resume": "what it costs to go on at a depth of a parquet stream: requests, bytes, seconds",
     "checkpoint": "how long a save blocks, runs in the background, and a restore takes, by size",
-    "simulate": "dealing, balance and state of 16,384 lanes and 100,000 files on 1 to 4,096 hosts, without any I/O",
+    "simulate": "how evenly 16,384 lanes and 100,000 files spread over 1 to 4,096 hosts, without any I/O",
     "gpu": "everything that needs a GPU, within minutes",
 }
 COMMAND = cli.Command(

@@ -235,7 +235,7 @@ def _both(function: Callable[..., jax.Array], *arguments: Any, through: int = 1)
     """Returns a function that runs forward and backward, with gradients for the first `through` arguments."""
 
     def run(*arguments: Any) -> Any:
-        y, pull = jax.vjp(lambda *given: function(*given, *arguments[through:]), *arguments[:through])
+        y, pull = jax.vjp(lambda *inputs: function(*inputs, *arguments[through:]), *arguments[:through])
         return pull(y)
 
     return _waiting(jax.jit(run), *arguments)

@@ -135,8 +135,8 @@ class _Measured:
             tokenizing.append(self._tokenize(self._tokenizer)[2])
             cutting.append(self._tokenize(self._prepared)[2])
             if plain.is_installed():
-                spent, given = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
-                usual.append(given / spent.cpu)
+                spent, tokens = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
+                usual.append(tokens / spent.cpu)
             progress(
                 f"{kind}, round {number} of {rounds}: {whole[-1].tokens / whole[-1].spent.wall:,.0f} tokens/s; CPU "
                 f"seconds: whole {whole[-1].spent.cpu:.2f}, tokenizing {tokenizing[-1]:.2f}, prepared "

@@ -87,8 +87,8 @@ class JaxStep:
         self.teacher: Llama | None = None
         self.teaching: tuple[Any, ...] = ()
         distilled = None if teacher is None else self._distilled(teacher, size.vocab_size, mesh)
-        parts = StepComponents(self.model, loss, optimizer, mesh, CLIP_NORM, distilled)
-        self.compiled = lower_train_step(parts, size.batch_size, size.seq_len, 1).compile()
+        components = StepComponents(self.model, loss, optimizer, mesh, CLIP_NORM, distilled)
+        self.compiled = lower_train_step(components, size.batch_size, size.seq_len, 1).compile()
         self.state = state.create(self.model, optimizer, mesh, seed)
         self._layout = batch_sharding(mesh)
         self._whole = state.shardings(self.model, optimizer, mesh)["meta"]["step"]

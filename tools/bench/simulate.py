@@ -1,7 +1,7 @@
 """`bench simulate`: distribution, balance and state of a very large run, with the real functions and no I/O.
 
 A source of many files is split into units, ordered and distributed over many lanes: as parquet (units are ranges of row
-groups), as files of unknown length (units are whole files), and with a hundredth of the files (striped). Lanes are
+groups), as files of unknown length (units are whole files), and with a hundredth of the files (shared). Lanes are
 distributed over 1 to 4,096 hosts. Every unit must be read exactly once per epoch, and every lane by some host.
 """
 
@@ -25,8 +25,8 @@ from tools.bench.common import at_least_one, progress, result, short
 
 COMMAND = Command(
     name="python -m tools.bench simulate",
-    description="Deals files to lanes and lanes to hosts as a run does, without any I/O: coverage, balance, seconds, "
-    "and the size of the state in a checkpoint.",
+    description="Distributes files over lanes and lanes over hosts as a run does, without any I/O. Measures coverage, "
+    "balance, seconds, and the size of the state in a checkpoint.",
     examples=(
         "python -m tools.bench simulate",
         "python -m tools.bench simulate --files=1000 --num_lanes=64 --hosts=1,8",
@@ -67,9 +67,9 @@ def measure(flags: Flags) -> Json:
     sizes = sizes_of(flags.files, flags.rows)
     found: Json = {"settings": {flag.name: getattr(flags, flag.name) for flag in COMMAND.flags}}
     few = max(flags.files // 100, 1)
-    kinds = {"parquet": (sizes, True), "files": (sizes, False), "striped": (sizes[:few], False)}
+    kinds = {"parquet": (sizes, True), "files": (sizes, False), "shared": (sizes[:few], False)}
     for kind, (some, random_access) in kinds.items():
-        found[kind] = dealt(some, random_access, flags.num_lanes, flags.group_rows)
+        found[kind] = distribute(some, random_access, flags.num_lanes, flags.group_rows)
         progress(f"{kind}: {found[kind]}")
     found["hosts"] = [hosts(count, flags.devices, flags.num_lanes, flags.sources) for count in flags.hosts]
     found["mix"] = mix(flags.sources, flags.batch_size)
@@ -84,7 +84,7 @@ def sizes_of(files: int, rows: int) -> np.ndarray:
     return np.maximum(rows * np.exp(np.log(2) * normal - np.log(2) ** 2 / 2), 1).astype(np.int64)
 
 
-def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: int) -> Json:
+def distribute(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: int) -> Json:
     """Measures how a source is split and distributed in `_EPOCHS` epochs. Asserts that each unit is read once."""
     source: Any = Files(sizes, random_access)
     footers = 0
@@ -104,14 +104,14 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
         key = {"seed": 0, "source": "simulated", "epoch": epoch, "shuffle": True}
         order, seconds = timed(lambda key=key: units.order(len(cut.units), **key))
         order_seconds.append(seconds)
-        read = striped_rows if cut.shared else dealt_rows
+        read = shared_rows if cut.shared else unit_rows
         rows_V, seconds = timed(lambda read=read, order=order: read(order, rows_U, num_lanes))
         share_seconds.append(seconds)
         assert rows_V.sum() == sizes.sum()
         spread.append(float(rows_V.max() / rows_V.mean()))
         empty.append(int((rows_V == 0).sum()))
     return {
-        "striped": cut.shared,
+        "shared": cut.shared,
         "files": len(sizes),
         "units": len(cut.units),
         "footers_read": footers,
@@ -123,7 +123,7 @@ def dealt(sizes: np.ndarray, random_access: bool, num_lanes: int, group_rows: in
     }
 
 
-def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
+def unit_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
     """Returns the rows that each lane reads in an epoch, [V]. Asserts that every unit is read exactly once."""
     read_U = np.zeros(len(rows_U), np.int64)
     rows_V = np.zeros(num_lanes, np.int64)
@@ -135,13 +135,13 @@ def dealt_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndar
     return rows_V
 
 
-def striped_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
-    """As `dealt_rows`, for files striped over all lanes in windows."""
-    striped = SharedFileReader(lambda *_: iter(()), _WINDOW, num_lanes)
+def shared_rows(order: np.ndarray, rows_U: np.ndarray, num_lanes: int) -> np.ndarray:
+    """As `unit_rows`, for files whose windows all lanes share."""
+    reader = SharedFileReader(lambda *_: iter(()), _WINDOW, num_lanes)
     lanes: Any = np.arange(num_lanes)
     rows_V = np.zeros(num_lanes, np.int64)
     for position, rows in enumerate(rows_U[order].tolist()):
-        first_V = np.asarray(striped.first_window(lanes, position))
+        first_V = np.asarray(reader.first_window(lanes, position))
         # A lane's windows are num_lanes apart, so all are read once if the first ones are.
         assert np.array_equal(np.sort(first_V), lanes), "some windows are not read exactly once"
         starts_W = np.arange(0, rows, _WINDOW)
@@ -179,8 +179,8 @@ def mix(sources: int, batch_size: int) -> Json:
     stage, steps = mixing.Mix(weights, batch_size), 50
     begun = time.process_time()
     counts = np.array([stage.counts_after(step) for step in range(steps + 1)])
-    for step, given in enumerate(np.diff(counts, axis=0).tolist(), 1):
-        mixing.arrange(range(sources), given, 0, step)
+    for step, rows in enumerate(np.diff(counts, axis=0).tolist(), 1):
+        mixing.arrange(range(sources), rows, 0, step)
     seconds = (time.process_time() - begun) / steps
     shares = np.arange(steps + 1)[:, None] * batch_size * np.array([float(weight) for weight in weights])
     return {"seconds_a_step": short(seconds), "rows_from_share": short(float(np.abs(counts - shares).max()))}

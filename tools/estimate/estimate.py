@@ -69,7 +69,7 @@ class Section:
     numbers: Json
 
 
-def outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Outlook:
+def make_outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: float, price: float | None) -> Outlook:
     """Prepares the input of all sections. Raises as `estimate`.
 
     Args:
@@ -98,41 +98,41 @@ def estimate(config: Config, cluster: Cluster, vocab_size: int | None, mfu: floa
     Raises:
         UserError: the mesh does not fit the model, or the vocabulary or teacher is unknown.
     """
-    given = outlook(config, cluster, vocab_size, mfu, price)
-    model, sizes = given.components.model, " ".join(f"{axis}={size}" for axis, size in given.mesh.items())
+    outlook = make_outlook(config, cluster, vocab_size, mfu, price)
+    model, sizes = outlook.components.model, " ".join(f"{axis}={size}" for axis, size in outlook.mesh.items())
     lines = [
         f"{model.num_params:,} parameters, a vocabulary of {model.vocab_size:,}, on {cluster}: "
         f"{cluster.num_chips:,} chips, mesh {sizes}",
-        given.plan.table(),
+        outlook.plan.table(),
     ]
     numbers: Json = {"parameters": model.num_params, "hardware": str(cluster), "chips": cluster.num_chips}
-    for section in (memory(given), disk(given), time_and_cost(given)):
+    for section in (memory(outlook), disk(outlook), time_and_cost(outlook)):
         lines += ["", *section.lines]
         numbers |= section.numbers
     return Section(lines, numbers)
 
 
-def memory(given: Outlook) -> Section:
+def memory(outlook: Outlook) -> Section:
     """Estimates memory per chip for each stage: state, teacher, gradients, activations."""
-    components, config = given.components, given.config
-    limit = limit_of_chip(given.cluster.chip, config.memory_gb)
-    held = memory_formula.state_bytes(components.model, components.optimizer, given.mesh)
+    components, config = outlook.components, outlook.config
+    limit = limit_of_chip(outlook.cluster.chip, config.memory_gb)
+    held = memory_formula.state_bytes(components.model, components.optimizer, outlook.mesh)
     teacher, distilled = 0.0, components.distilled
     if distilled is not None and distilled.teacher is not None:
-        teacher = memory_formula.tree_bytes(distilled.teacher.axes, distilled.abstract, given.mesh)
+        teacher = memory_formula.tree_bytes(distilled.teacher.axes, distilled.abstract, outlook.mesh)
     lines = ["Memory of a chip (an estimate; tools.compile_check asks the compiler):"]
     lines.append(f"  state {held / 1e9:.2f} GB" + (f", teacher {teacher / 1e9:.2f} GB" if teacher else ""))
     worst, chosen = 0.0, []
-    mesh: Any = AbstractMesh(tuple(given.mesh.values()), tuple(given.mesh))
-    for stage in given.stages:
+    mesh: Any = AbstractMesh(tuple(outlook.mesh.values()), tuple(outlook.mesh))
+    for stage in outlook.stages:
         fewest = accumulation(mesh, stage.batch_size, stage.seq_len, config.micro_batch_tokens)
-        rows = stage.batch_size // (given.mesh["data"] * given.mesh["fsdp"])
+        rows = stage.batch_size // (outlook.mesh["data"] * outlook.mesh["fsdp"])
         count, needed = 1, 0.0
         for count in (count for count in sharding.divisors(rows) if count >= fewest):
-            tokens = rows // count * stage.seq_len / given.mesh["context"]
+            tokens = rows // count * stage.seq_len / outlook.mesh["context"]
             needed = held + teacher
             needed += memory_formula.temporary_bytes(
-                components.model, given.cluster.chip, given.mesh, roofline.loss_chunk(config.loss), tokens, count
+                components.model, outlook.cluster.chip, outlook.mesh, roofline.loss_chunk(config.loss), tokens, count
             )
             if needed <= limit:
                 break
@@ -146,11 +146,11 @@ def memory(given: Outlook) -> Section:
     return Section(lines, numbers | {"fits": worst <= limit, "micro_batches": chosen})
 
 
-def disk(given: Outlook) -> Section:
+def disk(outlook: Outlook) -> Section:
     """Estimates disk space for checkpoints, the data's cache or store, and the teacher."""
-    config, components, data = given.config, given.components, given.config.data
-    one = memory_formula.state_bytes(components.model, components.optimizer, dict.fromkeys(given.mesh, 1)) / 1e9
-    kept = config.checkpoint.most_at_once(given.plan.last_step)
+    config, components, data = outlook.config, outlook.components, outlook.config.data
+    one = memory_formula.state_bytes(components.model, components.optimizer, dict.fromkeys(outlook.mesh, 1)) / 1e9
+    kept = config.checkpoint.most_at_once(outlook.plan.last_step)
     lines = ["Disk:", f"  checkpoints: {one:.2f} GB each, at most {kept} at once: {one * kept:.2f} GB"]
     numbers: Json = {"checkpoint_gb": one, "checkpoints_gb": one * kept, "disk_cache_gb": 0.0}
 
@@ -164,8 +164,8 @@ def disk(given: Outlook) -> Section:
 
     # Tokens in stores if the data never repeats. `overlap` tokens of each row belong to the previous row.
     unique = None
-    if given.plan.total_tokens is not None:
-        unique = sum(((s.last_token or 0) - s.first_token) * s.stride / s.seq_len for s in given.stages)
+    if outlook.plan.total_tokens is not None:
+        unique = sum(((s.last_token or 0) - s.first_token) * s.stride / s.seq_len for s in outlook.stages)
     itemsize = token_store.dtype_of(components.model.vocab_size).itemsize
     numbers["token_store_gb"] = None if unique is None else unique * itemsize / 1e9
     if unique is None:
@@ -193,19 +193,19 @@ def disk(given: Outlook) -> Section:
     return Section(lines, numbers | {"teacher_cache_gb": size, "teacher_cache_bytes_per_token": layout.width})
 
 
-def time_and_cost(given: Outlook) -> Section:
+def time_and_cost(outlook: Outlook) -> Section:
     """Estimates hours and dollars of each stage, at the assumed MFU."""
-    chips = given.cluster.num_chips
-    peak = given.cluster.chip.flops * chips
+    chips = outlook.cluster.num_chips
+    peak = outlook.cluster.chip.flops * chips
 
     def money(hours: float) -> tuple[str, str, str]:
-        return f"{hours:,.2f}", f"{hours * chips:,.1f}", f"{hours * chips * given.price:,.2f}"
+        return f"{hours:,.2f}", f"{hours * chips:,.1f}", f"{hours * chips * outlook.price:,.2f}"
 
     rows: list[tuple[str, ...]] = [("stage", "tokens", "TFLOP a token", "tokens/s", "hours", "chip-hours", "dollars")]
     hours, stages = 0.0, []
-    for stage in given.stages:
-        flops = given.components.flops_per_token(stage.seq_len)
-        speed = given.mfu * peak / flops
+    for stage in outlook.stages:
+        flops = outlook.components.flops_per_token(stage.seq_len)
+        speed = outlook.mfu * peak / flops
         shown = (f"{flops / 1e12:.4f}", f"{speed:,.0f}")
         if stage.last_token is None:
             rows.append((stage.name, "until the data ends", *shown, "?", "?", "?"))
@@ -215,10 +215,10 @@ def time_and_cost(given: Outlook) -> Section:
         hours += took
         stages.append({"name": stage.name, "tokens": tokens, "tokens_per_sec": speed, "hours": took})
         rows.append((stage.name, f"{tokens:,}", *shown, *money(took)))
-    rows.append(("all", f"{given.plan.total_tokens or 0:,}", "", "", *money(hours)))
+    rows.append(("all", f"{outlook.plan.total_tokens or 0:,}", "", "", *money(hours)))
     lines = [
-        f"Time and cost at an MFU of {given.mfu:.0%} (--mfu) and {given.price:.2f} dollars a chip-hour (--price):",
+        f"Time and cost at an MFU of {outlook.mfu:.0%} (--mfu) and {outlook.price:.2f} dollars a chip-hour (--price):",
         cli.table(rows),
     ]
-    dollars = hours * chips * given.price
+    dollars = hours * chips * outlook.price
     return Section(lines, {"hours": hours, "chip_hours": hours * chips, "dollars": dollars, "stages": stages})

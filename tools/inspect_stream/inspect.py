@@ -57,10 +57,10 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
     hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
     print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
     paths = Workdir(workdir)  # without taking its lock
-    skips = open_data.skipped(paths.path, saved)
+    skipped = open_data.skipped(paths.path, saved)
     cache = data.cache(os.fspath(paths.cache / "data"))
     tokenizer, opened = open_data.open_all(config, paths, saved, cache, fetch=True, is_tool=True)
-    readers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skips=skips)
+    readers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skipped=skipped)
     for reader in readers:
         commit = reader.source.identity.get("revision")
         print(f"  {reader.summary}" + (f", commit {commit}" if commit else ""))
@@ -101,16 +101,16 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     if stage.index > 1:
         print("  (read from the sources' beginning; training will be further on by then)")
     for number, (origin, text) in enumerate(_previews(found.tokenizer, measured), 1):
-        piece = origin.pieces[0]
-        print(f"  Sample {number} ({origin.source}, {piece.file} row {piece.row:,}): {text!r}")
+        span = origin.spans[0]
+        print(f"  Sample {number} ({origin.source}, {span.file} row {span.row:,}): {text!r}")
     mix = {}
-    for name, given in measured.sources.items():
+    for name, totals in measured.sources.items():
         target = float(stage.weights.get(name, 0))
-        if given["tokens"] or target:
-            mix[name] = {"target": target, **given}
+        if totals["tokens"] or target:
+            mix[name] = {"target": target, **totals}
             print(
-                f"  {name}: {given['share']:.2%} of the tokens (target {target:.2%}), {given['tokens']:,} tokens of "
-                f"{given['documents']:,} documents"
+                f"  {name}: {totals['share']:.2%} of the tokens (target {target:.2%}), {totals['tokens']:,} tokens of "
+                f"{totals['documents']:,} documents"
             )
     length = measured.tokens / max(measured.documents, 1)
     print(
@@ -135,15 +135,15 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
 
 def _previews(tokenizer: Tokenizer, measured: Measurement) -> Iterator[tuple[Origin, str]]:
     """Yields rows of the first batch with the text of their first document: one row per source, then others."""
-    rows = [row for row, origin in enumerate(measured.origins) if origin.pieces]
-    rows.sort(key=lambda row: measured.origins[row].pieces[0].first > 0)  # rows that begin with a document come first
+    rows = [row for row, origin in enumerate(measured.origins) if origin.spans]
+    rows.sort(key=lambda row: measured.origins[row].spans[0].first > 0)  # rows that begin with a document come first
     first = dict.fromkeys(measured.origins[row].source for row in rows)
     leading = [next(row for row in rows if measured.origins[row].source == name) for name in first]
     others = [row for row in rows if row not in leading]
     for row in [*leading, *others][: max(_PREVIEWS, len(leading))]:
         origin = measured.origins[row]
-        piece = origin.pieces[0]
-        text = tokenizer.decode(measured.first.arrays["tokens"][row, : piece.end - piece.first].tolist())
+        span = origin.spans[0]
+        text = tokenizer.decode(measured.first.arrays["tokens"][row, : span.end - span.first].tolist())
         yield origin, text[:_PREVIEW_CHARACTERS]
 
 
@@ -281,18 +281,18 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
 
 
 def _row(number: int, origin: Origin, seq_len: int) -> Json:
-    pieces = "; ".join(f"{piece.file} row {piece.row:,} [{piece.first:,}, {piece.end:,})" for piece in origin.pieces)
+    spans = "; ".join(f"{span.file} row {span.row:,} [{span.first:,}, {span.end:,})" for span in origin.spans)
     notes = ""
     if origin.tokens < seq_len:
         notes += f" (then {seq_len - origin.tokens:,} of padding: the data has ended)"
     if origin.counted < seq_len:
         counts = f"only its first {origin.counted:,} tokens count" if origin.counted else "masked"
         notes += f" ({counts}: the run ends here)"
-    print(f"row {number} (lane {origin.lane}, {origin.source}): {pieces or 'nothing'}{notes}")
+    print(f"row {number} (lane {origin.lane}, {origin.source}): {spans or 'nothing'}{notes}")
     return {
         "row": number,
         "lane": origin.lane,
         "source": origin.source,
         "counted": origin.counted,
-        "documents": [dataclasses.asdict(piece) for piece in origin.pieces],
+        "documents": [dataclasses.asdict(span) for span in origin.spans],
     }

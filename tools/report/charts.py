@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from tools.report import svg
-from tools.report.reading import RunLog, given
+from tools.report.reading import RunLog, source_tokens
 from tools.report.series import number
 
 COLORS = 8  # defined in the page's style
@@ -163,7 +163,7 @@ def mix(run: RunLog, with_name: bool) -> Figure | None:
 def _spans(run: RunLog, names: Sequence[str]) -> list[svg.Shares]:
     spans, before, tokens = [], dict.fromkeys(names, 0), 0
     for line in run.lines.items():
-        now, stage = given(line), line["stage"]
+        now, stage = source_tokens(line), line["stage"]
         parts = [now.get(name, 0) - before.get(name, 0) for name in names]
         if sum(parts) > 0:
             shares, target = [part / sum(parts) for part in parts], run.targets(stage)

@@ -280,21 +280,21 @@ def _ledger(run: RunLog) -> str:
     columns = ("Stage", "Source", "Target", "Share", "Tokens", "Unique tokens", "Documents", "Epochs")
     rows, unknown = [], False
     for stage in run.stages:
-        given, target = stage.given, run.targets(stage.number)
-        if given is None:
+        sources, target = stage.sources, run.targets(stage.number)
+        if sources is None:
             unknown = True
             rows.append(_row((_stage_title(run, stage), "not known", *[_NONE] * 6), 2, ' class="first"'))
             continue
-        shown = [name for name in given if given[name]["tokens"] or (target or {}).get(name)]
+        shown = [name for name in sources if sources[name]["tokens"] or (target or {}).get(name)]
         for index, name in enumerate(shown):
             title = "" if index else _stage_title(run, stage)
             wanted = _NONE if target is None or name not in target else f"{target[name]:.2%}"
             rows.append(
-                _row((title, name, wanted, *_counts(given[name], "epochs")), 2, "" if index else ' class="first"')
+                _row((title, name, wanted, *_counts(sources[name], "epochs")), 2, "" if index else ' class="first"')
             )
     if len(run.stages) > 1 or unknown:
-        for index, (name, given) in enumerate((run.last.get("sources") or {}).items()):
-            cells = ("" if index else "all", name, _NONE, *_counts(given, "epoch"))
+        for index, (name, totals) in enumerate((run.last.get("sources") or {}).items()):
+            cells = ("" if index else "all", name, _NONE, *_counts(totals, "epoch"))
             rows.append(_row(cells, 2, "" if index else ' class="first"'))
     note = "Epochs: completed by the lane that is furthest behind."
     if unknown:
@@ -302,8 +302,8 @@ def _ledger(run: RunLog) -> str:
     return _table(columns, rows, 2) + f'<p class="note">{text(note)}</p>'
 
 
-def _counts(given: Json, epochs: str) -> list[str]:
-    share, *counts = (given[key] for key in ("share", "tokens", "unique_tokens", "documents", epochs))
+def _counts(totals: Json, epochs: str) -> list[str]:
+    share, *counts = (totals[key] for key in ("share", "tokens", "unique_tokens", "documents", epochs))
     return [f"{share:.2%}", *(f"{count:,}" for count in counts)]
 
 

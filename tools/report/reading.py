@@ -65,7 +65,7 @@ class StageLog:
         return self._waited / self._seconds if self._seconds else None
 
     @property
-    def given(self) -> dict[str, Json] | None:
+    def sources(self) -> dict[str, Json] | None:
         """What the stage took from each source; None if the run did not log it."""
         found = self.last.get("stage_sources")
         return found if isinstance(found, dict) else None
@@ -208,7 +208,7 @@ class RunLog:
         return min(kept[max(at - 1, 0) : at + 1], key=lambda line: abs(line["tokens"] - tokens))
 
 
-def given(line: Json) -> dict[str, int]:
+def source_tokens(line: Json) -> dict[str, int]:
     """Returns each source's tokens up to a logged step."""
     return {name: int(number(source.get("tokens")) or 0) for name, source in (line.get("sources") or {}).items()}
 

@@ -69,7 +69,7 @@ def words(text: str) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_store_gives_the_streams_batches(seed, tmp_path):
-    """Dealt and striped, random access or not, shuffled, mixed, filtered, cut, held out: with every lane's state."""
+    """Divided and shared files, random access or not, shuffled, mixed, filtered, cut, held out: every lane's state."""
     case = random_case(seed)
     write(tmp_path, case.data.sources, workers=1 + seed % 3)
     resolved = stored(tmp_path, case.data, ram_cache_gb=[0.0, 1e-6, 1.0][seed % 3])
