@@ -187,7 +187,7 @@ def test_every_place_in_the_order_is_used():
         ("tools/pretokenize.py", "import array_record", "array_record belongs to"),
         ("jaxtrain/model/generate.py", "from safetensors.numpy import x", "safetensors belongs to jaxtrain/hf"),
         ("jaxtrain/trainer/loop.py", "from absl import logging", "absl belongs to"),
-        ("jaxtrain/plan/plan.py", "import jax.numpy as jnp", "imports jax, and is used where JAX is not"),
+        ("jaxtrain/plan/build.py", "import jax.numpy as jnp", "imports jax, and is used where JAX is not"),
         ("jaxtrain/plan/schedules.py", "import optax", "imports optax"),
         (
             "jaxtrain/config.py",

@@ -4,5 +4,6 @@ A plan depends only on the config, never on the hardware. It is built once and h
 are batch size × sequence length, as Python integers. Never imports JAX.
 """
 
-from jaxtrain.plan.plan import CROSS_ENTROPY_ALONE, Plan, StagePlan, StepPlan, build_plan
+from jaxtrain.plan.build import CROSS_ENTROPY_ALONE, build_plan
+from jaxtrain.plan.plan import Plan, StagePlan, StepPlan
 from jaxtrain.plan.stages import Stage

@@ -101,7 +101,7 @@ class Evaluator:
         if self._error is not None:
             raise self._error
         executable, sums = self._executable(), np.zeros(3)
-        for batch in Feed(iter(self._batches), self._mesh, self._lanes, self._data.num_lanes, ahead=1):
+        for batch in Feed(iter(self._batches), self._mesh, self._lanes, self._data.num_lanes):
             measured = executable(params, batch.arrays, self._token_bytes)
             sums += [float(measured[name]) for name in ("nats", "tokens", "bytes")]
         nats, tokens, byte_count = sums.tolist()

@@ -176,7 +176,7 @@ class Session:
             states=self._lane_states,
             prefetch=self._prefetch,
         )
-        return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
+        return Feed(batches, mesh, lanes, data.num_lanes)
 
     def gather(self, batch: StepBatch) -> np.ndarray:
         """Gathers the positions of all lanes after a batch: int64 [V, S, F]. All processes must call it."""
