@@ -1,7 +1,7 @@
 """Every step of a run as a pure function of its number. Shapes: S sources, B rows per batch."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
