@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from jaxtrain import cli
 from jaxtrain.data.io import names, retry
@@ -128,13 +128,21 @@ def digest_of_json(content: Json) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Shard(Protocol):
-    """A file of a store. size: bytes. digest: of its content."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of a store.
 
-    @property
-    def size(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
+    Attributes:
+        rows: Rows stored.
+        tokens: Tokens stored.
+        size: Its bytes.
+        digest: The digest of its content.
+    """
+
+    rows: int
+    tokens: int
+    size: int
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtrain.data.io import names
 from jaxtrain.data.stores import record_store
-from jaxtrain.data.stores.record_store import ArrayRecords
+from jaxtrain.data.stores.record_store import ArrayRecords, Shard
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer
 from jaxtrain.losses.cached import Layout
@@ -24,23 +24,6 @@ from jaxtrain.losses.cached import Layout
 # Documents are read one at a time in shuffled order, so reading ahead does not help.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _CHECKSUM = 4  # bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherShard:
-    """One part of a file.
-
-    Attributes:
-        rows: Rows in the shard.
-        tokens: Tokens in the shard.
-        size: Bytes of its file.
-        digest: Digest of its file.
-    """
-
-    rows: int
-    tokens: int
-    size: int
-    digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,16 +51,16 @@ class TeacherManifest(record_store.Manifest):
     context: int
     stride: int
     part_rows: int
-    parts: list[list[TeacherShard]] = dataclasses.field(default_factory=list)
+    parts: list[list[Shard]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_content(cls, content: Json) -> Self:
         layout = content["layout"]
         made = Layout(layout["vocab_size"], layout["k"], tuple(layout["temperatures"]))
-        parts = [[TeacherShard(**part) for part in file] for file in content["parts"]]
+        parts = [[Shard(**part) for part in file] for file in content["parts"]]
         return cls(**{**content, "layout": made, "parts": parts})
 
-    def shards(self) -> Iterator[tuple[str, TeacherShard]]:
+    def shards(self) -> Iterator[tuple[str, Shard]]:
         for file, parts in enumerate(self.parts):
             for number, part in enumerate(parts):
                 yield shard_name(file, number), part

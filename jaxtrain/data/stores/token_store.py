@@ -21,7 +21,7 @@ from jaxtrain.data.io import names
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.streams import distrusted
 from jaxtrain.data.stores import record_store
-from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
+from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords, Shard
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
@@ -85,25 +85,17 @@ def dtype_of(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredFile:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredFile(Shard):
     """One file of the source.
 
     Attributes:
-        rows: Rows stored.
-        tokens: Tokens stored.
         row_groups: The source's row groups; None if it has none.
-        shard: The name of its ArrayRecord; None for a file without rows.
-        size: Bytes of the shard.
-        digest: Digest of the shard.
+        shard: The name of its ArrayRecord; None for a file without rows. Other attributes: see Shard.
     """
 
-    rows: int
-    tokens: int
     row_groups: list[int] | None
     shard: str | None
-    size: int
-    digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

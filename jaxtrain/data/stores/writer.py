@@ -28,8 +28,8 @@ from jaxtrain.data.shared_file_reader import head, regroup
 from jaxtrain.data.source_reader import text_of
 from jaxtrain.data.sources.streams import read_now
 from jaxtrain.data.stores import record_store, teacher_store, token_store
-from jaxtrain.data.stores.record_store import WORK, array_records, digest_of, write_text
-from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherShard, shard_name
+from jaxtrain.data.stores.record_store import WORK, Shard, array_records, digest_of, write_text
+from jaxtrain.data.stores.teacher_store import TeacherManifest, shard_name
 from jaxtrain.data.stores.token_store import StoredFile, TokenManifest
 from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.data.token_arrays import TokenArrays
@@ -250,7 +250,8 @@ class _TokenWriter(_Writer):
             assert groups is None or limit is not None or rows == sum(groups), f"{self._what(file)}: {rows} rows"
             size, digest = os.path.getsize(shard + self._half), digest_of(shard + self._half)
             os.replace(shard + self._half, shard)
-            self._mark_done(marker, dataclasses.asdict(StoredFile(rows, tokens, groups, None, size, digest)))
+            done = StoredFile(rows=rows, tokens=tokens, size=size, digest=digest, row_groups=groups, shard=None)
+            self._mark_done(marker, dataclasses.asdict(done))
         return StoredFile(**self._marked(marker))
 
     def _shard(self, file: int, limit: int | None, path: str, progress: Progress) -> tuple[int, int]:
@@ -384,7 +385,7 @@ class TeacherWriter(_Writer):
     def done(self) -> tuple[int, int, int]:
         """(documents, tokens, bytes) of the shards that all workers have finished."""
         names = [name for name in os.listdir(self._work) if name.endswith(".json") and "-" in name]
-        shards = [TeacherShard(**self._marked(name)) for name in names]
+        shards = [Shard(**self._marked(name)) for name in names]
         return sum(s.rows for s in shards), sum(s.tokens for s in shards), sum(s.size for s in shards)
 
     def write(self, score: Score, progress: Progress) -> bool:
@@ -426,7 +427,7 @@ class TeacherWriter(_Writer):
             return self.manifest.exists(self.job.folder)
 
         def publish() -> TeacherManifest:
-            parts = [[TeacherShard(**self._marked(name)) for name in of_file] for of_file in names]
+            parts = [[Shard(**self._marked(name)) for name in of_file] for of_file in names]
             return dataclasses.replace(self.manifest, parts=parts)
 
         return self._finish(publish)
@@ -501,7 +502,9 @@ class TeacherWriter(_Writer):
         with self._record_writer(half, _TEACHER_OPTIONS) as writer:
             for document in tokens:
                 writer.write(teacher_store.encode(document, next(records)) if len(document) else b"")
-        shard = TeacherShard(len(tokens), sum(map(len, tokens)), os.path.getsize(half), digest_of(half))
+        shard = Shard(
+            rows=len(tokens), tokens=sum(map(len, tokens)), size=os.path.getsize(half), digest=digest_of(half)
+        )
         os.replace(half, os.path.join(self.job.folder, name))
         self._mark_done(f"{file}-{number}.json", dataclasses.asdict(shard))
         self._largest = max(self._largest, shard.size)
