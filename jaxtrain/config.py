@@ -1,4 +1,4 @@
-"""The root of the config tree, and the rules that span its parts. Nobody below the loop sees the whole."""
+"""The root of the config tree, and the rules that span its parts. Nothing below the loop sees the whole config."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ class EvalConfig:
 
     Attributes:
         every_steps: Evaluate every N steps, and at the end.
-        every_tokens: Evaluate every N trained tokens, after the step that reaches them, and at the end, whatever the
+        every_tokens: Evaluate every N trained tokens, after the step that reaches them, and at the end, independent of
             batch sizes. Give one of the two; without either there is no evaluation.
         tokens: Held-out tokens to evaluate on. To find them, about tokens / data.holdout tokens of the stream are read.
         seq_len: Tokens of a row; None for the last stage's.
@@ -54,13 +54,13 @@ class EvalConfig:
         return self.every_steps is not None or self.every_tokens is not None
 
     def due(self, at: StepPlan) -> bool:
-        """Whether an evaluation comes after this step: a function of the plan alone, so a resume changes nothing."""
+        """Whether an evaluation follows this step: a function of the plan alone, so a resume changes nothing."""
         if self.every_tokens is not None:
             return at.tokens_after // self.every_tokens > at.tokens_before // self.every_tokens
         return self.every_steps is not None and at.step % self.every_steps == 0
 
     def plan(self, train: Plan, num_lanes: int) -> Plan:
-        """The rows of an evaluation, as a plan of their own. Raises UserError."""
+        """The rows of an evaluation, as a separate plan. Raises UserError."""
         last = train.stages[-1]
         weights = self.weights or {name: float(weight) for name, weight in last.weights.items()}
         stage = Stage(
@@ -89,26 +89,26 @@ class Config:
     Attributes:
         model: Any interfaces.ModelConfig, such as LlamaConfig.
         tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
-        stages: Spans of training tokens with one sequence length, batch size and mix each; often just one.
+        stages: Consecutive parts of the run, each with its sequence length, batch size and mix; often just one.
         optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
         loss: Any interfaces.LossConfig.
         teacher: A frozen model to distill from; None for none.
         distillation: How to distill; used only with a teacher.
-        total_tokens: Where the run ends, exactly; None if the stages, `steps` or `epochs` end it.
-        steps: The most steps. The schedule stays that of total_tokens, if given.
-        epochs: How often each source is read at most; None for as often as the run needs.
-        seed: Of parameters, shuffle and mix.
-        clip_norm: The most that the gradient's global norm may be (Pascanu et al. 2013); None for no clipping.
-        micro_batch_tokens: The most tokens of a batch that a device takes at once. Gradients of micro-batches add up
-            to that of the whole batch. None for the whole batch.
-        memory_gb: The most memory (10^9 bytes) that a step may take on a device. Each stage gets the fewest
-            micro-batches, of at most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
+        total_tokens: Exact length of the run in tokens; None if the stages, `steps` or `epochs` end it.
+        steps: Maximum number of steps. The schedule stays that of total_tokens, if given.
+        epochs: Maximum number of times each source is read; None for no limit.
+        seed: Seed of parameters, shuffle and mix.
+        clip_norm: Maximum global norm of the gradient (Pascanu et al. 2013); None for no clipping.
+        micro_batch_tokens: Maximum tokens per device in a micro-batch. Gradients of micro-batches add up to that of
+            the whole batch. None for the whole batch.
+        memory_gb: Maximum memory (10^9 bytes) of a step on a device. Each stage gets the fewest micro-batches, of at
+            most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
             limit if they report none (CPU).
         max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: On GPUs, use deterministic operations only, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
         sample_prompts: Texts to continue at the end of the run.
     """
 
@@ -153,8 +153,9 @@ class Config:
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(
-                f"monitor.watchdog_minutes={watchdog:g} would end the run before data.retry_minutes="
-                f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
+                f"monitor.watchdog_minutes={watchdog:g} would stop the run before "
+                f"data.retry_minutes={self.data.retry_minutes:g} ends an outage and reports its cause: set it "
+                "higher, or to none"
             )
         self._check_bound()
         _check_path("init_from", self.init_from)
@@ -169,23 +170,23 @@ class Config:
                 )
             if self.micro_batch_tokens is not None and self.micro_batch_tokens < stage.seq_len:
                 raise UserError(
-                    f"micro_batch_tokens={self.micro_batch_tokens}: a device takes whole rows, and those of stage "
-                    f"{stage.index} ({stage.name}) have {stage.seq_len} tokens; give that or more"
+                    f"micro_batch_tokens={self.micro_batch_tokens}: a device processes whole rows, and a row of "
+                    f"stage {stage.index} ({stage.name}) has {stage.seq_len} tokens; give that or more"
                 )
         if self.eval.is_on:
             self._check_eval(plan)
 
     def _check_bound(self) -> None:
-        """A run over sources without an end needs one. (A plan knows no sources' sizes: it would say less.)"""
+        """Unbounded sources need a bounded run. (The plan does not know the sources, so its message says less.)"""
         unbounded = [name for name, source in self.data.sources.items() if source.max_samples is None]
         bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
         if unbounded and self.stages and bounds == {None}:
             raise UserError(
-                "max_samples MUST be specified for streaming datasets! Nothing says where the run ends, and "
-                f"{' and '.join(unbounded)} would be read for ever. Set one of\n"
+                "max_samples MUST be specified for streaming datasets! Nothing bounds the run, and "
+                f"{' and '.join(unbounded)} would be read forever. Set one of\n"
                 f"  data.sources.{unbounded[0]}.max_samples (documents) and epochs=1: 1,000 to 10,000 for a quick "
-                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium one, "
-                "10M to 100M for a large one, at about 1,000 tokens each;\n"
+                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium "
+                "one, 10M to 100M for a large one, at about 1,000 tokens each;\n"
                 "  total_tokens (for example 1000000000), steps, tokens of the last stage, or epochs.\n"
                 'See "How to choose max_samples" in docs/data.md.'
             )
@@ -220,7 +221,7 @@ class Config:
 
 
 def _check_path(field: str, value: str) -> None:
-    """A mistyped folder looks like a model of the Hub, and would be asked for there until the network gives up."""
+    """Catches a mistyped folder, which would be looked up on the Hub until a timeout."""
     where = pathlib.Path(value).expanduser()
     if not value or "://" in value or where.exists():
         return

@@ -18,7 +18,7 @@ def test_a_source_without_an_end_needs_a_bound():
         cli.load("configs/quickstart.py", ENDLESS)
     said = str(refused.value)
     assert "max_samples MUST be specified for streaming datasets!" in said
-    for part in ("python would be read for ever", "data.sources.python.max_samples", "1,000 to 10,000", "10M to 100M"):
+    for part in ("python would be read forever", "data.sources.python.max_samples", "1,000 to 10,000", "10M to 100M"):
         assert part in said
     for bound in ("total_tokens", "steps", "epochs", 'How to choose max_samples" in docs/data.md'):
         assert bound in said
@@ -32,14 +32,14 @@ def test_any_bound_will_do(bound):
 
 def test_max_samples_bound_a_source_but_say_not_how_often_it_is_read():
     bounded = [*ENDLESS, "--config.data.sources.python.max_samples=100"]
-    with pytest.raises(
-        UserError, match=r"nothing says where the run ends: .* 1 ends it after each source's max_samples"
-    ):
+    with pytest.raises(UserError, match=r"nothing bounds the run: .* 1 ends it after each source's max_samples"):
         cli.load("configs/quickstart.py", bounded)
 
 
 def test_the_watchdog_leaves_an_outage_its_time():
-    with pytest.raises(UserError, match=r"monitor.watchdog_minutes=90 would end the run before data.retry_minutes=120"):
+    with pytest.raises(
+        UserError, match=r"monitor.watchdog_minutes=90 would stop the run before data.retry_minutes=120"
+    ):
         cli.load("configs/quickstart.py", ["--config.data.retry_minutes=120"])
     cli.load("configs/quickstart.py", ["--config.data.retry_minutes=120", "--config.monitor.watchdog_minutes=none"])
 

@@ -11,9 +11,9 @@ from jaxtrain.interfaces import Json
 COMMAND = cli.Command(
     name="python -m tools.evaluate",
     description=(
-        "Loss, perplexity and bits per byte on the documents that data.holdout kept out of training: those that the run"
-        " evaluates on, or others, by --config.eval. The config is the checkpoint's own; give --config=FILE if that "
-        "needs credentials, which are not recorded. Trains nothing, and may inspect a live run."
+        "Computes loss, perplexity and bits per byte on the documents that data.holdout keeps out of training: the "
+        "run's own evaluation set, or another one set by --config.eval. The config comes from the checkpoint; give "
+        "--config=FILE if it needs credentials, which are not recorded. Does not train, and is safe on a live run."
     ),
     examples=(
         "python -m tools.evaluate --workdir=runs/1b",
@@ -23,7 +23,7 @@ COMMAND = cli.Command(
     flags=(
         cli.Flag(name="workdir", help="the run's work directory"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
-        cli.Flag(name="by_source", type=bool, default=False, help="also each source on its own"),
+        cli.Flag(name="by_source", type=bool, default=False, help="also evaluate each source separately"),
         cli.JSON,
         cli.IMPORT,
     ),
@@ -46,7 +46,7 @@ def main(flags: cli.Flags) -> None:
     if config.data.holdout != held_out or not held_out:
         raise UserError(
             f"data.holdout={config.data.holdout}, and the run kept {held_out} of its documents out of training: only "
-            "those say anything about other text. " + ("Set it back." if held_out else "Train with data.holdout=0.01.")
+            "those are unseen text. " + ("Set it back." if held_out else "Train with data.holdout=0.01.")
         )
     found = restored.restore(flags.workdir, flags.step)
     mixes = {"all": config.eval}

@@ -10,10 +10,10 @@ from jaxtrain import cli
 COMMAND = cli.Command(
     name="python -m tools.train_tokenizer",
     description=(
-        "Trains a tokenizer on the documents that the config trains on, in its mix, without held-out documents. Writes "
-        "a folder with tokenizer.model and tokenizer.vocab (sentencepiece), or tokenizer.json, vocab.json and "
+        "Trains a tokenizer on the documents that the config trains on, in its mix, without held-out documents. "
+        "Writes a folder with tokenizer.model and tokenizer.vocab (sentencepiece), or tokenizer.json, vocab.json and "
         "merges.txt (bpe). Settings without a flag are the config's, if its tokenizer is a TrainTokenizer, or that "
-        "class's defaults. A finished folder is never overwritten; an interrupted one is."
+        "class's defaults. A finished folder is never overwritten; an unfinished one is."
     ),
     examples=(
         "python -m tools.train_tokenizer --config=configs/quickstart.py --vocab_size=8000 --output=tokenizers/python",

@@ -49,7 +49,7 @@ IMPORT = Flag(
     name="import",
     type=tuple[str, ...],
     default=(),
-    help="modules that define components of the run from outside jaxtrain, by comma",
+    help="comma-separated modules that define components of the run outside jaxtrain",
 )
 
 
@@ -172,7 +172,7 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
         code = 2
     except KeyboardInterrupt:
         kept = (
-            ". What is done is kept: run the same command again to resume." if command.resumes else " before the end."
+            ". Finished work is kept: run the same command again to resume." if command.resumes else " before the end."
         )
         print(f"\nStopped{kept}", file=sys.stderr)
         code = 75 if command.resumes else 130
@@ -189,7 +189,7 @@ def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Seque
         # The message says what happened and where; a traceback would not help.
         print(redact(f"error: {error}"), file=sys.stderr)
         if isinstance(error, TransientError):
-            print("Run the same command again when that is over.", file=sys.stderr)
+            print("Run the same command again once that is resolved.", file=sys.stderr)
         return 1
     except BaseException:
         print(redact(traceback.format_exc()), file=sys.stderr)
@@ -279,7 +279,7 @@ def _positional_values(command: Command, bare: list[str]) -> dict[str, Any]:
             is_flag = command.config == "none" or name == "config" or any(flag.name == name for flag in command.flags)
             is_field = not is_flag and not name.startswith(("config.", "config["))
             fix = f"; did you mean --{'config.' if is_field else ''}{bare[0]}?"
-        raise UserError(f"{' '.join(bare)}: not understood, {command.name} takes flags of the form --NAME=VALUE{fix}")
+        raise UserError(f"{' '.join(bare)}: not understood; {command.name} takes flags of the form --NAME=VALUE{fix}")
     return values
 
 

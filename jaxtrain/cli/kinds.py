@@ -93,5 +93,5 @@ def class_of(kind: str) -> type:
         found = getattr(found, part, None)
     is_foreign = module.split(".")[0] not in sys.stdlib_module_names
     if not (is_foreign and isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise UserError(f"the checkpoint names {kind}, which is no config of this version of jaxtrain")
+        raise UserError(f"the checkpoint names {kind}, which this version of jaxtrain does not know")
     return found

@@ -1,7 +1,7 @@
 """Keeps secrets inside the process: removes tokens, credentials and signatures from everything shown or logged.
 
-Redaction is only for output. It is lossy ("hf_..." stands for many tokens), so its results must not name files, key
-caches or be compared. Records use `without_secrets`, which changes only URLs.
+Redaction is only for output. It is lossy (many tokens become "hf_..."), so its results must not name files, key caches
+or be compared. Records use `without_secrets`, which changes only URLs.
 """
 
 import logging
@@ -14,7 +14,7 @@ _SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
 )
 _SHORTEST = 8  # characters of a secret; shorter values of such variables are settings ("true")
-# Query parameters that sign a URL or grant access, and those that change with every new signature of the same object.
+# Query parameters that sign a URL or grant access, or that change with every new signature of the same object.
 _SECRET_PARAMETER = re.compile(
     r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
     r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",

@@ -147,7 +147,7 @@ def _parsed(value: Any, hint: Any, change: Change) -> Any:
             below = next(leaves(value, hint, target), (target, hint, None))
             usage = f"for example {below[0]}={typed.example(below[1])}"
             raise UserError(
-                f"{change.flag}: {_kind(value)} has no text form; set what is in it, {usage} ({keys})"
+                f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, {usage} ({keys})"
             ) from None
         example = typed.example(hint)
         fix = f", for example {target}={example}" if example else "; set it in the config file"

@@ -102,7 +102,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, origin)
     if origin is collections.abc.Callable:
         return is_config(value) and callable(value)
-    assert isinstance(origin, type), f"{hint} is not an annotation that configs can have (see the top of this file)"
+    assert isinstance(origin, type), f"configs cannot have fields of the type {hint} (see the top of this file)"
     if Protocol in origin.__bases__:
         return is_config(value) and not missing_members(value, origin)
     return is_config(value) and isinstance(value, origin)

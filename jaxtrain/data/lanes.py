@@ -239,7 +239,7 @@ class LaneIterator(grain.DatasetIterator):
         return cut
 
     def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
-        """Writes rows of several sources in their places."""
+        """Writes rows of several sources to their positions in the block."""
         counts = np.bincount(sources_R).tolist()
         if counts[-1] == len(sources_R):
             return self._cut(len(counts) - 1, at, counted_R, block)

@@ -80,8 +80,8 @@ def from_json(saved: Json, source_names: Sequence[str], num_lanes: int) -> dict[
     """
     if saved["format"] != FORMAT or saved["fields"] != list(STATE_FIELDS):
         raise UserError(
-            f"the checkpoint's data state has format {saved['format']}, this version reads format {FORMAT}: go on with "
-            "the version of jaxtrain that wrote it"
+            f"the checkpoint's data state has format {saved['format']}, this version reads format {FORMAT}: continue "
+            "with the version of jaxtrain that wrote it"
         )
     if len(saved["lanes"]) != num_lanes:
         raise UserError(f"the checkpoint has {len(saved['lanes'])} lanes, data.num_lanes is {num_lanes}: set it back")

@@ -28,9 +28,9 @@ _FOOTER_READERS = 32
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """What decides which documents there are and their order, besides the source. Part of the identity.
+    """What decides, besides the source, which documents are read in which order. Part of the identity.
 
-    held_out: read the held-out documents (evaluation) instead of the others (training).
+    held_out: Read the held-out documents (evaluation) instead of the others (training).
     """
 
     seed: int
@@ -45,7 +45,7 @@ class ReadOptions:
 class Position:
     """Where a document is: the `unit`-th of the lane's units in this epoch, the `row`-th row in the shuffled order.
 
-    base: rows of the files before this one (only counted where `max_samples` limits shared files).
+    base: Rows of the files before this one (counted only if `max_samples` limits shared files).
     """
 
     epoch: int
@@ -56,10 +56,10 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Documents of one window in reading order; `rows` counts them with those that were filtered out.
+    """Documents of one window in reading order; `rows` also counts those that were filtered out.
 
-    texts [N], or from a token store none, and `tokens`: the whole window's ids in the file's order.
-    positions, file_rows: the cursor's row and the row in the file, int64 [N].
+    texts: [N]; empty for a token store, whose `tokens` are the whole window's ids in the file's order.
+    positions, file_rows: The cursor's row and the row in the file, int64 [N].
     """
 
     start: Position
@@ -75,7 +75,7 @@ class Window:
 class SourceReader:
     """One source as the lanes of this host read it: partitioned into units, shuffled, filtered, window by window.
 
-    Safe for several threads. `register` all lanes, then iterate over `windows(lane, start, epochs)` of each.
+    Thread-safe. `register` all lanes, then iterate over `windows(lane, start, epochs)` of each.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class SourceReader:
         """Partitions the source, which may read footers.
 
         Args:
-            retry_seconds: how long an outage may last.
+            retry_seconds: How long an outage may last.
             skipped: File → the first row to skip, see skipped_files.py.
-            scratch: see SharedFileReader.
+            scratch: See SharedFileReader.
 
         Raises:
             UserError: The source has no rows, or all of its rows are skipped.
@@ -112,9 +112,9 @@ class SourceReader:
         if self.partition.shared:
             self._shared = SharedFileReader(self._open, options.shuffle_window, options.num_lanes, scratch)
         if not self.partition.units:
-            raise UserError(f"source {name!r} has no rows at all. Look at its name, split and files.")
+            raise UserError(f"source {name!r} has no rows. Check its name, split and files.")
         if all(self._end(unit.file) <= unit.first for unit in self.partition.units):
-            raise UserError(f"source {name!r}: all of its rows are in files that were corrupt and are skipped.")
+            raise UserError(f"source {name!r}: all of its rows are in corrupt files that are skipped.")
 
     @property
     def identity(self) -> Json:
@@ -140,23 +140,23 @@ class SourceReader:
 
     @property
     def rows(self) -> int | None:
-        """Rows of an epoch, including those that filters drop; None if only reading shows."""
+        """Rows per epoch, including those that filters drop; None if it is known only by reading."""
         counts = [unit.rows for unit in self.partition.units]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def register(self, starts: Mapping[int, Position]) -> None:
-        """Announce the lanes that will read and where each starts. Call before any of them reads."""
+        """Announces the lanes that will read and where each starts. Call it before any of them reads."""
         if self._shared is not None:
             self._shared.register({lane: self._want(lane, start) for lane, start in starts.items()})
 
     def close(self) -> None:
-        """Free what is kept for lanes. Reading on opens the files again."""
+        """Frees what is kept for lanes. Further reads open the files again."""
         if self._shared is not None:
             self._shared.close()
 
     def _want(self, lane: int, start: Position) -> Want:
         assert self._shared is not None
-        # A cursor stands in one of the lane's own windows, or at a unit's start, before its first.
+        # A cursor is in one of the lane's own windows, or at a unit's start, before the lane's first window.
         window = self._own_window(lane, start.unit, start.row // self.options.shuffle_window)
         return Want((start.epoch, start.unit), window)
 
@@ -167,10 +167,10 @@ class SourceReader:
         return first + -(-max(window - first, 0) // lanes) * lanes
 
     def windows(self, lane: int, start: Position, epochs: int | None) -> Iterator[Window]:
-        """The lane's windows from the one that holds `start` on, epoch after epoch; `epochs` None for ever.
+        """The lane's windows from the one that holds `start` on, epoch after epoch; without an end if `epochs` is None.
 
-        Raises UserError if the lane has no document in the first epoch. Held-out ones may be that few: there it ends.
-        In a later one that may be chance (another shuffle), and the lane goes on with the next.
+        Raises UserError if the lane has no document in the first epoch. For held-out documents, which may be so few, it
+        ends instead. A later epoch without any may be chance (another shuffle): the lane continues with the next.
         """
         while epochs is None or start.epoch < epochs:
             first, anything = start == Position(0, 0, 0), False
@@ -178,41 +178,41 @@ class SourceReader:
                 anything |= len(window.positions) > 0
                 yield window
             if first and not anything:
-                # Texts without a token count here, since a tokenizer comes later: see tokenizing.documents_of.
+                # Texts without a token count here, since the tokenizer comes later: see tokenizing.documents_of.
                 self.refuse(lane)
                 return
             start = Position(start.epoch + 1, 0, 0)
 
     def refuse(self, lane: int) -> None:
-        """For a lane without a document in the first epoch: raises UserError, unless held-out ones are read."""
+        """For a lane without a document in the first epoch: raises UserError, unless it reads held-out documents."""
         if not self.options.held_out:
             raise UserError(self._nothing(lane))
 
     def _nothing(self, lane: int) -> str:
         options = self.options
         if self._shared is not None:
-            # A file that has a window for each lane gives each lane one, whatever the order of files.
+            # A file with a window for each lane gives every lane one, in any order of files.
             longest = max(self._rows(number, unit) for number, unit in enumerate(self.partition.units))
             pieces, works = f"windows of {options.shuffle_window} rows", -(-longest // options.shuffle_window)
         else:
-            pieces, works = f"{len(self.partition.units)} pieces", len(self.partition.units)
+            pieces, works = f"{len(self.partition.units)} units", len(self.partition.units)
         filtered = options.holdout or self._transforms
         works = max(min(works, options.num_lanes - 1) // (2 if filtered or self._shared is None else 1), 1)
         return (
             f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
-            f"epoch ({pieces} are shared out, and filters and holdout={options.holdout} may drop documents). Set "
-            f"data.num_lanes to {works} or less, data.shuffle_window to less, or use a larger source."
+            f"epoch ({pieces} are divided among the lanes, and filters and holdout={options.holdout} may drop "
+            f"documents). Set data.num_lanes to {works} or less, lower data.shuffle_window, or use a larger source."
         )
 
     def _rows(self, number: int, unit: units.Unit) -> int:
-        """Rows of a shared file, counted no further than one window for each lane."""
+        """Rows of a shared file, counted up to one window per lane."""
         assert self._shared is not None
         enough = self.options.num_lanes * self.options.shuffle_window
         return unit.rows if unit.rows is not None else self._shared.rows((0, number), unit.file, enough)
 
     def _epoch(self, lane: int, start: Position) -> Iterator[Window]:
         """The lane's windows of epoch `start.epoch` from the one that holds `start`, to the epoch's end."""
-        # The first max_samples rows of the listing are the same in every epoch only if files come in its order.
+        # The first max_samples rows are the same in every epoch only if files come in the order of the listing.
         shuffle = self.options.shuffle and self.partition.limit is None
         order = _cached_order(len(self.partition.units), self.options.seed, self.name, start.epoch, shuffle)
         if self._shared is None:
@@ -233,7 +233,7 @@ class SourceReader:
                     return
 
     def _row_groups(self, files: Sequence[int]) -> list[list[int]]:
-        """Row groups of several files: their footers are read side by side."""
+        """Row groups of several files, whose footers are read in parallel."""
 
         def one(file: int) -> list[int]:
             if self._end(file) == FOOTER:
@@ -251,7 +251,7 @@ class SourceReader:
         return f"source {self.name!r}, file {self.source.files[file]}"
 
     def _end(self, file: int) -> float:
-        """The first row of a file that is given up; infinite for most."""
+        """The first row of a file to skip; infinite for most files."""
         return self.skipped.get(self.source.files[file], math.inf)
 
     def _corrupt(self, error: CorruptError, file: int, row: int) -> CorruptError:
@@ -259,14 +259,14 @@ class SourceReader:
         rest = "this file" if row <= 0 else f"its rows from {row:,} on"
         return CorruptError(
             f"source {self.name!r}, file {name}: {error}. Repair or replace the file, or set data.on_corrupt=skip to "
-            f"go on without {rest}.",
+            f"continue without {rest}.",
             name,
             row,
             self.name,
         )
 
     def _open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
-        """Blocks from `row` to the end of the file, or to where it is given up; nothing is wanted from `stop` on."""
+        """Blocks from `row` to the end of the file or the first skipped row. Rows from `stop` on are not needed."""
         end = self._end(file)
         if row >= end:
             return
@@ -336,7 +336,7 @@ class SourceReader:
         return Window(start, unit.file, count, texts, start.row + where, first + permuted[where])
 
     def _planned(self, start: Position, unit: units.Unit) -> int:
-        """Rows of a window, with those that are given up: the others keep their order, so that cursors stay right."""
+        """Rows of a window, including skipped ones: the others keep their order, so that cursors stay valid."""
         planned = self.options.shuffle_window
         if unit.rows is not None:
             planned = min(planned, unit.rows - start.row)
@@ -345,7 +345,7 @@ class SourceReader:
         return planned
 
     def _documents(self, block: Block, permuted: np.ndarray, kept: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Texts of the rows `kept` of the permuted order, and which of those rows have one that is not empty."""
+        """Texts of the rows `kept` of the permuted order, and which of those rows have a non-empty text."""
         column = block["text"]
         if not self._transforms:
             found = [column[row] for row in permuted[kept].tolist()]

@@ -1,4 +1,4 @@
-"""How a source is partitioned: its units, their order in an epoch, and the lane of each. Pure but for reading footers.
+"""How a source is partitioned: its units, their order in an epoch, and their lanes. Pure except for reading footers.
 
 The files and `num_lanes` alone decide between two ways:
 
@@ -21,7 +21,7 @@ from jaxtrain.plan import stable_hash
 
 FILES_PER_LANE = 16  # with fewer, parquet files are cut into ranges of row groups
 UNITS_PER_LANE = 4  # with fewer, lanes would end an epoch far apart: share files instead
-_FOOTERS_AT_ONCE = 32  # where max_samples decides how many are needed
+_FOOTERS_AT_ONCE = 32  # if max_samples decides how many are needed
 RULE = "units-2"  # goes into the identity; change it with the rules above
 
 
@@ -39,9 +39,9 @@ class Partition:
     """How a source is partitioned.
 
     Attributes:
-        units: in the order of the listing.
-        shared: all lanes read every unit, which is a file, and take turns at its windows.
-        limit: rows that may be read in all, in the order of the listing (shared files only); None for all.
+        units: In the order of the listing.
+        shared: Whether all lanes read every unit, which is a file, and take turns at its windows.
+        limit: The most rows to read, in the order of the listing (shared files only); None for all.
     """
 
     units: tuple[Unit, ...]
@@ -55,10 +55,10 @@ def partition(
     max_samples: int | None,
     row_groups: Callable[[Sequence[int]], list[list[int]]],
 ) -> Partition:
-    """Partition a source for `num_lanes` lanes.
+    """Partitions a source for `num_lanes` lanes.
 
     Args:
-        max_samples: read the first `max_samples` rows in the order of the listing; None for all.
+        max_samples: Read the first `max_samples` rows in the order of the listing; None for all.
         row_groups: `source.row_groups` of several files at once. Called only if the footers are needed.
     """
     files = range(len(source.files))
@@ -117,7 +117,7 @@ def order(num_units: int, *, seed: int, source: str, epoch: int, shuffle: bool) 
 
 
 def share(units: np.ndarray, lane: int, num_lanes: int) -> np.ndarray:
-    """A lane's part of the units, which are given in the order of an epoch."""
+    """A lane's share of the units. units: In the order of an epoch."""
     return units[lane::num_lanes]
 
 
@@ -126,7 +126,7 @@ def interleave_step(num_lanes: int) -> int:
     """How many lanes after the first lane of a shared file the next file's first lane comes.
 
     It is coprime to num_lanes, so that files of one window each reach every lane, and it spreads the starts of any
-    number of files evenly over the lanes. It does if the partial quotients of step / num_lanes are small, as they are
+    number of files evenly over the lanes, if the partial quotients of step / num_lanes are small, as they are
     near the golden ratio (Niederreiter 1992, "Random number generation and quasi-Monte Carlo methods", theorem 3.4).
     With a step of 1 a thousand files of about 20 windows reached 1,104 of 16,384 lanes.
     """
@@ -137,7 +137,7 @@ def interleave_step(num_lanes: int) -> int:
 
 
 def _quotients(a: int, b: int) -> Iterator[int]:
-    """Of the continued fraction of a / b."""
+    """The partial quotients of the continued fraction of a / b."""
     while b:
         yield a // b
         a, b = b, a % b

@@ -297,8 +297,8 @@ class Monitor:
                 writer.write(step, finite(values))
             except OSError as error:
                 raise UserError(
-                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Make room and run the "
-                    "same command again: it resumes from the newest checkpoint."
+                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Free some space and "
+                    "run the same command again: it resumes from the newest checkpoint."
                 ) from error
 
     def close(self) -> None:

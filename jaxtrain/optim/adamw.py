@@ -39,11 +39,11 @@ class AdamW:
     def check(self) -> None:
         base.check_rate(self.learning_rate)
         if self.weight_decay < 0:
-            raise UserError(f"weight_decay={self.weight_decay}: 0 or more is needed; 0.1 is usual.")
+            raise UserError(f"weight_decay={self.weight_decay}: give 0 or more; 0.1 is usual.")
         if self.epsilon <= 0:
-            raise UserError(f"epsilon={self.epsilon}: above 0 is needed, or unused parameters divide by zero.")
+            raise UserError(f"epsilon={self.epsilon}: give a value above 0, or unused parameters divide by zero.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas={self.betas}: two numbers from 0 to below 1, for example (0.9, 0.95).")
+            raise UserError(f"betas={self.betas}: give two numbers from 0 to below 1, for example (0.9, 0.95).")
 
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
         """The optimizer, whose state is optax's ScaleByAdamState (count, mu, nu)."""

@@ -35,7 +35,7 @@ Transformation = optax.GradientTransformation | Callable[[Any], optax.GradientTr
 
 
 def from_optax(transformation: Transformation) -> Optimizer:
-    """Any optax transformation, chains and contrib included, as an optimizer.
+    """Makes an optimizer of any optax transformation, including chains and contrib.
 
     Args:
         transformation: A function of the learning rate (an fp32 scalar, traced), such as `optax.lion`; or a
@@ -56,7 +56,7 @@ def from_optax(transformation: Transformation) -> Optimizer:
 
 @dataclasses.dataclass(kw_only=True)
 class OptaxConfig:
-    """The config of an optimizer of optax's. A subclass adds fields and writes `transformation`.
+    """The config of an optax optimizer. A subclass adds fields and writes `transformation`.
 
     Attributes:
         learning_rate: The peak rate, which `schedule` scales.
@@ -86,8 +86,8 @@ class OptaxConfig:
 def state_axes(optimizer: Optimizer, axes: Axes, params: Params) -> Any:
     """The logical axes of an optimizer's state: the state's tree with a tuple for each leaf.
 
-    An array under a parameter's path is laid out like the parameter if it has its shape; if it lacks one dimension
-    (Adafactor's factored moments), like what is left of it. Everything else is replicated.
+    An array under a parameter's path is sharded like the parameter if it has its shape, or like its remaining
+    dimensions if it lacks one (Adafactor's factored moments). Everything else is replicated.
 
     Args:
         axes: The parameters' logical axes.
@@ -105,7 +105,7 @@ def state_axes(optimizer: Optimizer, axes: Axes, params: Params) -> Any:
         if leaf.shape == shape:
             return whole
         without = {whole[:i] + whole[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
-        # Of a square matrix either dimension may be the one that is gone.
+        # For a square matrix, either dimension may be the missing one.
         return without.pop() if len(without) == 1 else (None,) * leaf.ndim
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(optimizer.init, params))
@@ -151,4 +151,4 @@ def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: flo
 
 def check_rate(learning_rate: float) -> None:
     if learning_rate <= 0:
-        raise UserError(f"learning_rate={learning_rate}: the peak rate is above 0, for example 3e-4.")
+        raise UserError(f"learning_rate={learning_rate}: give a peak rate above 0, for example 3e-4.")

@@ -54,7 +54,7 @@ def build_plan(
             `schedule` rejects the run.
     """
     if not stages:
-        raise UserError("stages=(): a run needs one stage at least, for example (Stage(seq_len=2048, batch_size=64),)")
+        raise UserError("stages=(): a run needs at least one stage, for example (Stage(seq_len=2048, batch_size=64),)")
     resolved = []
     for number, stage in enumerate(stages, 1):
         try:
@@ -128,9 +128,9 @@ def _check_reached(stages: Sequence[Stage], batch_sizes: Sequence[int], bounds: 
             before, number, taken = stages[index - 1], index + 1, token - start
             raise UserError(
                 f"stage {number} ({stage.name}): its {end - start:,} tokens are never reached: stage {index} "
-                f"({before.name}) ends with a whole batch, of {batch_sizes[index - 1]:,} rows of {before.seq_len:,} "
-                f"tokens, which takes {taken:,} of what follows; give stage {number} more than {taken:,} tokens, or "
-                f"stage {index} smaller batches, or leave one of the two out"
+                f"({before.name}) ends with a whole batch of {batch_sizes[index - 1]:,} rows of {before.seq_len:,} "
+                f"tokens, which overshoots by {taken:,}; give stage {number} more than {taken:,} tokens, or stage "
+                f"{index} smaller batches, or remove one of the two"
             )
         batch_tokens = batch_size * stage.seq_len
         token, start = token - (token - end) // batch_tokens * batch_tokens, end
@@ -164,7 +164,7 @@ def _target(stages: Sequence[Stage], total_tokens: int | None, steps: int | None
         )
     if total_tokens is None and steps is None and epochs is None:
         raise UserError(
-            "nothing says where the run ends: set total_tokens (for example 1000000000), steps, tokens of the last "
-            "stage, or epochs (how often every source is read: 1 ends it after each source's max_samples)"
+            "nothing bounds the run: set total_tokens (for example 1000000000), steps, tokens of the last stage, or "
+            "epochs (how often every source is read: 1 ends it after each source's max_samples)"
         )
     return total_tokens

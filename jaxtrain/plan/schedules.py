@@ -79,8 +79,8 @@ class Decay(WarmUp):
         end = self._end(total)
         if warmup >= end:
             raise UserError(
-                f"the warm-up of {warmup:,.0f} tokens fills the run's {end:,}; shorten warmup_tokens, "
-                "or give it as a share of the run, for example warmup_fraction=0.01"
+                f"the warmup of {warmup:,.0f} tokens fills the run's {end:,}; shorten warmup_tokens, "
+                "share of the run, for example warmup_fraction=0.01"
             )
         return self._at(min(max((tokens - warmup) / (end - warmup), 0.0), 1.0))
 
@@ -141,7 +141,7 @@ class WSD(WarmUp):
         decay = _length("decay", self.decay_tokens, self.decay_fraction, total)
         if warmup + decay > end:
             raise UserError(
-                f"a warm-up of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's {end:,}; "
+                f"a warmup of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's {end:,}; "
                 "shorten them, or give them as warmup_fraction and decay_fraction"
             )
         if tokens <= end - decay:

@@ -50,7 +50,7 @@ class Stage:
                 "and set the other to none"
             )
         if not 0 <= self.overlap < 1:
-            raise UserError(f"overlap={self.overlap} is a part of a row: give 0 or more, below 1")
+            raise UserError(f"overlap={self.overlap} is a fraction of a row: give 0 or more, below 1")
         if self.weights == {}:
             raise UserError("weights={} names no source: give each one's share, summing to 1")
 
@@ -70,9 +70,9 @@ class Stage:
         rows = self.tokens_per_batch // self.seq_len // multiple * multiple
         if not rows:
             raise UserError(
-                f"tokens_per_batch={self.tokens_per_batch} is less than {multiple} rows of {self.seq_len} tokens, the "
-                f"least that suits data.num_lanes={num_lanes}; give {multiple * self.seq_len} or more, or a batch_size "
-                f"that is a multiple of {num_lanes}"
+                f"tokens_per_batch={self.tokens_per_batch} is less than {multiple} rows of {self.seq_len} tokens, "
+                f"the minimum for data.num_lanes={num_lanes}; give {multiple * self.seq_len} or more, or a "
+                f"batch_size that is a multiple of {num_lanes}"
             )
         return rows
 

@@ -70,7 +70,7 @@ class HuggingFaceTokenizer:
         built = kind(found, eos_token=self.eos_token, bos_token=self.bos_token, threads=self.threads)
         if self.vocab_size not in (None, built.vocab_size):
             logger.warning(
-                "tokenizer.vocab_size=%d, but %s has %d ids: correct it, compile checks and estimates count with it.",
+                "tokenizer.vocab_size=%d, but %s has %d ids: correct it, because compile checks and estimates use it.",
                 self.vocab_size,
                 found.where,
                 built.vocab_size,
@@ -234,7 +234,7 @@ class HFTokenizer:
                 )
         if self.eos_id in self.encode_batch([*texts, PROBE])[0]:
             raise UserError(
-                f"{where}: {tokens[self.eos_id]!r} stands for unknown text too, so it cannot end a document; set "
+                f"{where}: {tokens[self.eos_id]!r} also stands for unknown text, so it cannot end a document; set "
                 "`eos_token` to another token"
             )
         return True

@@ -139,7 +139,7 @@ class TrainTokenizer:
         if changed:
             lines = [f"  {name}: {saved.get(name)} there, {now.get(name)} in the config" for name in changed]
             raise UserError(
-                "\n".join([f"{folder} was trained with other settings; delete it, or take these settings:", *lines])
+                "\n".join([f"{folder} was trained with other settings; delete it, or use these settings:", *lines])
             )
         return self._load(files.read(folder))
 
@@ -180,7 +180,7 @@ def train(
         content = {files.SENTENCEPIECE_MODEL: _train_sentencepiece(config, seen)}
     tokenizer = config._load(files.TokenizerFiles(str(folder), content))
     if tokenizer.vocab_size != config.vocab_size:
-        logger.warning("Asked for %d tokens, but the documents gave %d.", config.vocab_size, tokenizer.vocab_size)
+        logger.warning("Requested %d tokens, but the documents yield only %d.", config.vocab_size, tokenizer.vocab_size)
     record = {"settings": config._settings(), "samples": seen.count, "identity": tokenizer.identity}
     files.publish(tokenizer.content() | {_SETTINGS: json.dumps(record, indent=2).encode()}, folder)
     tokenizer = config._load(files.read(folder))
@@ -197,13 +197,13 @@ def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: li
     pairs = [(text, tokenizer.decode(piece)) for text, piece in zip(texts, pieces, strict=True)]
     wrong = [(number, text, back) for number, (text, back) in enumerate(pairs) if text != back]
     if not wrong:
-        logger.info("Round trip: all of %d sample documents come back exactly from their tokens.", len(texts))
+        logger.info("Round trip: all %d sample documents decode to their exact text.", len(texts))
         return
     number, text, back = wrong[0]
     at = next((index for index, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(min(text, back)))
     logger.warning(
-        "Round trip: %d of %d sample documents do not come back from their tokens. In document %d, from character %d, "
-        "%r became %r. byte_fallback=true keeps every text.",
+        "Round trip: %d of %d sample documents do not decode to their text. In document %d, from character %d, %r "
+        "became %r. byte_fallback=true preserves every text.",
         *(len(wrong), len(texts), number, at, text[at : at + 20], back[at : at + 20]),
     )
 

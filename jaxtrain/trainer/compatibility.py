@@ -100,8 +100,8 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
         lines += taken_back
     if lines:
         raise UserError(
-            f"the checkpoint of step {step} was trained with another config, and going on with this one would not be "
-            "the same run:\n"
+            f"the checkpoint of step {step} was trained with another config, and continuing with this one would not "
+            "be the same run:\n"
             + "\n".join(lines)
             + "\nSet these back; or start a new run in another --workdir (--config.init_from= keeps the parameters)."
         )
@@ -126,9 +126,9 @@ def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
     different = teacher.mismatch(saved, now)
     if different is not None:
         raise UserError(
-            f"the checkpoint of step {step} was trained with another teacher, and going on with this one would not be "
-            f"the same run:\n{different}\nSet it back (for one of the Hub its `revision`, for a work directory the "
-            "step's folder); or start a new run in another --workdir (--config.init_from= keeps the parameters)."
+            f"the checkpoint of step {step} was trained with another teacher, and continuing with this one would not "
+            f"be the same run:\n{different}\nSet it back (a Hub model's `revision`, a work directory's step folder); "
+            "or start a new run in another --workdir (--config.init_from= keeps the parameters)."
         )
 
 

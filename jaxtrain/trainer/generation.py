@@ -46,7 +46,7 @@ def generate(
             programs = unlimited.compile_programs(model, params, prompts_ids, max_new_tokens, -(-rows // count))
             return max(programs, key=lambda program: memory.needed(program) or 0)
 
-        fewest, needs = counts[-1] + 1, "more than there is"
+        fewest, needs = counts[-1] + 1, "more than it has"
         try:
             fewest, _ = memory.fit(counts, compile, limit, beside)
         except memory.NothingFitsError as error:
@@ -54,7 +54,7 @@ def generate(
         count = consensus.largest(fewest)
         if count > counts[-1]:
             raise UserError(
-                f"generation does not fit: with one prompt at a time a device needs {needs}, and may take "
+                f"generation does not fit: even with one prompt at a time a device needs {needs}, and may use "
                 f"{limit / 1e9:.3g} GB. Give shorter prompts or a smaller max_new_tokens, or use more devices."
             )
         rows = -(-rows // count)

@@ -104,7 +104,7 @@ def _run(
                 raise UserError(str(error)) from None
             raise
         skipped_files.record(workdir.skips, error)
-        recorded = f"Recorded in {workdir.skips}. Give the same command again to go on without it."
+        recorded = f"Recorded in {workdir.skips}. Run the same command again to continue without it."
         logger.warning("%s", error)
         logger.warning("%s", recorded)
         # Tell the other processes. The launcher restarts all of them, and they read the list.
@@ -135,8 +135,8 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         with only_new_garbage():
             code = loop.run(train_state)
         step = checkpointer.latest_step()
-        saved = "No step was taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
-        logger.info(f"{saved} Give the same command again to go on." if code == STOPPED else f"Finished. {saved}")
+        saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
+        logger.info(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
         if code == FINISHED and config.sample_prompts:
             sample(session, loop.state["params"])
         return code

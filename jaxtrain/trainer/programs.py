@@ -230,7 +230,7 @@ class StagePrograms:
         if mesh.devices.flat[0].platform == "gpu":
             fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
         return (
-            f"{self._name(key)} does not fit: with one row of {key.seq_len:,} tokens at a time a device needs {needs}, "
-            f"and may take {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). What "
-            f"helps: {', '.join(fixes)}."
+            f"{self._name(key)} does not fit: even with one row of {key.seq_len:,} tokens at a time a device needs "
+            f"{needs}, and may use {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). "
+            f"What helps: {', '.join(fixes)}."
         )

@@ -53,7 +53,7 @@ def test_a_file_is_refused(tmp_path):
 
 def test_one_run_at_a_time(tmp_path):
     with Workdir(tmp_path):
-        with pytest.raises(UserError, match=rf"used by another run .*\"pid\": {os.getpid()}"), Workdir(tmp_path):
+        with pytest.raises(UserError, match=rf"in use by another run .*\"pid\": {os.getpid()}"), Workdir(tmp_path):
             pass
         # The refused one has not taken the lock away.
         with pytest.raises(UserError), Workdir(tmp_path):

@@ -172,7 +172,7 @@ def test_a_missing_file_names_the_near_ones(configs: Path):
         cli.load(str(configs / "quikstart.py"))
     with pytest.raises(UserError, match=r"near it: \S*80m\.py, \S*quickstart\.py$"):
         cli.load(str(configs / "zzzzz.py"))
-    with pytest.raises(UserError, match=r"nor a folder"):
+    with pytest.raises(UserError, match=r"there is no folder"):
         cli.load(str(configs / "deeper" / "1b.py"))
     with pytest.raises(UserError, match=r"wants a Python file, for example"):
         cli.load("1b")

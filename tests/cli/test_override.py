@@ -193,10 +193,10 @@ def test_overrides_add_up_in_order():
         (["--config.optimizer.fallback.betas=0.9"], ["wants tuple[float, float]", "(3e-4,3e-4)"]),
         (["--config.stages[0].weights.web=x"], ["wants float"]),
         (["--config.stages[0].weights.web.x=1"], ["has no fields"]),
-        # Groups have no text form.
-        (["--config.optimizer=adamw"], ["a Muon has no text form", "--config.optimizer.learning_rate=3e-4"]),
-        (["--config.stages=4"], ["a tuple has no text form", "--config.stages[0].name=text"]),
-        (["--config.data.sources=x"], ["a dict has no text form", "--config.data.sources.web.name=text"]),
+        # Groups cannot be written as text.
+        (["--config.optimizer=adamw"], ["a Muon cannot be written as text", "--config.optimizer.learning_rate=3e-4"]),
+        (["--config.stages=4"], ["a tuple cannot be written as text", "--config.stages[0].name=text"]),
+        (["--config.data.sources=x"], ["a dict cannot be written as text", "--config.data.sources.web.name=text"]),
         (
             ["--config.data.sources[my.books].transforms=x"],
             ["wants tuple[Callable[[dict], dict | None], ...]; set it in"],

@@ -40,7 +40,7 @@ def test_names(text: str, slices: int, chips: int, island: int) -> None:
         ("v5e:2x3", 1, r"no slice v5e:2x3; the nearest in size is v5e:2x4. There are 1x1, 2x2, 2x4,"),
         ("v5e:16x32", 1, "--topology=v5e:16x16 --slices=2"),
         ("v5e:2x2x2", 1, "the nearest in size is v5e:2x4"),
-        ("v5p:4x4x6", 1, "sides that are multiples of 4"),
+        ("v5p:4x4x6", 1, "any three ascending multiples of 4"),
         ("v5p:16x16x64", 1, "up to 6,144 chips"),
         ("v5p:8", 1, "the nearest in size is v5p:2x2x2"),
         ("v5e", 1, "for example v5e:2x4"),

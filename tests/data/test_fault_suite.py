@@ -230,7 +230,7 @@ LASTING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cut": ({"kind": "reset", "after_bytes": 100}, TransientError, "Gave up"),
     "truncate": ({"kind": "truncate"}, TransientError, "Gave up"),
     "wrong range": ({"kind": "wrong_range"}, TransientError, r"asked for .* got .*Gave up"),
-    "ignored range": ({"kind": "ignore_range"}, TransientError, r"whole file where a range was asked for.*Gave up"),
+    "ignored range": ({"kind": "ignore_range"}, TransientError, r"whole file instead of a range.*Gave up"),
     "stalled": ({"kind": "slow", "seconds": 0.8}, TransientError, "Gave up"),
     "corrupt": ({"kind": "corrupt"}, CorruptError, r"\(twice, at row \d+\).*data\.on_corrupt=skip"),
 }
@@ -305,4 +305,4 @@ def test_one_line_for_an_outage(hub: LoopbackHub, caplog: pytest.LogCaptureFixtu
     begun = [line for line in lines if "Trying again until" in line]
     # An answer that was under way when the others had recovered may begin a second one.
     assert 1 <= len(begun) <= 2, lines
-    assert len([line for line in lines if "Reading goes on after" in line]) == len(begun)
+    assert len([line for line in lines if "Reading continues after" in line]) == len(begun)

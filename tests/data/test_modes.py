@@ -120,7 +120,7 @@ def test_a_download_of_some_documents_fetches_their_files_alone(case, hub: Loopb
         resolved = sources(opened(case, "download", tmp_path))
     held = sorted(os.listdir(tmp_path / "cache" / "data"))
     assert len(held) == 3 + 1 + 1  # of web, of wiki, and the cache's lock
-    assert "Source code: only reading tells which files max_samples wants" in caplog.text
+    assert "Source code: only reading shows which files max_samples needs" in caplog.text
     assert_same(case.run(resolved=resolved), expected)
     assert len(os.listdir(tmp_path / "cache" / "data")) == 5 + 2  # code's
     # They are not all that there are: another run does not take them for those.
@@ -134,7 +134,7 @@ def test_a_limit_below_the_dataset_changes_nothing(case, tmp_path, caplog):
     largest = max(file.size() for file in files._files)  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         resolved = sources(opened(case, "download", tmp_path, gigabytes=2.5 * largest / 1e9))
-    assert "the rest is fetched when it is read" in caplog.text
+    assert "the rest is fetched every time it is read" in caplog.text
     assert_same(case.run(resolved=resolved), expected)
     held = sum(os.path.getsize(path) for path in (tmp_path / "cache" / "data").iterdir())
     assert held <= 2.5 * largest

@@ -115,7 +115,7 @@ def test_a_list_that_grows_in_mid_run(random_access):
 
 def test_a_source_of_corrupt_files_alone_is_refused():
     source = MemorySource(rows=unique(2, 60))
-    with pytest.raises(UserError, match="all of its rows are in files that were corrupt"):
+    with pytest.raises(UserError, match="all of its rows are in corrupt files that are skipped"):
         case_of(source).run(skipped={"web": {"file-0": 0, "file-1": 0}})
 
 

@@ -184,7 +184,7 @@ def test_another_tokenizer_is_refused(
     assert other.vocab_size == tokenizer.vocab_size
     for model in (exported, workdir):
         said = refusal(model, other)
-        assert f"teacher.model={model} has another tokenizer than the run" in said
+        assert f"teacher.model={model} has a different tokenizer than the run" in said
         assert f"hash: the run's {other.identity['hash']}, the teacher's {tokenizer.identity['hash']}" in said
         assert "ids of 'The quick brown fox jump'...: the run's [" in said
         assert "Set `tokenizer` to the teacher's own" in said
@@ -215,7 +215,7 @@ def test_what_is_missing_is_named(tokenizer: Any, exported: pathlib.Path, tmp_pa
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     said = refusal(tmp_path, tokenizer)
     assert "has neither tokenizer.json nor tokenizer.model" in said
-    assert "set teacher.tokenizer to where it is" in said
+    assert "set teacher.tokenizer to its location" in said
     (tmp_path / "model.safetensors").unlink()
     frozen = Teacher(model=str(tmp_path), tokenizer=str(exported)).build(tokenizer, make_mesh())
     with pytest.raises(UserError, match=r"has no model\.safetensors"):

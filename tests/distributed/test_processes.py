@@ -68,7 +68,7 @@ def test_xla_flags() -> None:
     _check_xla_flags("--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true --xla_dump_to=x")
     with pytest.raises(UserError, match="no flag --xla_gpu_deterministic_op;"):
         _check_xla_flags("--xla_dump_to=x --xla_gpu_deterministic_op=true")
-    with pytest.raises(UserError, match="anything else is a file, and there is none"):
+    with pytest.raises(UserError, match="anything else names a file, which does not exist"):
         _check_xla_flags("xla_dump_to=x")
 
 
@@ -160,7 +160,7 @@ def test_a_failure_ends_all_with_its_message(processes: int, failed: int, how: s
     assert output.count(f"{kind} ") == (2 if failed else 1), output
     assert output.count(f"Process {failed} on ") == bool(failed), output
     for other in {*range(1, processes)} - {failed}:
-        assert f"Process {other} ends, since process {failed} on " in output
+        assert f"Process {other} exits because process {failed} on " in output
     assert "left together" not in output
 
 

@@ -39,7 +39,7 @@ def spec(tmp_path: pathlib.Path, hub: LoopbackHub) -> str:
         (plain(), {"eos_token_id": "0"}, "config.json", ["eos_token_id '0'"]),
         (plain(), {"eos_token": [END]}, "tokenizer_config.json", ["eos_token ['</s>']"]),
         (plain(added_tokens="left out"), {}, "config.json", ["for example one of its tokens"]),
-        (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", ["stands for unknown text too"]),
+        (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", ["also stands for unknown text"]),
         (
             plain(model={"type": "WordLevel", "vocab": {"a": 0, END: 1}, "unk_token": "[UNK]"}, added_tokens=[]),
             EOS,

@@ -14,8 +14,8 @@ from tests.e2e.runs import COMPILED, Run
 def test_what_cannot_fit_ends_the_run_before_it_begins(make_run: MakeRun) -> None:
     run = make_run()
     run("--config.memory_gb=0.0001", code=2)
-    assert "Stage 3 (long) does not fit: with one row of 64 tokens at a time a device needs 0.00" in run.output
-    assert "may take 0.0001 GB" in run.output
+    assert "Stage 3 (long) does not fit: even with one row of 64 tokens at a time a device needs 0.00" in run.output
+    assert "may use 0.0001 GB" in run.output
     assert not run.steps()
     assert not run.checkpoints()
 

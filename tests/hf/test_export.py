@@ -141,4 +141,4 @@ def test_a_tokenizer_that_transformers_would_replace_is_reported(tmp_path, caplo
         source = chat_model(tmp_path / kind, False, tokenizer_config=config)
         tokenizer = HuggingFaceTokenizer(name=str(source)).build("")
         hf.export(params, model, str(tmp_path / "out"), tokenizer=tokenizer)
-        assert caplog.text.count("AutoTokenizer gives every qwen2 model the rules of Qwen2Tokenizer") == told
+        assert caplog.text.count("AutoTokenizer applies the rules of Qwen2Tokenizer to every qwen2 model") == told

@@ -187,4 +187,4 @@ def test_a_name_that_promises_another_format(
         assert (found, error) == (TEXTS, None)
     else:
         assert isinstance(error, CorruptError)
-        assert "does not begin as" in str(error)
+        assert "does not begin like" in str(error)

@@ -50,7 +50,7 @@ def test_a_run_of_0_1_goes_on(tmp_path: pathlib.Path, suffix: str) -> None:
 
 def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
     table = source_of(tmp_path, "csv", TEXTS)
-    with pytest.raises(UserError, match=r"read by version 0\.1; it took the texts NA, null and nan"):
+    with pytest.raises(UserError, match=r"read by version 0\.1; it read the texts NA, null and nan"):
         table.resolve(of_0_1(table.resolve().identity))
     rows = source_of(tmp_path, "jsonl", TEXTS, AtLeast(column="id", value=3))
     with pytest.raises(UserError, match="it guessed the types of the columns id, which transforms read"):
@@ -73,10 +73,10 @@ def check(folder: pathlib.Path, config: HuggingFace, manifest: token_store.Token
 @pytest.mark.parametrize(
     ("suffix", "reason"),
     [
-        ("csv", "took the texts NA"),
-        ("stream.arrow", "took Arrow streams that were cut"),
-        ("txt.zst", "took zstd files that were cut"),
-        ("jsonl.zst", "took zstd files that were cut"),
+        ("csv", "read the texts NA"),
+        ("stream.arrow", "accepted truncated Arrow streams"),
+        ("txt.zst", "accepted truncated zstd files"),
+        ("jsonl.zst", "accepted truncated zstd files"),
         ("jsonl.gz", None),
         ("txt.bz2", None),
         ("parquet", None),
@@ -98,7 +98,7 @@ def test_a_store_of_json_whose_texts_became_json(tmp_path: pathlib.Path) -> None
     """As 0.1 wrote them after a text that is a number."""
     config = source_of(tmp_path, "jsonl", [*TEXTS, *(json.dumps(text) for text in TEXTS)])
     check(tmp_path, config, store(tmp_path, config))
-    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is no string made JSON of those after it"):
+    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is not a string turned later texts into JSON"):
         check(tmp_path, config, store(tmp_path, config, reader=1))
 
 

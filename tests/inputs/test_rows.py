@@ -102,7 +102,7 @@ def test_a_row_without_text(tmp_path: pathlib.Path, row: int) -> None:
 @PLACES
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(123, "a number"), (1.5, "a number"), (True, "a truth value"), (["a"], "a list"), ({"a": "b"}, "an object")],
+    [(123, "a number"), (1.5, "a number"), (True, "a boolean"), (["a"], "a list"), ({"a": "b"}, "an object")],
 )
 def test_a_json_text_that_is_no_string(tmp_path: pathlib.Path, row: int, value: Any, kind: str) -> None:
     """The user's to change, named by file and row; the others are as they were."""

@@ -221,8 +221,8 @@ def test_ten_stage_curriculum():
 
 def test_stages_that_the_batch_before_swallows():
     said = (
-        r"stage 2 \(gone\): its 20 tokens are never reached: stage 1 \(main\) ends with a whole batch, of 4 rows of 8 "
-        r"tokens, which takes 22 of what follows; give stage 2 more than 22 tokens, or stage 1 smaller batches, or "
+        r"stage 2 \(gone\): its 20 tokens are never reached: stage 1 \(main\) ends with a whole batch of 4 rows of 8 "
+        r"tokens, which overshoots by 22; give stage 2 more than 22 tokens, or stage 1 smaller batches, or "
     )
     with pytest.raises(UserError, match=said):
         plan_of(one(tokens=10), one(name="gone", tokens=20, seq_len=2), one(tokens=70))
@@ -252,7 +252,7 @@ def test_unbounded():
     assert plan.table().endswith("The run ends with its data: no total_tokens, no steps.")
     with pytest.raises(UserError, match="needs to know where the run ends"):
         plan_of(one(), epochs=1, schedule=Cosine().build())
-    with pytest.raises(UserError, match=r"nothing says where the run ends: set total_tokens .* steps, .*epochs"):
+    with pytest.raises(UserError, match=r"nothing bounds the run: set total_tokens .* steps, .*epochs"):
         plan_of(one())
 
 
@@ -336,12 +336,12 @@ def test_record_is_json():
 @pytest.mark.parametrize(
     ("stages", "changes", "said"),
     [
-        ((), {}, r"stages=\(\): a run needs one stage"),
+        ((), {}, r"stages=\(\): a run needs at least one stage"),
         ((one(seq_len=0),), {}, r"stage 1 \(main\): seq_len=0: give 1 or more"),
         ((one(), one(tokens=-5)), {}, r"stage 2 \(main\): tokens=-5"),
         ((one(batch_size=None),), {}, "batch_size=None and tokens_per_batch=None: give one"),
         ((one(tokens_per_batch=64),), {}, "batch_size=4 and tokens_per_batch=64: give one"),
-        ((one(overlap=1.0),), {}, "overlap=1.0 is a part of a row"),
+        ((one(overlap=1.0),), {}, "overlap=1.0 is a fraction of a row"),
         ((one(weights={"web": 0.9}),), {}, r"stage 1 \(main\): weights {'web': 0.9} sum to 0.9; they must sum to 1"),
         ((one(weights={"weeb": 1.0}),), {}, "there is no source 'weeb' in data.sources; did you mean web?"),
         ((one(weights={"x": 1.0}),), {}, "did you mean web or math or code?"),
@@ -359,8 +359,8 @@ def test_record_is_json():
         ((one(), one(seq_len=-8)), {}, r"stage 2 \(main\): seq_len=-8: give 1 or more"),
         ((one(tokens=0), one()), {}, r"stage 1 \(main\): tokens=0: give 1 or more"),
         ((one(tokens=32), one(batch_size=0)), {}, r"stage 2 \(main\): batch_size=0: give 1 or more"),
-        ((one(overlap=-0.5),), {}, "overlap=-0.5 is a part of a row: give 0 or more, below 1"),
-        ((one(overlap=math.nan),), {}, "overlap=nan is a part of a row"),
+        ((one(overlap=-0.5),), {}, "overlap=-0.5 is a fraction of a row: give 0 or more, below 1"),
+        ((one(overlap=math.nan),), {}, "overlap=nan is a fraction of a row"),
         ((one(weights={}),), {}, r"stage 1 \(main\): weights={} names no source: give each one's share"),
         ((one(tokens=32), one(weights={"web": 1.5, "math": -0.5})), {}, r"stage 2 .*: weight -0.5 of source 'math'"),
         ((one(weights={"web": 0.0}),), {}, r"stage 1 \(main\): weights {'web': 0.0} sum to 0; they must sum to 1"),

@@ -87,9 +87,9 @@ def test_batch_size_does_not_bend_it(name, batch):
 
 def test_parts_that_do_not_fit():
     for config in (Cosine(warmup_tokens=TOTAL), Linear(warmup_tokens=2 * TOTAL)):
-        with pytest.raises(UserError, match=r"warm-up of [12],000,000 tokens fills the run's 1,000,000; shorten"):
+        with pytest.raises(UserError, match=r"warmup of [12],000,000 tokens fills the run's 1,000,000; shorten"):
             config.build()(1, TOTAL)
-    with pytest.raises(UserError, match=r"warm-up of 900,000 tokens and a decay of 200,000 do not fit"):
+    with pytest.raises(UserError, match=r"warmup of 900,000 tokens and a decay of 200,000 do not fit"):
         WSD(warmup_tokens=900_000, decay_fraction=0.2).build()(1, TOTAL)
 
 

@@ -86,7 +86,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--hardware=h100:3",), "cannot be shared by mesh.data * mesh.fsdp = 3"),
+        (("--hardware=h100:3",), "is not divisible by mesh.data * mesh.fsdp = 3"),
         (("--mfu=0",), "--mfu=0"),
         (("--mfu=1.5",), "--mfu=1.5"),
         (("--price=-1",), "--price=-1"),

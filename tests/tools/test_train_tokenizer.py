@@ -52,7 +52,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     assert run(f"--workdir={tmp_path / 'run'}", *settings) == 0
     out = capsys.readouterr().out
     assert f"Tokenizer trained and saved to {tmp_path / 'run' / 'tokenizer'}\n" in out
-    assert "Round trip: all of 9 sample documents come back exactly from their tokens.\n" in out
+    assert "Round trip: all 9 sample documents decode to their exact text.\n" in out
     config = cli.load("configs/quickstart.py", [])
     wanted = {"vocab_size": 500, "max_samples": 9, "model_type": "bpe", "special_tokens": ("<|user|>", "<|tool|>")}
     chosen = dataclasses.replace(config.tokenizer, **wanted)
@@ -62,7 +62,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     assert "already holds a tokenizer" in capsys.readouterr().err
     with Workdir(tmp_path / "busy"):
         assert run(f"--workdir={tmp_path / 'busy'}", *settings) == 2
-    assert "is used by another run" in capsys.readouterr().err
+    assert "is in use by another run" in capsys.readouterr().err
     assert not (tmp_path / "busy" / "tokenizer").exists()
 
 

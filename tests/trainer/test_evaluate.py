@@ -71,7 +71,9 @@ def test_what_training_keeps_counts(fake: Fake) -> None:
 def test_an_evaluation_that_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
     made = StagePrograms(make_components(), TRAINED, None, limit=20_000, evaluation=evaluation(16, 64), beside=13_000)
     made.begin(1)
-    with pytest.raises(DoesNotFitError, match=r"Evaluation does not fit: with one row of 64 .* needs 2.04e-05 GB") as e:
+    with pytest.raises(
+        DoesNotFitError, match=r"Evaluation does not fit: even with one row of 64 .* needs 2.04e-05 GB"
+    ) as e:
         made.settle(1)
     assert "eval.seq_len" in str(e.value)
     assert "remat" not in str(e.value)

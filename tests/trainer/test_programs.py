@@ -111,7 +111,8 @@ def test_what_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
     stages = StagePrograms(make_components(), PLAN, None, limit=7_000)  # 60 tokens: a row of 64 is too long
     stages.begin(1)
     with pytest.raises(
-        UserError, match=r"Stage 3 \(long\) does not fit: with one row of 64 tokens .* needs 7.4e-06 GB, .* 7e-06 GB"
+        UserError,
+        match=r"Stage 3 \(long\) does not fit: even with one row of 64 tokens .* needs 7.4e-06 GB, .* 7e-06 GB",
     ) as caught:
         stages.settle(1)
     for fix in ("model.remat=full (now none)", "smaller model", "seq_len", "mesh.fsdp, now 1"):

@@ -87,7 +87,7 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
     why = "less a reserve"
     if chip.platform == "gpu":
         why = f"less what XLA does not take ({memory.SHARE_VARIABLE}, {memory.GPU_SHARE} unless set) and a reserve"
-    logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may take {limit / 1e9:.1f} of it ({why})")
+    logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may use {limit / 1e9:.1f} of it ({why})")
     made = state.abstract(model, components.optimizer, mesh)
     rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB a chip")]
     axes = jax.tree.leaves(model.axes, is_leaf=sharding.is_axes)
@@ -173,13 +173,13 @@ def _speed(
     best = roofline.roofline(cluster.chip, components, shape, roofline.loss_chunk(config.loss), traffic)
     per_chip = shape.tokens / shape.chips / 1e12
     logger.info(
-        f"  FLOPs: {flops * per_chip:,.2f} TFLOP a chip and step by the model's formula, and {again * per_chip:,.2f} "
-        f"computed again (remat={roofline.remat(components.model)})"
+        f"  FLOPs: {flops * per_chip:,.2f} TFLOP per chip and step by the model's formula, plus "
+        f"{again * per_chip:,.2f} recomputed (remat={roofline.remat(components.model)})"
     )
     times = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in best.seconds.items())
     logger.info(
-        f"  Roofline, a bound: {best.tokens_per_sec:,.0f} tokens/s ({best.tokens_per_sec / shape.chips:,.0f} a chip, "
-        f"MFU {best.mfu:.0%}), bound by {best.bound_by}; ms a step: {times}"
+        f"  Roofline, an upper bound: {best.tokens_per_sec:,.0f} tokens/s ({best.tokens_per_sec / shape.chips:,.0f} a "
+        f"chip, MFU {best.mfu:.0%}), bound by {best.bound_by}; ms a step: {times}"
     )
     return {
         "flops_per_token": flops,
@@ -208,7 +208,7 @@ def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tu
         {"kind": kind, "axes": axes, "times": int(times), "links_bytes": links, "network_bytes": network}
         for (kind, axes), (times, links, network) in sorted(sums.items(), key=lambda item: -sum(item[1][1:]))
     ]
-    logger.info("  Collectives of a step, as each chip sends them:" if found else "  No collectives.")
+    logger.info("  Collectives of a step, sent by each chip:" if found else "  No collectives.")
     rows = [("collective", "over", "times", "GB by links", "GB by network")]
     for one in found:
         sizes = (f"{one['links_bytes'] / 1e9:,.4f}", f"{one['network_bytes'] / 1e9:,.4f}")

@@ -83,7 +83,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
         described.append(_stage(found, stage, measured))
     seconds = _estimate(plan, speeds)
     if seconds is None:
-        print("\nThe run ends when its data ends, so its duration is only known by reading it.")
+        print("\nThe run ends when its data ends, so its duration is known only after reading it.")
     else:
         print(
             f"\nTime estimate: the data path alone takes {_duration(seconds)} for the run's {plan.total_tokens:,} "
@@ -96,10 +96,10 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     last = "the end" if stage.last_step is None else f"{stage.last_step:,}"
     print(
         f"\nStage {stage.index}/{len(found.plan.stages)} ({stage.name}): steps {stage.first_step:,} to {last}, "
-        f"{stage.batch_size:,} rows x {stage.seq_len:,} tokens, each row {stage.overlap_tokens:,} tokens over the next"
+        f"{stage.batch_size:,} rows x {stage.seq_len:,} tokens, which overlap by {stage.overlap_tokens:,} tokens"
     )
     if stage.index > 1:
-        print("  (read from the sources' beginning; training will be further on by then)")
+        print("  (read from the beginning of the sources; training will be further along by then)")
     for number, (origin, text) in enumerate(_previews(found.tokenizer, measured), 1):
         span = origin.spans[0]
         print(f"  Sample {number} ({origin.source}, {span.file} row {span.row:,}): {text!r}")
@@ -184,7 +184,7 @@ def transitions(found: Inputs) -> Json:
         with found.watch(after=first - 1) as stream:
             for step in range(first, last + 1):
                 if stream.ended:
-                    print("  (the data ends here, read from its beginning)")
+                    print("  (read from its beginning, the data ends here)")
                     break
                 at, (batch, origins) = plan.at(step), stream.next_with_origins()
                 steps.append(_transition_step(at, batch.arrays["tokens"].shape, origins))
@@ -248,7 +248,7 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
         if start.step:
             states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)
     where = f"the checkpoint of step {start.step:,} in {found.workdir}" if start.step else "the beginning of the run"
-    print(f"Reading on from {where}: {step - 1 - start.step:,} steps before step {step:,}.", flush=True)
+    print(f"Reading from {where}: {step - 1 - start.step:,} steps before step {step:,}.", flush=True)
     with found.watch(after=start.step, states=states) as stream:
         with _progress(step - 1 - start.step) as on_step:
             stream.go_to(step, on_step)

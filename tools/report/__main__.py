@@ -10,10 +10,10 @@ from jaxtrain.errors import UserError
 COMMAND = cli.Command(
     name="python -m tools.report",
     description=(
-        "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, throughput, "
-        "memory and mix against tokens, with the stages shaded; what each stage took from each source; where the time "
-        "went. The page needs no network and runs no script. Several work directories are drawn on the same axes, with "
-        "the differences of their configs, into the first one. May inspect a live run."
+        "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, "
+        "throughput, memory and mix against tokens, with the stages shaded; what each stage took from each source; "
+        "where the time went. The page needs no network and runs no script. Several work directories share one report "
+        "in the first of them, with the differences between their configs. Safe on a live run."
     ),
     examples=(
         "python -m tools.report runs/quickstart",

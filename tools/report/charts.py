@@ -26,10 +26,10 @@ class Plan:
 SMALL = (
     Plan("learning_rate", "Learning rate", zero=True),
     Plan("grad_norm", "Gradient norm", log=True),
-    Plan("ce_loss", "Cross-entropy (nats a token)"),
-    Plan("kd_loss", "Distillation loss (nats a token)"),
-    Plan("tokens_per_sec", "Throughput (tokens a second)", zero=True),
-    Plan("data_wait", "Share of the time that steps waited for data", zero=True, form=svg.percent),
+    Plan("ce_loss", "Cross-entropy (nats per token)"),
+    Plan("kd_loss", "Distillation loss (nats per token)"),
+    Plan("tokens_per_sec", "Throughput (tokens per second)", zero=True),
+    Plan("data_wait", "Fraction of the time that steps waited for data", zero=True, form=svg.percent),
     Plan("mfu", "Model FLOPs utilization", zero=True, form=svg.percent),
     Plan("memory_gb", "Peak memory (GB; the fullest device, or the process on CPU)", zero=True),
     Plan("disk_cache_gb", "Disk cache (GB)", zero=True),
@@ -109,7 +109,7 @@ def loss(runs: Sequence[RunLog]) -> Figure | None:
         return None
     shared = frame(runs, lambda run, line: f"loss {_shown(line.get('loss'))}")
     values = [y for curve in curves for _, y in curve.points]
-    title = "Loss (nats a token)"
+    title = "Loss (nats per token)"
     linear = svg.line_chart(shared, title, curves, size=svg.WIDE)
     if max(values) <= 0:
         return Figure(title, linear, legend)

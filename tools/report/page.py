@@ -45,7 +45,7 @@ def page(runs: Sequence[RunLog]) -> str:
     for run in runs:
         body += [f"<h2>Stages{text(f', {run.name}') if several else ''}</h2>", _stages(run), _ledger(run)]
     if several:
-        body += ["<h2>What the configs differ in</h2>", *(_differences(runs[0], run) for run in runs[1:])]
+        body += ["<h2>Differences between the configs</h2>", *(_differences(runs[0], run) for run in runs[1:])]
     body += ["<h2>Configs</h2>", *(_config(run) for run in runs)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -129,7 +129,7 @@ def _held_out(run: RunLog) -> str:
     loss, bits = (number(run.evaluation.get(key)) for key in ("eval_loss", "eval_bits_per_byte"))
     if loss is None:
         return _NONE
-    found = f"{loss:.4f}" + (f", {bits:.4f} bits a byte" if bits is not None else "")
+    found = f"{loss:.4f}" + (f", {bits:.4f} bits per byte" if bits is not None else "")
     found += f" (step {run.evaluation['step']:,})"
     if run.best is not None and run.best[0] != run.evaluation["step"]:
         found += f"; best {run.best[1]:.4f} (step {run.best[0]:,})"
@@ -318,7 +318,7 @@ def _differences(first: RunLog, other: RunLog) -> str:
     if len(found) > _MAX_DIFFERENCES:
         rows.append(_row((f"and {len(found) - _MAX_DIFFERENCES:,} more", "", ""), 3))
     if not rows:
-        return f'<p class="note">{text(other.name)}: in nothing.</p>'
+        return f'<p class="note">{text(other.name)}: none.</p>'
     return _table(("Field", first.name, other.name), rows, 3)
 
 

@@ -1,7 +1,7 @@
 """Where files are: patterns to addresses, and addresses to readable bytes.
 
-An address is what a file is read by: a local path, or a URL with its credentials and signature. On the Hub
-(`hf://...`) it holds the commit's sha. See names.py for what is recorded of it.
+An address is what a file is opened with: a local path, or a URL with its credentials and signature. On the Hub
+(`hf://...`) it contains the commit's sha. See names.py for what is recorded of it.
 """
 
 import concurrent.futures
@@ -56,7 +56,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _expand_hub(pattern: str) -> list[str]:
-    """Addresses for a pattern such as hf://datasets/org/name@main/data/*.parquet, at the commit it names now."""
+    """Addresses for a pattern like hf://datasets/org/name@main/data/*.parquet, at the revision's current commit."""
     from huggingface_hub import HfApi, HfFileSystem
 
     parts = _HUB.fullmatch(pattern)
@@ -89,14 +89,14 @@ def locate(address: str) -> Bytes:
 def cache_key(address: str, stamp: Json | None) -> str:
     """A key that no other file or version shares, in any source of any run.
 
-    It uses the address, since a name of version 0.1 may stand for several files. stamp: see `stamps`.
+    It uses the address, since a name of version 0.1 may mean several files. stamp: See `stamps`.
     """
     return json.dumps([lasting_name(address), stamp], sort_keys=True)
 
 
 def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
     """Each file's stamp by name, 16 requests at a time. Files of the Hub have none: their commit pins them."""
-    # The copied context carries the deadline of the attempt under way into the pool's threads.
+    # The copied context carries the deadline of the current attempt into the pool's threads.
     looks = [functools.partial(contextvars.copy_context().run, file.stamp) for file in files]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = pool.map(lambda look: look(), looks)
@@ -104,11 +104,11 @@ def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
 
 
 def check_unchanged(known: Json, names: Sequence[str], files: Sequence[Bytes]) -> None:
-    """Compare files with a checkpoint's stamps.
+    """Compares files with a checkpoint's stamps.
 
     Args:
         known: The stamps, by name.
-        names: Of all files.
+        names: The names of all files.
         files: The files as they are now.
 
     Raises:

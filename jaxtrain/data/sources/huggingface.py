@@ -75,11 +75,11 @@ class HuggingFace:
             builders, short = ", ".join(BUILDERS), ", ".join(SHORT_NAMES)
             raise UserError(
                 f"name={self.name!r} is neither a Hub dataset (ORG/NAME, or for short {short}) nor a builder "
-                f"({builders}). For files of your own, take the builder of their format and give their paths in "
+                f"({builders}). For your own files, use the builder of their format and give their paths in "
                 "data_files."
             )
         if "[" in self.split:
-            raise UserError(f"split={self.split!r}: slices are not supported. Bound the documents by max_samples.")
+            raise UserError(f"split={self.split!r}: slices are not supported. Limit the documents with max_samples.")
         if self.fetch_rows < 1 or (self.max_samples is not None and self.max_samples < 1):
             raise UserError(f"fetch_rows={self.fetch_rows} and max_samples={self.max_samples} must be at least 1.")
 
@@ -131,8 +131,8 @@ class HuggingFace:
         builder = self._builder(sha)
         if builder.name not in BUILDERS:
             raise UserError(
-                f"dataset {self.name} has the format {builder.name!r}, and those that can be read are "
-                f"{', '.join(BUILDERS)}. Try its parquet files by revision='refs/convert/parquet'."
+                f"dataset {self.name} has the format {builder.name!r}, which is not one of {', '.join(BUILDERS)}. Try "
+                "its parquet files with revision='refs/convert/parquet'."
             )
         addresses = self._split(builder)
         named(addresses)  # raises if two files share a name
@@ -237,8 +237,8 @@ class HuggingFace:
                 raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
         if reason := distrusted(identity, self.columns(), is_stored=False):
             raise UserError(
-                f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would not "
-                "be the same: start a new run in another --workdir."
+                f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would "
+                "change: start a new run in another --workdir."
             )
         # Only the config has credentials and URL signatures.
         known = [pattern for pattern in self.data_files if pattern.startswith("http")]
@@ -267,7 +267,7 @@ class HuggingFace:
         except RevisionNotFoundError:
             raise UserError(
                 f"{what}: the checkpoint's revision {sha} is gone from the Hub; {self.revision or 'main'} is now "
-                f"{self._sha()}. Those may be other documents: start a new run in another --workdir."
+                f"{self._sha()}. Its documents may differ: start a new run in another --workdir."
             ) from None
         except Exception as error:
             raise _as_fault(retry.classify(error, what), error, what) from None
@@ -398,7 +398,7 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
         return fault
     text = retry.redact(str(error)).strip()
     if "scripts are no longer supported" in text:
-        text += ". No code of datasets is run here: try its parquet files by revision='refs/convert/parquet'."
+        text += ". jaxtrain runs no code of datasets: try its parquet files with revision='refs/convert/parquet'."
     return UserError(f"{what}: {text}")
 
 

@@ -189,8 +189,8 @@ class WebDatasetSource:
         if not isinstance(document, dict) or column not in document:
             has = f"the keys {', '.join(map(repr, document))}" if isinstance(document, dict) else kind_of(document)
             raise RowError(
-                f"member {name!r} has no key {column!r}. It has {has}. Set column to the one with the text, or "
-                "members to those that are documents."
+                f"member {name!r} has no key {column!r}. It has {has}. Set column to the key of the text, or members "
+                "to the types that hold documents."
             )
         text = document[column]
         if not isinstance(text, str | None):
@@ -212,9 +212,9 @@ def braces(pattern: str) -> list[str]:
             pieces.append(_alternatives(inside, pattern))
             count *= len(pieces[-1])
     if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
-        raise UserError(f"{lasting_name(pattern)!r}: its braces do not pair, or one is within another.")
+        raise UserError(f"{lasting_name(pattern)!r}: its braces are unbalanced or nested.")
     if count >= _MOST_SHARDS:
-        raise UserError(f"{lasting_name(pattern)!r} stands for {count:,} shards; check its range.")
+        raise UserError(f"{lasting_name(pattern)!r} expands to {count:,} shards; check its range.")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
@@ -226,7 +226,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     first, last = int(bounds[1]), int(bounds[2])
     if last - first >= _MOST_SHARDS:
-        raise UserError(f"{lasting_name(pattern)!r} stands for {last - first + 1:,} shards; check its range.")
+        raise UserError(f"{lasting_name(pattern)!r} expands to {last - first + 1:,} shards; check its range.")
     if last < first:
         raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} ends before it begins.")
     padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())

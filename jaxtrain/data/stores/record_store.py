@@ -54,9 +54,9 @@ class ArrayRecord:
         """Records [first, end). Raises CorruptError if the file is damaged."""
         return self._read(first, first, end)
 
-    def some(self, places: Sequence[int]) -> Sequence[bytes]:
-        """The records at `places`, in that order. Raises CorruptError if the file is damaged."""
-        return self._read(places[0], places)
+    def some(self, indices: Sequence[int]) -> Sequence[bytes]:
+        """The records at `indices`, in that order. Raises CorruptError if the file is damaged."""
+        return self._read(indices[0], indices)
 
     def _read(self, row: int, *wanted: Any) -> Sequence[bytes]:
         """Raises CorruptError if the bytes do not match ArrayRecord's hashes."""
@@ -248,7 +248,7 @@ class Manifest:
         return None
 
     def begun(self, folder: str) -> Self:
-        """The store's plan: the first worker's, which counts for all. Writes this one if there is none yet."""
+        """The store's plan: the first worker's, which all workers use. Writes this one if there is none yet."""
         found = self.planned(folder)
         if found is None:
             work = os.path.join(folder, WORK)
@@ -272,7 +272,7 @@ class Manifest:
                 manifest = cls.from_json(file.read(), path)
         except FileNotFoundError:
             raise UserError(
-                f"the {cls.STORE} {folder} is not finished: run {cls.TOOL} again, which goes on where it stopped."
+                f"the {cls.STORE} {folder} is not finished: run {cls.TOOL} again to continue where it stopped."
                 if os.path.isdir(folder)
                 else f"there is no {cls.STORE} {folder}. Write one with {cls.TOOL}, or {cls.INSTEAD}."
             ) from None
@@ -285,12 +285,12 @@ class Manifest:
 
     @classmethod
     def verify(cls, folder: str) -> Self:
-        """Like `load`, and also reads every shard and compares its digest."""
+        """Like `load`, but also reads every shard and compares its digest."""
         manifest = cls.load(folder)
         for name, shard in manifest.shards():
             if digest_of(os.path.join(folder, name)) != shard.digest:
                 raise UserError(
-                    f"{cls.STORE} {folder}: {name} is not what was written. Remove the folder and write it again."
+                    f"{cls.STORE} {folder}: {name} does not match its checksum. Remove the folder and write it again."
                 )
         return manifest
 
@@ -308,7 +308,7 @@ class Manifest:
         """
         which = self.STORE.split()[-1]
         lines = [
-            f"  source {name}: the {which} has {_short(has.get(name))}, wanted is {_short(wanted.get(name))}"
+            f"  source {name}: the {which} has {_short(has.get(name))}, expected {_short(wanted.get(name))}"
             for name in sorted(wanted.keys() | has.keys())
             if wanted.get(name) != has.get(name)
         ]

@@ -43,7 +43,7 @@ class TeacherManifest(record_store.Manifest):
     FILE = "cache.json"
     STORE = "teacher's cache"
     TOOL = "tools.cache_teacher"
-    INSTEAD = "leave out teacher.cache to run the teacher as the student trains"
+    INSTEAD = "remove teacher.cache to run the teacher during training"
 
     add_bos: bool
     teacher: Json
@@ -121,7 +121,9 @@ def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: 
     lines = manifest.differences(has, wanted, config, tokenizer)
     if lines:
         raise UserError(
-            f"the {manifest.STORE} {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "
+            f"the {manifest.STORE} {folder} does not belong to this run:\n"
+            + "\n".join(lines)
+            + "\nSet these back, write "
             f"another with {manifest.TOOL}, or {manifest.INSTEAD}."
         )
 
@@ -149,8 +151,8 @@ class TeacherStore:
             if size != length * width or made_with != checksum(tokens[begin:end]):
                 raise UserError(
                     f"the teacher's cache {self.folder} has {max(size, 0) // width} tokens for row {row} of "
-                    f"{self.manifest.names[file]}, and the run reads {length} there, or others: its text, tokenizer or "
-                    "data.add_bos is not what the cache was made with. Write the cache again with tools.cache_teacher."
+                    f"{self.manifest.names[file]}, but the run reads {length} there, or different ones: its text, "
+                    "tokenizer or data.add_bos has changed since. Write the cache again with tools.cache_teacher."
                 )
             out[begin:end] = np.frombuffer(record, np.uint8, offset=_CHECKSUM).reshape(length, width)
             begin = end

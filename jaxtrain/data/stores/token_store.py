@@ -232,7 +232,7 @@ def check(
     Raises:
         UserError: The store holds something else; the message shows both sides.
     """
-    # Version 0.1 redacted its settings, so settings that lost something differ from today's.
+    # Version 0.1 redacted its settings, so settings with a redacted part differ from the current ones.
     wanted, has = record_store.settings_of(config), manifest.settings
     if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
@@ -247,8 +247,8 @@ def check(
         lines.append(f"  source: version 0.1 read its files; {reason}")
     if lines:
         raise UserError(
-            f"the token store {folder} is not of this run:\n" + "\n".join(lines) + "\nWrite another with "
-            "tools.pretokenize, give its folder in data.token_store, or read by data.mode=stream."
+            f"the token store {folder} does not belong to this run:\n" + "\n".join(lines) + "\n"
+            "Write another with tools.pretokenize, set data.token_store to its folder, or set data.mode=stream."
         )
 
 
@@ -260,7 +260,7 @@ def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokeniz
     if source["builder"] != "json" or source.get("reader", 1) > 1:
         return distrusted(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
     if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
-        return "a text that is no string made JSON of those after it, and transforms hide whether one did"
+        return "a text that is not a string turned later texts into JSON, and transforms hide whether one did"
     # Version 0.1 misread everything from such a text to the file's end, so the last rows show it.
     store = TokenStore(folder, manifest)
     for number, file in enumerate(manifest.files):
@@ -270,5 +270,5 @@ def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokeniz
             for row in range(len(block["text"])):
                 text = tokenizer.decode(block["text"][row : row + 1].ids.tolist()).strip()
                 if len(text) > 1 and text[0] == text[-1] == '"':
-                    return f"a text in {manifest.names[number]} that is no string made JSON of those after it"
+                    return f"a text in {manifest.names[number]} that is not a string turned later texts into JSON"
     return distrusted(source, (), is_stored=True)

@@ -150,7 +150,7 @@ class _Writer:
                 os.unlink(path)
             if is_full:
                 raise self._full(str(error)) from None
-            raise UserError(f"{path} cannot be written ({error}). Give an --output that you may write.") from None
+            raise UserError(f"{path} cannot be written ({error}). Give an --output that you can write to.") from None
 
     def _full(self, why: str) -> UserError:
         return UserError(
@@ -302,7 +302,7 @@ class _TokenWriter(_Writer):
         files = [StoredFile(**self._marked(marker)) for marker in markers]
         shards = [number for number, file in enumerate(files) if file.rows]
         if not shards:
-            raise UserError(f"source {self.job.name!r} has no rows at all. Look at its name, split and files.")
+            raise UserError(f"source {self.job.name!r} has no rows. Check its name, split and files.")
         for place, number in enumerate(shards):
             name = f"{_TFDS_NAME}-train.array_record-{place:05d}-of-{len(shards):05d}"
             files[number] = dataclasses.replace(files[number], shard=name)
@@ -352,19 +352,19 @@ class TeacherWriter(_Writer):
 
         Args:
             job: The source and where its store goes.
-            manifest: The manifest to be, without shards.
+            manifest: The manifest to write, without shards.
             worker: Index of this worker, from 0.
             workers: Number of workers.
 
         Raises:
-            UserError: The folder holds another store, finished or begun. The message shows both sides.
+            UserError: The folder holds a different store, finished or not. The message shows both sides.
         """
         super().__init__(job, _begin_teacher(job.folder, manifest), worker, workers)
         self._largest = 0  # bytes of the largest shard so far
 
     @functools.cached_property
     def known_rows(self) -> list[int] | None:
-        """Rows to write of each file, up to the last one with any; None if only reading shows them."""
+        """Rows to write of each file, up to the last one with any; None if they are known only by reading."""
         return self._wanted_rows() if self.job.source.random_access else None
 
     def sample(self) -> tuple[int, int, int | None]:
@@ -516,9 +516,9 @@ def _begin_teacher(folder: str, manifest: TeacherManifest) -> TeacherManifest:
     wanted, found = (json.loads(dataclasses.replace(each, parts=[]).to_json()) for each in (manifest, begun))
     changed = [name for name in wanted if wanted[name] != found[name] and name not in ("digest", "settings", "names")]
     if changed:
-        lines = [f"  {name}: the cache has {found[name]}, wanted is {wanted[name]}" for name in changed]
+        lines = [f"  {name}: the cache has {found[name]}, expected {wanted[name]}" for name in changed]
         raise UserError(
-            f"{folder} holds another cache, finished or begun:\n" + "\n".join(lines) + "\nGive another --output, or "
+            f"{folder} holds a different cache:\n" + "\n".join(lines) + "\nGive another --output, or "
             "remove that folder."
         )
     return begun

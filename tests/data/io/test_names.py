@@ -78,7 +78,7 @@ def test_a_recorded_name_is_found_again(shard: int) -> None:
         "hf://x/a",
         "https://other/b",
     ]
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="the same name"):
         addresses({"files": ["https://h/get"]}, known)
 
 
@@ -218,7 +218,7 @@ def test_runs_of_version_0_1_go_on_or_are_refused(
     config = HuggingFace(name="json", data_files=paths) if kind == "jsonl" else WebDataset(urls=paths)
     identity = first_version(config.resolve())
     if not goes_on:
-        with pytest.raises(UserError, match=r"one name.*new run"):
+        with pytest.raises(UserError, match=r"the same name.*new run"):
             config.resolve(identity)
         return
     source = config.resolve(identity)
@@ -241,7 +241,7 @@ def test_runs_of_version_0_1_on_the_hub(hub: LoopbackHub, name: str, goes_on: bo
         assert source.files == identity["files"] != list(now.files)
         assert read(source) == read(now)
     else:
-        with pytest.raises(UserError, match="one name"):
+        with pytest.raises(UserError, match="the same name"):
             config.resolve(identity)
 
 
@@ -249,7 +249,7 @@ def test_shards_of_version_0_1_that_had_one_name(by_query: str) -> None:
     """Its WebDataset read one of them."""
     identity = first_version(WebDataset(urls=(by_query,)).resolve())
     assert len(identity["files"]) == 1
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="the same name"):
         WebDataset(urls=(by_query,)).resolve(identity)
     one = WebDataset(urls=(by_query.replace("{0..3}", "2"),))
     assert read(one.resolve(first_version(one.resolve()))) == rows("2")
@@ -262,7 +262,7 @@ def test_text_files_of_version_0_1(tmp_path: pathlib.Path, monkeypatch: pytest.M
     identity = {**first_version(config.resolve()), "digest": text_files._digest({"hf_...": "hf_train_0.txt"})}
     assert config.resolve(identity).files == ["hf_..."]
     write(tmp_path, ["hf_train_1.txt"], "txt")
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="the same name"):
         config.resolve(identity)
 
 

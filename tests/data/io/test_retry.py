@@ -264,7 +264,7 @@ def test_one_line_for_an_outage(slept, caplog):
     begin, end = (record.getMessage() for record in caplog.records)
     assert begin.startswith("file 0: the server answered 503. Trying again until ")
     assert "100 s" in begin
-    assert end.startswith("Reading goes on after ")
+    assert end.startswith("Reading continues after ")
     assert "5 readers" in end
 
 

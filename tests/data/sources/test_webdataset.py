@@ -125,12 +125,15 @@ def test_a_cut_anywhere_is_an_error_at_the_first_row_that_is_lost(tmp_path, suff
 
 
 DAMAGE = {
-    "a header": (lambda data: data[:1024] + bytes([data[1024] ^ 255]) + data[1025:], "bad checksum|no whole archive"),
-    "zeros inside": (lambda data: data[:1024] + bytes(512) + data[1536:], "more after the archive's end"),
-    "zeros at the end": (lambda data: data[:1024] + bytes(512), "end mark is cut short"),
-    "another archive": (lambda data: data + data, "more after the archive's end"),
-    "no archive": (lambda data: b"<html>not found</html>" * 100, "no whole archive"),
-    "nothing": (lambda data: b"", "no whole archive"),
+    "a header": (
+        lambda data: data[:1024] + bytes([data[1024] ^ 255]) + data[1025:],
+        "bad checksum|not a complete archive",
+    ),
+    "zeros inside": (lambda data: data[:1024] + bytes(512) + data[1536:], "data after the archive's end"),
+    "zeros at the end": (lambda data: data[:1024] + bytes(512), "end marker is truncated"),
+    "another archive": (lambda data: data + data, "data after the archive's end"),
+    "no archive": (lambda data: b"<html>not found</html>" * 100, "not a complete archive"),
+    "nothing": (lambda data: b"", "not a complete archive"),
 }
 
 
@@ -276,7 +279,7 @@ def test_braces(pattern, names):
     "pattern", ["{a}", "a{", "a}", "{{1..2}}", "{}", "{2..1}", "{0..999999999}", "{0..1999}{0..1999}", "{1...3}"]
 )
 def test_other_braces_are_refused(pattern):
-    with pytest.raises(UserError, match=r"braces do not pair|neither a range|ends before|check its range"):
+    with pytest.raises(UserError, match=r"braces are unbalanced or nested|neither a range|ends before|check its range"):
         WebDataset(urls=(f"https://me:secret@host/{pattern}.tar",)).check()
 
 

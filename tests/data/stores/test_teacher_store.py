@@ -159,7 +159,9 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     write(job(config, tmp_path))
     data = DataConfig(sources={"a": config}, num_lanes=1)
     stages = [Stage(seq_len=8, batch_size=4, tokens=320)]
-    with pytest.raises(UserError, match=r"tokens for row \d+ of file-\d, and the run reads \d+ there, or others"):
+    with pytest.raises(
+        UserError, match=r"tokens for row \d+ of file-\d, but the run reads \d+ there, or different ones"
+    ):
         list(batches(config, tmp_path, data, stages, Shifted()))
     records = TeacherStore(str(tmp_path), TeacherManifest.load(str(tmp_path)))
     with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
@@ -182,7 +184,7 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
 def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     config = source(max_samples=70)
     write(job(config, tmp_path))
-    with pytest.raises(UserError, match=r"holds another cache.*\n.*context: the cache has 8, wanted is 16"):
+    with pytest.raises(UserError, match=r"holds a different cache.*\n.*context: the cache has 8, expected 16"):
         TeacherWriter(*job(config, tmp_path, context=16), 0, 1)
     made, tokenizer = TeacherManifest.load(str(tmp_path)), WordTokenizer()
     teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)

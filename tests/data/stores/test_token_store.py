@@ -275,7 +275,7 @@ class OtherTokenizer(WordTokenizer):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (dataclasses.replace(SOURCE, name="other"), "source name: the store has 'file', wanted is 'other'"),
+        (dataclasses.replace(SOURCE, name="other"), "source name: the store has 'file', expected 'other'"),
         (dataclasses.replace(SOURCE, transforms=(Drop(3),)), r"transforms: the store has \[\], the config \[.*Drop"),
         (dataclasses.replace(SOURCE, max_samples=51), "max_samples: the store has 50, the config 51"),
         (dataclasses.replace(SOURCE, max_samples=None), "max_samples: the store has 50, the config None"),
@@ -289,7 +289,7 @@ def test_a_store_of_another_run_is_refused(folder, source, said, caplog):
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         (one,) = modes.open_sources(data_of({"a": source}, mode="auto"), TOKENIZER, str(folder)).values()
     assert one.mode == "stream"
-    assert "is not of this run" in caplog.text
+    assert "does not belong to this run" in caplog.text
 
 
 def test_another_tokenizer_or_commit_is_refused(folder, monkeypatch):
@@ -299,7 +299,7 @@ def test_another_tokenizer_or_commit_is_refused(folder, monkeypatch):
         token_store.check(manifest, "there", SOURCE, OtherTokenizer(), None)
     data = data_of({"a": SOURCE}, mode="pretokenized")
     moved = {"a": {"source": {**SOURCE.identity, "revision": "abc"}}}
-    with pytest.raises(UserError, match="source revision: the store has None, wanted is abc"):
+    with pytest.raises(UserError, match="source revision: the store has None, expected abc"):
         modes.open_sources(data, TOKENIZER, str(folder), moved)
     modes.open_sources(data, TOKENIZER, str(folder), {"a": {"source": SOURCE.identity}})
 
@@ -347,7 +347,7 @@ def test_changed_bytes_are_found(folder):
     (store,) = stored(folder, data_of({"a": SOURCE})).values()
     with pytest.raises(CorruptError, match="00000-of-00002 is damaged"):
         ids_of(store, 0)
-    with pytest.raises(UserError, match="not what was written"):
+    with pytest.raises(UserError, match="does not match its checksum"):
         TokenManifest.verify(str(folder / "a"))
 
 
