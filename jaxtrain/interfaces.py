@@ -56,6 +56,7 @@ class ModelConfig(Dataclass, Protocol):
     @property
     def max_seq_len(self) -> int:
         """The longest row in tokens."""
+        ...
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> "Model":
         """The model for ids below `vocab_size`; makes no parameters yet.
@@ -63,6 +64,7 @@ class ModelConfig(Dataclass, Protocol):
         Raises:
             UserError: The mesh does not divide the model.
         """
+        ...
 
 
 class Hidden(NamedTuple):
@@ -111,24 +113,30 @@ class Model(Protocol):
     @abc.abstractmethod
     def init(self, key: Array) -> Params:
         """Fresh parameters. Runs under jit with `out_shardings`, so they are created sharded."""
+        ...
 
     @abc.abstractmethod
     def hidden(self, params: Params, tokens_BT: Array, segment_ids_BT: Array, positions_BT: Array) -> Hidden:
         """The layers. A token sees itself and earlier tokens of its own segment. Inputs are int32 [B, T]."""
+        ...
 
     @abc.abstractmethod
     def head(self, params: Params) -> Array:
         """The output head, fp32 [D, V]. V is `padded_vocab_size`."""
+        ...
 
     @abc.abstractmethod
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of training (forward and backward) for one token in rows of `seq_len`; recomputation does not count."""
+        ...
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         """Options of XLA that a program with this model's layers needs. The shape is a micro-batch's."""
+        ...
 
     def memory_advice(self) -> tuple[str, ...]:
         """Changes to the config that would take less memory, for the message when a step does not fit."""
+        ...
 
 
 @runtime_checkable
@@ -137,6 +145,7 @@ class AttentionModel(Protocol):
 
     def attention_choice(self, batch_size: int, seq_len: int) -> Any:
         """An object with the attributes `name` and `reason`, both str."""
+        ...
 
 
 @runtime_checkable
@@ -149,13 +158,16 @@ class CachingModel(Protocol):
     @property
     def decoding_options(self) -> dict[str, str]:
         """Options of XLA for programs with these two methods."""
+        ...
 
     def prefill(self, params: Params, tokens_BT: Array, start_B: Array, length: int) -> tuple[Array, Any]:
         """Reads the prompts, row b from column `start_B[b]` on: (hidden states of the last column [B, D], a cache with
         S = `length` slots)."""
+        ...
 
     def decode_one(self, params: Params, token_B: Array, slot: Array, start_B: Array, cache: Any) -> tuple[Array, Any]:
         """Reads one more token of each row into slot `slot` (int32 scalar): (hidden states [B, D], the cache)."""
+        ...
 
 
 # ---- Losses
@@ -177,6 +189,7 @@ class LossFn(Protocol):
             "loss", which is differentiated with respect to x and w. Everything else is reported in the metrics;
             "ce_loss", the plain cross-entropy in nats, is what perplexity and evaluation show.
         """
+        ...
 
 
 class LossConfig(Dataclass, Protocol):
@@ -185,6 +198,7 @@ class LossConfig(Dataclass, Protocol):
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
         """`losses.chunks.from_function` turns a plain differentiable function of (hidden, head, targets, mask) into a
         LossFn that is computed in chunks of positions and sharded."""
+        ...
 
 
 # ---- Optimizers
@@ -203,6 +217,7 @@ class Optimizer(Protocol):
 
     def init(self, params: Params, /) -> Any:
         """The state: a tree of arrays. An array with a parameter's path and shape is sharded like the parameter."""
+        ...
 
     def update(self, grads: Params, state: Any, params: Params, learning_rate: Array, /) -> tuple[Params, Any]:
         """(new parameters, new state).
@@ -211,6 +226,7 @@ class Optimizer(Protocol):
             grads: The mean gradient, clipped, fp32.
             learning_rate: fp32 scalar, including the schedule. This method applies weight decay.
         """
+        ...
 
 
 class OptimizerConfig(Dataclass, Protocol):
@@ -226,6 +242,7 @@ class OptimizerConfig(Dataclass, Protocol):
 
     def build(self, axes: Axes, mesh: Mesh | None) -> Optimizer:
         """axes: the parameters' logical axes, which distinguish matrices, embeddings and biases."""
+        ...
 
 
 # ---- Tokenizers
@@ -250,6 +267,7 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """N texts -> (ids int32 [sum of lengths], lengths int64 [N])."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -276,17 +294,21 @@ class Source(Protocol):
     @property
     def identity(self) -> Json:
         """Identifies the data: `SourceConfig.resolve(identity)` returns this source again. Checkpointed."""
+        ...
 
     @property
     def files(self) -> Sequence[str]:
         """Lasting names in the order of the listing. Shuffle, holdout, skips and caches are keyed by them."""
+        ...
 
     @property
     def random_access(self) -> bool:
         """Whether opening at a row costs the same at any depth."""
+        ...
 
     def row_groups(self, file: int) -> list[int]:
         """Rows in each separately readable group of a random-access file, from its footer."""
+        ...
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
         """Consecutive blocks from `row` to the end of the file, of any size above 0.
@@ -301,6 +323,7 @@ class Source(Protocol):
             CorruptError: The file is damaged.
             UserError: The user must change something. No exception may look like the end of the file.
         """
+        ...
 
 
 @runtime_checkable
@@ -310,16 +333,19 @@ class CacheableSource(Source, Protocol):
     @property
     def needs_cache(self) -> bool:
         """Whether it needs the cache in every mode: files are read from the beginning, and again at each resume."""
+        ...
 
     @property
     def file_bytes(self) -> Sequence[int] | None:
         """The sizes of all files, or None if they have not been looked up."""
+        ...
 
     def through(self, cached: Callable[[Any, str], Any]) -> "Source":
         """The same source and identity with each file's Bytes replaced by `cached(bytes, key)`.
 
         The key is a lasting name of the file and its version, unique among all sources.
         """
+        ...
 
 
 class Transform(Protocol):
@@ -328,6 +354,7 @@ class Transform(Protocol):
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that it reads besides the text."""
+        ...
 
     def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None: ...
 
@@ -349,6 +376,7 @@ class SourceConfig(Dataclass, Protocol):
         Args:
             identity: None looks the data up now; one from a checkpoint gives exactly what it had.
         """
+        ...
 
 
 def versioned(identity: Json) -> Json:

@@ -37,6 +37,7 @@ class Bytes(Protocol):
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop), fewer only at the end of the file."""
+        ...
 
     def tail(self, count: int) -> bytes:
         """The last `count` bytes, or all if there are fewer."""
@@ -45,6 +46,7 @@ class Bytes(Protocol):
 
     def stamp(self) -> Json:
         """A value that changes when the file does, as far as that is cheap to know."""
+        ...
 
     def refresh(self) -> None:
         """Forgets what was learned about the file: the next read asks its origin."""
