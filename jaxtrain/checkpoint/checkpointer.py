@@ -194,7 +194,7 @@ class Checkpointer:
         self._background.check()
         self._manager.wait_until_finished()
 
-    def give_up_others(self) -> None:
+    def abandon_others(self) -> None:
         """Call when this process has failed and the others end: `close` then does not wait for a save with them."""
         self._failed = self._failed or jax.process_count() > 1
 

@@ -36,6 +36,7 @@ from jaxtrain.cli.shared import (
     WORKDIR,
     WORKER,
     parse_worker,
+    size,
     table,
     workdir_of,
     write_json,

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,9 @@ def workdir_of(flags: Flags) -> str:
     if flags.workdir == "":
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
     workdir = flags.workdir or default_workdir(flags.config or "")
+    if sys.stderr is None or not sys.stderr.isatty():  # their progress bars would fill the log with their states
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "HF_HOME" not in os.environ and "://" not in workdir:  # the Hub's client reads it at its import
         os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser("~/.cache/huggingface/token"))
         os.environ["HF_HOME"] = os.path.abspath(os.path.join(os.path.expanduser(workdir), "cache", "huggingface"))
@@ -81,6 +85,11 @@ def write_json(path: str, result: Any) -> None:
         pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error}") from error
+
+
+def size(count: float) -> str:
+    """Bytes for people, in units of 1e9 or, below 10^8, of 1e6: "1.20 GB", "3.1 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 or not count else f"{count / 1e6:.3g} MB"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -128,14 +128,14 @@ class NothingFitsError(Exception):
         self.needs = needs
 
 
-def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None, beside: int = 0) -> tuple[int, Any]:
+def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None, extra: int = 0) -> tuple[int, Any]:
     """The number of micro-batches, and its executable, with the fewest micro-batches that fit into a device.
 
     Args:
         counts: numbers of micro-batches, ascending.
         compile: number of micro-batches → executable.
         limit: bytes of a device; None takes the first count.
-        beside: bytes on the device that are not arguments of the program, such as the optimizer's state in evaluations.
+        extra: bytes on the device besides the program's arguments, such as optimizer state in evaluations.
 
     Raises:
         NothingFitsError: if even the last count does not fit.
@@ -155,7 +155,7 @@ def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None,
             needs = f"more than the compiler could fit{used(error)}"
             return None
         # A compiler that does not report memory cannot be held to a limit.
-        size = (needed(tried[count]) or -beside) + beside
+        size = (needed(tried[count]) or -extra) + extra
         needs = f"{size / 1e9:.3g} GB"
         return size
 

@@ -169,14 +169,14 @@ def _in_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def leave_together() -> None:
+def exit_together() -> None:
     """Waits until all have reached the end: process 0 hosts the service, which the others need."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def failures_told() -> Iterator[None]:
+def failures_announced() -> Iterator[None]:
     """An exception inside also ends the other processes, which print its message."""
     try:
         yield
@@ -186,7 +186,7 @@ def failures_told() -> Iterator[None]:
         lines = [str(error)] if known else traceback.format_exception_only(error)
         message = "\n".join([*lines, *(getattr(error, "__notes__", ()) if known else ())]).strip()
         is_echo = isinstance(error, FollowedError | jax.errors.JaxRuntimeError)
-        tell(message, 2 if isinstance(error, UserError) else 1, is_echo)
+        announce_failure(message, 2 if isinstance(error, UserError) else 1, is_echo)
         raise
 
 
@@ -195,7 +195,7 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def tell(message: str, code: int, is_echo: bool = False) -> None:
+def announce_failure(message: str, code: int, is_echo: bool = False) -> None:
     """Ends all other processes with `code`, and this one after LEAVE_SECONDS if it has not exited.
 
     Returns once the others have received it. The first process to call this counts; a second one ends like the others.

@@ -146,7 +146,7 @@ class WSD(WarmUp):
             )
         if tokens <= end - decay:
             return 1.0
-        part = (tokens - (end - decay)) / decay
+        part = min((tokens - (end - decay)) / decay, 1.0)  # an estimated end may come too early
         return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
 
 

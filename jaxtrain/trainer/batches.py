@@ -107,16 +107,17 @@ class BatchIterator(grain.DatasetIterator):
             revisions: Commits of Hub datasets by source. They override the config's revisions.
         """
         dataset = self._dataset
-        sources: dict[str, Any] = dict(dataset.config.data.sources)
+        fixed: dict[str, Any] = dict(dataset.config.data.sources)
         for name, revision in revisions.items():
-            sources[name] = dataclasses.replace(sources[name], revision=revision)
-        data = dataclasses.replace(dataset.config.data, sources=sources)
+            fixed[name] = dataclasses.replace(fixed[name], revision=revision)
+        data = dataclasses.replace(dataset.config.data, sources=fixed)
         config = dataclasses.replace(dataset.config, data=data)
         plan = config.plan()
         workdir = Workdir(dataset.workdir or tempfile.mkdtemp(prefix="jaxtrain-batches-"))  # paths only: no lock
         steps = [] if dataset.workdir is None else restore.steps(dataset.workdir)
         nearest = max((step for step in steps if step <= dataset.step), default=None)
         saved = None if nearest is None else restore.load_data(str(dataset.workdir), nearest)
+        config = compatibility.settled(config, saved)
         cache = config.data.cache(os.fspath(workdir.cache / "data"))
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
         skipped = open_data.skipped(workdir.path, saved)

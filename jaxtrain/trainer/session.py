@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import hf
+from jaxtrain import cli, hf
 from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
@@ -27,6 +28,7 @@ from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
+from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
@@ -94,12 +96,23 @@ class Session:
         Raises:
             UserError: settings conflict, or this config may not resume from the checkpoint.
         """
-        self.config, self._checkpointer = config, checkpointer
-        self.plan = plan = config.plan()
-        self.eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
-        self.start_step = start = checkpointer.latest_step() or 0
-        saved = checkpointer.restore_data(start) if start else None
+        self.plan = config.plan()
+        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if config.eval.is_on else None
+        self._checkpointer = checkpointer
+        self.start_step = checkpointer.latest_step() or 0
+        saved = checkpointer.restore_data(self.start_step) if self.start_step else None
+        self.config = config = compatibility.settled(config, saved)
         mesh = config.mesh.build()
+        self.limit = memory.limit(mesh, config.memory_gb)
+
+        # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks
+        # for.
+        asked, alone = config.tokenizer, jax.process_count() == 1 and config.teacher is None
+        vocab_size = 0
+        if alone and isinstance(asked, TrainTokenizer) and asked.needs_training(workdir.path):
+            vocab_size = asked.vocab_size
+            self._set_components(make_components(config, vocab_size, self.plan, mesh, None, self.limit))
+            self.programs.begin(1)
 
         # The data: tokenizer, sources and their units.
         self.scratch = os.fspath(workdir.cache)
@@ -117,6 +130,9 @@ class Session:
         self.readers = open_data.build(config, self.sources, self._skipped, self.scratch)
         for reader in self.readers:
             logger.info("Source %s", reader.summary)
+        if math.isnan(self.plan.at(1).learning_rate):  # only `epochs` ends the run
+            self.plan = config.plan(open_data.horizon(config, self.readers, self.tokenizer, self.plan, saved))
+        _warn_of_warmup(config, self.plan)
 
         # The model and the components of its steps.
         self._frozen: teacher.Frozen | None = None
@@ -126,37 +142,39 @@ class Session:
             self._frozen = config.teacher.build(self.tokenizer, mesh)
         elif config.teacher is not None:
             self._cached = config.teacher.open_cache(config.data, self.sources, self.tokenizer)
-        self.limit = memory.limit(mesh, config.memory_gb)
-        layout = self._cached and self._cached.layout
-        self.components = make_components(
-            config, self.tokenizer.vocab_size, plan, mesh, self._frozen, self.limit, layout
-        )
-        _report(self.components, plan, self.eval_plan)
-        self.programs = StagePrograms(
-            self.components,
-            plan,
-            config.micro_batch_tokens,
-            self.limit,
-            self.eval_plan and self.eval_plan.stages[0],
-            beside_params(self.components),
-        )
+        if vocab_size != self.tokenizer.vocab_size:
+            layout = self._cached and self._cached.layout
+            size = self.tokenizer.vocab_size
+            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
         self.evaluator: Evaluator | None = None
 
         # Where to continue.
-        self.identities = compatibility.identities(config, self.readers, self.tokenizer, plan)
+        self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan)
         self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
         self._lane_states: dict[int, np.ndarray] = {}
-        self.stage_ends = ledger.StageEnds(plan)
+        self.stage_ends = ledger.StageEnds(self.plan)
         if saved is not None:
-            for line in compatibility.check(saved, self.identities, plan, start):
+            for line in compatibility.check(saved, self.identities, self.plan, self.start_step):
                 logger.info("Changed since the checkpoint: %s", line)
             self.start_tokens = saved["tokens"]
-            self.is_complete = start == plan.last_step or saved["data_ended"]
-            self._lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
-            totals = ledger.by_source(np.stack(list(self._lane_states.values())), plan.source_names)
+            self.is_complete = self.start_step == self.plan.last_step or saved["data_ended"]
+            self._lane_states = ledger.from_json(saved["lanes"], self.plan.source_names, config.data.num_lanes)
+            totals = ledger.by_source(np.stack(list(self._lane_states.values())), self.plan.source_names)
             # The first versions recorded neither the ends of stages nor the teacher.
-            self.stage_ends.restore(saved.get("stage_ends", []), start, totals)
+            self.stage_ends.restore(saved.get("stage_ends", []), self.start_step, totals)
             self._saved_teacher = saved.get("teacher")
+
+    def _set_components(self, components: StepComponents) -> None:
+        self.components = components
+        _report(components, self.plan, self.eval_plan)
+        self.programs = StagePrograms(
+            components,
+            self.plan,
+            self.config.micro_batch_tokens,
+            self.limit,
+            self.eval_plan and self.eval_plan.stages[0],
+            bytes_besides_params(components),
+        )
 
     @functools.cached_property
     def feed(self) -> Feed:
@@ -210,7 +228,7 @@ class Session:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
             self.evaluator = Evaluator(
-                self.eval_plan,
+                config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
                 self.tokenizer,
@@ -242,6 +260,23 @@ class Session:
         if self.components.distilled is None:
             return ()
         return ((self._teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
+
+
+def _warn_of_warmup(config: Config, plan: Plan) -> None:
+    """Warns if `steps` ends the run while the learning rate still rises."""
+    if plan.last_step is None or plan.total_tokens == plan.horizon:
+        return
+    before, last = (plan.at(max(step, 1)).learning_rate for step in (plan.last_step - 1, plan.last_step))
+    if before < last or plan.last_step == 1:
+        fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
+        logger.warning(
+            "steps=%d ends the run within the warm-up: the learning rate reaches %.2g only, since the schedule is that "
+            "of %s tokens. --config.%s fits it to these steps.",
+            plan.last_step,
+            last,
+            f"{plan.horizon:,}",
+            fix,
+        )
 
 
 def make_components(
@@ -279,7 +314,7 @@ def make_components(
     return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
 
 
-def beside_params(components: StepComponents) -> int:
+def bytes_besides_params(components: StepComponents) -> int:
     """Bytes that training keeps on each device besides the model's parameters: optimizer state and teacher."""
     made = state.abstract(components.model, components.optimizer, components.mesh)
     distilled = () if components.distilled is None else components.distilled.abstract
@@ -313,13 +348,13 @@ def _clean_up(cache: DiskCache) -> None:
     """Removes leftovers of killed processes from the disk cache, and logs its maximum size."""
     cache.trim()
     used, free = cache.used_bytes(), shutil.disk_usage(cache.directory).free
-    logger.info("Disk cache: at most %.2f GB in %s, %.2f used", cache.limit / 1e9, cache.directory, used / 1e9)
+    logger.info("Disk cache: at most %s in %s, %s used", cli.size(cache.limit), cache.directory, cli.size(used))
     if cache.limit - used > free:
-        logger.warning("The disk of the cache has only %.2f GB free: lower data.max_disk_gb.", free / 1e9)
+        logger.warning("The disk of the cache has only %s free: lower data.max_disk_gb.", cli.size(free))
 
 
-def sample(session: Session, params: Any) -> None:
-    """Generates continuations of the config's prompts. All processes must call it."""
+def sample(session: Session, params: Any) -> dict[str, str]:
+    """Generates a continuation of each of the config's prompts, the same at any step. All processes must call it."""
     tokenizer, model = session.tokenizer, session.components.model
     ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
     context = model.config.max_seq_len
@@ -329,12 +364,12 @@ def sample(session: Session, params: Any) -> None:
         params,
         prompts_ids,
         limit=session.limit,
-        beside=beside_params(session.components),
+        extra=bytes_besides_params(session.components),
         max_new_tokens=min(_SAMPLE_TOKENS, context - max(map(len, prompts_ids))),
         temperature=0.8,
         top_k=50,
         seed=session.config.seed,
         eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
-        logger.info(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")
+    found = zip(session.config.sample_prompts, prompts_ids, texts, strict=True)
+    return {prompt: continuation(tokenizer, prompt_ids, new) for prompt, prompt_ids, new in found}

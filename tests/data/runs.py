@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.fit_packing import WINDOW
 from jaxtrain.data.pipeline import DataConfig, StepBatch, host_batches, pools
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.interfaces import Source, Tokenizer
@@ -28,6 +29,13 @@ class Case:
     def last_step(self) -> int:
         assert self.plan.last_step is not None
         return self.plan.last_step
+
+    @property
+    def least_tokens(self) -> int:
+        """As many as a lane can read of a source, if its documents have no more than 50 tokens."""
+        steps = [self.plan.at(step) for step in range(1, self.last_step + 1)]
+        window = 50 * WINDOW if any(at.fit for at in steps) else 2
+        return sum(at.batch_size * at.seq_len for at in steps) + window
 
     def run(self, after: int = 0, states: Mapping[int, np.ndarray] | None = None, **options: Any) -> list[StepBatch]:
         with batches_of(self, after=after, states=states or {}, **options) as batches:
@@ -125,10 +133,12 @@ def random_stages(rng: random.Random, data: DataConfig) -> list[Stage]:
         used = rng.sample(names, rng.randint(1, len(names)))
         weights = rng.choices([1, 2, 5], k=len(used))
         seq_len, batch = rng.choice([1, 2, 5, 16, 33]), data.num_lanes * rng.randint(1, 4)
+        packing = rng.choice(["concat", "concat", "fit"])
         stage = Stage(
             seq_len=seq_len,
             batch_size=batch,
-            overlap=rng.choice([0.0, 0.0, 0.3, 0.5, 0.95]),
+            overlap=0.0 if packing == "fit" else rng.choice([0.0, 0.0, 0.3, 0.5, 0.95]),
+            packing=packing,
             tokens=None if index == count - 1 else seq_len * batch * rng.randint(1, 6),
             weights={name: weight / sum(weights) for name, weight in zip(used, weights, strict=True)},
         )

@@ -53,7 +53,11 @@ def case(hub: LoopbackHub) -> Case:
         holdout=0.1,
     )
     weights = {"web": 0.5, "wiki": 0.25, "code": 0.25}
-    plan = plan_of(data, [Stage(seq_len=16, batch_size=8, weights=weights, overlap=0.25)], 3, total_tokens=128 * 14)
+    stages = [
+        Stage(seq_len=16, batch_size=8, weights=weights, tokens=128 * 7, overlap=0.25),
+        Stage(seq_len=16, batch_size=8, weights=weights, packing="fit"),
+    ]
+    plan = plan_of(data, stages, 3, total_tokens=128 * 14)
     return Case(data, plan, 3, None)
 
 

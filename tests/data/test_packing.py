@@ -73,13 +73,13 @@ def test_rows_counts_and_cursors(seed, mask):
             assert block[name].dtype == (bool if name == "loss_mask" else np.int32)
         there = block["segment_ids"] > 0
         np.testing.assert_array_equal(block[RECORDS].view(np.int32)[..., 0], np.where(there, block["tokens"], 0))
-        assert fast.counts == Counts(slow.documents_begun, slow.trained, slow.high)
+        assert fast.counts == Counts(*slow.counts)
         assert fast.ended == slow.ended
         if fast.ended:
             assert fast.cursor == (END, 0)
         else:
             position, token = fast.cursor
-            assert 100 * position.row + token == slow.tokens[slow.at]
+            assert 100 * position.row + token == slow.tokens[slow.left[0][0]]
         if rng.random() < 0.5:
             fast = resumed(lengths, fast)
             assert fast.ended == slow.ended
@@ -92,7 +92,7 @@ def test_a_stream_that_ends_with_a_row():
     assert found.ended
     assert found.cursor == (END, 0)
     assert not take(found, 1, 4, 4, False)["segment_ids"].any()
-    assert found.counts == Counts(2, 8, 8)
+    assert found.counts == Counts(2, 8, 8, 0, 4)
 
 
 def test_one_token_left_is_a_row_without_a_loss():

@@ -30,7 +30,7 @@ def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun) -> Non
 
 @pytest.mark.slow
 def test_less_memory_trains_on_the_same_batches(make_run: MakeRun, reference: Run) -> None:
-    needs = [float(text) for text in re.findall(r"Stage \d.* tokens: (\S+) GB a device", reference.output)]
+    needs = [float(text) for text in re.findall(r"Stage \d.* tokens: (\S+) GB per device", reference.output)]
     assert len(needs) == 3
     limit = (min(needs[:2]) + max(needs[:2])) / 2
     run = make_run()

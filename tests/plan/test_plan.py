@@ -250,8 +250,18 @@ def test_unbounded():
     far = plan.at(10**15)
     assert (far.stage, far.tokens_after, far.masked_from) == (2, 32 * 10**15, 32)
     assert plan.table().endswith("The run ends with its data: no total_tokens, no steps.")
-    with pytest.raises(UserError, match="needs to know where the run ends"):
-        plan_of(one(), epochs=1, schedule=Cosine().build())
+    rising = Cosine(warmup_fraction=0.5, final_fraction=0.0).build()
+    unknown = plan_of(one(), epochs=1, schedule=rising)  # its sources are not counted yet
+    assert math.isnan(unknown.at(1).learning_rate)
+    assert "horizon" not in unknown.record()
+    known = plan_of(one(), epochs=1, schedule=rising, horizon=3200)
+    assert (known.last_step, known.horizon, known.record()["horizon"]) == (None, 3200, 3200)
+    whole = plan_of(one(), total_tokens=3200, schedule=rising)
+    assert known.at(70).learning_rate == whole.at(70).learning_rate
+    assert known.at(1000).learning_rate == 0.0
+    assert known.table().endswith("no steps. About 3,200 tokens, which schedules go by.")
+    with pytest.raises(UserError, match="fills the run's 32"):
+        plan_of(one(), epochs=1, schedule=Cosine(warmup_tokens=40).build(), horizon=32)
     with pytest.raises(UserError, match=r"nothing bounds the run: set total_tokens .* steps, .*epochs"):
         plan_of(one())
 
@@ -320,6 +330,8 @@ def test_differences():
         "stage 2 (long): batch_size was 4, is now 8",
         "stage 2 (long): overlap_tokens was 0, is now 8",
     ]
+    assert changed(11, {"packing": "fit"}) == ["stage 2 (long): packing was concat, is now fit"]
+    assert changed(10, {"packing": "fit"}) == changed(20, None, {"packing": "fit"}) == []
     assert changed(11, seed=5) == ["seed was 0, is now 5: it decides the source of every row"]
     assert changed(50, total_tokens=1000) == ["step 50 is trained, but the plan now ends at step 22"]
     (line,) = changed(84, total_tokens=9000)
@@ -330,7 +342,11 @@ def test_differences():
 
 def test_record_is_json():
     plan = curriculum()
-    assert plan.differences(json.loads(json.dumps(plan.record())), 1952) == []
+    record = json.loads(json.dumps(plan.record()))
+    assert plan.differences(record, 1952) == []
+    for stage in record["stages"]:  # version 0.1 did not record it
+        assert stage.pop("packing") == "concat"
+    assert plan.differences(record, 1952) == []
 
 
 @pytest.mark.parametrize(
@@ -342,6 +358,8 @@ def test_record_is_json():
         ((one(batch_size=None),), {}, "batch_size=None and tokens_per_batch=None: give one"),
         ((one(tokens_per_batch=64),), {}, "batch_size=4 and tokens_per_batch=64: give one"),
         ((one(overlap=1.0),), {}, "overlap=1.0 is a fraction of a row"),
+        ((one(packing="fitt"),), {}, "packing='fitt' is not known; did you mean 'fit'?"),
+        ((one(packing="fit", overlap=0.5),), {}, "overlap=0.5 with packing='fit': rows of whole documents do not"),
         ((one(weights={"web": 0.9}),), {}, r"stage 1 \(main\): weights {'web': 0.9} sum to 0.9; they must sum to 1"),
         ((one(weights={"weeb": 1.0}),), {}, "there is no source 'weeb' in data.sources; did you mean web?"),
         ((one(weights={"x": 1.0}),), {}, "did you mean web or math or code?"),
@@ -354,7 +372,7 @@ def test_record_is_json():
             "less than 24 rows of 8 .* give 192 or more",
         ),
         ((one(name="a"), one(tokens=5)), {}, r"stage 1 \(a\): tokens=none, but only the last stage"),
-        ((one(tokens=10), one(tokens=5)), {"total_tokens": 14}, "=14, but .* sum to 15: set total_tokens=none, or "),
+        ((one(tokens=10), one(tokens=5)), {"total_tokens": 14}, "=14, but .* sum to 15: give scale_to=14 instead"),
         ((one(tokens=10), one(name="b")), {"total_tokens": 10}, r"stage 2 \(b\) cannot be reached: total_tokens=10, "),
         ((one(), one(seq_len=-8)), {}, r"stage 2 \(main\): seq_len=-8: give 1 or more"),
         ((one(tokens=0), one()), {}, r"stage 1 \(main\): tokens=0: give 1 or more"),

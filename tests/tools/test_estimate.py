@@ -68,7 +68,7 @@ def test_1b(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["memory_gb"] == pytest.approx(9.8, rel=0.05)
     printed = capsys.readouterr().out
     assert "1/1 main" in printed
-    assert "2.00 dollars a chip-hour" in printed
+    assert "2.00 dollars per chip-hour" in printed
 
 
 def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:

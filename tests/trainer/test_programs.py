@@ -89,7 +89,7 @@ def test_each_stage_gets_the_fewest_micro_batches_that_fit(fake: Fake, caplog: p
     stages = StagePrograms(make_components(), PLAN, None, limit=20_000)  # 190 tokens at once
     with caplog.at_level(logging.INFO, "jaxtrain"):
         assert [stages.program(*shape).micro_batches for shape in stages.shapes] == [4, 4, 8]
-    assert "Stage 3 (long): 8 micro-batches of 2 x 64 tokens: 1.38e-05 of 2e-05 GB a device" in caplog.text
+    assert "Stage 3 (long): 8 micro-batches of 2 x 64 tokens: 1.38e-05 of 2e-05 GB per device" in caplog.text
     compiles = len(fake.compiles)
     stages.get(16, 64)
     assert len(fake.compiles) == compiles

@@ -169,7 +169,7 @@ class _Measured:
 
     def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
         gc.collect()
-        gc.freeze()  # as in a run: see trainer.loop.only_new_garbage
+        gc.freeze()  # as in a run: see trainer.loop.frozen_gc
         watch = Stopwatch()
         first, resident, states = None, 0.0, {}
         with stream.batches(self._data, self.plan, tokenizer) as batches:

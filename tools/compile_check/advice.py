@@ -30,7 +30,7 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
     for other in _meshes(components, longest, [stage["batch_size"] for stage in misfits]):
         flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in other.items() if size != mesh[axis])
         said.append(
-            f"  - {flags}: state {state_bytes(model, optimizer, other) / 1e9:.2f} GB a chip (now {now / 1e9:.2f}), "
+            f"  - {flags}: state {state_bytes(model, optimizer, other) / 1e9:.2f} GB per chip (now {now / 1e9:.2f}), "
             f"{longest // other['context']:,} tokens of a row (now {longest // mesh['context']:,})"
         )
     chunk = "--config.loss.chunk_tokens=N, lower: fewer logits at once"

@@ -269,7 +269,7 @@ class HubBytes(HttpBytes):
 
 # At exit the client's own handler closes its connections, and a thread that waits for one waits for the whole
 # time-out: the gate must close first, and so be registered after the client's import.
-_close_gate_first = functools.cache(gate.be_first)
+_close_gate_first = functools.cache(gate.close_first)
 
 
 def _session() -> Any:

@@ -39,7 +39,7 @@ class Gate:
             self.changed.notify_all()
 
     @contextlib.contextmanager
-    def letting_go(self) -> Iterator[None]:
+    def releasing(self) -> Iterator[None]:
         """For dropping C++ objects that hold Python objects (a half-read file), which calls back into Python.
 
         A thread that is already inside may enter, and so may the thread that ends the interpreter.
@@ -50,7 +50,7 @@ class Gate:
             with self:
                 yield
 
-    def be_first(self) -> None:
+    def close_first(self) -> None:
         """Makes the gate close before all exit handlers registered so far. Call it after importing a client library."""
         atexit.unregister(self.close)
         atexit.register(self.close)
@@ -67,7 +67,7 @@ class Gate:
 
 
 gate = Gate()
-gate.be_first()
+gate.close_first()
 
 
 def guarded(items: Generator[T, None, None]) -> Iterator[T]:
@@ -80,5 +80,5 @@ def guarded(items: Generator[T, None, None]) -> Iterator[T]:
                 return
             yield item
     finally:
-        with gate.letting_go():
+        with gate.releasing():
             items.close()

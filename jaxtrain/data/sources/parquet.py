@@ -159,7 +159,7 @@ class ParquetFiles:
             self.forget(file)
             raise CorruptError(f"{source.what} cannot be decoded ({error})", source.what, decoded) from None
         finally:
-            with gate.letting_go():
+            with gate.releasing():
                 reader = None
 
     def _batches(

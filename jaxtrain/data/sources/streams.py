@@ -43,7 +43,7 @@ def read_now(identity: Json) -> Json:
     return {**identity, "reader": reader_version(identity["builder"], identity["files"])}
 
 
-def distrusted(identity: Json, columns: Sequence[str], is_stored: bool) -> str | None:
+def misread_reason(identity: Json, columns: Sequence[str], is_stored: bool) -> str | None:
     """Why version 0.1 read other documents than this version does; None if it did not.
 
     Args:

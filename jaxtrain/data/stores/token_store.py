@@ -19,7 +19,7 @@ import numpy as np
 from jaxtrain import cli
 from jaxtrain.data.io import names
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.sources.streams import distrusted
+from jaxtrain.data.sources.streams import misread_reason
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords, Shard
 from jaxtrain.data.token_arrays import TokenArrays
@@ -243,7 +243,7 @@ def check(
         has = {**names.comparable(manifest.source), **{f"config's {name}": has[name] for name in patterns}}
     has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
     lines = manifest.differences(has, wanted, config, tokenizer)
-    if not lines and (reason := _misread(manifest, folder, config, tokenizer)):
+    if not lines and (reason := _misread_reason(manifest, folder, config, tokenizer)):
         lines.append(f"  source: version 0.1 read its files; {reason}")
     if lines:
         raise UserError(
@@ -252,13 +252,13 @@ def check(
         )
 
 
-def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
+def _misread_reason(manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
     """Why the store may hold other documents than its files do; None if it does not."""
     source = manifest.source
     if source.get("kind") != "huggingface":
         return None
     if source["builder"] != "json" or source.get("reader", 1) > 1:
-        return distrusted(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
+        return misread_reason(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
     if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
         return "a text that is not a string turned later texts into JSON, and transforms hide whether one did"
     # Version 0.1 misread everything from such a text to the file's end, so the last rows show it.
@@ -271,4 +271,4 @@ def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokeniz
                 text = tokenizer.decode(block["text"][row : row + 1].ids.tolist()).strip()
                 if len(text) > 1 and text[0] == text[-1] == '"':
                     return f"a text in {manifest.names[number]} that is not a string turned later texts into JSON"
-    return distrusted(source, (), is_stored=True)
+    return misread_reason(source, (), is_stored=True)

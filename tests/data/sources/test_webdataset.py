@@ -10,8 +10,9 @@ import pytest
 from jaxtrain.data.io import compression, retry
 from jaxtrain.data.io import tar as tar_reader
 from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.data.io.locations import braces
 from jaxtrain.data.pipeline import DataConfig, resolve
-from jaxtrain.data.sources.webdataset import WebDataset, braces
+from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.transforms import AtLeast, Template
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.plan import Stage
@@ -374,7 +375,7 @@ def test_a_shard_that_is_broken_at_its_origin_is_named(hub: LoopbackHub, tmp_pat
 
 def test_a_shard_larger_than_the_limit_is_refused_at_the_start(hub: LoopbackHub, tmp_path):
     data = DataConfig(sources={"web": publish(hub, [shard([]), shard(documents(300))], "tar")})
-    with pytest.raises(UserError, match=r"^source 'web': .*s-01\.tar has 0\.001 GB, more than the disk cache"):
+    with pytest.raises(UserError, match=r"^source 'web': .*s-01\.tar has 0\.\d+ MB, more than the disk cache"):
         resolve(data, cache=DiskCache(tmp_path, 20_000 / 1e9))
     data.max_disk_gb = 0
     cache = data.cache(str(tmp_path))

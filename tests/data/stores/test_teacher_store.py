@@ -127,12 +127,13 @@ def batches(
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_every_token_gets_its_own_record(name: str, lanes: int, tmp_path: pathlib.Path) -> None:
-    """Two epochs of shuffled, overlapping rows of two lengths, in any cut."""
+    """Two epochs of shuffled rows of three lengths, overlapping, by best fit and cut."""
     config = SOURCES[name]
     write(job(config, tmp_path, add_bos=lanes == 2))
     data = DataConfig(sources={"a": config}, num_lanes=lanes, shuffle_window=8, holdout=0.1, add_bos=lanes == 2)
     stages = [
         Stage(seq_len=5, batch_size=8, overlap=0.4, tokens=400),
+        Stage(seq_len=12, batch_size=8, tokens=960, packing="fit"),
         Stage(seq_len=64, batch_size=4, tokens=64 * 4 * 30),
     ]
     seen = 0
