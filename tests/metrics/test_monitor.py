@@ -41,6 +41,7 @@ def step_of(step: int, tokens_after: int) -> StepPlan:
         learning_rate=6e-4,
         ce_weight=1.0,
         kd_weight=0.0,
+        fit=False,
         masked_from=512 * 8,
     )
 
