@@ -7,7 +7,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.data.lanes import STATE_FIELDS
-from jaxtrain.distributed.consensus import largest
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan, StagePlan
@@ -32,8 +31,8 @@ def gather(states: Mapping[int, np.ndarray], num_lanes: int) -> np.ndarray:
     if jax.process_count() > 1:
         # Each host sends only its own lanes, padded to the largest count of any host. If 4,096 hosts each sent a table
         # of 16,384 lanes and 3 sources, every host would receive 16 GB.
-        rows = largest(len(lanes_N))
-        mine = np.full((rows, 1 + states_NSF[0].size), -1, np.int64)
+        most = int(np.max(multihost_utils.process_allgather(np.array([len(lanes_N)], np.uint32))))
+        mine = np.full((most, 1 + states_NSF[0].size), -1, np.int64)
         mine[: len(lanes_N), 0] = lanes_N
         mine[: len(lanes_N), 1:] = states_NSF.reshape(len(lanes_N), -1)
         # As pairs of uint32: without x64 mode the gather silently truncates int64 to 32 bits.
