@@ -26,7 +26,7 @@ def stages(batch_sizes: Sequence[int], tokens_per_million: int) -> tuple[Stage, 
 
     Args:
         batch_sizes: rows per batch, one for each stage.
-        tokens_per_million: number of tokens that stand for a million of the table's.
+        tokens_per_million: number of tokens to train for each million in the table.
     """
     return tuple(
         Stage(

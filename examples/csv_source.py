@@ -25,7 +25,7 @@ class CSVFiles:
     Attributes:
         folder: Where the files are.
         column: The column that holds the text.
-        max_samples: Documents to read at most in an epoch; None for all.
+        max_samples: Maximum documents to read per epoch; None for all.
         transforms: Applied to each document in order.
     """
 
@@ -42,19 +42,19 @@ class CSVFiles:
         digest = hashlib.sha256(repr((self.column, names, sizes)).encode()).hexdigest()[:16]
         found = Resolved(self.folder, self.column, names, {"kind": "csv", "files": digest})
         if identity is not None and identity["files"] != digest:
-            raise UserError(f"folder={self.folder}: its files have changed since the checkpoint; put them back")
+            raise UserError(f"folder={self.folder}: its files have changed since the checkpoint; restore them")
         return found
 
 
 @dataclasses.dataclass
 class Resolved:
-    """Implements interfaces.Source. Safe for several threads: it keeps no open file."""
+    """Implements interfaces.Source. Thread-safe: it keeps no open file."""
 
     folder: str
     column: str
     files: Sequence[str]
     identity: Json
-    random_access: bool = False  # a row is found by reading those before it
+    random_access: bool = False  # reaching a row requires reading all rows before it
 
     def row_groups(self, file: int) -> list[int]:
         raise NotImplementedError("only random-access files have row groups")

@@ -29,7 +29,7 @@ class LabelSmoothing:
 
     def check(self) -> None:
         if not 0 <= self.smoothing < 1:
-            raise UserError(f"smoothing={self.smoothing}: a share from 0 to below 1 is needed; 0.1 is usual.")
+            raise UserError(f"smoothing={self.smoothing}: give 0 or more, below 1; 0.1 is usual.")
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
         def loss(x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array, mask_C: jax.Array) -> dict[str, jax.Array]:

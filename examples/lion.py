@@ -16,7 +16,7 @@ from jaxtrain.optim.base import OptaxConfig
 
 @dataclasses.dataclass(kw_only=True)
 class Lion(OptaxConfig):
-    """Lion. Its rates are 3 to 10 times lower than AdamW's, and its decay as many times higher.
+    """Lion. Its rates are 3 to 10 times lower than AdamW's, and its weight decay is higher by the same factor.
 
     Attributes:
         betas: Decay rates of the interpolation and of the momentum.

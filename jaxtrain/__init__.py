@@ -28,7 +28,7 @@ __all__ = ["batches", "documents", "generate", "load_config", "restore", "train"
 
 
 def load_config(path: str, *overrides: str) -> Config:
-    """The config of a Python file, with overrides applied, checked.
+    """Loads the config of a Python file, applies overrides, and checks it.
 
     Args:
         path: "configs/1b.py", or "configs/pretrain.py:small", where "small" is passed to `get_config`.
@@ -43,17 +43,18 @@ def load_config(path: str, *overrides: str) -> Config:
 
 
 def train(config: Config, workdir: str) -> int:
-    """Trains, or goes on training, in a work directory, as `python -m jaxtrain.main` does.
+    """Trains in a work directory, resuming if it has a checkpoint, as `python -m jaxtrain.main` does.
 
     Args:
         config: from `load_config`, or built in Python.
-        workdir: a local folder or a gs:// or s3:// URL. One with a checkpoint is resumed.
+        workdir: a local folder or a gs:// or s3:// URL.
 
     Returns:
-        0 when the run is complete; 75 when SIGTERM or SIGINT stopped it after a checkpoint: call it again to go on.
+        0 when the run is complete; 75 when SIGTERM or SIGINT stopped it after a checkpoint: call it again to continue.
 
     Raises:
-        UserError: What has to change. TransientError: an outage past `data.retry_minutes`.
+        UserError: The user must change something.
+        TransientError: An outage outlasted `data.retry_minutes`.
     """
     from jaxtrain import cli
     from jaxtrain.trainer import loop
@@ -63,7 +64,7 @@ def train(config: Config, workdir: str) -> int:
 
 
 def restore(workdir: str, step: int | None = None) -> Restored:
-    """Model, tokenizer and parameters of a checkpoint, by what the checkpoint says of itself.
+    """Restores model, tokenizer and parameters of a checkpoint. The checkpoint itself describes them.
 
     Args:
         workdir: a work directory.
@@ -90,7 +91,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """The continuation of each prompt, up to the end-of-document token.
+    """Continues each prompt, up to the end-of-document token.
 
     Args:
         restored: from `restore`.
@@ -138,20 +139,20 @@ def documents(
 ) -> grain.IterDataset:
     """The documents of one shard of a source, as a Grain dataset with exact, JSON-small state.
 
-    Shards are disjoint and together the whole source, in every epoch. Which documents a shard yields, in which order,
-    depends on the arguments alone. Outages are waited out and change nothing.
+    In every epoch, the shards are disjoint and together cover the source. Which documents a shard yields, in which
+    order, depends only on the arguments. Outages delay but do not change the stream.
 
     Args:
         source: such as `HuggingFace(name="HuggingFaceFW/fineweb-edu")`, `WebDataset(...)` or `TextFiles(...)`.
         shard: which shard, 0 to num_shards - 1; usually the process's index.
         num_shards: how many shards there are; usually the number of processes.
-        name: keys the shuffle and the holdout, as a source's name in a config does.
+        name: keys the shuffle and the holdout, like a source's name in a config.
         seed: of the shuffle.
         shuffle: permute files (or row groups) each epoch, and rows within windows; False keeps the files' order.
         shuffle_window: rows that are permuted together.
         holdout: the fraction of documents that is held out, 0 to below 1.
         held_out: yield the held-out documents instead of the others.
-        epochs: how often the source is read; None for ever.
+        epochs: number of times the source is read; None for no limit.
         retry_minutes: how long an outage may last.
 
     Returns:
@@ -159,8 +160,8 @@ def documents(
         JSON; map, filter, batch, mix, prefetch and Grain's Orbax handler work with it.
 
     Raises:
-        UserError: While iterating: a source that is not there, or a state of other documents.
-        TransientError: While iterating: an outage past `retry_minutes`.
+        UserError: While iterating: the source does not exist, or a state belongs to other documents.
+        TransientError: While iterating: an outage outlasted `retry_minutes`.
     """
     from jaxtrain.data.documents import DocumentDataset
 
@@ -188,20 +189,20 @@ def batches(
 
     Args:
         config: from `load_config`, or built in Python. Model, optimizer and mesh do not matter here.
-        workdir: where the tokenizer, token stores, caches and checkpoints of the run are; needed if the config trains
-            its tokenizer.
-        step: the last step that is done already: the first batch is that of `step` + 1. With a work directory, its
-            newest checkpoint up to `step` is where reading begins; without, all batches before are read and dropped.
-        shard: which part of every batch's rows, 0 to num_shards - 1.
-        num_shards: how many parts; it divides `data.num_lanes`. Part i has rows [i * B / n, (i + 1) * B / n).
+        workdir: the folder with the run's tokenizer, token stores, caches and checkpoints; required if the config
+            trains its tokenizer.
+        step: the last step already done: the first batch is that of `step` + 1. Reading begins at the work directory's
+            newest checkpoint up to `step`; without one, all earlier batches are read and dropped.
+        shard: the part of every batch's rows to yield, 0 to num_shards - 1.
+        num_shards: number of parts; it must divide `data.num_lanes`. Part i has rows [i * B / n, (i + 1) * B / n).
 
     Returns:
         A `grain.IterDataset` of dicts of NumPy arrays [B / num_shards, T]: tokens, targets, segment_ids and positions
         (int32) and loss_mask (bool), to the end of the config's plan. Shapes change with the stage.
 
     Raises:
-        UserError: What has to change, or, from `set_state`, a state of other batches.
-        TransientError: While iterating: an outage past `data.retry_minutes`.
+        UserError: The user must change something, or a state given to `set_state` belongs to other batches.
+        TransientError: While iterating: an outage outlasted `data.retry_minutes`.
     """
     from jaxtrain.trainer.batches import BatchDataset
 

@@ -1,7 +1,8 @@
-"""The root of the config tree, and the rules that span its parts. Nobody below the loop sees the whole."""
+"""The root of the config tree, and the rules that span its parts. Nothing below the loop sees the whole config."""
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
@@ -17,18 +18,26 @@ from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
 
 
+def reaches_multiple(at: StepPlan, tokens: int) -> bool:
+    """Whether a step reaches a multiple of `tokens` trained tokens."""
+    return at.tokens_after // tokens > at.tokens_before // tokens
+
+
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig:
     """Evaluation on the documents that `data.holdout` keeps out of training.
 
     Attributes:
         every_steps: Evaluate every N steps, and at the end.
-        every_tokens: Evaluate every N trained tokens, after the step that reaches them, and at the end, whatever the
+        every_tokens: Evaluate every N trained tokens, after the step that reaches them, and at the end, independent of
             batch sizes. Give one of the two; without either there is no evaluation.
         tokens: Held-out tokens to evaluate on. To find them, about tokens / data.holdout tokens of the stream are read.
         seq_len: Tokens of a row; None for the last stage's.
         batch_size: Rows of a batch, a multiple of data.num_lanes; None for the last stage's.
         weights: The share of each source; None for the last stage's.
+        source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
+            several; 0 for none. None for `tokens` divided equally.
+        packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
     """
 
     every_steps: int | None = None
@@ -37,12 +46,16 @@ class EvalConfig:
     seq_len: int | None = None
     batch_size: int | None = None
     weights: dict[str, float] | None = None
+    source_tokens: int | None = None
+    packing: str | None = None
 
     def check(self) -> None:
         for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
+        if self.source_tokens is not None and self.source_tokens < 0:
+            raise UserError(f"source_tokens={self.source_tokens}: give 0 (no evaluation by source) or more")
         if self.every_steps is not None and self.every_tokens is not None:
             raise UserError(
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
@@ -54,27 +67,41 @@ class EvalConfig:
         return self.every_steps is not None or self.every_tokens is not None
 
     def due(self, at: StepPlan) -> bool:
-        """Whether an evaluation comes after this step: a function of the plan alone, so a resume changes nothing."""
+        """Whether an evaluation follows this step: a function of the plan alone, so a resume changes nothing."""
         if self.every_tokens is not None:
-            return at.tokens_after // self.every_tokens > at.tokens_before // self.every_tokens
+            return reaches_multiple(at, self.every_tokens)
         return self.every_steps is not None and at.step % self.every_steps == 0
 
+    def plans(self, train: Plan, num_lanes: int) -> dict[str, Plan]:
+        """The rows of an evaluation: `plan` under "", and a plan for each source if there are several."""
+        mix, names = {"": self.plan(train, num_lanes)}, train.source_names
+        tokens = self.tokens // len(names) if self.source_tokens is None else self.source_tokens
+        if len(names) == 1 or not tokens:
+            return mix
+        return mix | {name: self._plan(train, num_lanes, (name,), None, tokens) for name in names}
+
     def plan(self, train: Plan, num_lanes: int) -> Plan:
-        """The rows of an evaluation, as a plan of their own. Raises UserError."""
+        """The rows of an evaluation of the mix, as a separate plan. Raises UserError."""
+        weights = self.weights or {name: float(weight) for name, weight in train.stages[-1].weights.items()}
+        return self._plan(train, num_lanes, train.source_names, weights, self.tokens)
+
+    def _plan(
+        self, train: Plan, num_lanes: int, names: tuple[str, ...], weights: dict[str, float] | None, tokens: int
+    ) -> Plan:
         last = train.stages[-1]
-        weights = self.weights or {name: float(weight) for name, weight in last.weights.items()}
         stage = Stage(
             name="evaluation",
             seq_len=self.seq_len or last.seq_len,
             batch_size=self.batch_size or last.batch_size,
             weights=weights,
+            packing=self.packing or last.packing,
         )
         return build_plan(
             (stage,),
-            source_names=train.source_names,
+            source_names=names,
             num_lanes=num_lanes,
             seed=0,
-            total_tokens=self.tokens,
+            total_tokens=tokens,
             steps=None,
             epochs=None,
             learning_rate=0.0,
@@ -89,27 +116,30 @@ class Config:
     Attributes:
         model: Any interfaces.ModelConfig, such as LlamaConfig.
         tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
-        stages: Spans of training tokens with one sequence length, batch size and mix each; often just one.
+        stages: Consecutive parts of the run, each with its sequence length, batch size and mix; often just one.
         optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
         loss: Any interfaces.LossConfig.
         teacher: A frozen model to distill from; None for none.
         distillation: How to distill; used only with a teacher.
-        total_tokens: Where the run ends, exactly; None if the stages, `steps` or `epochs` end it.
-        steps: The most steps. The schedule stays that of total_tokens, if given.
-        epochs: How often each source is read at most; None for as often as the run needs.
-        seed: Of parameters, shuffle and mix.
-        clip_norm: The most that the gradient's global norm may be (Pascanu et al. 2013); None for no clipping.
-        micro_batch_tokens: The most tokens of a batch that a device takes at once. Gradients of micro-batches add up
-            to that of the whole batch. None for the whole batch.
-        memory_gb: The most memory (10^9 bytes) that a step may take on a device. Each stage gets the fewest
-            micro-batches, of at most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
+        total_tokens: Exact length of the run in tokens; None if the stages, `steps` or `epochs` end it.
+        scale_to: Tokens of the whole run; those of every stage are scaled in proportion. None for no scaling.
+        steps: Maximum number of steps. The schedule stays that of total_tokens, if given.
+        epochs: Maximum number of times each source is read; None for no limit.
+        seed: Seed of parameters, shuffle and mix.
+        clip_norm: Maximum global norm of the gradient (Pascanu et al. 2013); None for no clipping.
+        micro_batch_tokens: Maximum tokens per device in a micro-batch. Gradients of micro-batches add up to that of
+            the whole batch. None for the whole batch.
+        memory_gb: Maximum memory (10^9 bytes) of a step on a device. Each stage gets the fewest micro-batches, of at
+            most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
             limit if they report none (CPU).
         max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: On GPUs, use deterministic operations only, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
         sample_prompts: Texts to continue at the end of the run.
+        sample_every_tokens: Also continue them every N trained tokens, after the step that reaches them; None for the
+            end only.
     """
 
     model: ModelConfig
@@ -125,6 +155,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     total_tokens: int | None = None
+    scale_to: int | None = None
     steps: int | None = None
     epochs: int | None = None
     seed: int = 0
@@ -136,9 +167,17 @@ class Config:
     init_from: str = ""
     deterministic: bool = False
     sample_prompts: tuple[str, ...] = ()
+    sample_every_tokens: int | None = None
 
     def check(self) -> None:
-        for name in ("epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
+        for name in (
+            "scale_to",
+            "epochs",
+            "max_skipped_steps",
+            "log_every",
+            "micro_batch_tokens",
+            "sample_every_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -153,8 +192,16 @@ class Config:
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(
-                f"monitor.watchdog_minutes={watchdog:g} would end the run before data.retry_minutes="
-                f"{self.data.retry_minutes:g} ends an outage, with its cause: set it higher, or to none"
+                f"monitor.watchdog_minutes={watchdog:g} would stop the run before "
+                f"data.retry_minutes={self.data.retry_minutes:g} ends an outage and reports its cause: set it "
+                "higher, or to none"
+            )
+        if "" in self.sample_prompts:
+            raise UserError(f"sample_prompts={self.sample_prompts}: one is empty; give texts to continue")
+        if self.sample_every_tokens is not None and not self.sample_prompts:
+            raise UserError(
+                f"sample_every_tokens={self.sample_every_tokens:,} needs texts to continue: set sample_prompts, for "
+                "example to 'Once upon a time'"
             )
         self._check_bound()
         _check_path("init_from", self.init_from)
@@ -169,23 +216,29 @@ class Config:
                 )
             if self.micro_batch_tokens is not None and self.micro_batch_tokens < stage.seq_len:
                 raise UserError(
-                    f"micro_batch_tokens={self.micro_batch_tokens}: a device takes whole rows, and those of stage "
-                    f"{stage.index} ({stage.name}) have {stage.seq_len} tokens; give that or more"
+                    f"micro_batch_tokens={self.micro_batch_tokens}: a device processes whole rows, and a row of "
+                    f"stage {stage.index} ({stage.name}) has {stage.seq_len} tokens; give that or more"
                 )
         if self.eval.is_on:
             self._check_eval(plan)
 
     def _check_bound(self) -> None:
-        """A run over sources without an end needs one. (A plan knows no sources' sizes: it would say less.)"""
+        """Unbounded sources need a bounded run. (The plan does not know the sources, so its message says less.)"""
         unbounded = [name for name, source in self.data.sources.items() if source.max_samples is None]
-        bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
+        bounds = {
+            self.total_tokens,
+            self.scale_to,
+            self.steps,
+            self.epochs,
+            *(stage.tokens for stage in self.stages[-1:]),
+        }
         if unbounded and self.stages and bounds == {None}:
             raise UserError(
-                "max_samples MUST be specified for streaming datasets! Nothing says where the run ends, and "
-                f"{' and '.join(unbounded)} would be read for ever. Set one of\n"
+                "max_samples MUST be specified for streaming datasets! Nothing bounds the run, and "
+                f"{' and '.join(unbounded)} would be read forever. Set one of\n"
                 f"  data.sources.{unbounded[0]}.max_samples (documents) and epochs=1: 1,000 to 10,000 for a quick "
-                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium one, "
-                "10M to 100M for a large one, at about 1,000 tokens each;\n"
+                "test, 10,000 to 100,000 for development, 100,000 to 1M for a small run, 1M to 10M for a medium "
+                "one, 10M to 100M for a large one, at about 1,000 tokens each;\n"
                 "  total_tokens (for example 1000000000), steps, tokens of the last stage, or epochs.\n"
                 'See "How to choose max_samples" in docs/data.md.'
             )
@@ -203,24 +256,46 @@ class Config:
                 raise UserError(f"eval.weights: there is no source {name!r}; did you mean {' or '.join(near)}?")
         self.eval.plan(plan, self.data.num_lanes)
 
-    def plan(self) -> Plan:
-        """The run as a pure function of the step. Raises UserError."""
+    def plan(self, horizon: int | None = None) -> Plan:
+        """The run as a pure function of the step. Raises UserError.
+
+        Args:
+            horizon: See `build_plan`.
+        """
+        stages, total_tokens = self._scaled()
         return build_plan(
-            self.stages,
+            stages,
             source_names=tuple(self.data.sources),
             num_lanes=self.data.num_lanes,
             seed=self.seed,
-            total_tokens=self.total_tokens,
+            total_tokens=total_tokens,
             steps=self.steps,
             epochs=self.epochs,
+            horizon=horizon,
             learning_rate=self.optimizer.learning_rate,
             schedule=self.optimizer.schedule.build(),
             loss_weights=CROSS_ENTROPY_ALONE if self.teacher is None else self.distillation.weights(),
         )
 
+    def _scaled(self) -> tuple[tuple[Stage, ...], int | None]:
+        """The stages and total_tokens, in proportion to `scale_to`."""
+        if self.scale_to is None or not self.stages:
+            return self.stages, self.total_tokens
+        ends = list(itertools.accumulate(stage.tokens or 0 for stage in self.stages))
+        # The target was for the stages as they are.
+        total = self.total_tokens if self.stages[-1].tokens is None else ends[-1]
+        if total is None:
+            raise UserError(f"scale_to={self.scale_to:,} scales the stages' tokens: give those of the last stage too")
+        bounds = [0, *(end * self.scale_to // total for end in ends)]
+        scaled = tuple(
+            stage if stage.tokens is None else dataclasses.replace(stage, tokens=end - start)
+            for stage, (start, end) in zip(self.stages, itertools.pairwise(bounds), strict=True)
+        )
+        return scaled, self.scale_to
+
 
 def _check_path(field: str, value: str) -> None:
-    """A mistyped folder looks like a model of the Hub, and would be asked for there until the network gives up."""
+    """Catches a mistyped folder, which would be looked up on the Hub until a timeout."""
     where = pathlib.Path(value).expanduser()
     if not value or "://" in value or where.exists():
         return

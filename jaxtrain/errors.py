@@ -6,10 +6,10 @@ class UserError(ValueError):
 
 
 class TransientError(Exception):
-    """A fault that may pass: 5xx, 429, resets, timeouts, short reads.
+    """A fault that may be temporary: 5xx, 429, resets, timeouts, short reads.
 
     Attributes:
-        retry_after: Seconds that the server asked to wait, if it did.
+        retry_after: Seconds that the server asked to wait, if any.
     """
 
     def __init__(self, message: str, retry_after: float | None = None):
@@ -18,7 +18,7 @@ class TransientError(Exception):
 
 
 class FollowedError(Exception):
-    """Raised because another process failed; that process says why."""
+    """Raised because another process failed; that process reports the reason."""
 
 
 class CorruptError(Exception):
@@ -27,7 +27,7 @@ class CorruptError(Exception):
     Attributes:
         file: The file's name in its source.
         row: The first bad row.
-        source: The source's name in `data.sources`, "" if not known (yet).
+        source: The source's name in `data.sources`; "" if not known yet.
     """
 
     def __init__(self, message: str, file: str, row: int, source: str = ""):

@@ -2,7 +2,7 @@
 
 Each is a protocol. A component from outside the package implements one, and its config, a keyword-only dataclass whose
 `build` or `resolve` makes it, goes into the root config; nothing has to be registered. CONTRIBUTING.md has a guide for
-each, and `examples/` has one file for each. This module imports no JAX: `Array` stands for `jax.Array`.
+each, and `examples/` has one file for each. This module does not import JAX: `Array` is `jax.Array`.
 
 Shape legend, used as suffixes of names (x_BTD is [batch, time, model width]):
     B rows of a batch        T tokens of a row (seq_len)     V vocabulary
@@ -48,9 +48,9 @@ class Dataclass(Protocol):
 class ModelConfig(Dataclass, Protocol):
     """A dataclass that describes a model.
 
-    Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` say how the model is computed, and may change at
-    a resume. All others say what it is; a resume refuses a change. As a frozen teacher it gets the teacher's `dtype`,
-    remat="none", scan_layers=True and attention="auto", as far as it has these fields.
+    Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` determine how the model is computed, and may
+    change at a resume. All others determine what it computes; a resume refuses a change. A frozen teacher gets the
+    teacher's `dtype`, remat="none", scan_layers=True and attention="auto", if it has these fields.
     """
 
     @property
@@ -112,7 +112,7 @@ class Model(Protocol):
 
     @abc.abstractmethod
     def init(self, key: Array) -> Params:
-        """Fresh parameters. Runs under jit with `out_shardings`, so that they are born sharded."""
+        """Fresh parameters. Runs under jit with `out_shardings`, so they are created sharded."""
         ...
 
     @abc.abstractmethod
@@ -131,7 +131,7 @@ class Model(Protocol):
         ...
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        """Options of XLA that a program with this model's layers needs. The shape is that of a micro-batch."""
+        """Options of XLA that a program with this model's layers needs. The shape is a micro-batch's."""
         ...
 
     def memory_advice(self) -> tuple[str, ...]:
@@ -216,7 +216,7 @@ class Optimizer(Protocol):
     """Pure functions, called inside `jax.jit`."""
 
     def init(self, params: Params, /) -> Any:
-        """The state: a tree of arrays. What has a parameter's shape under the parameter's path is sharded like it."""
+        """The state: a tree of arrays. An array with a parameter's path and shape is sharded like the parameter."""
         ...
 
     def update(self, grads: Params, state: Any, params: Params, learning_rate: Array, /) -> tuple[Params, Any]:
@@ -224,7 +224,7 @@ class Optimizer(Protocol):
 
         Args:
             grads: The mean gradient, clipped, fp32.
-            learning_rate: fp32 scalar, the schedule included. Weight decay is this method's.
+            learning_rate: fp32 scalar, including the schedule. This method applies weight decay.
         """
         ...
 
@@ -234,14 +234,14 @@ class OptimizerConfig(Dataclass, Protocol):
 
     Attributes:
         learning_rate: The peak rate.
-        schedule: Scales the peak rate as training goes on.
+        schedule: Scales the peak rate over the run.
     """
 
     learning_rate: float
     schedule: ScheduleConfig
 
     def build(self, axes: Axes, mesh: Mesh | None) -> Optimizer:
-        """axes: the parameters' logical axes, which tell matrices, embeddings and biases apart."""
+        """axes: the parameters' logical axes, which distinguish matrices, embeddings and biases."""
         ...
 
 
@@ -255,7 +255,7 @@ class Tokenizer(Protocol):
         vocab_size: All ids are below it.
         eos_id: Ends every document.
         bos_id: Begins every document if `data.add_bos` is set; None if there is none.
-        token_bytes: int32 [V], the bytes of text that a token stands for; 0 for special tokens.
+        token_bytes: int32 [V], the bytes of a token's text; 0 for special tokens.
         identity: {"kind", "hash", "vocab_size", "eos_id", "bos_id", "probe"}; a resume refuses another one.
     """
 
@@ -293,7 +293,7 @@ class Source(Protocol):
 
     @property
     def identity(self) -> Json:
-        """What makes it the same data again: `SourceConfig.resolve(identity)` returns this source. Checkpointed."""
+        """Identifies the data: `SourceConfig.resolve(identity)` returns this source again. Checkpointed."""
         ...
 
     @property
@@ -328,7 +328,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class CacheableSource(Source, Protocol):
-    """A source that reads its files as `Bytes` (data/io/byte_ranges.py), so that a disk cache can stand in between."""
+    """A source that reads its files as `Bytes` (data/io/byte_ranges.py), so that a disk cache can sit in between."""
 
     @property
     def needs_cache(self) -> bool:
@@ -337,13 +337,13 @@ class CacheableSource(Source, Protocol):
 
     @property
     def file_bytes(self) -> Sequence[int] | None:
-        """The sizes of all files, or None if nobody has asked."""
+        """The sizes of all files, or None if they have not been looked up."""
         ...
 
     def through(self, cached: Callable[[Any, str], Any]) -> "Source":
         """The same source and identity with each file's Bytes replaced by `cached(bytes, key)`.
 
-        The key names the file and its version among all sources, for good.
+        The key is a lasting name of the file and its version, unique among all sources.
         """
         ...
 
@@ -363,7 +363,7 @@ class SourceConfig(Dataclass, Protocol):
     """A dataclass that names a source.
 
     Attributes:
-        max_samples: Documents to read at most in an epoch; None for all.
+        max_samples: Maximum documents to read per epoch; None for all.
         transforms: Applied to each document in order.
     """
 
@@ -371,7 +371,7 @@ class SourceConfig(Dataclass, Protocol):
     transforms: tuple[Transform, ...]
 
     def resolve(self, identity: Json | None = None) -> Source:
-        """Does the network work, once, at start.
+        """Does the network access, once, at start.
 
         Args:
             identity: None looks the data up now; one from a checkpoint gives exactly what it had.
@@ -383,6 +383,6 @@ def versioned(identity: Json) -> Json:
     """The identity with its naming and reader versions, 1 if it lacks them.
 
     Files' names key shuffle, holdout, skips, stores and caches, and readers decide what a row holds. A source that
-    changes either records a higher version, and reads an older identity as it was read then, or refuses it.
+    changes either records a higher version, and reads an older identity as the older version did, or refuses it.
     """
     return {"naming": 1, "reader": 1, **identity}

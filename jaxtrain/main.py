@@ -16,8 +16,8 @@ def _stop_at_once(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    # Before the other imports, which take 0.3 s: only in the interpreter's own start (20 ms) do signals still end it
-    # with 130 or 143. `nohup` ignores SIGHUP, and that stays so.
+    # Before the other imports, which take 0.3 s: signals end the process with 130 or 143 only during the interpreter's
+    # own start (20 ms). `nohup` ignores SIGHUP, and that stays so.
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if _number != signal.SIGHUP or signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, _stop_at_once)
@@ -53,7 +53,7 @@ COMMAND = cli.Command(
             help="HOST:PORT of process 0, if no launcher or cluster sets it; with --num_processes and --process_id",
         ),
         cli.Flag(name="num_processes", type=int | None, default=None, help="how many processes run this command"),
-        cli.Flag(name="process_id", type=int | None, default=None, help="which of them this is: 0, 1, ..."),
+        cli.Flag(name="process_id", type=int | None, default=None, help="the number of this process: 0, 1, ..."),
     ),
     resumes=True,
 )
@@ -65,7 +65,7 @@ _kept: list[object] = []
 
 def main(flags: cli.Flags) -> int:
     workdir = cli.workdir_of(flags)
-    # As launchers set them.
+    # The variables that launchers set.
     for name, value in (
         ("JAX_COORDINATOR_ADDRESS", flags.coordinator),
         ("JAX_NUM_PROCESSES", flags.num_processes),
@@ -74,7 +74,7 @@ def main(flags: cli.Flags) -> int:
         if value is not None:
             os.environ[name] = str(value)
     config = flags.load_config()
-    # Importing JAX takes seconds: only once the config is known to be right.
+    # Importing JAX takes seconds, so check the config first.
     from jaxtrain.trainer import loop
 
     return loop.run(config, workdir, flags.dry_run, _kept)

@@ -70,7 +70,10 @@ def main() -> int:
         return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
     count, command, devices = int(sys.argv[1]), sys.argv[2:], gpus()
     if devices and len(devices) < count:
-        print(f"launch/local.sh: {count} processes, but only {len(devices)} GPU(s): start no more", file=sys.stderr)
+        print(
+            f"launch/local.sh: {count} processes, but only {len(devices)} GPU(s): start at most that many",
+            file=sys.stderr,
+        )
         return 2
     processes: list[subprocess.Popen[bytes]] = []
 

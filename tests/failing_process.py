@@ -34,13 +34,13 @@ def main(flags: cli.Flags) -> int:
     index, _, how = flags.failing.partition(":")
     processes.HEARTBEAT_SECONDS = 10
     processes.join(deterministic=False)
-    with console_logging(), processes.failures_told():
+    with console_logging(), processes.failures_announced():
         for step in range(4):
             if step == 2 and jax.process_index() == int(index) and how != "nothing":
                 fail(how)
             total = multihost_utils.process_allgather(np.array([step])).sum()
             assert total == step * jax.process_count()
-    processes.leave_together()
+    processes.exit_together()
     print(f"left together {jax.process_index()}", flush=True)
     return 0
 

@@ -189,7 +189,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
             shuffle_window=4,
         ),
         stages=(
-            Stage(name="short", seq_len=16, batch_size=8, tokens=4 * 128, weights={"a": 1.0}),
+            Stage(name="short", seq_len=16, batch_size=8, tokens=4 * 128, weights={"a": 1.0}, packing="fit"),
             Stage(name="long", seq_len=32, batch_size=8, weights={"a": 0.5, "b": 0.5}, overlap=0.25),
         ),
         steps=9,

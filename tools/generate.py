@@ -21,7 +21,7 @@ COMMAND = cli.Command(
     ),
     flags=(
         cli.Flag(name="workdir", help="the run's work directory"),
-        cli.Flag(name="prompt", type=str | None, default=None, help="what to continue"),
+        cli.Flag(name="prompt", type=str | None, default=None, help="the text to continue"),
         cli.Flag(name="prompts", type=str | None, default=None, help="a file with one prompt per line; - for stdin"),
         cli.Flag(name="samples", type=int, default=1, help="continuations of each prompt"),
         cli.Flag(
@@ -33,9 +33,12 @@ COMMAND = cli.Command(
         cli.Flag(name="temperature", type=float, default=0.8, help="0 always takes the likeliest token"),
         cli.Flag(name="top_k", type=int | None, default=50, help="sample among the k likeliest tokens; none: all"),
         cli.Flag(
-            name="top_p", type=float, default=1.0, help="sample among the likeliest tokens that together reach it"
+            name="top_p",
+            type=float,
+            default=1.0,
+            help="sample among the likeliest tokens with this total probability",
         ),
-        cli.Flag(name="seed", type=int, default=0, help="another seed gives other texts"),
+        cli.Flag(name="seed", type=int, default=0, help="seed of the random numbers"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
         cli.Flag(
             name="json", type=str | None, default=None, help="also write the texts here, one JSON object per line"

@@ -7,9 +7,9 @@ from jaxtrain import cli
 COMMAND = cli.Command(
     name="python -m tools.import_hf",
     description=(
-        "Writes the parameters as a checkpoint and the tokenizer's files next to it, and prints what a config needs to "
-        "go on from them. (config.init_from takes a Hugging Face model as it is, too; this makes a copy that needs no "
-        "network.)"
+        "Writes the parameters as a checkpoint and the tokenizer's files next to it, and prints what a config needs "
+        "to start from them. (config.init_from also takes a Hugging Face model directly; this makes a copy that needs "
+        "no network.)"
     ),
     examples=(
         "python -m tools.import_hf HuggingFaceTB/SmolLM2-135M --output=models/smollm2",

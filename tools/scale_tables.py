@@ -90,8 +90,8 @@ def table(chip: str, results: dict[str, Json]) -> list[str]:
         f"## {chip}: {about.memory / (1 << 30):g} GiB, {about.flops / 1e12:g} TFLOP/s, {about.bandwidth / 1e9:g} GB/s; "
         f"links {about.links / 1e9:g} GB/s, to {network} {about.network / 1e9:g}",
         "",
-        "| model | cluster | mesh | micro-batches | GB a chip | fits | sent by a chip and step, GB (links + network) | "
-        "roofline tokens/s (a chip) | MFU at most | bound by |",
+        "| model | cluster | mesh | micro-batches | GB per chip | fits | sent per chip and step, GB (links + network) "
+        "| roofline tokens/s (per chip) | MFU at most | bound by |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for config, shape, slices in rows(chip):

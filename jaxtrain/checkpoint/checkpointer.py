@@ -2,8 +2,8 @@
 
 `checkpoints/<step>/` holds one item for each key of the state (`params`, `opt`, `meta`), the JSON item `data`, and a
 list of its files with checksums, written just before the commit (integrity.py). Orbax writes in the background. A start
-verifies the newest checkpoint; a damaged one is moved aside (`<step>.corrupt`) and the run resumes from the newest that
-is whole. Data state and weights always belong to one step, so what follows is still exact.
+verifies the newest checkpoint; a damaged one is moved aside (`<step>.corrupt`) and the run resumes from the newest
+intact one. Data state and weights always belong to one step, so the continuation is still exact.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: Save every N steps.
-        every_minutes: Save also once the last save is this many minutes old, by process 0's clock; None: never.
-        keep: How many of the newest to keep, at least 1.
-        keep_every: Keep those of every N-th step forever; None: none.
-        keep_best: How many of the best to keep by evaluation loss, among those saved at an evaluated step.
+        every_minutes: Also save once the last save is this many minutes old, by process 0's clock; None: never.
+        keep: Number of the newest checkpoints to keep, at least 1.
+        keep_every: Keep the checkpoint of every N-th step forever; None: none.
+        keep_best: Number of checkpoints with the lowest evaluation loss to keep, among those of evaluated steps.
     """
 
     every_steps: int = 1000
@@ -57,23 +57,23 @@ class CheckpointConfig:
 
     def check(self) -> None:
         if self.every_steps < 1:
-            raise UserError(f"every_steps={self.every_steps}: steps between two checkpoints, must be 1 or more.")
+            raise UserError(f"every_steps={self.every_steps}: the steps between two checkpoints must be 1 or more.")
         if self.every_minutes is not None and not self.every_minutes > 0:
             raise UserError(f"every_minutes={self.every_minutes}: must be above 0, or None to save by steps only.")
         if self.keep < 1:
-            raise UserError(f"keep={self.keep}: the newest checkpoint is what a resume needs; must be 1 or more.")
+            raise UserError(f"keep={self.keep}: must be 1 or more, because a resume needs the newest checkpoint.")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"keep_every={self.keep_every}: must be 1 or more steps, or None to keep none forever.")
         if self.keep_best < 0:
             raise UserError(f"keep_best={self.keep_best}: must be 0 or more.")
 
     def most_at_once(self, last_step: int | None) -> int:
-        """How many checkpoints exist at the same time, including the one being written. last_step: the run's."""
+        """The most checkpoints that exist at once, including the one being written. last_step: The run's last step."""
         forever = 0 if self.keep_every is None or last_step is None else last_step // self.keep_every
         return self.keep + self.keep_best + 1 + forever
 
     def build(self, directory: epath.PathLike) -> "Checkpointer":
-        """The checkpointer of a work directory's `checkpoints`, which is made if it is missing."""
+        """The checkpointer of a work directory's `checkpoints`, created if it is missing."""
         return Checkpointer(self, directory)
 
 
@@ -84,7 +84,7 @@ class Checkpointer:
     first call of `reached_preemption` to `close` it handles SIGINT, SIGTERM and SIGHUP.
 
     Raises:
-        UserError: There are checkpoints, and none is whole.
+        UserError: There are checkpoints, and none is intact.
     """
 
     def __init__(self, config: CheckpointConfig, directory: epath.PathLike):
@@ -116,7 +116,7 @@ class Checkpointer:
                 save_root_metadata=False,
                 temporary_path_class=storage.temporary_path_class(self._directory),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                # Orbax stores metrics only if it is told what is best.
+                # Orbax stores metrics only if it has a function that ranks them.
                 best_fn=_eval_loss if config.keep_best else None,
                 best_mode="min",
                 async_options=ocp.AsyncOptions(
@@ -135,7 +135,7 @@ class Checkpointer:
         """Whether a signal asks to save and stop now. Call it once after each step, on every process."""
         reached = self._stop.reached()
         if reached:
-            logger.warning("Stopping at step %d as asked by a signal.", step)
+            logger.warning("Stopping at step %d because of a signal.", step)
         return reached
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
@@ -146,7 +146,7 @@ class Checkpointer:
         """Whether a save is due by steps or minutes. Call it once after each step, on every process.
 
         Raises:
-            UserError: An earlier save failed in the background because of the storage; else what it raised.
+            UserError: The storage refused an earlier save. Other errors of that save are raised too.
         """
         with self._explained():
             self._background.check()
@@ -162,22 +162,22 @@ class Checkpointer:
         Args:
             step: The step just taken.
             state: Pytrees of arrays by item name.
-            data: JSON (ints of any size), taken as it is now.
+            data: JSON (ints of any size); copied now.
             metrics: `eval_loss` if this step was evaluated.
 
         Raises:
-            UserError: The disk is full or refuses (also in the previous save).
+            UserError: The disk is full or refuses the write (also for the previous save).
         """
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-        # A round trip: the caller changes the data while Orbax writes, and what is not JSON fails here.
+        # A round trip: the caller changes the data while Orbax writes, and anything but JSON fails here.
         items[restore.DATA] = ocp.args.JsonSave(json.loads(json.dumps(data)))
         with self._explained():
             self._settle()
             self._writing, self._items = step, list(state)
             if jax.process_index() == 0 and not integrity.is_remote(self._directory) and not self._directory.is_dir():
-                # Orbax would make it again, in a work directory without the run's lock and metrics.
+                # Orbax would recreate it, in a work directory without the run's lock and metrics.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._directory))
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics or {}), force=True)
         self._timer.restart()
@@ -194,8 +194,8 @@ class Checkpointer:
         self._background.check()
         self._manager.wait_until_finished()
 
-    def give_up_others(self) -> None:
-        """This process has failed and the others end at once: `close` then waits for no save with them."""
+    def abandon_others(self) -> None:
+        """Call when this process has failed and the others end: `close` then does not wait for a save with them."""
         self._failed = self._failed or jax.process_count() > 1
 
     def close(self) -> None:
@@ -219,19 +219,20 @@ class Checkpointer:
             self._failed = True
             self._remove_unfinished()
             last = max((s for s in restore.steps_in(self._directory) if s != self._writing), default=None)
-            kept = "no earlier one exists" if last is None else f"checkpoint {last} is whole, nothing else is lost"
+            kept = "no earlier one exists" if last is None else f"checkpoint {last} is intact, nothing else is lost"
             reason = storage.refusal(error)
             if reason is None:
                 error.add_note(f"Checkpoint {self._writing} was not written to {self._directory}: {kept}.")
                 raise
             raise UserError(
                 f"Checkpoint {self._writing} could not be written to {self._directory}: {reason}; {kept}.\n"
-                "Fix that and run the same command again: it continues from there (or use another --workdir, or a "
-                f"smaller checkpoint.keep).\n{error}"
+                "Fix that and run the same command again to continue from there, or use another --workdir or a "
+                "smaller checkpoint.keep.\n"
+                f"{error}"
             ) from error
 
     def _remove_unfinished(self) -> None:
-        """Frees the space of the failed save. The next start would, but a full disk hurts others now."""
+        """Frees the space of the failed save. The next start would, but a full disk affects others now."""
         if jax.process_index() != 0 or self._writing is None:
             return
         for _ in range(10):
@@ -241,11 +242,11 @@ class Checkpointer:
                     path.rmtree()
             if not folders:
                 break
-            # Writes under way may still add files.
+            # Pending writes may still add files.
             time.sleep(0.1)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier; before the one that says that all have written, each process lists its own files."""
+        """Orbax's barrier. Before the barrier after which all have written, each process lists its own files."""
         if "async_write_complete" in key:
             integrity.write_share(self._unfinished(), jax.process_index())
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -268,7 +269,7 @@ class Checkpointer:
     # Restoring.
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint, or None."""
+        """The newest intact checkpoint, or None."""
         return self._manager.latest_step()
 
     def restore_data(self, step: int) -> Json:
@@ -288,7 +289,7 @@ class Checkpointer:
         return restore.read(self._directory / str(step), abstract)
 
     def _set_aside_damaged(self) -> None:
-        """Verifies the newest checkpoints until one is whole, and moves the damaged ones aside.
+        """Verifies the newest checkpoints until one is intact, and moves the damaged ones aside.
 
         The processes share the reading, and decide together: one that finds nothing wrong in its share must not resume
         from a checkpoint that another one refuses.
@@ -308,14 +309,14 @@ class Checkpointer:
                 logger.warning("Checkpoint %d is damaged: %s.", step, problem)
         if damaged and whole is None:
             raise UserError(
-                f"No checkpoint in {self._directory} is whole ({len(damaged)} damaged).\n"
-                "Restore that folder from a copy, or start again in an empty --workdir.\n"
+                f"No checkpoint in {self._directory} is intact ({len(damaged)} damaged).\n"
+                "Restore the folder from a backup, or start again in an empty --workdir.\n"
                 + "\n".join(problem for problem in damaged.values() if problem is not None)
             )
         for step in damaged if process == 0 else ():
             moved = integrity.set_aside(self._directory / str(step))
-            logger.warning("Checkpoint %d is damaged and was moved to %s; checkpoint %d is used.", step, moved, whole)
-        broadcast([0])  # nobody lists the folder before the moves are done
+            logger.warning("Checkpoint %d is damaged and was moved to %s; using checkpoint %d.", step, moved, whole)
+        broadcast([0])  # no process lists the folder before the moves are done
 
     def _committed_steps(self) -> list[int]:
         """Newest first. In a bucket, an unfinished checkpoint of a killed run has its final name; it is removed."""
@@ -331,7 +332,7 @@ class Checkpointer:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # Only StopRequest may ask: the service counts each question as a step of the loop.
+        # Only StopRequest may ask: the service counts each query as a step of the loop.
         return False
 
 
@@ -341,7 +342,7 @@ def _eval_loss(metrics: Mapping[str, float] | None) -> float:
 
 
 def _folders_of(directory: epath.Path, step: int) -> list[epath.Path]:
-    """The folder of a step and its unfinished form (one and the same on object stores)."""
+    """The folder of a step and its unfinished form (the same on object stores)."""
     unfinished = f"{step}.orbax-checkpoint-tmp"
     # A bucket has no empty folders.
     found = directory.iterdir() if directory.is_dir() else ()
@@ -351,8 +352,8 @@ def _folders_of(directory: epath.Path, step: int) -> list[epath.Path]:
 class _BackgroundError(logging.Filter):
     """Catches what Orbax's threads log when a save fails, instead of printing it.
 
-    Orbax logs the error at once. It raises it in `wait_until_finished`, after a barrier that a process which failed
-    alone passes only when the others time out, an hour later.
+    Orbax logs the error at once. It raises it in `wait_until_finished`, after a barrier. If only one process
+    failed, it passes that barrier only when the others time out, an hour later.
     """
 
     def __init__(self):

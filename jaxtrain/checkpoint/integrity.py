@@ -1,8 +1,8 @@
-"""`files.json`: the size and CRC-32 of every file of a checkpoint, from which a later start tells whether it is whole.
+"""`files.json`: the size and CRC-32 of every file of a checkpoint, to verify it at a later start.
 
 TensorStore reads a changed byte of array data without an error, and in some layouts a missing file as zeros; Orbax
 checks nothing. Each process checksums the files that it wrote, after writing and in the background. At a start the
-processes share the reading. Lists of version 0.1 hold no CRC (-1) for files above 1 MiB: only their sizes are compared.
+processes share the reading. Lists of version 0.1 have no CRC (-1) for files above 1 MiB: only their sizes are compared.
 """
 
 import json
@@ -65,7 +65,7 @@ def problem(folder: epath.Path, process: int = 0, num_processes: int = 1) -> str
         num_processes: How many share the reading.
 
     Returns:
-        The first difference, as a sentence without its period; None if the share is as it was written.
+        The first difference, as a sentence without its period; None if the share is intact.
     """
     try:
         listed = json.loads((folder / _LIST).read_text())
@@ -82,20 +82,20 @@ def problem(folder: epath.Path, process: int = 0, num_processes: int = 1) -> str
             return f"{path} is missing"
         if found != size:
             return f"{path} has {found} of {size} bytes"
-        return None if found_crc == crc else f"{path} was changed"
+        return None if found_crc == crc else f"{path} does not match its checksum"
 
     with futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
         return next(filter(None, pool.map(check, mine)), None)
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
-    """Renames a damaged folder to `<step>.corrupt`, so that nothing takes it for a whole one; returns its new path."""
+    """Renames a damaged folder to `<step>.corrupt`, so that nothing mistakes it for an intact one; returns its path."""
     target, n = folder.parent / f"{folder.name}.corrupt", 1
     while target.exists():
         n += 1
         target = folder.parent / f"{folder.name}.corrupt-{n}"
     if is_remote(folder):
-        # A bucket renames by copying anyway, and fsspec's rename fails on folders, which are no objects.
+        # A bucket renames by copying anyway, and fsspec's rename fails on folders, which are not objects.
         with futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
             list(pool.map(lambda name: (folder / name).copy(target / name), _walk(folder)))
         folder.rmtree()

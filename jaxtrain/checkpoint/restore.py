@@ -19,13 +19,13 @@ DATA = "data"
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
-    """Whether it is a work directory with a checkpoint, a folder of checkpoints, or a checkpoint."""
+    """Whether the path is a work directory with a checkpoint, a folder of checkpoints, or a checkpoint."""
     root = absolute(path)
     return (root / DATA).exists() or bool(steps_in(root / "checkpoints")) or bool(steps_in(root))
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps of a work directory's checkpoints, in order; none if there are none."""
+    """The steps of a work directory's checkpoints, in order."""
     return sorted(steps_in(epath.Path(workdir) / "checkpoints"))
 
 
@@ -37,7 +37,7 @@ def step_folder(path: epath.PathLike, step: int | None = None) -> epath.Path:
         step: None is the newest.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     root = absolute(path)
     if (root / DATA).exists():
@@ -53,7 +53,7 @@ def step_folder(path: epath.PathLike, step: int | None = None) -> epath.Path:
 
 
 def load_data(path: epath.PathLike, step: int | None = None) -> Json:
-    """The JSON data of a checkpoint of this version or an earlier one, in today's names.
+    """The JSON data of a checkpoint of this version or an earlier one, in current names.
 
     Args:
         path: See `step_folder`.
@@ -89,7 +89,7 @@ def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None)
         problem = integrity.problem(folder, jax.process_index(), jax.process_count())
         if any_process(problem is not None):
             raise UserError(
-                f"Checkpoint {folder} is damaged: {problem or 'another process says what it found'}. Use another step."
+                f"Checkpoint {folder} is damaged: {problem or 'see the message of another process'}. Use another step."
             )
     return read(folder, {"params": abstract})["params"]
 
@@ -126,15 +126,15 @@ def _check_shapes(item: epath.Path, saved_tree: Any, wanted_tree: Any) -> None:
 
     saved, wanted = shapes(saved_tree), shapes(wanted_tree)
     different = [
-        f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+        f"{name}: saved {saved.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}"
         for name in sorted(saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
     if different:
         raise UserError(
-            f"The arrays in {item} are not those that the config describes ({len(different)} differ):\n  "
+            f"The arrays in {item} do not match the config ({len(different)} differ):\n  "
             + "\n  ".join(different[:10])
-            + "\nUse the model and optimizer that it was saved with, or another --workdir."
+            + "\nUse the model and optimizer of the run that saved it, or another --workdir."
         )
 
 
@@ -144,5 +144,5 @@ def steps_in(directory: epath.Path) -> list[int]:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path as Orbax takes it: absolute, or a URL."""
+    """The path in the form that Orbax accepts: absolute, or a URL."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(os.path.expanduser(path)))

@@ -1,9 +1,9 @@
-"""Places that Orbax 0.12 and its libraries cannot use by themselves, and why a store refused a write.
+"""Support for locations that Orbax 0.12 and its libraries cannot use directly, and why a store refused a write.
 
-* s3:// buckets ("Checkpoint path should be absolute"). Orbax describes to TensorStore where arrays lie, for gs:// and
-  for files alone; TensorStore itself reads and writes S3, so the description for gs:// is asked for and its driver
-  changed. A checkpoint is written under its final name, as in gs:// buckets, since there a rename is a copy; it counts
-  once Orbax's commit file is there.
+* s3:// buckets ("Checkpoint path should be absolute"). Orbax describes the location of arrays to TensorStore only
+  for gs:// and local files. TensorStore supports S3, so we request the description for gs:// and change its driver. A
+  checkpoint is written under its final name, as in gs:// buckets, where a rename is a copy; it counts once Orbax's
+  commit file exists.
 * Local paths with `*`, `?`, `[` (Orbax looks for its own files with a glob, finds none and commits a checkpoint without
   arrays) or a backslash (a slash to TensorStore). They get a symbolic link under a plain name.
 """
@@ -38,13 +38,13 @@ def for_orbax(path: epath.Path) -> epath.Path:
 
 
 def temporary_path_class(path: epath.Path) -> Any:
-    """How Orbax tells a finished save from an unfinished one; None: by its default."""
+    """How Orbax distinguishes finished saves from unfinished ones; None for its default."""
     return atomicity.CommitFileTemporaryPath if _is_s3(path) else None
 
 
 # Errors come from Python (OSError) and from TensorStore (ValueError with the operating system's text).
 _REFUSALS = {
-    r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk is full (or a quota is)",
+    r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk or a quota is full",
     r"permission ?denied|operation not permitted|read-only file system|EACCES|EPERM|EROFS|\b403\b": (
         "writing is not allowed there"
     ),
@@ -102,6 +102,6 @@ def _s3_server() -> dict[str, Any]:
     found = {key: [os.environ[name] for name in names if name in os.environ] for key, names in variables.items()}
     spec: dict[str, Any] = {key: values[0] for key, values in found.items() if values}
     if "AWS_ACCESS_KEY_ID" in os.environ:
-        # By default TensorStore looks into ~/.aws first, and prints ten lines for each array if there is none.
+        # By default TensorStore looks into ~/.aws first, and prints ten lines per array if it does not exist.
         spec["aws_credentials"] = {"type": "environment"}
     return spec

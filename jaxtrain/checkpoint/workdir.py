@@ -1,9 +1,9 @@
-"""The work directory: its paths, and a lock so that one run at a time uses it, from processes that all see it.
+"""The work directory: its paths, and a lock so that only one run uses it at a time, from processes that all see it.
 
-Local directories are locked with `flock`, which the kernel releases however the process ends. Where that is missing
-(gs://, s3://, some network file systems), a lease takes its place: `lock` names the holder, which rewrites it every
-30 s. A run that finds one watches it for 75 s: if it changes, the holder is alive and the directory is refused. Clocks
-of different machines are never compared.
+Local directories are locked with `flock`, which the kernel releases however the process ends. Without `flock` (gs://,
+s3://, some network file systems), a lease replaces it: the file `lock` names the holder, which rewrites it every 30 s.
+A run that finds a lease watches it for 75 s: if it changes, the holder is alive and the directory is refused. Clocks of
+different machines are never compared.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class _ElsewhereUserError(UserError, FollowedError):
 
 
 class Workdir:
-    """A run's directory, local or a gs:// or s3:// URL. All processes make one and use it as a context manager.
+    """A run's directory, local or a gs:// or s3:// URL. All processes create one and use it as a context manager.
 
     `with Workdir(path) as workdir:` creates the directory, refuses one that not all processes share, and locks it.
 
@@ -83,7 +83,7 @@ class Workdir:
                 self.cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise _refused(self.cache, error) from error
-            # All went well: keep the lock.
+            # No error: keep the lock.
             self._lock = self._lock.pop_all()
         return self
 
@@ -125,7 +125,7 @@ class Workdir:
                 refusal = UserError(f"--workdir={self.path} is a file; give a directory.")
             except OSError as error:
                 refusal = _refused(self.path, error)
-            except Exception as error:  # bucket clients raise errors of their own
+            except Exception as error:  # bucket clients raise their own errors
                 refusal = _unreachable(self.path, error)
         if int(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))):
             raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see process 0's message.")
@@ -147,7 +147,7 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
 
 
 def _local_cache(url: str) -> epath.Path:
-    """Where a run with a remote work directory keeps local files: compiled programs, tokenizers, buffers."""
+    """The local folder of a run with a remote work directory: compiled programs, tokenizers, buffers."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return epath.Path(root) / "jaxtrain" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
@@ -157,12 +157,12 @@ def _unreachable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, ImportError):
         return UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].")
     if "Credentials" in type(error).__name__:
-        return UserError(f"{what}. Set the bucket's credentials as the cloud's own tools expect.")
+        return UserError(f"{what}. Set up the bucket's credentials as for the cloud provider's tools.")
     return TransientError(what)
 
 
 def _refused(path: epath.Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error}. Give a --workdir that you may write.")
+    return UserError(f"{path} cannot be written: {error}. Give a --workdir that you can write to.")
 
 
 def _holder() -> Json:
@@ -171,8 +171,8 @@ def _holder() -> Json:
 
 def _in_use(path: epath.Path, holder: str) -> UserError:
     return UserError(
-        f"{path.parent} is used by another run ({holder.strip() or 'holder unknown'}). "
-        "Wait for it, stop it, or give another --workdir."
+        f"{path.parent} is in use by another run ({holder.strip() or 'holder unknown'}). Wait for it, stop it, or "
+        "give another --workdir."
     )
 
 
@@ -220,7 +220,7 @@ class _Lease:
     def __enter__(self) -> "_Lease":
         found = self._read()
         if found:
-            logger.warning("%s exists: watching for %.0f s whether its run is alive.", self._path, _WATCH_SECONDS)
+            logger.warning("%s exists: waiting %.0f s to see whether its run is alive.", self._path, _WATCH_SECONDS)
             deadline = time.monotonic() + _WATCH_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(_WATCH_SECONDS / 30)
@@ -230,7 +230,7 @@ class _Lease:
                 if not now:
                     break
         self._write()
-        # If two took it at once, the last writer has it.
+        # If two runs take it at the same time, the last writer has it.
         time.sleep(_WATCH_SECONDS / 30)
         if not self._is_mine():
             raise _in_use(self._path, self._read())
@@ -261,7 +261,7 @@ class _Lease:
             try:
                 if not self._is_mine():
                     # This process was suspended for over a minute and another run took over: two must not write.
-                    logger.error("Another run has taken the lease %s; this one ends.", self._path)
+                    logger.error("Another run has taken the lease %s; this one stops.", self._path)
                     os._exit(1)
                 self._write()
             except OSError as error:

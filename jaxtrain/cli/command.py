@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 
-from jaxtrain.cli import files, output, record, tree, typed
+from jaxtrain.cli import files, habits, output, record, tree, typed
 from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import CorruptError, TransientError, UserError
 
@@ -55,7 +55,7 @@ IMPORT = Flag(
     name="import",
     type=tuple[str, ...],
     default=(),
-    help="modules that define components of the run from outside jaxtrain, by comma",
+    help="comma-separated modules that define components of the run outside jaxtrain",
 )
 
 
@@ -130,11 +130,14 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
                 with_file = "" if command.config == "none" else "; with --config=FILE it lists the config's fields too"
                 raise UserError(f"{argument}: --help takes no value{with_file}")
             if name not in known:
-                raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known)}")
+                raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known, command)}")
             if not equals:
                 text = "true" if known[name].type is bool else _next_value(argument, arguments)
             if raw.setdefault(name, text) != text:
-                raise UserError(f"--{name}={raw[name]} and --{name}={text} contradict each other; keep one of them")
+                quote = ": quote the value if the shell expanded its braces, or" if "}" not in text + raw[name] else ";"
+                raise UserError(
+                    f"--{name}={raw[name]} and --{name}={text} contradict each other{quote} keep one of them"
+                )
         elif argument.startswith("-") and len(argument) > 1:
             raise UserError(f"{argument}: flags start with two dashes; did you mean -{argument}?")
         else:
@@ -186,7 +189,7 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
         code = 2
     except KeyboardInterrupt:
         kept = (
-            ". What is done is kept: run the same command again to resume." if command.resumes else " before the end."
+            ". Finished work is kept: run the same command again to resume." if command.resumes else " before the end."
         )
         print(f"\nStopped{kept}", file=sys.stderr)
         code = 75 if command.resumes else 130
@@ -203,7 +206,7 @@ def exit_code(main: Callable[[Flags], int | None], command: Command, argv: Seque
         # The message says what happened and where; a traceback would not help.
         print(redact(f"error: {error}"), file=sys.stderr)
         if isinstance(error, TransientError):
-            print("Run the same command again when that is over.", file=sys.stderr)
+            print("Run the same command again once that is resolved.", file=sys.stderr)
         return 1
     except BaseException:
         print(redact(traceback.format_exc()), file=sys.stderr)
@@ -246,14 +249,14 @@ def _next_value(argument: str, arguments: Iterator[str]) -> str:
     return text
 
 
-def _near(name: str, known: dict[str, Flag]) -> str:
+def _near(name: str, known: dict[str, Flag], command: Command) -> str:
     near = difflib.get_close_matches(name, [*known, "help"])
-    choices = near or [*known, "help"]
-    return (
-        f" Did you mean {' or '.join(f'--{match}' for match in choices)}?"
-        if near
-        else f" It has --{', --'.join(choices)}."
-    )
+    if near:
+        return f" Did you mean {' or '.join(f'--{match}' for match in near)}?"
+    if command.config != "none" and (advice := habits.advice(name)):
+        return advice
+    field = f" A field of the config is set by --config.{name}=VALUE." if "." in name else ""
+    return f" It has --{', --'.join([*known, 'help'])}.{field}"
 
 
 def _value(flag: Flag, raw: dict[str, str], command: Command) -> Any:
@@ -293,7 +296,9 @@ def _positional_values(command: Command, bare: list[str]) -> dict[str, Any]:
             is_flag = command.config == "none" or name == "config" or any(flag.name == name for flag in command.flags)
             is_field = not is_flag and not name.startswith(("config.", "config["))
             fix = f"; did you mean --{'config.' if is_field else ''}{bare[0]}?"
-        raise UserError(f"{' '.join(bare)}: not understood, {command.name} takes flags of the form --NAME=VALUE{fix}")
+        elif os.path.exists(bare[0]):
+            fix = "; quote a pattern, so that the shell does not replace it by the files that match"
+        raise UserError(f"{' '.join(bare)}: not understood; {command.name} takes flags of the form --NAME=VALUE{fix}")
     return values
 
 

@@ -59,9 +59,10 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
 
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" (nor a folder {path.parent}; the current one is {Path.cwd()})"
+        return f" (there is no folder {path.parent} either; the current one is {Path.cwd()})"
     files = sorted(file.name for file in path.parent.glob("*.py") if not file.name.startswith("_"))
-    near = difflib.get_close_matches(path.name, files) or files
+    near = [name for name in files if name.startswith(path.stem)]
+    near = near or difflib.get_close_matches(path.name, files) or files
     return (
         f"; near it: {', '.join(str(path.parent / file) for file in near)}"
         if near
@@ -115,15 +116,13 @@ def _call(module: types.ModuleType, path: Path, argument: str | None) -> Any:
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
-        problem = (
-            "needs an argument: {}:ARG" if argument is None else "takes no argument: write {} without ':' and more"
-        )
+        problem = "needs an argument: {}:ARG" if argument is None else "takes no argument: write {} without ':ARG'"
         raise UserError(f"{path}: get_config {problem.format(path)}") from None
     called = "get_config()" if argument is None else f"get_config({argument!r})"
     with _importable(path.resolve().parent.parent), _errors_in(path, f"{called} failed"):
         config = get_config(*arguments)
     if not typed.is_config(config):
-        raise UserError(f"{path}: {called} returned {config!r:.80}; it has to return the config, a dataclass instance")
+        raise UserError(f"{path}: {called} returned {config!r:.80}; it must return the config, a dataclass instance")
     return config
 
 

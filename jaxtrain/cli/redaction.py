@@ -1,9 +1,10 @@
 """Keeps secrets inside the process: removes tokens, credentials and signatures from everything shown or logged.
 
-Redaction is only for output. It is lossy ("hf_..." stands for many tokens), so its results must not name files, key
-caches or be compared. Records use `without_secrets`, which changes only URLs.
+Redaction is only for output. It is lossy (many tokens become "hf_..."), so its results must not name files, key caches
+or be compared. Records use `without_secrets`, which changes only URLs.
 """
 
+import base64
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ _SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
 )
 _SHORTEST = 8  # characters of a secret; shorter values of such variables are settings ("true")
-# Query parameters that sign a URL or grant access, and those that change with every new signature of the same object.
+# Query parameters that sign a URL or grant access, or that change with every new signature of the same object.
 _SECRET_PARAMETER = re.compile(
     r"x-(amz|goog)-.*|(.*[-_])?(sig|signature|token|key|apikey|secret|password|credential|auth)"
     r"|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires",
@@ -58,7 +59,17 @@ def redact(text: str) -> str:
     # Clients also log a request's target without its host: "/x.parquet?X-Amz-Signature=...".
     text = re.sub(r"([?&])([\w%-]+)=[^\s&'\"]+", _without_value, text)
     text = re.sub(r"\b(hf_(?=[A-Za-z0-9]{12})|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
-    return re.sub(r"(?i)\b(bearer|basic)\s+\S+", r"\1 ...", text)
+    text = re.sub(r"(?i)\b(bearer)\s+\S+", r"\1 ...", text)
+    return re.sub(r"(?i)\b(basic)\s+(\S+)", _without_credentials, text)
+
+
+def _without_credentials(basic: re.Match[str]) -> str:
+    """HTTP's "Basic" is followed by user:password in base64; in other texts it is a word ("Basic Patterns")."""
+    try:
+        hidden = b":" in base64.b64decode(basic[2] + "==")
+    except ValueError:
+        hidden = False
+    return f"{basic[1]} ..." if hidden else basic[0]
 
 
 def _without_value(parameter: re.Match[str]) -> str:

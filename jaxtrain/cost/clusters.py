@@ -17,7 +17,7 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 _SHAPES = {"v4": _CUBES, "v5e": _FLAT, "v5p": (*_CUBES, "16x16x24"), "v6e": _FLAT}
 _MAX_CHIPS = {"v4": 4096, "v5p": 6144}
-MAX_GPUS = 16  # of a host
+MAX_GPUS = 16  # per host
 # For compiling without the GPU: cores, FPUs per core, shared memory per core, of that for one block at most, L2, GHz,
 # threads per core, JAX's device kind. From NVIDIA's architecture white papers and the CUDA C++ Programming Guide,
 # "Compute Capabilities".
@@ -72,7 +72,7 @@ def parse(text: str, flag: str, slices: int = 1) -> Cluster:
         slices: TPU slices joined by the data center's network.
 
     Raises:
-        UserError: with the nearest kinds, or the shapes that exist.
+        UserError: no such cluster; the message lists the nearest kinds or the available shapes.
     """
     kind, colon, shape = text.strip().lower().partition(":")
     chip = hardware.BY_NAME.get(kind)
@@ -80,7 +80,7 @@ def parse(text: str, flag: str, slices: int = 1) -> Cluster:
         near = difflib.get_close_matches(kind, hardware.BY_NAME, cutoff=0.5) or list(hardware.BY_NAME)
         raise UserError(f"--{flag}={text}: there is no chip {kind!r} in the table; did you mean {' or '.join(near)}?")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
-        raise UserError(f"--slices={slices}: TPUs take one slice or more; for GPUs give hosts x GPUs instead")
+        raise UserError(f"--slices={slices}: TPUs need at least one slice; for GPUs give hosts x GPUs instead")
     if not colon or not re.fullmatch(r"\d+(x\d+)*", shape):
         example = f"{kind}:2x8 (hosts x GPUs)" if chip.platform == "gpu" else f"{kind}:{_SHAPES[kind][2]}"
         raise UserError(f"--{flag}={text}: the shape is missing or not of the form 2x4; for example {example}")
@@ -109,9 +109,9 @@ def _shape_message(text: str, flag: str, kind: str, sides: tuple[int, ...]) -> s
     near = min(chips, key=lambda shape: abs(math.log(chips[shape] / max(wanted, 0.5))))
     more = ""
     if kind in _MAX_CHIPS:
-        more = f", and those with three sides that are multiples of 4, ascending, up to {_MAX_CHIPS[kind]:,} chips"
+        more = f", and any three ascending multiples of 4, up to {_MAX_CHIPS[kind]:,} chips"
     elif wanted > chips[largest]:
-        more = f". For more chips take several slices: --{flag}={kind}:{largest} --slices=2"
+        more = f". For more chips, use several slices: --{flag}={kind}:{largest} --slices=2"
     return (
         f"--{flag}={text}: there is no slice {kind}:{'x'.join(map(str, sides))}; the nearest in size is "
         f"{kind}:{near}. There are {', '.join(_SHAPES[kind])}{more}."
@@ -123,14 +123,14 @@ def prepare_environment() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Otherwise libtpu asks the metadata server for these, and reports at length that it cannot.
+    # Otherwise libtpu asks the metadata server for these, and prints long errors.
     for name, value in (("TPU_ACCELERATOR_TYPE", "v5litepod-1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_WORKER_ID", "0")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    # No TPU is used, so several processes may compile side by side; libtpu's lock is for those that use one.
+    # No TPU is used, so several processes may compile at the same time despite libtpu's lock.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Nothing runs, so XLA cannot time algorithms and takes its defaults.
+    # Nothing runs, so XLA cannot time algorithms and uses its defaults.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 
 
@@ -180,7 +180,7 @@ def _gpu_devices(cluster: Cluster) -> list[Any]:
 
 
 def target_config(chip: Chip) -> str:
-    """A GpuTargetConfigProto as text: what XLA's compiler needs to know of a GPU that is not there."""
+    """A GpuTargetConfigProto as text: what XLA's compiler needs to know about a GPU that is not present."""
     cores, fpus, shared, optin, l2, clock, threads, kind = _DETAILS[chip.name]
     assert chip.compute_capability is not None
     major, minor = chip.compute_capability

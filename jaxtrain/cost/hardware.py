@@ -1,7 +1,7 @@
 """Accelerators: memory, arithmetic, bandwidths. For utilization, estimates and compile checks.
 
 Numbers are published ones for one JAX device (a TPU v4 or v5p chip is one device), from cloud.google.com/tpu/docs and
-NVIDIA's data sheets. A GPU's memory is what CUDA reports: the data sheet's less what the driver keeps.
+NVIDIA's data sheets. A GPU's memory is what CUDA reports: the data sheet's number less the driver's share.
 """
 
 import dataclasses

@@ -114,7 +114,7 @@ class _Program:
         return max(branches, key=lambda found: sum(_bytes(one.shape) * often for one, often, _ in found))
 
     def _iterations(self, parent: str, loop: Instruction) -> int | None:
-        """Iterations of a while loop; None if its text does not tell."""
+        """Iterations of a while loop; None if they cannot be determined."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations[_attribute(loop, "condition")]
@@ -135,7 +135,7 @@ class _Program:
         initial = self.computations[parent].get(loop.operands[0])
         if initial is not None and initial.opcode == "tuple":
             start = self._constant(self.computations[parent], initial.operands[index])
-        # If fusions hide them: JAX's loops start at 0 and step by 1.
+        # Fusions may hide them: JAX's loops start at 0 and step by 1.
         return max(0, math.ceil((bound - (start or 0)) / (step or 1)))
 
     def _constant(self, computation: dict[str, Instruction], name: str) -> int | None:

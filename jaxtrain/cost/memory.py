@@ -1,7 +1,7 @@
-"""What a compiled step takes of a device's memory, and the fewest micro-batches with which it fits.
+"""Memory of a compiled step on a device, and the fewest micro-batches with which it fits.
 
-Batches follow from the config alone. How many rows a device takes at once follows from its memory, and changes results
-by rounding only.
+Batches depend only on the config. The number of rows per micro-batch depends on a device's memory, and changes results
+only by rounding.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 def limit(mesh: Mesh, memory_gb: float | None) -> int | None:
-    """The most bytes of a device that a step may take. All processes call it.
+    """The most bytes of a device that a step may use. All processes must call it.
 
     Args:
         memory_gb: the config's limit, in 10^9 bytes; None for the smallest limit that any device of the run reports.
@@ -45,7 +45,7 @@ def limit(mesh: Mesh, memory_gb: float | None) -> int | None:
 
 
 def limit_of_chip(chip: Chip, memory_gb: float | None) -> int:
-    """What `limit` would find on chips of this kind, when there are none to ask."""
+    """What `limit` would return on chips of this kind, without any present."""
     if memory_gb is not None:
         return round(memory_gb * 1e9)
     share = float(os.environ.get(SHARE_VARIABLE, GPU_SHARE)) if chip.platform == "gpu" else 1.0
@@ -57,7 +57,7 @@ def _usable(limit: int) -> int:
 
 
 def held(executable: Any) -> int | None:
-    """Bytes of a program's arguments and results: what does not depend on the number of micro-batches.
+    """Bytes of a program's arguments and results, which do not depend on the number of micro-batches.
 
     Returns:
         None if the compiler does not report memory.
@@ -65,7 +65,7 @@ def held(executable: Any) -> int | None:
     found = executable.memory_analysis()
     if found is None:
         return None
-    # Donated arrays are counted on both sides. Not XLA's peak: on CPU that leaves out what is freed on the way.
+    # Donated arrays are counted on both sides. Not XLA's peak: on CPU that omits what is freed along the way.
     return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
@@ -76,7 +76,7 @@ def needed(executable: Any) -> int | None:
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Whether an error says that memory was too small. A TPU's compiler raises it, on GPUs the first step."""
+    """Whether an error means that memory was too small. On TPUs the compiler raises it, on GPUs the first step."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -91,8 +91,8 @@ def explained(error: Exception) -> UserError | None:
     if not is_exhausted(error):
         return None
     return UserError(
-        f"a device ran out of memory: {str(error).splitlines()[0]} Set memory_gb below what the last line above says "
-        "that a stage needs: it is then split into more micro-batches. Other programs on the device count too."
+        f"a device ran out of memory: {str(error).splitlines()[0]} Set memory_gb below what the last line above "
+        "gives for a stage: it is then split into more micro-batches. Other programs on the device count too."
     )
 
 
@@ -103,7 +103,7 @@ def fewest(counts: Sequence[int], measure: Callable[[int], int | None], most: in
 
     Args:
         counts: numbers of micro-batches, ascending.
-        measure: compiles (expensive) and returns the memory needed, in bytes; None if the compiler gave up.
+        measure: compiles (expensive) and returns the memory needed, in bytes; None if the compiler ran out of memory.
     """
     low, high, index = -1, len(counts), 0  # counts[low] does not fit, counts[high] does
     while high - low > 1:
@@ -128,14 +128,14 @@ class NothingFitsError(Exception):
         self.needs = needs
 
 
-def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None, beside: int = 0) -> tuple[int, Any]:
+def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None, extra: int = 0) -> tuple[int, Any]:
     """The number of micro-batches, and its executable, with the fewest micro-batches that fit into a device.
 
     Args:
         counts: numbers of micro-batches, ascending.
         compile: number of micro-batches → executable.
         limit: bytes of a device; None takes the first count.
-        beside: bytes on the device that are no argument of the program, such as the optimizer's state in evaluations.
+        extra: bytes on the device besides the program's arguments, such as optimizer state in evaluations.
 
     Raises:
         NothingFitsError: if even the last count does not fit.
@@ -152,10 +152,10 @@ def fit(counts: Sequence[int], compile: Callable[[int], Any], limit: int | None,
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
-            needs = f"more than the compiler could place{used(error)}"
+            needs = f"more than the compiler could fit{used(error)}"
             return None
         # A compiler that does not report memory cannot be held to a limit.
-        size = (needed(tried[count]) or -beside) + beside
+        size = (needed(tried[count]) or -extra) + extra
         needs = f"{size / 1e9:.3g} GB"
         return size
 

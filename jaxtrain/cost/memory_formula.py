@@ -42,9 +42,9 @@ def state_bytes(model: Model, optimizer: Any, mesh: Mapping[str, int]) -> float:
 def temporary_bytes(
     model: Model, chip: Chip, mesh: Mapping[str, int], loss_chunk: int, tokens: float, micro_batches: int
 ) -> float:
-    """Bytes of one chip that a step takes besides its arguments.
+    """Bytes that a step needs on a chip besides its arguments.
 
-    Counted are fp32 gradients (twice if they accumulate), the parameters' shard and two gathered layers in the compute
+    Counts fp32 gradients (twice if they accumulate), the parameters' shard and two gathered layers in the compute
     dtype, the gathered head and its fp32 gradient, a chunk's logits, what the backward pass keeps of each layer, and
     the inside of one layer.
 
@@ -68,13 +68,13 @@ def temporary_bytes(
     total += head * (itemsize + 4) + logits * (8 + itemsize) + kept + inside
     if math.prod(mesh.values()) == 1:
         return total
-    # On several chips the compiled programs of docs/scale.json hold more than that.
+    # On several chips the compiled programs of docs/scale.json need more than that.
     if chip.platform == "tpu":
         # Another copy of the head's gradient; with micro-batches one more, and one of the parameters' gradients.
         return total + head * 4 * (2 if micro_batches > 1 else 1) + (gradients if micro_batches > 1 else 0.0)
     if micro_batches == 1:
         return total
-    # XLA on GPUs overlaps consecutive turns of the loop over micro-batches, so what two of them keep exists at once:
+    # XLA on GPUs overlaps consecutive iterations of the loop over micro-batches, so the arrays of two exist at once:
     # always with its own attention, and with cuDNN's if there are just two.
     if getattr(model.config, "attention", "xla") == "xla" or (chip.compute_capability or (0, 0)) < (9, 0):
         return total + kept + 2 * inside

@@ -1,7 +1,7 @@
-"""The least that a train step can take: its arithmetic, its memory traffic and what it sends, over the chip's peaks.
+"""Lower bound on a train step's time: arithmetic, memory traffic and communication, divided by the chip's peaks.
 
-From the model's own formula, not from XLA's cost analysis, which counts a scanned layer once. Peaks are never reached:
-this is a bound on speed, and says what binds first, not what a run will do.
+Uses the model's own formula, not XLA's cost analysis, which counts a scanned layer once. Peaks are never reached: this
+bounds the speed and names the limiting resource. It does not predict a run.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxtrain.optim.base import is_matrix
 
 
 class Components(Protocol):
-    """What it needs of a step (trainer.step.StepComponents)."""
+    """The part of trainer.step.StepComponents that the roofline needs."""
 
     @property
     def model(self) -> Model: ...
@@ -66,7 +66,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds of a step for each resource, were it the only one. mfu: at best, of the model's own FLOPs."""
+    """Seconds of a step for each resource alone. mfu: The highest possible, of the model's own FLOPs."""
 
     seconds: dict[str, float]
     tokens_per_sec: float
@@ -92,7 +92,7 @@ def roofline(chip: Chip, parts: Components, shape: Shape, loss_chunk: int, traff
 
 
 def recomputed_flops_per_token(model: Model, seq_len: int) -> float:
-    """What the backward pass computes again: a third of the training FLOPs is the forward pass.
+    """FLOPs that the backward pass recomputes; the forward pass is a third of the training FLOPs.
 
     remat "full": all of the layers; "dots": attention alone.
     """
@@ -120,12 +120,12 @@ def loss_chunk(loss: Any) -> int:
 
 
 def width(model: Model) -> int:
-    """Of the hidden states."""
+    """Width of the hidden states."""
     return jax.eval_shape(model.head, model.shapes).shape[0]
 
 
 def remat(model: Model) -> str:
-    """What the backward pass computes again: "none", "dots" or "full"."""
+    """What the backward pass recomputes: "none", "dots" or "full"."""
     return getattr(model.config, "remat", "none")
 
 
@@ -204,6 +204,6 @@ def _known(groups: Sequence[tuple[int, ...]], islands: Sequence[int]) -> Iterato
 
 
 def peak_flops() -> float | None:
-    """Published bf16 FLOP/s of all devices of the run together; None where they are not in the table."""
+    """Published bf16 FLOP/s of all devices of the run together; None if a device is not in the table."""
     chip = hardware.of_kind(jax.devices()[0].device_kind)
     return None if chip is None else chip.flops * jax.device_count()

@@ -61,7 +61,7 @@ class DocumentDataset(grain.IterDataset):
         return DocumentIterator(self)
 
     def open(self, revision: str | None) -> SourceReader:
-        """The source, looked up now. revision: the commit of a Hub dataset; None: as the source says."""
+        """Looks the source up. revision: the commit of a Hub dataset; None for the source's own revision."""
         (name,) = self.config.sources
         source = self.source
         if revision is not None:
@@ -75,8 +75,8 @@ class DocumentIterator(grain.DatasetIterator):
     """Elements: {"text": str, "file": str, "row": int}, the document and its lasting address in the source.
 
     State, JSON: the position of the next document (epoch, unit, row, base), the commit of a Hub dataset ("" for other
-    sources), and a digest of everything that decides which document that is. A state is refused where the digest
-    differs; a branch that has moved on is read at the state's commit.
+    sources), and a digest of everything that decides which document that is. A state is refused if the digest
+    differs; a branch that has moved since is read at the state's commit.
     """
 
     def __init__(self, dataset: DocumentDataset):
@@ -125,7 +125,7 @@ class DocumentIterator(grain.DatasetIterator):
         """Documents from the position on, each with the position after it."""
         start, shard = self._next, self._dataset.shard
         reader.register({shard: start})
-        # The next window is read while this one's documents are taken.
+        # The next window is read while this one's documents are consumed.
         windows: Iterator[Window] = Prefetcher(reader.windows(shard, start, self._dataset.epochs), self._pool)
         for window in windows:
             at, file = window.start, reader.source.files[window.file]
@@ -138,7 +138,7 @@ class DocumentIterator(grain.DatasetIterator):
                 yield {"text": text, "file": file, "row": file_row}, after
 
     def _digest(self, reader: SourceReader) -> str:
-        """Of what decides which document is at a position. The shard is a part of it: positions are the shard's own."""
+        """A digest of what decides which document is at a position, including the shard, which numbers positions."""
         decisive = [reader.name, reader.identity, dataclasses.asdict(reader.options), self._dataset.shard]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 

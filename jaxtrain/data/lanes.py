@@ -5,7 +5,6 @@ the rows from each source and puts them in place, one whole block of rows per st
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +12,20 @@ import grain
 import numpy as np
 
 from jaxtrain.data import packing
-from jaxtrain.data.packing import Counts, Cut, Packer, Spans, empty_block
+from jaxtrain.data.fit_packing import FitPacker
+from jaxtrain.data.packing import Counts, Cut, Spans, empty_block
 from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.threads import Pools, Prefetcher
 from jaxtrain.data.tokenizing import RowSpec, documents_of
 from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
-# Fields of a lane's state in one source, int64: the cursor, then the counts of the packer and the ledger.
-STATE_FIELDS = ("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended")
+# Fields of a lane's state in one source, int64: the cursor, the counts of the packer and the ledger, and what version
+# 0.1 did not have. A field that is missing in a record is 0.
+STATE_FIELDS = (
+    *("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended"),
+    *("cut", "padding", "ahead", "taken"),
+)
 _ENDED = STATE_FIELDS.index("ended")
 # A source opens this many steps before the stage that needs it, or this many tokens if that is earlier: 16 short steps
 # may take less time than a remote source needs to open (2M tokens are 14 s at 150,000 tokens/s).
@@ -42,17 +46,17 @@ class SourceLane:
     """
 
     def __init__(self, reader: SourceReader, lane: int, rows: RowSpec, pools: Pools, state: np.ndarray):
-        _, _, _, token, _, seen, documents, tokens, unique, _ = state.tolist()
+        _, _, _, token, _, seen, documents, tokens, unique, _, cut, padding, ahead, taken = state.tolist()
         start = position_of(state)
         # The last window of a unit may hold only a few rows, too few to hide the latency of opening the next unit.
-        half = -(-reader.options.shuffle_window // 2)
+        half = -(-reader.window // 2)
         windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
-        nothing = functools.partial(reader.refuse, lane)
-        records = rows.records.get(reader.name)
-        self._documents = Prefetcher(documents_of(windows, start, rows, nothing, records), pools.workers)
+        self._documents = Prefetcher(documents_of(windows, start, rows, reader, lane), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
-        counts, skipped = Counts(documents, tokens, unique), bool(reader.skipped)
-        self.packer = Packer(self._documents, start, token, seen, counts, end, skipped, rows.width)
+        counts, skipped = Counts(documents, tokens, unique, cut, padding), bool(reader.skipped)
+        self.packer = FitPacker(
+            self._documents, start, token, seen, counts, end, skipped, rows.width, ahead=ahead, taken=taken
+        )
         windows.start()
 
     def start(self) -> None:
@@ -227,19 +231,19 @@ class LaneIterator(grain.DatasetIterator):
         at = share.at
         sources_R = [share.only] * share.rows if share.sources_by_lane is None else share.sources_by_lane[lane].tolist()
         found = {
-            index: iter(self._source(index).packer.addresses(sources_R.count(index), at.seq_len, at.stride))
+            index: iter(self._source(index).packer.addresses(sources_R.count(index), at.seq_len, at.stride, at.fit))
             for index in dict.fromkeys(sources_R)
         }
         return [(index, next(found[index])) for index in sources_R]
 
     def _cut(self, index: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
         source = self._source(index)
-        cut = source.packer.cut(block, at.stride, self._dataset.rows.document_mask, counted_R)
+        cut = source.packer.cut(block, at.stride, self._dataset.rows.document_mask, counted_R, at.fit)
         self._states[index] = source.state
         return cut
 
     def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
-        """Writes rows of several sources in their places."""
+        """Writes rows of several sources to their positions in the block."""
         counts = np.bincount(sources_R).tolist()
         if counts[-1] == len(sources_R):
             return self._cut(len(counts) - 1, at, counted_R, block)

@@ -12,6 +12,7 @@ from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan, StagePlan
 
 FORMAT = 1
+_FIELDS_V0_1 = STATE_FIELDS.index("ended") + 1  # the first fields, all that version 0.1 had
 _COUNTED = ("tokens", "unique_tokens", "documents", "epoch")
 
 
@@ -84,18 +85,19 @@ def from_json(saved: Json, source_names: Sequence[str], num_lanes: int) -> dict[
     Raises:
         UserError: The format or the number of lanes differs.
     """
-    if saved["format"] != FORMAT or saved["fields"] != list(STATE_FIELDS):
+    fields = len(saved["fields"])
+    if saved["format"] != FORMAT or saved["fields"] != list(STATE_FIELDS[:fields]) or fields < _FIELDS_V0_1:
         raise UserError(
-            f"the checkpoint's data state has format {saved['format']}, this version reads format {FORMAT}: go on with "
-            "the version of jaxtrain that wrote it"
+            f"the checkpoint's data state has format {saved['format']}, this version reads format {FORMAT}: continue "
+            "with the version of jaxtrain that wrote it"
         )
     if len(saved["lanes"]) != num_lanes:
         raise UserError(f"the checkpoint has {len(saved['lanes'])} lanes, data.num_lanes is {num_lanes}: set it back")
-    lanes = np.array(saved["lanes"], np.int64).reshape(num_lanes, len(saved["sources"]), len(STATE_FIELDS))
+    lanes = np.array(saved["lanes"], np.int64).reshape(num_lanes, len(saved["sources"]), fields)
     states_VSF = np.zeros((num_lanes, len(source_names), len(STATE_FIELDS)), np.int64)
     for index, name in enumerate(source_names):
         if name in saved["sources"]:
-            states_VSF[:, index] = lanes[:, saved["sources"].index(name)]
+            states_VSF[:, index, :fields] = lanes[:, saved["sources"].index(name)]
     return dict(enumerate(states_VSF))
 
 
@@ -107,7 +109,7 @@ def by_source(states_VSF: np.ndarray, source_names: Sequence[str]) -> dict[str, 
         source_names: The sources, in the order of S.
 
     Returns:
-        By source: tokens, unique_tokens, documents, epoch (of its slowest lane), share.
+        By source: tokens, unique_tokens, documents, epoch (of its slowest lane), share, cut_documents, padding.
     """
     field = {name: states_VSF[:, :, index] for index, name in enumerate(STATE_FIELDS)}
     total = max(int(field["tokens"].sum()), 1)
@@ -118,6 +120,8 @@ def by_source(states_VSF: np.ndarray, source_names: Sequence[str]) -> dict[str, 
             "documents": int(field["documents"][:, index].sum()),
             "epoch": int(field["epoch"][:, index].min()),
             "share": float(field["tokens"][:, index].sum() / total),
+            "cut_documents": int(field["cut"][:, index].sum()),
+            "padding": int(field["padding"][:, index].sum()),
         }
         for index, name in enumerate(source_names)
     }

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from jaxtrain import cli
 from jaxtrain.data import pipeline, units
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes
@@ -173,9 +174,9 @@ def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tu
         return "stream", "no token store, and data.max_disk_gb=0 leaves no room to download"
     name: str = source.identity["name"]
     if os.path.exists(_marker(cache, source)):
-        return "download", "no token store, and its files were downloaded before"
+        return "download", "no token store, and its files are already downloaded"
     if config.max_samples is not None:
-        return "stream", "no token store, and max_samples bounds what is read"
+        return "stream", "no token store, and max_samples limits what is read"
     if name in _LARGE:
         return "stream", f"no token store, and {name} is large"
     if name in _SMALL:
@@ -184,7 +185,7 @@ def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tu
     if size is None:
         return "stream", "no token store, and its size is not known"
     comparison = "no more" if size <= min(SMALL_BYTES, cache.limit) else "more"
-    why = f"no token store, and it has {size / 1e9:.2f} GB, {comparison} than {SMALL_BYTES / 1e9:g} or the disk cache"
+    why = f"no token store, and it has {cli.size(size)}, {comparison} than {SMALL_BYTES / 1e9:g} or the disk cache"
     return ("download" if comparison == "no more" else "stream"), why
 
 
@@ -233,7 +234,7 @@ def _files_with(name: str, source: Source, max_samples: int | None, deadline: fl
     if max_samples is None:
         return count
     if not source.random_access:
-        logger.info("Source %s: only reading tells which files max_samples wants: each is fetched then.", name)
+        logger.info("Source %s: only reading shows which files max_samples needs: each is fetched then.", name)
         return 0
 
     def groups(file: int) -> list[int]:
@@ -260,11 +261,10 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
                 taken += size
         if taken < sum(sizes):
             logger.warning(
-                "Source %s has %.2f GB, and data.max_disk_gb leaves room for %.2f: the rest is fetched when it is "
-                "read, and again whenever it is read again.",
+                "Source %s has %s, and data.max_disk_gb leaves room for %s: the rest is fetched every time it is read.",
                 name,
-                sum(sizes) / 1e9,
-                taken / 1e9,
+                cli.size(sum(sizes)),
+                cli.size(taken),
             )
         with tqdm(total=taken, desc=f"Downloading {name}", unit="B", unit_scale=True, disable=None) as bar:
 

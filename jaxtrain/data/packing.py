@@ -68,11 +68,15 @@ class Counts:
         documents: Documents begun.
         tokens: Tokens, counting overlap every time it is trained on.
         unique: Tokens, counting overlap once.
+        cut: Documents that the row in which they begin does not hold whole.
+        padding: Places of rows without a token.
     """
 
     documents: int = 0
     tokens: int = 0
     unique: int = 0
+    cut: int = 0
+    padding: int = 0
 
 
 def empty_block(rows: int, seq_len: int, width: int = 0) -> Batch:
@@ -150,7 +154,7 @@ class Packer:
         (epoch, unit, row, base), counts = self._position, self.counts
         return [
             *(epoch, unit, row, self._token, base, self.seen),
-            *(counts.documents, counts.tokens, counts.unique, int(self.ended)),
+            *(counts.documents, counts.tokens, counts.unique, int(self.ended), counts.cut, counts.padding),
         ]
 
     def _fill(self, needed: int) -> None:
@@ -214,7 +218,7 @@ class Packer:
             _write_records(self._records, stride, block[RECORDS])
         last = _last_tokens(self._starts if document_mask else self._starts[:0], rows, seq_len, stride)
         left_R = None
-        count = rows * seq_len if counted_R is None else int(counted_R.sum())
+        count = places = rows * seq_len if counted_R is None else int(counted_R.sum())
         if counted_R is not None:
             full, part = divmod(count, seq_len)
             # The last full row may reach further than the partial row that overlaps it.
@@ -223,7 +227,9 @@ class Packer:
             left_R = have - stride * np.arange(rows)
             there_R = np.clip(left_R, 0, seq_len)
             count = int((there_R if counted_R is None else np.minimum(there_R, counted_R)).sum())
-        self._count(span, count)
+        self.counts.tokens += count
+        self.counts.padding += places - count
+        self._count(span, seq_len, stride)
         self._advance(rows * stride)
         return Cut(rows, last, left_R)
 
@@ -240,12 +246,18 @@ class Packer:
             found.append(list(zip(*(column.tolist() for column in columns), strict=True)))
         return found
 
-    def _count(self, span: int, tokens: int) -> None:
+    def _count(self, span: int, seq_len: int, stride: int) -> None:
+        """Counts unique tokens and documents of the next `span` tokens."""
         end = max(min(span, len(self._tokens)), self.seen)
-        self.counts.tokens += tokens
         self.counts.unique += end - self.seen
         # A document that starts before `seen` has already been counted.
-        self.counts.documents += int(self._starts.searchsorted(end) - self._starts.searchsorted(self.seen))
+        first, stop = self._starts.searchsorted((self.seen, end)).tolist()
+        begins_N = self._starts[first:stop]
+        ends_N = np.append(self._starts[first + 1 : stop + 1], len(self._tokens))[: stop - first]
+        # The first row that holds the document's first token.
+        row_N = np.maximum(-((seq_len - 1 - begins_N) // stride), 0)
+        self.counts.documents += stop - first
+        self.counts.cut += int((ends_N > row_N * stride + seq_len).sum())
         self.seen = end
 
     def _advance(self, count: int) -> None:
@@ -365,13 +377,19 @@ def _up_to(count: int) -> np.ndarray:
 
 
 def _pad(block: Batch, left_R: np.ndarray) -> None:
-    """Clears everything past the end of the stream. The stream's last token has no target.
+    """Clears everything past the end of rows. The last token before it has no target.
 
     left_R: Tokens from each row's start to the end of the stream.
     """
-    for row in np.flatnonzero(left_R <= block["tokens"].shape[1]).tolist():
-        left = max(int(left_R[row]), 0)
-        for name in ("segment_ids", "positions"):
-            block[name][row, left:] = 0
-        for name in ("loss_mask", "targets"):
-            block[name][row, max(left - 1, 0) :] = 0
+    seq_len = block["tokens"].shape[1]
+    row_R = np.flatnonzero(left_R <= seq_len)
+    left_R = np.maximum(left_R[row_R], 0)
+    past_R = seq_len - left_R
+    # Each place past a row's end, as an index into R · T.
+    past = np.arange(past_R.sum()) + (row_R * seq_len + left_R - past_R.cumsum() + past_R).repeat(past_R)
+    last = (row_R * seq_len + left_R - 1)[left_R > 0]
+    for name in ("segment_ids", "positions", "loss_mask", "targets"):
+        field = block[name].reshape(-1)
+        field[past] = 0
+        if name in ("loss_mask", "targets"):
+            field[last] = 0

@@ -71,14 +71,15 @@ class DataConfig:
         max_disk_gb: The most that the disk cache may hold (1e9 bytes), for downloads and tar shards. None: 35. 0: no
             cache; files are read in ranges from where they are.
         shuffle: Permute units each epoch and rows within windows. False keeps the files' order.
-        shuffle_window: Rows that are permuted together.
+        shuffle_window: Rows that are permuted together. None: 512, or fewer in a source that is too small for its
+            lanes.
         holdout: Fraction of the documents, in [0, 1), held out of training for evaluation.
         document_mask: Attention does not cross documents, and a document's last token has no loss.
         add_bos: Begin each document with the tokenizer's beginning-of-document token.
         workers: Tokenizing threads per host. None: 4, or 8 if all data comes from token stores.
         prefetch: Batches prepared ahead per host. None: 2, or 4 if all data comes from token stores.
         retry_minutes: How long an outage of a source may last before the run stops (exit code 1).
-        on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" gives up the
+        on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" skips the
             file's rows from the first bad one on for good, records this in skips.json, and exits with code 75 to be
             restarted.
     """
@@ -90,7 +91,7 @@ class DataConfig:
     ram_cache_gb: float = 0.0
     max_disk_gb: float | None = None
     shuffle: bool = True
-    shuffle_window: int = 512
+    shuffle_window: int | None = None
     holdout: float = 0.0
     document_mask: bool = True
     add_bos: bool = False
@@ -102,7 +103,7 @@ class DataConfig:
     def check(self) -> None:
         """Raises UserError if a value is out of range."""
         if not self.sources:
-            raise UserError("sources={}: give one at least, for example {'code': TextFiles()}")
+            raise UserError("sources={}: give at least one, for example {'code': TextFiles()}")
         for name, least in (("num_lanes", 1), ("shuffle_window", 1), ("workers", 1), ("prefetch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -115,16 +116,16 @@ class DataConfig:
         if "://" in self.token_store:
             raise UserError(f"token_store={self.token_store!r}: token stores are read from local paths")
         if not 0 <= self.holdout < 1:
-            raise UserError(f"holdout={self.holdout} is a part of the documents: give 0 or more, below 1")
+            raise UserError(f"holdout={self.holdout} is a fraction of the documents: give 0 or more, below 1")
         if self.max_disk_gb is not None and self.max_disk_gb < 0:
             raise UserError(f"max_disk_gb={self.max_disk_gb}: give 0 (no cache) or more, or none for {_DISK_GB:g}")
         if self.retry_minutes <= 0:
-            raise UserError(f"retry_minutes={self.retry_minutes} has to be above 0")
+            raise UserError(f"retry_minutes={self.retry_minutes} must be above 0")
         if self.on_corrupt not in ("stop", "skip"):
-            raise UserError(f"on_corrupt={self.on_corrupt!r}: give 'stop', or 'skip' to go on without corrupt files")
+            raise UserError(f"on_corrupt={self.on_corrupt!r}: give 'stop', or 'skip' to continue without corrupt files")
         for name in self.sources:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise UserError(f"sources: {name!r} is used in logs and overrides; use letters, digits, - and _")
+                raise UserError(f"sources: {name!r} appears in logs and overrides; use letters, digits, - and _")
 
     def threads(self, stored: bool = False) -> tuple[int, int]:
         """(workers, prefetch). stored: whether all sources are read from token stores."""
@@ -338,7 +339,7 @@ def host_batches(
     states: Mapping[int, np.ndarray],
     prefetch: int,
 ) -> grain.DatasetIterator:
-    """An iterator of StepBatch over `host_dataset`, which see. Call `close` to stop before the end.
+    """An iterator of StepBatch over `host_dataset`. Call `close` to stop before the end.
 
     Args:
         prefetch: Batches to prepare ahead, in a thread.

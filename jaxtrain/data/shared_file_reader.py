@@ -1,8 +1,8 @@
-"""One reader for each file and host, whose windows feed all lanes of the host: for sources with few units.
+"""One reader per file and host, whose windows feed all lanes of the host: for sources with few units.
 
-A reader only goes forward. It keeps windows that other lanes of this host still need, and spills those past a bound to
-an unnamed temporary file in `scratch`. What a lane reads never depends on what is kept: a window that is neither kept
-nor ahead is read again.
+A reader only moves forward. It keeps windows that other lanes of this host still need, and spills them to an unnamed
+temporary file in `scratch` above a memory limit. What a lane reads never depends on what is kept: a window that is
+neither kept nor ahead is read again.
 """
 
 import contextlib
@@ -23,24 +23,27 @@ from jaxtrain.data.units import interleave_step
 from jaxtrain.interfaces import Block
 
 _IN_MEMORY_BYTES = 64 << 20  # of text or tokens kept for each open file
-_OPEN_FILES = 4  # lanes near a file's end still read it while others have gone on
+_OPEN_FILES = 4  # lanes near a file's end still read it while others are in the next files
 
 File = tuple[int, int]  # (epoch, position in the epoch's order)
 
 
 @dataclasses.dataclass(frozen=True)
 class Want:
-    """Where a lane stands: it needs `window` of `file` next, and is done with all earlier files."""
+    """A lane's position: it needs `window` of `file` next, and is done with all earlier files."""
 
     file: File
     window: int
 
 
 class SharedFileReader:
-    """The windows of a source's files for the lanes of this host. Safe for several threads.
+    """The windows of a source's files for the lanes of this host. Thread-safe.
 
-    open_at: (file number, row) → blocks from there. size: rows of a window. lanes: of the whole run. scratch: the
-    folder for what is spilled; None for the system's.
+    Args:
+        open_at: (file number, row) → blocks from there on.
+        size: Rows per window.
+        lanes: The number of lanes of the run.
+        scratch: Folder for spilled windows; None for the system's.
     """
 
     def __init__(
@@ -53,23 +56,23 @@ class SharedFileReader:
         self._scratch = scratch
         self._wants: dict[int, Want] = {}
         self._readers: dict[File, _Reader] = {}
-        # By file number, once known: with many files that are shorter than `lanes` windows, most lanes have none in a
-        # file, and would open it only to find that out.
+        # By file number, once known. Most lanes have no window in a file of fewer than `lanes` windows, and would open
+        # it only to find that out.
         self._rows: dict[int, int] = {}
         # Re-entrant, as the readers' are: the collector may call `close` in a thread that holds it.
         self._lock = threading.RLock()
 
     def first_window(self, lane: int, position: int) -> int:
-        """The lane's first window of the `position`-th file of an epoch; further ones are `lanes` apart."""
+        """The lane's first window of the `position`-th file of an epoch; later ones are `lanes` apart."""
         return (lane - position * self._step) % self._lanes
 
     def register(self, wants: Mapping[int, Want]) -> None:
-        """Announce the lanes that will read and where each starts. Call before any reads: it decides what is kept."""
+        """Announces the lanes that will read and where each starts. Call it before reading: it decides what is kept."""
         with self._lock:
             self._wants = dict(wants)
 
     def get(self, file: File, number: int, lane: int, window: int) -> Block | None:
-        """A window of the lane's, or None past the file's end. number: the file's number in the listing."""
+        """Returns one of the lane's windows; None past the file's end. number: the file's number in the listing."""
         block = None
         if window * self._size < self._rows.get(number, math.inf):
             reader = self._reader(file, number)
@@ -81,7 +84,7 @@ class SharedFileReader:
         return block
 
     def rows(self, file: File, number: int, limit: int) -> int:
-        """The file's rows, or `limit` if there are as many or more."""
+        """The number of the file's rows, at most `limit`."""
         if number in self._rows:
             return min(self._rows[number], limit)
         reader = self._reader(file, number)
@@ -90,7 +93,7 @@ class SharedFileReader:
         return rows
 
     def close(self) -> None:
-        """Drop all windows and keep no more. A lane that reads on opens its file again."""
+        """Drops all windows and keeps no more. A lane that continues to read opens its file again."""
         with self._lock:
             self._wants = {}
             readers = list(self._readers.values())
@@ -139,8 +142,9 @@ class SharedFileReader:
 
 
 class _Reader:
-    """A file read forward in windows of `size` rows; keeps those that `is_wanted` says, of which `next_wanted` lists
-    the first ones. `rows`: the file's rows, once its end has been seen.
+    """Reads a file forward in windows of `size` rows, and keeps the windows that `is_wanted` selects.
+
+    `next_wanted` lists the first of them. `rows` is the file's number of rows once its end has been seen.
     """
 
     def __init__(
@@ -158,10 +162,10 @@ class _Reader:
         self._next_wanted = next_wanted
         self._is_wanted = is_wanted
         self._windows: Iterator[Block] | None = None
-        self._next = 0  # the window that `_windows` gives next
-        self._reached = 0  # rows that the file has at least
+        self._next = 0  # the window that `_windows` yields next
+        self._reached = 0  # a lower bound of the file's rows
         self._kept: dict[int, Block | tuple[int, int]] = {}  # in memory, or (offset, bytes) in the spill
-        self._bytes = 0  # of what is in memory
+        self._bytes = 0  # in memory
         self._spill: IO[bytes] | None = None
         self._closed = False  # a thread may still read from it, but finds nothing kept
         self._lock = threading.RLock()
@@ -181,7 +185,7 @@ class _Reader:
                 self._keep(self._next - 1, block)
 
     def count(self, limit: int) -> int:
-        """The file's rows, or `limit` if there are as many or more."""
+        """The number of the file's rows, at most `limit`."""
         with self._reading():
             if self._windows is None or self._next * self._size > self._reached:
                 self._start(self._reached // self._size)
@@ -192,7 +196,7 @@ class _Reader:
             return limit if self.rows is None else min(self.rows, limit)
 
     def close(self) -> None:
-        """Does not wait for a thread that reads (it may wait out an outage, or never run again at exit): it clears."""
+        """Does not wait for a thread that reads: it may be in an outage, or never run again at exit. It will clear."""
         self._closed = True
         if self._lock.acquire(blocking=False):
             try:
@@ -227,11 +231,11 @@ class _Reader:
         try:
             block = next(self._windows, None)
         except BaseException:
-            self._windows = None  # a generator that has raised looks like one at its end
+            self._windows = None  # a generator that has raised looks exhausted
             raise
         count = 0 if block is None else len(block["text"])
         begin = self._next * self._size
-        # Whoever starts past the end learns nothing of where that is.
+        # A read that starts past the end does not show where the end is.
         if block is not None or begin <= self._reached:
             self._reached = max(self._reached, begin + count)
             if count < self._size:
@@ -275,7 +279,7 @@ def _spilled(block: Block) -> bytes:
     if isinstance(tokens, TokenArrays):  # a token store's; it has no other column
         head = {"dtype": tokens.ids.dtype.str, "lengths": tokens.lengths.tolist()}
         return b"tokens" + json.dumps(head).encode() + b"\n" + tokens.ids.tobytes()
-    return json.dumps(block).encode()  # lone surrogates are escaped, and come back
+    return json.dumps(block).encode()  # lone surrogates are escaped, and survive
 
 
 def _unspilled(data: bytes) -> Block:
@@ -287,7 +291,7 @@ def _unspilled(data: bytes) -> Block:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives it back as it is. Dates and bytes, which only some filters ask for, stay in memory."""
+    """Whether JSON preserves the value. Dates and bytes, which only some filters need, stay in memory."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(entry) for key, entry in value.items())
     if isinstance(value, list):

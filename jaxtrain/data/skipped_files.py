@@ -1,8 +1,8 @@
 """Corrupt files that a run skips from their first bad row on: `skips.json` in the work directory.
 
-No process skips rows in mid-run. The process that finds a corrupt file records it and exits; all processes restart and
-read the same list. Every checkpoint holds the list too, in case the file is lost. Past training is not affected; from
-the restart on, the skipped rows behave as if a filter dropped them in every epoch.
+No process starts to skip rows during a run. The process that finds a corrupt file records it and exits; all processes
+restart and read the same list. Every checkpoint holds the list too, in case the file is lost. Past training is not
+affected; from the restart on, the skipped rows behave as if a filter dropped them in every epoch.
 """
 
 import json
@@ -16,7 +16,7 @@ from jaxtrain.interfaces import Json
 
 SkippedFiles = Mapping[str, Mapping[str, int]]  # source → file (its lasting name) → the first skipped row
 
-FOOTER = -1  # in place of a row: the footer is unreadable, so the file has no units at all
+FOOTER = -1  # in place of a row: the footer is unreadable, so the file has no units
 
 
 def union(*lists: SkippedFiles) -> dict[str, dict[str, int]]:
@@ -42,7 +42,7 @@ def load(path: epath.Path) -> dict[str, dict[str, int]]:
 
 
 def record(path: epath.Path, error: CorruptError) -> None:
-    """Add the file of `error`.
+    """Adds the file of `error`.
 
     Processes that find different files at the same time may overwrite each other's list; a lost entry is found again
     after the restart. A kill leaves the old list or the new one.
@@ -59,7 +59,7 @@ def saved(sources: Mapping[str, Json]) -> dict[str, dict[str, int]]:
 
 
 def compare(source: str, old: Mapping[str, int], new: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """Compare two lists of one source. Returns the lines of (changes a resume allows, changes it refuses)."""
+    """Compares two lists of one source. Returns lines for (changes a resume allows, changes it refuses)."""
     allowed, refused = [], []
     for file in sorted(old.keys() | new.keys()):
         before, now = old.get(file), new.get(file)
@@ -67,7 +67,7 @@ def compare(source: str, old: Mapping[str, int], new: Mapping[str, int]) -> tupl
             continue
         line = f"source {source!r}: {file} is skipped {_from(now)}, was {_from(before)}"
         if now is None or (before is not None and now > before):
-            refused.append(f"{line}: what was given up stays so")
+            refused.append(f"{line}: a skipped file stays skipped")
         elif now == FOOTER:
             refused.append(f"{line}: positions in the checkpoint count the row groups of its footer; restore the file")
         else:

@@ -1,4 +1,4 @@
-"""Threads of the data path: pools that never hold up the process's exit, and a prefetcher on top of them."""
+"""Threads of the data path: pools that never delay the exit of the process, and a prefetcher on top of them."""
 
 import collections
 import dataclasses
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class DaemonPool(Executor):
     """Up to `size` daemon threads, started on demand; work runs in the order of submission.
 
-    The interpreter joins ThreadPoolExecutor's threads at exit, whatever they do: a reader waiting out an outage would
-    keep a process that was told to stop, and has saved, alive for data.retry_minutes.
+    The interpreter joins ThreadPoolExecutor's threads at exit: a reader waiting out an outage would keep a process that
+    was told to stop, and has saved, alive for data.retry_minutes.
     """
 
     def __init__(self, size: int, name: str):
@@ -41,7 +41,7 @@ class DaemonPool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Refuse new work; finish (or cancel) what is queued. wait: until all of it is done."""
+        """Refuses new work; finishes (or cancels) queued work. wait: Whether to wait until all of it is done."""
         with self._lock:
             self._closed = True
             while cancel_futures and not self._work.empty():
@@ -82,7 +82,7 @@ class Pools:
 class Prefetcher(Iterator[T]):
     """An iterator whose next items are made in a pool ahead of time, one after the other, from the first `next` on.
 
-    Items are made until those held weigh `enough` by `weigh`; by default that is one item. An error is raised by the
+    Items are made until the held ones weigh `enough` by `weigh`; by default that is one item. An error is raised by the
     `next` that would return the failed item, and by every later one.
     """
 
@@ -96,7 +96,7 @@ class Prefetcher(Iterator[T]):
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Start on the first item without waiting for it."""
+        """Starts to make the first item without waiting for it."""
         with self._lock:
             self._go_on()
 
@@ -107,7 +107,7 @@ class Prefetcher(Iterator[T]):
 
     def _make(self) -> T | None:
         item = next(self._items, None)
-        if item is not None:  # at the end, as after an error, there is nothing left to make
+        if item is not None:  # at the end and after an error, nothing is left to make
             with self._lock:
                 self._held += self._weigh(item)
                 self._making = False

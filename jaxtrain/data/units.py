@@ -1,4 +1,4 @@
-"""How a source is partitioned: its units, their order in an epoch, and the lane of each. Pure but for reading footers.
+"""How a source is partitioned: its units, their order in an epoch, and their lanes. Pure except for reading footers.
 
 The files and `num_lanes` alone decide between two ways:
 
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from jaxtrain.plan import stable_hash
 
 FILES_PER_LANE = 16  # with fewer, parquet files are cut into ranges of row groups
 UNITS_PER_LANE = 4  # with fewer, lanes would end an epoch far apart: share files instead
-_FOOTERS_AT_ONCE = 32  # where max_samples decides how many are needed
+_FOOTERS_AT_ONCE = 32  # if max_samples decides how many are needed
 RULE = "units-2"  # goes into the identity; change it with the rules above
 
 
@@ -39,9 +39,9 @@ class Partition:
     """How a source is partitioned.
 
     Attributes:
-        units: in the order of the listing.
-        shared: all lanes read every unit, which is a file, and take turns at its windows.
-        limit: rows that may be read in all, in the order of the listing (shared files only); None for all.
+        units: In the order of the listing.
+        shared: Whether all lanes read every unit, which is a file, and take turns at its windows.
+        limit: The most rows to read, in the order of the listing (shared files only); None for all.
     """
 
     units: tuple[Unit, ...]
@@ -55,10 +55,10 @@ def partition(
     max_samples: int | None,
     row_groups: Callable[[Sequence[int]], list[list[int]]],
 ) -> Partition:
-    """Partition a source for `num_lanes` lanes.
+    """Partitions a source for `num_lanes` lanes.
 
     Args:
-        max_samples: read the first `max_samples` rows in the order of the listing; None for all.
+        max_samples: Read the first `max_samples` rows in the order of the listing; None for all.
         row_groups: `source.row_groups` of several files at once. Called only if the footers are needed.
     """
     files = range(len(source.files))
@@ -95,6 +95,41 @@ def groups_within(
     return groups
 
 
+def idle_lane(
+    cut: Partition,
+    rows: Sequence[int | None],
+    order: Iterable[int],
+    num_lanes: int,
+    window: int,
+    keeps: Callable[[int, int, int], bool],
+) -> int | None:
+    """The first lane that gets no document in an epoch; None if every lane has one, or if only reading shows it.
+
+    Args:
+        cut: The partition.
+        rows: Rows of each unit; None if unknown.
+        order: The epoch's order of the units.
+        num_lanes: The number of lanes.
+        window: Rows that are permuted together; lanes take turns at shared files by window.
+        keeps: (unit, row in the unit, count) → whether the holdout leaves one of these rows.
+    """
+    idle, left = set(range(num_lanes)), cut.limit
+    for position, unit in enumerate(order):
+        count = rows[unit]
+        if count is None:
+            return None
+        if left is not None:
+            count, left = min(count, left), left - min(count, left)
+        first, size = (position * interleave_step(num_lanes), window) if cut.shared else (position, count or 1)
+        for number in range(-(-count // size)):
+            lane = (first + number) % num_lanes
+            if lane in idle and keeps(unit, number * size, min(size, count - number * size)):
+                idle.remove(lane)
+            if not idle:
+                return None
+    return min(idle)
+
+
 def _starts(sizes: Sequence[int]) -> list[int]:
     """The first row of each group."""
     return [0, *itertools.accumulate(sizes)][: len(sizes)]
@@ -117,7 +152,7 @@ def order(num_units: int, *, seed: int, source: str, epoch: int, shuffle: bool) 
 
 
 def share(units: np.ndarray, lane: int, num_lanes: int) -> np.ndarray:
-    """A lane's part of the units, which are given in the order of an epoch."""
+    """A lane's share of the units. units: In the order of an epoch."""
     return units[lane::num_lanes]
 
 
@@ -126,7 +161,7 @@ def interleave_step(num_lanes: int) -> int:
     """How many lanes after the first lane of a shared file the next file's first lane comes.
 
     It is coprime to num_lanes, so that files of one window each reach every lane, and it spreads the starts of any
-    number of files evenly over the lanes. It does if the partial quotients of step / num_lanes are small, as they are
+    number of files evenly over the lanes, if the partial quotients of step / num_lanes are small, as they are
     near the golden ratio (Niederreiter 1992, "Random number generation and quasi-Monte Carlo methods", theorem 3.4).
     With a step of 1 a thousand files of about 20 windows reached 1,104 of 16,384 lanes.
     """
@@ -137,7 +172,7 @@ def interleave_step(num_lanes: int) -> int:
 
 
 def _quotients(a: int, b: int) -> Iterator[int]:
-    """Of the continued fraction of a / b."""
+    """The partial quotients of the continued fraction of a / b."""
     while b:
         yield a // b
         a, b = b, a % b

@@ -67,7 +67,7 @@ class Teacher:
         if not self.model and self.cache is None:
             raise UserError("model='': give the teacher's folder, its id on the Hub, or a work directory.")
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r}: a teacher is kept in one of {', '.join(DTYPES)}.")
+            raise UserError(f"dtype={self.dtype!r}: give one of {', '.join(DTYPES)}.")
 
     def build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
         """Builds the teacher without reading its parameters.
@@ -92,12 +92,12 @@ class Teacher:
         if vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{where} has a vocabulary of {vocab_size:,}, the run's tokenizer has {tokenizer.vocab_size:,} ids: "
-                "a teacher can only teach its own. Set `tokenizer` to the teacher's."
+                "student and teacher must share a tokenizer. Set `tokenizer` to the teacher's."
             )
         problem = self._attempt(lambda: self._other_tokenizer(tokenizer))
         if problem is not None:
             raise UserError(
-                f"{where} has another tokenizer than the run, so its probabilities are those of other tokens:\n"
+                f"{where} has a different tokenizer than the run, so its probabilities refer to other tokens:\n"
                 f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
                 "or choose a teacher with the run's."
             )
@@ -128,8 +128,8 @@ class Teacher:
         assert self.cache is not None
         if not data.document_mask:
             raise UserError(
-                "teacher.cache needs data.document_mask=true: the teacher has seen each document by itself, and knows "
-                "nothing of those before it in a row."
+                "teacher.cache needs data.document_mask=true: the teacher has seen each document alone, without the "
+                "documents before it in a row."
             )
         manifests: dict[str, TeacherManifest] = {}
         for name, config in data.sources.items():
@@ -166,8 +166,8 @@ class Teacher:
         if not kinds:
             raise UserError(
                 f"teacher.model={self.model}: {found.where} has neither {files.TOKENIZER_JSON} nor "
-                f"{files.SENTENCEPIECE_MODEL}, so nobody can tell what its ids mean. Put its tokenizer there, or set "
-                "teacher.tokenizer to where it is."
+                f"{files.SENTENCEPIECE_MODEL}, so the meaning of its ids is unknown. Put its tokenizer there, or set "
+                "teacher.tokenizer to its location."
             )
         if hashlib.sha256(found.content[kinds[0]]).hexdigest() == ours.identity["hash"]:
             return None
@@ -278,16 +278,16 @@ class Cached:
                 here, there = getattr(one, field), getattr(manifest, field)
                 if here != there:
                     raise UserError(
-                        f"teacher.cache={config.cache}: the sources were not cached alike: {field} of {first} is "
-                        f"{here}, of {name} {there}. Write them again with one command of tools.cache_teacher."
+                        f"teacher.cache={config.cache}: the sources were cached with different settings: {field} of "
+                        f"{first} is {here}, of {name} {there}. Write all of them with one command."
                     )
         self.layout = one.layout
         self._teacher = one.teacher
         found, wanted = one.teacher["found"], cli.public("found", os.fspath(config.model))
         if config.model and found != wanted:
             raise UserError(
-                f"teacher.model={wanted}, and teacher.cache={config.cache} was written from {found}: give that one, or "
-                "leave teacher.model out (it is not needed)."
+                f"teacher.model={wanted}, and teacher.cache={config.cache} was written from {found}: set "
+                "teacher.model to that, or remove it (a cache does not need it)."
             )
 
     @property
@@ -301,8 +301,8 @@ class Cached:
         some = next(iter(self._manifests.values()))
         tokens = sum(manifest.tokens for manifest in self._manifests.values())
         return (
-            f"the {self.layout.k} most likely tokens by {self._teacher['found']}, of {tokens:,} tokens, with contexts "
-            f"of {some.context:,}, in {self.config.cache}"
+            f"the {self.layout.k} most likely tokens by {self._teacher['found']} for each of {tokens:,} tokens, with "
+            f"contexts of {some.context:,}, in {self.config.cache}"
         )
 
     def records(self) -> dict[str, TeacherStore]:
@@ -326,13 +326,13 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
     cached, was_cached = now.get("cache"), saved.get("cache")  # absent in older checkpoints
     if (cached is None) != (was_cached is None):
         was, is_now = ("the model itself" if each is None else "a cache" for each in (was_cached, cached))
-        return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree but for rounding and context"
+        return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree except for rounding and context"
     saved, now = ({**each, "model": _meaning(cli.complete(each["model"]))} for each in (saved, now))
     changed = [name for name in _ENFORCED if saved[name] != now[name]]
     if not changed:
         before, after = was_cached or {}, cached or {}
         others = [name for name in before.keys() & after.keys() if before[name] != after[name]]
-        return f"the teacher's cache has been written anew for {', '.join(sorted(others))}" if others else None
+        return f"the teacher's cache was written again for {', '.join(sorted(others))}" if others else None
     lines = [f"the teacher has changed; it was {_where(saved)}, is {_where(now)}:"]
     lines += [f"  {name}: was {saved[name]}, is {now[name]}" for name in changed if name != "model"]
     if "model" in changed:

@@ -1,4 +1,4 @@
-"""Decisions every process must make identically: to stop at a step, and that a time has passed."""
+"""Decisions every process must make identically: to stop at a step, and whether a time has passed."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A terminal's Ctrl-C reaches the whole process group, and a launcher may forward it: that is not the user's second one.
+# Ctrl-C in a terminal reaches the whole process group, and a launcher may forward it too: not a second Ctrl-C.
 _SAME_REQUEST_SECONDS = 1.0
 # Reading process 0's clock is a broadcast, which waits for the steps in flight.
 _LOOK_SECONDS = 30.0

@@ -49,9 +49,9 @@ logger = logging.getLogger("jaxtrain")
 
 
 def join(deterministic: bool) -> None:
-    """Joins the run's other processes, by JAX_COORDINATOR_ADDRESS or as the cluster says.
+    """Joins the run's other processes, through JAX_COORDINATOR_ADDRESS or a cluster.
 
-    Clusters are those that JAX detects: SLURM steps, Open MPI, TPU pods (GKE's variables or Google Cloud's metadata),
+    JAX detects these clusters: SLURM steps, Open MPI, TPU pods (GKE's variables or Google Cloud's metadata),
     indexed Kubernetes jobs. A single process joins nothing: its own signal handlers (consensus.StopRequest) do more
     than JAX's preemption service.
 
@@ -59,8 +59,8 @@ def join(deterministic: bool) -> None:
         deterministic: Use only deterministic operations on GPUs. The compilation cache keeps the results of autotuning.
 
     Raises:
-        UserError: The environment says that there are several processes and not how they meet, names a platform that
-            is not there, or an XLA flag that does not exist.
+        UserError: The environment has several processes but no address for them, or names a missing platform or an
+            unknown XLA flag.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     if deterministic:
@@ -75,13 +75,13 @@ def join(deterministic: bool) -> None:
 
 
 def _check_xla_flags(flags: str) -> None:
-    """Refuses unknown flags: XLA aborts the process for one, with a C++ stack.
+    """Refuses unknown flags, for which XLA would abort the process with a C++ stack.
 
-    XLA has no list of its flags to ask for. Their names are strings of its library.
+    XLA offers no list of its flags. Their names are strings in its library.
     """
     if flags and not flags.lstrip().startswith("-"):
         if not os.path.isfile(flags):
-            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else is a file, and there is none.")
+            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else names a file. There is none.")
         return
     names = [re.split(r"[= ]", flag)[0].lstrip("-") for flag in flags.split()]
     library = pathlib.Path(jaxlib.__file__).parent / "libjax_common.so"
@@ -97,7 +97,7 @@ def _find_devices(platforms: str) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        # Without a platform named, or if one is there and fails (a driver, a device in use), a restart may help.
+        # If no platform is named, or if it exists and fails (a driver, a device in use), a restart may help.
         if platforms and re.search(r"not in the list of known|no supported devices|Failed to open|^$", str(error)):
             reason = f": {error}" if str(error) else f", and no {platforms} device or plugin is installed here"
             raise UserError(
@@ -117,9 +117,9 @@ def explicit_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     count_name, index_name = next((pair for pair in _NUMBERED if pair[0] in environment), _NUMBERED[0])
     count, index = (_number(environment, name) for name in (count_name, index_name))
     if not 0 <= index < count:
-        raise UserError(f"{index_name}={index} is not one of {count_name}={count} processes: they count from 0.")
+        raise UserError(f"{index_name}={index} is not one of {count_name}={count} processes: numbers start at 0.")
     if ":" not in address:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, a free one on process 0's.")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, a free port of that host.")
     if count == 1:
         return None
     arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -135,7 +135,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         found = "is not set" if text is None else f"is '{text}'"
         raise UserError(
             f"JAX_COORDINATOR_ADDRESS is set, but {name} {found}. Each process needs the address of process 0, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (or --coordinator, --num_processes, --process_id); one alone: none."
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (or --coordinator, --num_processes, --process_id); or none of "
+            "them for a single process."
         )
     return int(text)
 
@@ -143,7 +144,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 def _in_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """The cluster that started this process with others; None if it is alone."""
     for cluster in ClusterEnv._cluster_types:
-        # JAX takes every Kubernetes pod for part of a job, and fails in those that are not.
+        # JAX treats every Kubernetes pod as part of a job, and fails in other pods.
         is_pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment
         if cluster.opt_in_only_method or is_pod or not cluster.is_env_present():
             continue
@@ -168,14 +169,14 @@ def _in_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def leave_together() -> None:
+def exit_together() -> None:
     """Waits until all have reached the end: process 0 hosts the service, which the others need."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def failures_told() -> Iterator[None]:
+def failures_announced() -> Iterator[None]:
     """An exception inside also ends the other processes, which print its message."""
     try:
         yield
@@ -185,7 +186,7 @@ def failures_told() -> Iterator[None]:
         lines = [str(error)] if known else traceback.format_exception_only(error)
         message = "\n".join([*lines, *(getattr(error, "__notes__", ()) if known else ())]).strip()
         is_echo = isinstance(error, FollowedError | jax.errors.JaxRuntimeError)
-        tell(message, 2 if isinstance(error, UserError) else 1, is_echo)
+        announce_failure(message, 2 if isinstance(error, UserError) else 1, is_echo)
         raise
 
 
@@ -194,15 +195,15 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def tell(message: str, code: int, is_echo: bool = False) -> None:
+def announce_failure(message: str, code: int, is_echo: bool = False) -> None:
     """Ends all other processes with `code`, and this one after LEAVE_SECONDS if it has not exited.
 
-    Returns once the others have heard. The first process to tell counts; a second one ends as the others do.
+    Returns once the others have received it. The first process to call this counts; a second one ends like the others.
 
     Args:
         message: Why, for the others to print.
         code: The exit code.
-        is_echo: This process may only have seen another one's failure.
+        is_echo: Whether the failure may only be a consequence of another process's failure.
     """
     client = _client()
     if client is None or _Alarm.told:
@@ -251,7 +252,7 @@ class _Alarm:
 
     @staticmethod
     def _end(told: dict[str, Any]) -> None:
-        """Ends this process at once: the main thread may wait for what can no longer come."""
+        """Ends this process at once: the main thread may be waiting for another process."""
         index, failed = jax.process_index(), told["process"]
         if index == failed:
             time.sleep(LEAVE_SECONDS)
@@ -263,5 +264,5 @@ class _Alarm:
         else:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _client().key_value_set(f"{_HEARD}{index}", "")
-            logger.error("Process %d ends, since %s failed: see its message, or process 0's.", index, where)
+            logger.error("Process %d exits because %s failed: see its message, or process 0's.", index, where)
         os._exit(told["code"])

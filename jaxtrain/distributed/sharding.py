@@ -130,8 +130,8 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
         fsdp_slices = slices // data_slices
         if fsdp % fsdp_slices:
             raise UserError(
-                f"mesh.data={data}, mesh.fsdp={fsdp} cannot be split over {slices} TPU slices: "
-                f"let mesh.data be a multiple of {slices}."
+                f"mesh.data={data}, mesh.fsdp={fsdp} cannot be split over {slices} TPU slices: make mesh.data a "
+                f"multiple of {slices}."
             )
         inner = (data // data_slices, fsdp // fsdp_slices, context, tensor)
         array = mesh_utils.create_hybrid_device_mesh(inner, (data_slices, fsdp_slices, 1, 1), devices)

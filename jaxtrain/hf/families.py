@@ -153,7 +153,7 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
         if scaling is not None:
             scaling.check()
     except UserError as error:
-        raise UserError(f"{where}: config.json asks for a model that cannot be. {error}") from error
+        raise UserError(f"{where}: config.json describes an invalid model. {error}") from error
     return config, known["vocab_size"]
 
 
@@ -163,10 +163,10 @@ def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
     _check_types(rope, _ROPE_TYPES, where)
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
-        raise UserError(f"{where}: rotary positions for {', '.join(nested)} alone are not supported; all layers share.")
+        raise UserError(f"{where}: separate rotary settings for {', '.join(nested)} are not supported.")
     partial = rope.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; whole heads are rotated.")
+        raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; only whole heads can be rotated.")
     theta = rope.get("rope_theta", known["rope_theta"])
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -194,7 +194,7 @@ def _rotates(known: Json, where: str) -> list[bool]:
     rotates = [bool(r) for r in pattern[:layers]]
     every = layers + 1 if all(rotates) else rotates.index(False) + 1
     if rotates != [(i + 1) % every != 0 for i in range(layers)]:
-        raise UserError(f"{where}: no_rope_layers={pattern} is not supported; only every n-th layer may be without.")
+        raise UserError(f"{where}: no_rope_layers={pattern} is not supported; only every n-th layer may have none.")
     return rotates
 
 
@@ -214,13 +214,13 @@ def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> 
         if other or len(types) != len(rotates) or (any(slides) and not enabled):
             raise UserError(
                 f"{where}: layer_types={types} with use_sliding_window={known.get('use_sliding_window')} and "
-                f"sliding_window={window} is not supported; each of the {len(rotates)} layers has full_attention or "
-                "sliding_attention, as the other two say."
+                f"sliding_window={window} is not supported; each of the {len(rotates)} layers must have "
+                "full_attention or sliding_attention, as the other two say."
             )
     if kind != "mistral" and not (enabled and any(slides)):
         return None
     if not all(slides):
-        raise UserError(f"{where}: layers with and without a sliding window are not supported; it is all or none.")
+        raise UserError(f"{where}: a sliding window in only some of the layers is not supported.")
     return window
 
 
@@ -228,8 +228,7 @@ def llama(model: Model) -> Llama:
     """Returns the model if it is a Llama; raises UserError otherwise."""
     if not isinstance(model, Llama):
         raise UserError(
-            f"{type(model).__name__} is not of the Llama family, the only one that is read from and written to Hugging "
-            "Face checkpoints."
+            f"{type(model).__name__} is not of the Llama family, the only one supported in Hugging Face checkpoints."
         )
     return model
 
@@ -254,7 +253,7 @@ def family_of(config: LlamaConfig) -> str:
     raise UserError(
         f"No architecture of transformers has attention_bias={biases[0]}, attention_output_bias={biases[1]}, "
         f"mlp_bias={biases[2]}, qk_norm={config.qk_norm}, no_rope_every={config.no_rope_every} and "
-        f"sliding_window={config.sliding_window} together, so that this model cannot be exported."
+        f"sliding_window={config.sliding_window} together, so this model cannot be exported."
     )
 
 

@@ -109,9 +109,7 @@ def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Pat
     if os.path.isdir(folder_or_id):
         return Path(folder_or_id)
     if folder_or_id.startswith((".", "/", "~")):
-        raise UserError(
-            f"{folder_or_id} is not a folder. It takes one with config.json and *.safetensors, or a Hub id."
-        )
+        raise UserError(f"{folder_or_id} is not a folder. Give one with config.json and *.safetensors, or a Hub id.")
     # Imported here: it takes 0.3 s, and local checkpoints do not need it.
     from huggingface_hub import snapshot_download
 
@@ -127,7 +125,7 @@ def _json(path: Path) -> Json:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is cut or no JSON ({error}): download or export it again.") from error
+        raise UserError(f"{path} is truncated or not JSON ({error}): download or export it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object: download or export it again.")
     return value
@@ -137,7 +135,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """The index of a checkpoint split into several files: tensor name to file."""
     found = _json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise UserError(f"{folder / INDEX} names no file for any tensor: download or export it again.")
+        raise UserError(f"{folder / INDEX} lists no tensors: download or export it again.")
     return found
 
 
@@ -210,7 +208,7 @@ class _Files:
             if getattr(model.config, name) != getattr(theirs, name):
                 raise UserError(
                     f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
-                    f"{getattr(theirs, name)}: its tensors mean something else."
+                    f"{getattr(theirs, name)}: its tensors would mean something else."
                 )
         for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
             ours, his = getattr(model.config, name), getattr(theirs, name)
@@ -219,7 +217,7 @@ class _Files:
         for name in sorted(wanted & self._where.keys()):
             if (dtype := self.slices(name).get_dtype()) not in _DTYPES:
                 raise UserError(
-                    f"{where}: {name} is {dtype}. Quantized checkpoints are not read: save it with weights in "
+                    f"{where}: {name} is {dtype}. Quantized checkpoints are not supported: save it with weights in "
                     "bfloat16, float16 or float32."
                 )
         unknown = sorted(name for name in self._where.keys() - wanted - {HEAD} if not IGNORED.fullmatch(name))
@@ -230,11 +228,11 @@ class _Files:
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 raise UserError(
-                    f"{where} {title} {', '.join(names[:5])}{more}. Is the model's config that of the checkpoint "
+                    f"{where} {title} {', '.join(names[:5])}{more}. Does the model's config match the checkpoint "
                     "(tie_embeddings, biases, qk_norm, num_layers)?"
                 )
         if HEAD in self._where and HEAD not in wanted and not self.are_equal(HEAD, EMBEDDING):
-            raise UserError(f"{where} has an output head other than its embedding: set model.tie_embeddings=false.")
+            raise UserError(f"{where} has an output head separate from its embedding: set model.tie_embeddings=false.")
 
 
 def _leaf(
@@ -275,11 +273,11 @@ def _tensor(
     # Many checkpoints round their vocabulary up. Rows that no id uses are dropped.
     if size[1:] != expected[1:] or (rows < ids if tensor.vocabulary else rows != ids):
         raise UserError(
-            f"{tensor.name} has shape {size}, where the model has {expected}: the model's config or vocabulary is not "
-            "the checkpoint's."
+            f"{tensor.name} has shape {size}, but the model has {expected}: the model's config or vocabulary does "
+            "not match the checkpoint."
         )
     if rows > ids:
-        logger.info("%s: %d rows beyond the vocabulary of %d are left out", tensor.name, rows - ids, ids)
+        logger.info("%s: %d rows beyond the vocabulary of %d are dropped", tensor.name, rows - ids, ids)
 
     def read(index: Any) -> np.ndarray:
         wanted = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]

@@ -62,7 +62,7 @@ def export(
     """
     model = families.llama(model)
     if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}.")
     content = {} if tokenizer is None else tokenizer.content(add_bos=add_bos)
     generation = _generation_config(content, tokenizer, model.vocab_size)
     special = {f"{name}_token_id": generation.get(f"{name}_token_id") for name in ("bos", "eos")}
@@ -74,8 +74,8 @@ def export(
         and b"Qwen2Tokenizer" not in tokenizer.content()[TOKENIZER_CONFIG]
     ):
         logger.warning(
-            "AutoTokenizer gives every qwen2 model the rules of Qwen2Tokenizer, which are not this tokenizer's: load "
-            "it with PreTrainedTokenizerFast.from_pretrained(%r).",
+            "AutoTokenizer applies the rules of Qwen2Tokenizer to every qwen2 model, which differ from this "
+            "tokenizer's: load it with PreTrainedTokenizerFast.from_pretrained(%r).",
             folder,
         )
     path = Path(folder)

@@ -180,8 +180,8 @@ def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | N
             product = math.prod(mesh.shape[name] for name in names)
             if size % product:
                 raise UserError(
-                    f"{what} {size} is not divisible by mesh.{' * mesh.'.join(names)} = {product}. "
-                    f"Make {what} a multiple of {product}, or that part of the mesh smaller."
+                    f"{what} {size} is not divisible by mesh.{' * mesh.'.join(names)} = {product}. Make {what} a "
+                    f"multiple of {product}, or shrink that part of the mesh."
                 )
         batch, head = spec(("batch", "sequence")), spec(("embed", "vocab"))
         return jax.shard_map(

@@ -30,9 +30,9 @@ class CrossEntropy:
     def check(self) -> None:
         """Raises UserError if a value is out of range."""
         if self.z_loss < 0:
-            raise UserError(f"z_loss={self.z_loss}: a weight of 0 or more is needed (PaLM uses 1e-4).")
+            raise UserError(f"z_loss={self.z_loss}: give a weight of 0 or more (PaLM uses 1e-4).")
         if self.chunk_tokens < 1:
-            raise UserError(f"chunk_tokens={self.chunk_tokens}: at least one position is needed (1024 is usual).")
+            raise UserError(f"chunk_tokens={self.chunk_tokens}: give at least one position (1024 is usual).")
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
         """Builds the loss: "loss" = "ce_loss" + "z_loss" (omitted if its weight is 0)."""

@@ -65,7 +65,7 @@ class Distillation:
             raise UserError(f"temperature={self.temperature}: give 0.01 to 1000; 1 to 4 is usual.")
         for name in ("ce_weight", "kd_weight"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: a weight of 0 or more is needed.")
+                raise UserError(f"{name}={getattr(self, name)}: give a weight of 0 or more.")
         if self.ce_weight == self.kd_weight == 0:
             raise UserError("ce_weight=0 and kd_weight=0: there is nothing to learn from; set one above 0.")
 
@@ -128,8 +128,8 @@ class Distillation:
         if not (isinstance(self.divergence, TopK) and self.divergence.k == layout.k):
             raise UserError(
                 f"distillation.divergence={self.divergence}: the teacher's cache holds its {layout.k} most likely "
-                f"tokens and the mass of the others, which serves TopK(k={layout.k}) and nothing else. Set that "
-                "(--config.distillation.divergence.k= changes k alone), or leave out teacher.cache."
+                f"tokens and the mass of the others, which only TopK(k={layout.k}) can use. Set that "
+                "(--config.distillation.divergence.k= changes only k), or remove teacher.cache."
             )
         slot = layout.slot(self.temperature)
 

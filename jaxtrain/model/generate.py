@@ -68,7 +68,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k}: it must be at least 1, or none.")
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: a probability above 0 and at most 1 is needed.")
+        raise UserError(f"top_p={top_p}: give a probability above 0 and at most 1.")
     if not prompts_ids:
         return []
     sampling: Sampling = "greedy" if temperature == 0 else "plain" if top_k is None and top_p == 1 else "filtered"
@@ -137,14 +137,14 @@ def check(model: Model, prompts_ids: Sequence[Sequence[int]], max_new_tokens: in
         outside = [id for id in ids if not 0 <= id < model.vocab_size]
         if outside:
             raise UserError(
-                f"Prompt {row} has the id {outside[0]}, outside of the model's vocabulary of {model.vocab_size}: "
-                "was it made by another tokenizer?"
+                f"Prompt {row} has the id {outside[0]}, outside of the model's vocabulary of {model.vocab_size}: was "
+                "it encoded with another tokenizer?"
             )
         room = model.config.max_seq_len - len(ids)
         if max_new_tokens > room:
             fix = f"lower max_new_tokens to {room} or less, or shorten the prompt" if room > 0 else "shorten the prompt"
             raise UserError(
-                f"Prompt {row} has {len(ids)} tokens, with max_new_tokens={max_new_tokens} too many for the model's "
+                f"Prompt {row} has {len(ids)} tokens, with max_new_tokens={max_new_tokens} more than the model's "
                 f"context of {model.config.max_seq_len} (max_seq_len): {fix}."
             )
 

@@ -183,14 +183,14 @@ class Llama(BaseModel):
                 common = math.gcd(self.config.num_heads, self.config.num_kv_heads)
                 raise UserError(
                     f"{name}={getattr(self.config, name)} is not divisible by mesh.tensor={tensor}: a device holds "
-                    f"whole heads. mesh.tensor that works for this model: "
+                    "whole heads. Values of mesh.tensor that work for this model: "
                     f"{', '.join(map(str, sharding.divisors(common)))}."
                 )
         heads = self.config.num_heads // tensor
         if heads % mesh.shape["context"]:
             logger.warning(
-                "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes the "
-                "whole attention. mesh.context that shares it: %s.",
+                "num_heads=%d / mesh.tensor=%d is not divisible by mesh.context=%d: each of its devices computes "
+                "the whole attention. Values of mesh.context that divide it: %s.",
                 *(self.config.num_heads, tensor, mesh.shape["context"]),
                 ", ".join(map(str, sharding.divisors(heads))),
             )

@@ -35,7 +35,7 @@ Transformation = optax.GradientTransformation | Callable[[Any], optax.GradientTr
 
 
 def from_optax(transformation: Transformation) -> Optimizer:
-    """Any optax transformation, chains and contrib included, as an optimizer.
+    """Makes an optimizer of any optax transformation, including chains and contrib.
 
     Args:
         transformation: A function of the learning rate (an fp32 scalar, traced), such as `optax.lion`; or a
@@ -56,7 +56,7 @@ def from_optax(transformation: Transformation) -> Optimizer:
 
 @dataclasses.dataclass(kw_only=True)
 class OptaxConfig:
-    """The config of an optimizer of optax's. A subclass adds fields and writes `transformation`.
+    """The config of an optax optimizer. A subclass adds fields and writes `transformation`.
 
     Attributes:
         learning_rate: The peak rate, which `schedule` scales.
@@ -86,8 +86,8 @@ class OptaxConfig:
 def state_axes(optimizer: Optimizer, axes: Axes, params: Params) -> Any:
     """The logical axes of an optimizer's state: the state's tree with a tuple for each leaf.
 
-    An array under a parameter's path is laid out like the parameter if it has its shape; if it lacks one dimension
-    (Adafactor's factored moments), like what is left of it. Everything else is replicated.
+    An array under a parameter's path is sharded like the parameter if it has its shape, or like its remaining
+    dimensions if it lacks one (Adafactor's factored moments). Everything else is replicated.
 
     Args:
         axes: The parameters' logical axes.
@@ -105,7 +105,7 @@ def state_axes(optimizer: Optimizer, axes: Axes, params: Params) -> Any:
         if leaf.shape == shape:
             return whole
         without = {whole[:i] + whole[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
-        # Of a square matrix either dimension may be the one that is gone.
+        # For a square matrix, either dimension may be the missing one.
         return without.pop() if len(without) == 1 else (None,) * leaf.ndim
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(optimizer.init, params))
@@ -151,15 +151,15 @@ def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: flo
 
 def check_rate(learning_rate: float) -> None:
     if learning_rate <= 0:
-        raise UserError(f"learning_rate={learning_rate}: the peak rate is above 0, for example 3e-4.")
+        raise UserError(f"learning_rate={learning_rate}: give a peak rate above 0, for example 3e-4.")
 
 
 def check_fields(config: Any) -> None:
     """The rules that AdamW and Muon share. Raises UserError."""
     check_rate(config.learning_rate)
     if config.weight_decay < 0:
-        raise UserError(f"weight_decay={config.weight_decay}: 0 or more is needed; 0.1 is usual.")
+        raise UserError(f"weight_decay={config.weight_decay}: give 0 or more; 0.1 is usual.")
     if config.epsilon <= 0:
-        raise UserError(f"epsilon={config.epsilon}: above 0 is needed, or unused parameters divide by zero.")
+        raise UserError(f"epsilon={config.epsilon}: give a value above 0, or unused parameters divide by zero.")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"betas={config.betas}: two numbers from 0 to below 1, for example (0.9, 0.95).")
+        raise UserError(f"betas={config.betas}: give two numbers from 0 to below 1, for example (0.9, 0.95).")

@@ -32,7 +32,7 @@ class Muon:
 
     A matrix [m, n] moves by learning_rate * 0.2 * sqrt(max(m, n)) times the orthogonalized Nesterov momentum, whose
     entries then have the size of AdamW's (arXiv 2502.16982, equation 4): rates and decays tuned for AdamW carry over.
-    Layers are separate matrices, stacked or not. Embedding, output head, norms and biases take AdamW.
+    Layers are separate matrices, stacked or not. Embedding, output head, norms and biases use AdamW.
 
     Attributes:
         learning_rate: The peak rate, which `schedule` scales.
@@ -40,8 +40,8 @@ class Muon:
         momentum: Decay rate of the matrices' momentum.
         weight_decay: Of each step, as a multiple of the learning rate; on matrices and head, never norms and biases.
         decay_embeddings: Whether the embedding decays; see AdamW.
-        adam_ratio: The learning rate of what takes AdamW, as a multiple of the matrices' rate.
-        betas, epsilon: Of what takes AdamW.
+        adam_ratio: The learning rate of AdamW's parameters, as a multiple of the matrices' rate.
+        betas, epsilon: Settings of AdamW.
         newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
     """
 
@@ -58,11 +58,11 @@ class Muon:
     def check(self) -> None:
         base.check_fields(self)
         if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum={self.momentum}: from 0 to below 1; 0.95 is usual.")
+            raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:
-            raise UserError(f"adam_ratio={self.adam_ratio}: 0 or more is needed; 1 gives AdamW the same rate.")
+            raise UserError(f"adam_ratio={self.adam_ratio}: give 0 or more; 1 gives AdamW the same rate.")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
-            raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: "bfloat16" or "float32" is needed.')
+            raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
         """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
@@ -104,14 +104,14 @@ class Muon:
 
 
 def flat(tree: Any) -> dict[Path, Any]:
-    """Nested dicts as one, from path to leaf."""
+    """Flattens nested dicts to one dict, path → leaf."""
     return flatten_dict(tree)  # type: ignore[return-value]
 
 
 def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """0.2 * sqrt(max(m, n)) * orthogonalized matrices of an array with "embed" on one side, in its own shape, fp32."""
     inner = axes[1:] if axes[0] == "layers" else axes
-    assert "embed" in (inner[0], inner[-1]), f"a matrix has its 'embed' axis first or last, not {axes}"
+    assert "embed" in (inner[0], inner[-1]), f"a matrix must have its 'embed' axis first or last, not {axes}"
     sizes = update.shape[-len(inner) :]
     m = sizes[0] if inner[0] == "embed" else math.prod(sizes[:-1])
     n = math.prod(sizes) // m
@@ -129,7 +129,7 @@ def newton_schulz(x_Lmn: jax.Array, dtype: jnp.dtype) -> jax.Array:
     x = (x_Lmn / (jnp.sqrt(jnp.sum(jnp.square(x_Lmn), (1, 2), keepdims=True)) + 1e-7)).astype(dtype)
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
-    # Accelerators round fp32 factors unless told not to.
+    # Accelerators round fp32 factors by default.
     multiply = functools.partial(jnp.matmul, precision="highest" if dtype == jnp.float32 else None)
     for _ in range(STEPS):
         gram = multiply(x, x.mT)

@@ -11,7 +11,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Schedule
 from jaxtrain.plan import mixing
 
-_COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "weights", "last_step")
+_COMPARED = ("first_step", "seq_len", "batch_size", "overlap_tokens", "packing", "weights", "last_step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class StagePlan:
     seq_len: int
     batch_size: int
     overlap_tokens: int
+    packing: str  # "concat" or "fit"
     weights: Mapping[str, Fraction]  # positive weights only, by name in alphabetical order
     first_step: int
     last_step: int | None  # None: the plan sets no end
@@ -58,6 +59,7 @@ class StepPlan:
     batch_size: int
     overlap_tokens: int
     stride: int
+    fit: bool  # whether documents are packed by best fit
     tokens_before: int
     tokens_after: int
     rows_before: int  # rows of all earlier steps
@@ -76,7 +78,8 @@ class Plan:
         last_step: The run's last step, or None if only the data ends the run.
         total_tokens: The tokens trained by the end of the run, or None if only the data ends it.
         horizon: The token count that schedules use: the run's token target even if `steps` ends the run earlier, so
-            that a resume with more steps continues the same schedule. `total_tokens` if there is no target.
+            that a resume with more steps continues the same schedule. `total_tokens` if there is no target; an
+            estimate, or None, if only the data ends the run.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Plan:
             batch_size=stage.batch_size,
             overlap_tokens=stage.overlap_tokens,
             stride=stage.stride,
+            fit=stage.packing == "fit",
             tokens_before=before,
             tokens_after=after,
             rows_before=stage.first_row + batches * stage.batch_size,
@@ -171,6 +175,7 @@ class Plan:
         return {
             "seed": self._seed,
             "total_tokens": self.total_tokens,
+            **({"horizon": self.horizon} if self.total_tokens is None and self.horizon is not None else {}),
             "stages": [
                 {
                     "index": stage.index,
@@ -199,7 +204,9 @@ class Plan:
         if self.last_step is not None and self.last_step < step:
             return [f"step {step:,} is trained, but the plan now ends at step {self.last_step:,}"]
         old_stages, new_stages = (
-            [stage for stage in record["stages"] if stage["first_step"] <= step] for record in (recorded, self.record())
+            # Records of version 0.1 have no packing.
+            [{"packing": "concat", **stage} for stage in record["stages"] if stage["first_step"] <= step]
+            for record in (recorded, self.record())
         )
         for old, new in zip(old_stages, new_stages, strict=False):  # both reach `step` or differ earlier
             lines = [
@@ -224,14 +231,15 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text, one line per stage, as `--dry_run` prints it."""
-        header = ("stage", "steps", "seq_len", "batch", "tokens", "learning rate", "overlap", "weights")
+        header = ("stage", "steps", "seq_len", "batch", "tokens", "learning rate", "packing", "overlap", "weights")
         lines = [header, *(self._table_line(stage) for stage in self.stages)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         if self.last_step is None or self.total_tokens is None:
-            return "\n".join([*text, "The run ends with its data: no total_tokens, no steps."])
+            about = "" if self.horizon is None else f" Schedules assume about {self.horizon:,} tokens."
+            return "\n".join([*text, f"The run ends with its data: no total_tokens, no steps.{about}"])
         last = self.at(self.last_step)
         end = f"{self.last_step:,} steps, {self.total_tokens:,} tokens"
         full = last.batch_size * last.seq_len
@@ -258,6 +266,7 @@ class Plan:
             f"{stage.batch_size:,}",
             tokens,
             rate,
+            stage.packing,
             f"{stage.overlap_tokens:,}",
             ", ".join(f"{name} {float(weight):.4g}" for name, weight in stage.weights.items()),
         )
@@ -295,4 +304,4 @@ def _until(value: Any, field: str, step: int) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {float(Fraction(weight)):.6g}" for name, weight in value.items())
-    return "none" if value is None else f"{value:,}"
+    return "none" if value is None else value if isinstance(value, str) else f"{value:,}"

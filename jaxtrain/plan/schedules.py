@@ -144,12 +144,12 @@ class WSD(WarmUp):
             decay = _length("decay", self.decay_tokens, self.decay_fraction, total)
             if warmup + decay > horizon:
                 raise UserError(
-                    f"a warm-up of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's "
+                    f"a warmup of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's "
                     f"{horizon:,}; shorten them, or give them as warmup_fraction and decay_fraction"
                 )
             if tokens <= horizon - decay:
                 return 1.0
-            part = (tokens - (horizon - decay)) / decay
+            part = min((tokens - (horizon - decay)) / decay, 1.0)  # an estimated horizon may come too early
             return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
 
         return self._after_warmup(shape)
@@ -180,8 +180,8 @@ def _progress(tokens: int, warmup: float, horizon: int) -> float:
     """Progress from the end of the warmup to the end of the run, 0 to 1 (0 during the warmup)."""
     if warmup >= horizon:
         raise UserError(
-            f"the warm-up of {warmup:,.0f} tokens fills the run's {horizon:,}; shorten warmup_tokens, "
-            "or give it as a share of the run, for example warmup_fraction=0.01"
+            f"the warmup of {warmup:,.0f} tokens fills the run's {horizon:,}; shorten warmup_tokens, or give it as a "
+            "share of the run, for example warmup_fraction=0.01"
         )
     return min(max((tokens - warmup) / (horizon - warmup), 0.0), 1.0)
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.plan import mixing
+
+PACKINGS = ("concat", "fit")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,6 +27,8 @@ class Stage:
         tokens_per_batch: Sets the batch size to this // seq_len, rounded down to a multiple of both data.num_lanes and
             8.
         overlap: The fraction of a row, in [0, 1), that the next row of the same lane and source repeats.
+        packing: "concat" joins documents and cuts them where a row ends. "fit" cuts only documents longer than a row,
+            and pads the places that are left (data/fit_packing.py). Both count as tokens of the stage.
     """
 
     name: str = "main"
@@ -33,6 +38,7 @@ class Stage:
     batch_size: int | None = None
     tokens_per_batch: int | None = None
     overlap: float = 0.0
+    packing: str = dataclasses.field(default="concat", metadata={cli.BEFORE: "concat"})
 
     def check_alone(self) -> None:
         """Raises UserError for a value out of range, independent of the rest of the config.
@@ -50,7 +56,14 @@ class Stage:
                 "and set the other to none"
             )
         if not 0 <= self.overlap < 1:
-            raise UserError(f"overlap={self.overlap} is a part of a row: give 0 or more, below 1")
+            raise UserError(f"overlap={self.overlap} is a fraction of a row: give 0 or more, below 1")
+        if self.packing not in PACKINGS:
+            near = difflib.get_close_matches(self.packing, PACKINGS) or PACKINGS
+            raise UserError(f"packing={self.packing!r} is not known; did you mean {' or '.join(map(repr, near))}?")
+        if self.packing == "fit" and self.overlap:
+            raise UserError(
+                f"overlap={self.overlap} with packing='fit': rows of whole documents do not overlap; give 0"
+            )
         if self.weights == {}:
             raise UserError("weights={} names no source: give each one's share, summing to 1")
 
@@ -70,9 +83,9 @@ class Stage:
         rows = self.tokens_per_batch // self.seq_len // multiple * multiple
         if not rows:
             raise UserError(
-                f"tokens_per_batch={self.tokens_per_batch} is less than {multiple} rows of {self.seq_len} tokens, the "
-                f"least that suits data.num_lanes={num_lanes}; give {multiple * self.seq_len} or more, or a batch_size "
-                f"that is a multiple of {num_lanes}"
+                f"tokens_per_batch={self.tokens_per_batch} is less than {multiple} rows of {self.seq_len} tokens, "
+                f"the minimum for data.num_lanes={num_lanes}; give {multiple * self.seq_len} or more, or a "
+                f"batch_size that is a multiple of {num_lanes}"
             )
         return rows
 

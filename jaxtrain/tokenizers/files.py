@@ -59,9 +59,9 @@ class TokenizerFiles:
         try:
             value = json.loads(self.content[name])
         except ValueError as error:
-            raise UserError(f"{self.where}: {name} is not JSON ({error}); get the file again") from error
+            raise UserError(f"{self.where}: {name} is not JSON ({error}); download the file again") from error
         if not isinstance(value, dict):
-            raise UserError(f"{self.where}: {name} is not a JSON object; get the file again")
+            raise UserError(f"{self.where}: {name} is not a JSON object; download the file again")
         return value
 
 
@@ -106,8 +106,8 @@ def _download(name: str, revision: str | None) -> TokenizerFiles:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"tokenizer name={name!r}: neither a local folder or file nor a repository of the Hub that you may read; "
-            "check the spelling, or set HF_TOKEN if it is private"
+            f"tokenizer name={name!r}: neither a local folder or file nor a Hub repository that you can read; check "
+            "the spelling, or set HF_TOKEN if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(

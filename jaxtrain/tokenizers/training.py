@@ -16,10 +16,12 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan.stable_hash import philox
 from jaxtrain.tokenizers import files
+from jaxtrain.tokenizers.engine import check_engine
 from jaxtrain.tokenizers.hf import HFTokenizer
 from jaxtrain.tokenizers.identity import well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
@@ -69,6 +71,7 @@ class TrainTokenizer:
             sentencepiece, the ids before it: 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to
             them.
         threads: as in HuggingFaceTokenizer; for encoding only.
+        engine: as in HuggingFaceTokenizer; for kind="bpe" only.
     """
 
     kind: str = "sentencepiece"
@@ -80,6 +83,7 @@ class TrainTokenizer:
     sample_mb: float = 64.0
     special_tokens: tuple[str, ...] = ()
     threads: int | None = None
+    engine: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "tokenizers"})
 
     def check(self) -> None:
         if self.kind not in ("sentencepiece", "bpe"):
@@ -106,6 +110,7 @@ class TrainTokenizer:
         if len(set(self.special_tokens)) < len(self.special_tokens):
             raise ValueError(f"special_tokens={self.special_tokens}: one is listed twice; give each once")
         check_threads(self.threads)
+        check_engine(self.engine)
 
     def needs_training(self, workdir: epath.PathLike) -> bool:
         """Whether `train` must run before `build`."""
@@ -139,13 +144,16 @@ class TrainTokenizer:
         if changed:
             lines = [f"  {name}: {saved.get(name)} there, {now.get(name)} in the config" for name in changed]
             raise UserError(
-                "\n".join([f"{folder} was trained with other settings; delete it, or take these settings:", *lines])
+                "\n".join([f"{folder} was trained with other settings; delete it, or use these settings:", *lines])
             )
-        return self._load(files.read(folder))
+        return self._load(files.read(folder), self.engine, workdir)
 
-    def _load(self, tokenizer_files: files.TokenizerFiles) -> HFTokenizer | SentencePieceTokenizer:
-        kind = HFTokenizer if self.kind == "bpe" else SentencePieceTokenizer
-        return kind(tokenizer_files, threads=self.threads)
+    def _load(
+        self, tokenizer_files: files.TokenizerFiles, engine: str = "tokenizers", workdir: epath.PathLike = ""
+    ) -> HFTokenizer | SentencePieceTokenizer:
+        if self.kind == "bpe":
+            return HFTokenizer(tokenizer_files, threads=self.threads, engine=engine, workdir=workdir)
+        return SentencePieceTokenizer(tokenizer_files, threads=self.threads)
 
     def _settings(self) -> Json:
         """The fields that determine the result."""
@@ -180,7 +188,7 @@ def train(
         content = {files.SENTENCEPIECE_MODEL: _train_sentencepiece(config, seen)}
     tokenizer = config._load(files.TokenizerFiles(str(folder), content))
     if tokenizer.vocab_size != config.vocab_size:
-        logger.warning("Asked for %d tokens, but the documents gave %d.", config.vocab_size, tokenizer.vocab_size)
+        logger.warning("Requested %d tokens, but the documents yield only %d.", config.vocab_size, tokenizer.vocab_size)
     record = {"settings": config._settings(), "samples": seen.count, "identity": tokenizer.identity}
     files.publish(tokenizer.content() | {_SETTINGS: json.dumps(record, indent=2).encode()}, folder)
     tokenizer = config._load(files.read(folder))
@@ -197,13 +205,13 @@ def _check_round_trip(tokenizer: HFTokenizer | SentencePieceTokenizer, texts: li
     pairs = [(text, tokenizer.decode(piece)) for text, piece in zip(texts, pieces, strict=True)]
     wrong = [(number, text, back) for number, (text, back) in enumerate(pairs) if text != back]
     if not wrong:
-        logger.info("Round trip: all of %d sample documents come back exactly from their tokens.", len(texts))
+        logger.info("Round trip: all %d sample documents decode to their exact text.", len(texts))
         return
     number, text, back = wrong[0]
     at = next((index for index, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(min(text, back)))
     logger.warning(
-        "Round trip: %d of %d sample documents do not come back from their tokens. In document %d, from character %d, "
-        "%r became %r. byte_fallback=true keeps every text.",
+        "Round trip: %d of %d sample documents do not decode to their text. In document %d, from character %d, %r "
+        "became %r. byte_fallback=true preserves every text.",
         *(len(wrong), len(texts), number, at, text[at : at + 20], back[at : at + 20]),
     )
 

@@ -1,5 +1,6 @@
 """What a checkpoint records about data and model, and the check whether a config may resume from it."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,14 @@ FIXED = (
 )
 # Fields that affect how the model is computed, not what it computes.
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
+
+
+def settled(config: Config, saved: Json | None) -> Config:
+    """The config of a resume: a shuffle window that it leaves open is the checkpoint's, if that had one set."""
+    window = None if saved is None else saved["config"]["data"]["shuffle_window"]
+    if config.data.shuffle_window is not None or window is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
 
 
 def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
@@ -100,8 +109,8 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
         lines += taken_back
     if lines:
         raise UserError(
-            f"the checkpoint of step {step} was trained with another config, and going on with this one would not be "
-            "the same run:\n"
+            f"the checkpoint of step {step} was trained with another config, and continuing with this one would not "
+            "be the same run:\n"
             + "\n".join(lines)
             + "\nSet these back; or start a new run in another --workdir (--config.init_from= keeps the parameters)."
         )
@@ -126,9 +135,9 @@ def check_teacher(saved: Json | None, now: Json | None, step: int) -> None:
     different = teacher.mismatch(saved, now)
     if different is not None:
         raise UserError(
-            f"the checkpoint of step {step} was trained with another teacher, and going on with this one would not be "
-            f"the same run:\n{different}\nSet it back (for one of the Hub its `revision`, for a work directory the "
-            "step's folder); or start a new run in another --workdir (--config.init_from= keeps the parameters)."
+            f"the checkpoint of step {step} was trained with another teacher, and continuing with this one would not "
+            f"be the same run:\n{different}\nSet it back (a Hub model's `revision`, a work directory's step folder); "
+            "or start a new run in another --workdir (--config.init_from= keeps the parameters)."
         )
 
 

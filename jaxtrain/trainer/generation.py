@@ -16,7 +16,7 @@ def generate(
     prompts_ids: Sequence[Sequence[int]],
     *,
     limit: int | None,
-    beside: int = 0,
+    extra: int = 0,
     max_new_tokens: int,
     **settings: Any,
 ) -> list[list[int]]:
@@ -27,7 +27,7 @@ def generate(
         params: its parameters.
         prompts_ids: ids of each prompt.
         limit: memory of a device in bytes; None runs all prompts in one batch.
-        beside: bytes in use on a device besides the parameters, such as optimizer state.
+        extra: bytes in use on a device besides the parameters, such as optimizer state.
         max_new_tokens: maximum length of a continuation.
         settings: see `jaxtrain.model.generate.generate`.
 
@@ -46,15 +46,15 @@ def generate(
             programs = unlimited.compile_programs(model, params, prompts_ids, max_new_tokens, -(-rows // count))
             return max(programs, key=lambda program: memory.needed(program) or 0)
 
-        fewest, needs = counts[-1] + 1, "more than there is"
+        fewest, needs = counts[-1] + 1, "more than it has"
         try:
-            fewest, _ = memory.fit(counts, compile, limit, beside)
+            fewest, _ = memory.fit(counts, compile, limit, extra)
         except memory.NothingFitsError as error:
             needs = error.needs
         count = consensus.largest(fewest)
         if count > counts[-1]:
             raise UserError(
-                f"generation does not fit: with one prompt at a time a device needs {needs}, and may take "
+                f"generation does not fit: even with one prompt at a time a device needs {needs}, and may use "
                 f"{limit / 1e9:.3g} GB. Give shorter prompts or a smaller max_new_tokens, or use more devices."
             )
         rows = -(-rows // count)

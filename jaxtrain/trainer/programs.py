@@ -33,14 +33,14 @@ class Program:
     Attributes:
         executable: (state, batch, learning_rate, rows_before[, teaching]) → (state, metrics), or for evaluation
             (params, batch, token_bytes) → sums.
-        beside: bytes in use on a device that are not its arguments.
+        extra: bytes in use on a device that are not its arguments.
     """
 
     executable: Any
     micro_batches: int
     batch_size: int
     seq_len: int
-    beside: int = 0
+    extra: int = 0
 
     def describe(self, limit: int | None) -> str:
         """Describes micro-batches and memory in one line. `limit` is in bytes."""
@@ -51,8 +51,8 @@ class Program:
             return text
         most = "" if limit is None else f" of {limit / 1e9:.3g}"
         return (
-            f"{text}: {(needed + self.beside) / 1e9:.3g}{most} GB a device (state and batch "
-            f"{(held + self.beside) / 1e9:.3g}, temporary {(needed - held) / 1e9:.3g})"
+            f"{text}: {(needed + self.extra) / 1e9:.3g}{most} GB per device (state and batch "
+            f"{(held + self.extra) / 1e9:.3g}, temporary {(needed - held) / 1e9:.3g})"
         )
 
 
@@ -75,7 +75,7 @@ class StagePrograms:
         micro_batch_tokens: maximum tokens per device in a micro-batch; None for no maximum.
         limit: bytes that a step may use on a device; micro-batches shrink until it fits. None for no limit.
         evaluation: the evaluation's stage; None without evaluation.
-        beside: bytes that training keeps on a device during an evaluation, besides the parameters.
+        extra: bytes that training keeps on a device during an evaluation, besides the parameters.
 
     Raises:
         UserError: the mesh does not divide a stage's batch.
@@ -88,11 +88,11 @@ class StagePrograms:
         micro_batch_tokens: int | None,
         limit: int | None = None,
         evaluation: StagePlan | None = None,
-        beside: int = 0,
+        extra: int = 0,
     ):
         self.limit = limit
         self._components = components
-        self._beside = beside
+        self._extra = extra
         self._stages = [] if plan is None else [stage for stage in plan.stages if stage.has_steps]
         self._evaluation = evaluation and _Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
         keys = [_Key(stage.batch_size, stage.seq_len) for stage in self._stages]
@@ -191,20 +191,20 @@ class StagePrograms:
 
     def _fitting(self, key: _Key) -> Program:
         """Returns the program with the fewest micro-batches that fits on this process's devices."""
-        beside = self._beside if key.evaluates else 0
+        extra = self._extra if key.evaluates else 0
         try:
-            count, executable = memory.fit(self._counts(key), functools.partial(self._compile, key), self.limit, beside)
+            count, executable = memory.fit(self._counts(key), functools.partial(self._compile, key), self.limit, extra)
         except memory.NothingFitsError as error:
             raise DoesNotFitError(self._misfit(key, error.needs)) from None
-        return Program(executable, count, key.batch_size, key.seq_len, beside)
+        return Program(executable, count, key.batch_size, key.seq_len, extra)
 
     def _compile(self, key: _Key, count: int) -> Any:
         lower = lower_eval_step if key.evaluates else lower_train_step
         return lower(self._components, key.batch_size, key.seq_len, count).compile()
 
     def _compiled(self, key: _Key, count: int) -> Program:
-        beside = self._beside if key.evaluates else 0
-        return Program(self._compile(key, count), count, key.batch_size, key.seq_len, beside)
+        extra = self._extra if key.evaluates else 0
+        return Program(self._compile(key, count), count, key.batch_size, key.seq_len, extra)
 
     def _counts(self, key: _Key) -> list[int]:
         """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
@@ -230,7 +230,7 @@ class StagePrograms:
         if mesh.devices.flat[0].platform == "gpu":
             fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
         return (
-            f"{self._name(key)} does not fit: with one row of {key.seq_len:,} tokens at a time a device needs {needs}, "
-            f"and may take {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). What "
-            f"helps: {', '.join(fixes)}."
+            f"{self._name(key)} does not fit: even with one row of {key.seq_len:,} tokens at a time a device needs "
+            f"{needs}, and may use {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). "
+            f"What helps: {', '.join(fixes)}."
         )

@@ -231,12 +231,12 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % devices:
         raise UserError(
-            f"a batch of {batch_size} rows cannot be shared by mesh.data * mesh.fsdp = {devices}: batch sizes follow "
-            f"from the config alone, so that another machine trains on the same batches. Sizes of data * fsdp that "
+            f"a batch of {batch_size} rows is not divisible by mesh.data * mesh.fsdp = {devices}: batch sizes depend "
+            "on the config alone, so that every machine trains on the same batches. Values of data * fsdp that "
             f"work: {', '.join(str(d) for d in sharding.divisors(batch_size) if d <= 4096)}."
         )
     if seq_len % mesh.shape["context"]:
-        raise UserError(f"seq_len={seq_len} cannot be shared by mesh.context={mesh.shape['context']}.")
+        raise UserError(f"seq_len={seq_len} is not divisible by mesh.context={mesh.shape['context']}.")
     rows = batch_size // devices
     if micro_batch_tokens is None:
         return 1

@@ -45,7 +45,7 @@ def mesh_of(*sizes):
 
 
 def state_on(mesh, seed=0):
-    """A train state of all types, made of the seed alone."""
+    """A train state with all dtypes, a function of the seed alone."""
     rng = np.random.default_rng(seed)
 
     def put(x, *spec):
@@ -146,8 +146,8 @@ def test_other_shapes_are_named(make):
     wanted["params"]["layers"] = {"v": jax.ShapeDtypeStruct((3,), jnp.float32)}
     with pytest.raises(UserError) as error:
         checkpointer.restore(1, wanted)
-    assert "layers/v: saved nothing, wanted (3,)" in str(error.value)
-    assert "layers/w: saved (16, 8), wanted nothing" in str(error.value)
+    assert "layers/v: saved nothing, expected (3,)" in str(error.value)
+    assert "layers/w: saved (16, 8), expected nothing" in str(error.value)
 
 
 # Which checkpoints are kept.
@@ -274,7 +274,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(make, tmp
     save_all(first, [1])
     first.close()
     (tmp_path / "checkpoints/1/data/metadata").unlink()
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact"):
         make()
     assert (tmp_path / "checkpoints/1").exists()
 
@@ -312,12 +312,12 @@ def test_a_flipped_bit_of_a_large_array_is_found_and_an_older_checkpoint_is_used
         first.save(step, state, {"tokens": step})
     first.close()
     path = flip_a_bit_of_the_largest_file(tmp_path / "checkpoints/2")
-    with pytest.raises(UserError, match=r"Checkpoint .*2 is damaged: .* was changed"):
+    with pytest.raises(UserError, match=r"Checkpoint .*2 is damaged: .* does not match its checksum"):
         restore_params(tmp_path, abstract(state["params"]))
     caplog.set_level(logging.INFO)
     second = make()
-    assert f"Checkpoint 2 is damaged: {path} was changed." in caplog.text
-    assert "2.corrupt; checkpoint 1 is used" in caplog.text
+    assert f"Checkpoint 2 is damaged: {path} does not match its checksum." in caplog.text
+    assert "2.corrupt; using checkpoint 1" in caplog.text
     assert "Verified the files of checkpoint 1" in caplog.text
     assert second.latest_step() == 1
     assert_same(second.restore(1, abstract(state)), state)
@@ -338,7 +338,7 @@ def test_lists_of_version_0_1_compare_the_sizes_of_large_files(make, tmp_path, m
     assert second.latest_step() == 1
     second.close()
     damage(path, "cut")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact"):
         make()
 
 
@@ -361,7 +361,7 @@ def test_processes_share_listing_and_verifying(tmp_path):
     assert [integrity.problem(folder, process, 3) for process in range(3)] == [None] * 3
     damage(tmp_path / "opt/ocdbt.process_2/d/array", "changed")
     found = [integrity.problem(folder, process, 3) for process in range(3)]
-    assert sum(problem is not None and "was changed" in problem for problem in found) == 1
+    assert sum(problem is not None and "does not match its checksum" in problem for problem in found) == 1
 
 
 # Places.
@@ -433,7 +433,7 @@ def test_what_a_store_refuses_in_words():
 
 @pytest.fixture(params=["limit", "tmpfs"])
 def full_disk(request, tmp_path):
-    """(folder, function that fills its disk): by a limit on the size of files, or really, where mounting is allowed."""
+    """(folder, function that fills its disk): a file size limit, or a real small disk if mounting is allowed."""
     if request.param == "limit":
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         yield tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
@@ -460,7 +460,7 @@ def test_a_full_disk_is_explained_and_loses_nothing(full_disk, capfd):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert "Checkpoint 2 could not be written" in str(error.value)
     assert "disk is full" in str(error.value)
-    assert "checkpoint 1 is whole" in str(error.value)
+    assert "checkpoint 1 is intact" in str(error.value)
     checkpointer.close()
     assert "Traceback" not in capfd.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["1"]

@@ -1,4 +1,4 @@
-"""Names of clusters: what is understood, and what is refused with what there is."""
+"""Names of clusters: which are accepted, and which are refused with a list of the available ones."""
 
 import pathlib
 import re
@@ -40,7 +40,7 @@ def test_names(text: str, slices: int, chips: int, island: int) -> None:
         ("v5e:2x3", 1, r"no slice v5e:2x3; the nearest in size is v5e:2x4. There are 1x1, 2x2, 2x4,"),
         ("v5e:16x32", 1, "--topology=v5e:16x16 --slices=2"),
         ("v5e:2x2x2", 1, "the nearest in size is v5e:2x4"),
-        ("v5p:4x4x6", 1, "sides that are multiples of 4"),
+        ("v5p:4x4x6", 1, "any three ascending multiples of 4"),
         ("v5p:16x16x64", 1, "up to 6,144 chips"),
         ("v5p:8", 1, "the nearest in size is v5p:2x2x2"),
         ("v5e", 1, "for example v5e:2x4"),
@@ -61,7 +61,7 @@ def test_what_is_refused(text: str, slices: int, said: str) -> None:
 
 
 def test_every_gpu_of_the_table_has_a_target() -> None:
-    """And what JAX will call it is found in the table again."""
+    """The table also has the name that JAX will use for it."""
     for chip in hardware.CHIPS:
         if chip.platform != "gpu":
             continue
@@ -74,7 +74,7 @@ def test_every_gpu_of_the_table_has_a_target() -> None:
 
 @pytest.mark.slow
 def test_every_slice_of_the_table_can_be_compiled_for() -> None:
-    """In processes of their own, since what the compiler wants to know comes before JAX; two may be under way."""
+    """In separate processes, since the compiler's settings are read before JAX is imported; two may run at a time."""
     pytest.importorskip("libtpu")
     script = (
         "from jaxtrain.cost import clusters\n"

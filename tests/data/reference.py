@@ -5,11 +5,13 @@ values), the plan, and the tokenizer.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtrain.data import units
+from jaxtrain.data import fit_packing, units
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.interfaces import Tokenizer
 from jaxtrain.plan import Plan, stable_hash
@@ -68,45 +70,118 @@ def lane_documents(
 
 @dataclasses.dataclass
 class LaneStream:
-    """All tokens of a lane of a source: (token, number of the document), and where each row begins."""
+    """All tokens of a lane in a source, and the number of each token's document. Rows are taken one by one."""
 
     tokens: list[int]
     owners: list[int]
-    at: int = 0
-    high: int = 0  # tokens before this one have been counted
     trained: int = 0
+    padding: int = 0
+    begun: set[int] = dataclasses.field(default_factory=set)
+    cut: set[int] = dataclasses.field(default_factory=set)
+    counted: set[int] = dataclasses.field(default_factory=set)  # tokens that have been trained on
 
-    @property
-    def documents_begun(self) -> int:
-        return len(set(self.owners[: self.high]))
+    @functools.cached_property
+    def left(self) -> list[list[int]]:
+        """What is left of each document, in order: indices of tokens."""
+        return [list(group) for _, group in itertools.groupby(range(len(self.owners)), self.owners.__getitem__)]
 
     @property
     def ended(self) -> bool:
-        return self.at >= len(self.tokens)
+        return not self.left
 
-    def row(self, seq_len: int, stride: int, document_mask: bool, counted: int | None = None) -> dict[str, list[int]]:
-        """counted: so many of its tokens are trained on; None: all."""
+    @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """In the order of packing.Counts."""
+        return len(self.begun), self.trained, len(self.counted), len(self.cut), self.padding
+
+    def row(
+        self, seq_len: int, stride: int, document_mask: bool, counted: int | None = None, fit: bool = False
+    ) -> dict[str, list[int]]:
+        """counted: How many of its tokens are trained on; None for all."""
+        counted, gaps = seq_len if counted is None else counted, self.gaps()
+        if fit or gaps:
+            # A change to "fit" drops what overlap would repeat. A change to "concat" first closes the gaps.
+            while fit and self.left and self.left[0][0] in self.counted:
+                self.drop(1)
+            indices = self.fitted(seq_len, None if fit else gaps[-1])
+        else:
+            indices = list(itertools.islice(itertools.chain.from_iterable(self.left), seq_len))
+            self.drop(stride)
+        self.trained += min(len(indices), counted)
+        self.padding += max(counted - len(indices), 0)
+        for index in indices[:counted]:
+            if index not in self.counted and self.is_first(index):
+                self.begun.add(self.owners[index])
+                if self.owners.count(self.owners[index]) > sum(self.owners[i] == self.owners[index] for i in indices):
+                    self.cut.add(self.owners[index])
+        self.counted |= set(indices[:counted])
+        return self.fields(indices, seq_len, document_mask, looks_on=not fit and not gaps)
+
+    def fields(self, indices: list[int], seq_len: int, document_mask: bool, looks_on: bool) -> dict[str, list[int]]:
+        """The fields of a row of these tokens. looks_on: Whether the next document follows the row's last token."""
         fields: dict[str, list[int]] = {
             name: [] for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
         }
         segment, position = 0, 0
-        for index in range(self.at, self.at + seq_len):
-            valid = index < len(self.tokens)
-            if index == self.at or (document_mask and valid and self.owners[index] != self.owners[index - 1]):
+        for place in range(seq_len):
+            valid = place < len(indices)
+            index = indices[place] if valid else -1
+            if place == 0 or (document_mask and valid and self.is_first(index)):
                 segment, position = segment + 1, 0
-            same = index + 1 < len(self.tokens) and (not document_mask or self.owners[index] == self.owners[index + 1])
+            following = indices[place + 1] if place + 1 < len(indices) else index + 1
+            same = valid and following < len(self.tokens)
+            if same and self.is_first(following):
+                same = not document_mask and (place + 1 < len(indices) or looks_on)
             fields["tokens"].append(self.tokens[index] if valid else 0)
-            fields["targets"].append(self.tokens[index + 1] if same else 0)
+            fields["targets"].append(self.tokens[following] if same else 0)
             fields["segment_ids"].append(segment if valid else 0)
             fields["positions"].append(position if valid else 0)
             fields["loss_mask"].append(same)
             position += 1
-        end = min(self.at + (seq_len if counted is None else counted), len(self.tokens))
-        self.trained += max(end - self.at, 0)
-        if end > self.at:
-            self.high = max(self.high, end)
-        self.at += stride
         return fields
+
+    def is_first(self, index: int) -> bool:
+        """Whether a token is the first of its document."""
+        return index == 0 or self.owners[index] != self.owners[index - 1]
+
+    def drop(self, count: int) -> None:
+        """Takes so many tokens off the front."""
+        while count and self.left:
+            first = self.left[0]
+            count, first[:] = max(count - len(first), 0), first[count:]
+            if not first:
+                self.left.pop(0)
+
+    def gaps(self) -> list[int]:
+        """Documents that are used up or begun, after the first of which anything is left."""
+        if not self.left:
+            return []
+        untouched = {self.owners[document[0]] for document in self.left if self.is_first(document[0])}
+        return sorted(set(range(self.owners[self.left[0][0]] + 1, self.owners[-1] + 1)) - untouched)
+
+    def fitted(self, seq_len: int, last: int | None) -> list[int]:
+        """Takes the tokens of a row by best fit, as fit_packing.py says. last: the last document it may use."""
+        found: list[int] = []
+        while self.left and len(found) < seq_len:
+            room, front = seq_len - len(found), self.owners[self.left[0][0]]
+            fresh = [document for document in self.left if self.is_first(document[0])]
+            window = [document for document in fresh if self.owners[document[0]] < front + fit_packing.WINDOW]
+            if last is not None:
+                window = [document for document in window if self.owners[document[0]] <= last]
+            if not found:
+                opened = [document for document in self.left if not self.is_first(document[0])]
+                choice = [*opened, *window]
+            else:
+                whole = [document for document in window if len(document) <= room]
+                longest = max(map(len, whole), default=0)
+                choice = [document for document in whole if len(document) == longest]
+                choice += [document for document in window if len(document) > seq_len]
+            if not choice:
+                break
+            found += choice[0][:room]
+            del choice[0][:room]
+            self.left = [document for document in self.left if document]
+        return found
 
 
 def streams(
@@ -161,6 +236,7 @@ def batches(
                 at.stride,
                 data.document_mask,
                 min(max(at.masked_from - row * at.seq_len, 0), at.seq_len),
+                at.fit,
             )
             for row, source in enumerate(plan.sources_of(step).tolist())
         ]

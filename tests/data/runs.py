@@ -1,4 +1,4 @@
-"""Random data configs, and running the data path on them: for its tests."""
+"""Random data configs, and running the data path on them, for its tests."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.fit_packing import WINDOW
 from jaxtrain.data.pipeline import DataConfig, StepBatch, host_batches, pools
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.interfaces import Source, Tokenizer
@@ -29,6 +30,13 @@ class Case:
         assert self.plan.last_step is not None
         return self.plan.last_step
 
+    @property
+    def least_tokens(self) -> int:
+        """As many as a lane can read of a source, if its documents have no more than 50 tokens."""
+        steps = [self.plan.at(step) for step in range(1, self.last_step + 1)]
+        window = 50 * WINDOW if any(at.fit for at in steps) else 2
+        return sum(at.batch_size * at.seq_len for at in steps) + window
+
     def run(self, after: int = 0, states: Mapping[int, np.ndarray] | None = None, **options: Any) -> list[StepBatch]:
         with batches_of(self, after=after, states=states or {}, **options) as batches:
             return list(batches)
@@ -46,7 +54,7 @@ def batches_of(
     skipped: SkippedFiles | None = None,
     resolved: Mapping[str, Source] | None = None,
 ) -> Iterator[Iterator[StepBatch]]:
-    """A host's batches; the threads end with the context. resolved: other sources than the case's own."""
+    """A host's batches; the threads end with the context. resolved: Sources to use instead of the case's own."""
     data = case.data
     if resolved is None:
         resolved = {name: source.resolve() for name, source in data.sources.items()}
@@ -78,7 +86,7 @@ def plan_of(data: DataConfig, stages: Sequence[Stage], seed: int, steps: int | N
 
 
 def random_source(rng: random.Random, name: str) -> MemorySource:
-    """Few or many files, some empty; often enough documents for 4 lanes."""
+    """Few or many files, some empty; usually enough documents for 4 lanes."""
     if rng.random() < 0.5:
         sizes = rng.choices([0, 30, 61, 90], k=rng.randint(1, 4))
     else:
@@ -125,10 +133,12 @@ def random_stages(rng: random.Random, data: DataConfig) -> list[Stage]:
         used = rng.sample(names, rng.randint(1, len(names)))
         weights = rng.choices([1, 2, 5], k=len(used))
         seq_len, batch = rng.choice([1, 2, 5, 16, 33]), data.num_lanes * rng.randint(1, 4)
+        packing = rng.choice(["concat", "concat", "fit"])
         stage = Stage(
             seq_len=seq_len,
             batch_size=batch,
-            overlap=rng.choice([0.0, 0.0, 0.3, 0.5, 0.95]),
+            overlap=0.0 if packing == "fit" else rng.choice([0.0, 0.0, 0.3, 0.5, 0.95]),
+            packing=packing,
             tokens=None if index == count - 1 else seq_len * batch * rng.randint(1, 6),
             weights={name: weight / sum(weights) for name, weight in zip(used, weights, strict=True)},
         )

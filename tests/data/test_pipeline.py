@@ -37,9 +37,7 @@ def same(a: StepBatch, b: StepBatch) -> None:
 @given(seeds)
 def test_batches_and_counts_are_those_of_the_slow_version(seed: int) -> None:
     case = random_case(seed)
-    steps = [case.plan.at(step) for step in range(1, case.last_step + 1)]
-    least = sum(at.batch_size * at.seq_len for at in steps) + 2
-    lanes = reference.streams(case.data, case.seed, case.epochs, least)
+    lanes = reference.streams(case.data, case.seed, case.epochs, case.least_tokens)
     found = case.run()
     assert [batch.step for batch in found] == list(range(1, case.last_step + 1))
     wanted = reference.batches(case.data, case.plan, lanes, len(found))
@@ -51,9 +49,8 @@ def test_batches_and_counts_are_those_of_the_slow_version(seed: int) -> None:
         state = dict(
             zip(STATE_FIELDS, found[-1].states[lane][list(case.data.sources).index(name)].tolist(), strict=True)
         )
-        assert state["tokens"] == stream.trained
-        assert state["unique"] == stream.high
-        assert state["documents"] == stream.documents_begun
+        counts = ("documents", "tokens", "unique", "cut", "padding")
+        assert tuple(state[name] for name in counts) == stream.counts
         assert bool(state["ended"]) == (stream.ended and name in weighted)
     for batch in found[-1:]:
         assert batch.arrays["loss_mask"].dtype == bool
@@ -109,7 +106,7 @@ def test_transient_faults_change_nothing(seed: int) -> None:
 
 
 def simple(rows: list[list[str]], *, lanes: int = 4, epochs: int | None = None, steps: int = 20, **settings) -> Case:
-    """One source "web", and rows of 16 tokens, 2 a lane."""
+    """One source "web", and rows of 16 tokens, 2 per lane."""
     source = MemorySource(rows=rows, **settings)
     data = DataConfig(sources={"web": source}, num_lanes=lanes, shuffle_window=4, workers=1)
     return Case(data, plan_of(data, [Stage(seq_len=16, batch_size=2 * lanes)], 0, steps=steps), 0, epochs)
@@ -137,7 +134,7 @@ def test_a_fatal_error_reaches_the_consumer_and_stays(random_access, prefetch):
 
 
 def test_any_error_stays(monkeypatch):
-    """Some lanes have taken a step then, and others have not: going on would shift them against each other."""
+    """Some lanes have then taken a step, and others have not: continuing would shift them against each other."""
     cut, calls = Packer.cut, []
 
     def failing(self, *args):
@@ -177,7 +174,8 @@ def test_training_ends_when_every_lane_has_ended_in_every_source_to_come():
     ]
     found = Case(data, plan_of(data, stages, 0, steps=20), 0, 1).run()
     assert [batch.ended for batch in found] == [False] * 12 + [True] * 8  # 3 batches each; a's end is not the run's
-    ended_in_a = [all(state[0, -1] for state in batch.states.values()) for batch in found]
+    ended = STATE_FIELDS.index("ended")
+    ended_in_a = [all(state[0, ended] for state in batch.states.values()) for batch in found]
     assert ended_in_a == [False] * 2 + [True] * 18
     assert not any(batch.arrays["loss_mask"].any() for batch in found[3:10])
 
@@ -194,7 +192,7 @@ def test_64_lanes_with_one_worker_and_slow_readers():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_texts_are_the_first_documents_in_the_mix(seed):
-    """For the tokenizer's training: a function of the config, with max_samples documents or all there are."""
+    """For training the tokenizer: a function of the config, with max_samples documents or all of them."""
     sources = {name: MemorySource(rows=[documents(150, seed, 9)] * 2, name=name) for name in ("a", "b", "c")}
     data = DataConfig(sources=dict(sources), num_lanes=4, shuffle_window=8, holdout=0.1)
     weights = {"a": 0.8, "b": 0.2}

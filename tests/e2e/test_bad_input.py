@@ -79,7 +79,7 @@ def command(
         (["--dry-run"], ["--dry_run"]),
         (["--config.stages[1].batch_size=10"], ["batch_size=10", "num_lanes=4", "8 or 12"]),
         (["--config.data.num_lanes=3"], ["num_lanes=3", "batch_size=16"]),
-        (["--config.total_tokens=none"], ["where the run ends", "total_tokens", "steps", "epochs"]),
+        (["--config.total_tokens=none"], ["bounds the run", "total_tokens", "steps", "epochs"]),
         (["--config.stages[2].seq_len=128"], ["seq_len=128", "max_seq_len=64"]),
         (["--config.data.holdout=0"], ["eval.every_steps=10", "data.holdout"]),
         (["--config.stages[0].weights.wep=0.5"], ["wep", "web"]),
@@ -144,7 +144,7 @@ def test_workdir(command: Command, tmp_path: pathlib.Path, hub: LoopbackHub) -> 
     command(workdir=tmp_path / "file").is_error(2, "is a file", "directory")
     command(workdir=pathlib.Path("/dev/null/x")).is_error(2, "/dev/null/x", "cannot be written")
     with Workdir(tmp_path / "busy"):
-        command(workdir=tmp_path / "busy").is_error(2, "used by another run", str(os.getpid()), "--workdir")
+        command(workdir=tmp_path / "busy").is_error(2, "in use by another run", str(os.getpid()), "--workdir")
 
 
 def copied(stopped: Run, tmp_path: pathlib.Path) -> pathlib.Path:

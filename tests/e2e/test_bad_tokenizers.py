@@ -39,7 +39,7 @@ def spec(tmp_path: pathlib.Path, hub: LoopbackHub) -> str:
         (plain(), {"eos_token_id": "0"}, "config.json", ["eos_token_id '0'"]),
         (plain(), {"eos_token": [END]}, "tokenizer_config.json", ["eos_token ['</s>']"]),
         (plain(added_tokens="left out"), {}, "config.json", ["for example one of its tokens"]),
-        (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", ["stands for unknown text too"]),
+        (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", ["also stands for unknown text"]),
         (
             plain(model={"type": "WordLevel", "vocab": {"a": 0, END: 1}, "unk_token": "[UNK]"}, added_tokens=[]),
             EOS,
@@ -67,7 +67,7 @@ def test_damaged_checkpoints_to_start_from(command: Command, spec: str, tmp_path
     model.mkdir()
     safetensors.numpy.save_file({}, model / "model.safetensors")
     for text, message in (
-        ("", "config.json is cut or no JSON"),
+        ("", "config.json is truncated or not JSON"),
         ("[]", "not a JSON object"),
         ('{"a": 1}', "model_type"),
     ):

@@ -78,7 +78,7 @@ def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: 
 
     refused = make_run("refused", config=DISTILL)
     refused(*flags, "--config.distillation.divergence.k=19", code=2)
-    assert "(--config.distillation.divergence.k= changes k alone)" in refused.output
+    assert "(--config.distillation.divergence.k= changes only k)" in refused.output
     (cache / "wiki" / "cache.json").unlink()
     refused(*flags, code=2)
     assert "is not finished: run tools.cache_teacher again" in refused.output

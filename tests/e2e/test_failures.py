@@ -38,7 +38,7 @@ def test_an_error_ends_all_with_its_message(
         assert run.output.count("ValueError: a fault") == 2, run.output  # its own traceback, and process 0's line
         assert "ValueError: a fault of this host alone" in (run.workdir / "log.txt").read_text()
     for other in {*range(1, processes)} - {failed}:
-        assert f"Process {other} ends, since process {failed} on " in run.output
+        assert f"Process {other} exits because process {failed} on " in run.output
     run.module = ONE_COMPILER
     run()
     assert_same_data(run, reference)

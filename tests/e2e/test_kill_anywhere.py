@@ -78,7 +78,7 @@ def test_interrupted_by_ctrl_c(make_run: MakeRun) -> None:
     run.signal(signal.SIGINT)
     assert run.wait() == STOPPED, run.output
     assert run.checkpoints()[-1] == run.last_step() == run.data_state()["step"]
-    assert "Give the same command again to go on." in run.output
+    assert "Run the same command again to continue." in run.output
     assert "Traceback" not in run.output
 
 

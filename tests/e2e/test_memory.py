@@ -14,8 +14,8 @@ from tests.e2e.runs import COMPILED, Run
 def test_what_cannot_fit_ends_the_run_before_it_begins(make_run: MakeRun) -> None:
     run = make_run()
     run("--config.memory_gb=0.0001", code=2)
-    assert "Stage 3 (long) does not fit: with one row of 64 tokens at a time a device needs 0.00" in run.output
-    assert "may take 0.0001 GB" in run.output
+    assert "Stage 3 (long) does not fit: even with one row of 64 tokens at a time a device needs 0.00" in run.output
+    assert "may use 0.0001 GB" in run.output
     assert not run.steps()
     assert not run.checkpoints()
 
@@ -30,7 +30,7 @@ def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun) -> Non
 
 @pytest.mark.slow
 def test_less_memory_trains_on_the_same_batches(make_run: MakeRun, reference: Run) -> None:
-    needs = [float(text) for text in re.findall(r"Stage \d.* tokens: (\S+) GB a device", reference.output)]
+    needs = [float(text) for text in re.findall(r"Stage \d.* tokens: (\S+) GB per device", reference.output)]
     assert len(needs) == 3
     limit = (min(needs[:2]) + max(needs[:2])) / 2
     run = make_run()

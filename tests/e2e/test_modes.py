@@ -43,7 +43,7 @@ def test_modes_may_change_at_every_resume(make_run: MakeRun, reference: Run, dat
     assert "max_samples MUST be specified for streaming datasets!" in said
     run("--config.data.mode=pretokenized", code=2)
     assert "there is no token store" in run.output
-    assert "other workers' are not yet" in pretokenize(run, "--all", "--worker=1/2")
+    assert "other workers are not" in pretokenize(run, "--all", "--worker=1/2")
     run("--config.data.mode=pretokenized", code=2)
     assert "is not finished: run tools.pretokenize again" in run.output
     assert "Source code: 300 documents" in pretokenize(run, "--all", "--worker=0/2")

@@ -33,7 +33,8 @@ def test_metrics(reference: Run) -> None:
         sources = line["sources"]
         assert sources.keys() == {"web", "wiki", "code"}
         for source in sources.values():
-            assert source.keys() == {"tokens", "unique_tokens", "documents", "epoch", "share"}
+            keys = {"tokens", "unique_tokens", "documents", "epoch", "share", "cut_documents", "padding"}
+            assert source.keys() == keys
         assert sum(source["tokens"] for source in sources.values()) == line["tokens"]
         np.testing.assert_allclose(sum(source["share"] for source in sources.values()), 1)
         begun = (0, 16 * 256, 36 * 256)[line["stage"] - 1]
@@ -62,7 +63,7 @@ def test_console_and_files(reference: Run) -> None:
     }
     assert len(reference.checkpoints()) == 3
     assert f"Finished. Step {reference.last_step()} is saved in " in log
-    losses = scalars(reference.workdir / "tensorboard", "loss")
+    losses = scalars(reference.workdir / "tensorboard", "train/loss")
     assert losses.keys() == {line["step"] for line in reference.steps()}
     np.testing.assert_allclose(list(losses.values()), [line["loss"] for line in reference.steps()], rtol=1e-6)
 
@@ -129,7 +130,7 @@ def test_dry_run(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
         r"2/3 mixed +17 to 36 +32 +8 ",
         r"48 steps, 14,948 tokens; 100 of the last batch's 512 tokens count",
         r"Parameters: 43,168 \(18,592 without embeddings\)",
-        r"Stage 3 \(long\): 4 micro-batches of 2 x 64 tokens: 0\.\d+ GB a device \(state and batch ",
+        r"Stage 3 \(long\): 4 micro-batches of 2 x 64 tokens: 0\.\d+ GB per device \(state and batch ",
         r"web: [\d,]+ tokens, about [\d,]+ documents .* epochs of 480 documents",
         r"Disk: a checkpoint has 0.00 GB",
     ):

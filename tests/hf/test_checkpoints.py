@@ -1,4 +1,4 @@
-"""What a checkpoint's config says against what its tensors say; damaged, quantized and unsupported ones are refused."""
+"""A checkpoint's config against its tensors; damaged, quantized and unsupported checkpoints are refused."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_a_head_of_its_own_is_not_tied(tmp_path):
     np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=2e-5 * np.abs(expected["logits"]).max())
     config, vocab_size = hf.config(str(folder))
     config.tie_embeddings = True
-    with pytest.raises(UserError, match=r"an output head other than its embedding: set model\.tie_embeddings=false"):
+    with pytest.raises(UserError, match=r"an output head separate from its embedding: set model\.tie_embeddings=false"):
         hf.load(str(folder), config.build(vocab_size, None), ONE_DEVICE)
 
 
@@ -68,7 +68,7 @@ def test_a_copy_of_the_embedding_is_tied(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_tied_or_not_on_the_hub(family, sharded, hub: LoopbackHub, tmp_path):
-    """A checkpoint that is tied says so by its header or index: no tensor is downloaded."""
+    """The header or index shows whether a checkpoint is tied: no tensor is downloaded."""
     folder = copied(tmp_path, family, tie_word_embeddings=True)
     content = {path.name: path.read_bytes() for path in folder.iterdir()}
     if sharded:
@@ -89,7 +89,7 @@ def test_other_heads_of_the_same_shape_are_refused_and_other_functions_reported(
     folder = str(copied(tmp_path))
     config, vocab_size = hf.config(folder)
     config.num_heads, config.num_kv_heads, config.head_dim = 8, 4, 2
-    with pytest.raises(UserError, match=r"model\.num_heads=8, but .* has 4: its tensors mean something else"):
+    with pytest.raises(UserError, match=r"model\.num_heads=8, but .* has 4: its tensors would mean something else"):
         hf.load(folder, config.build(vocab_size, None), ONE_DEVICE)
     config, _ = hf.config(folder)
     hf.load(folder, config.build(vocab_size, None), ONE_DEVICE)
@@ -107,7 +107,9 @@ def test_quantized_tensors_are_refused(dtype, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     weight = load_file(GOLDEN / "llama2" / "model.safetensors")[name]
     folder = copied(tmp_path, tensors={name: weight.astype(dtype), f"{name}_scale_inv": np.ones(1, np.float32)})
-    with pytest.raises(UserError, match=rf"{name} is (F8_E4M3|F8_E5M2|I8|U8)\. Quantized checkpoints are not read"):
+    with pytest.raises(
+        UserError, match=rf"{name} is (F8_E4M3|F8_E5M2|I8|U8)\. Quantized checkpoints are not supported"
+    ):
         hf.load(str(folder), in_float32(folder), ONE_DEVICE)
 
 
@@ -118,13 +120,13 @@ def test_a_cut_config_or_index(text, tmp_path):
     for name in ("config.json", reading.INDEX):
         before = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=rf"{name} (is cut or no JSON|is not a JSON object)"):
+        with pytest.raises(UserError, match=rf"{name} (is truncated or not JSON|is not a JSON object)"):
             hf.load(str(folder), in_float32(folder), ONE_DEVICE)
         if before is not None:
             (folder / name).write_bytes(before)
     for index in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 1}}):
         (folder / reading.INDEX).write_text(json.dumps(index))
-        with pytest.raises(UserError, match="names no file for any tensor"):
+        with pytest.raises(UserError, match="lists no tensors"):
             hf.load(str(folder), in_float32(GOLDEN / "llama2"), ONE_DEVICE)
     (folder / reading.INDEX).write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(UserError, match=r"has no model-00002-of-00002\.safetensors"):
@@ -142,7 +144,7 @@ REFUSED = [
     ({"vocab_size": 0}, "vocab_size=0 in config.json must be at least 1"),
     ({"hidden_size": 16.0}, r"hidden_size=16\.0 in config.json is not a whole number"),
     ({"num_hidden_layers": True}, "num_hidden_layers=True in config.json is not a whole number"),
-    ({"num_hidden_layers": 0}, "asks for a model that cannot be. num_layers=0"),
+    ({"num_hidden_layers": 0}, "describes an invalid model. num_layers=0"),
     ({"num_key_value_heads": 3}, "num_kv_heads=3"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' in config.json is not a number"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings='true' in config.json is not true or false"),
@@ -156,18 +158,18 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),
     ({"rope_parameters": {"rope_type": ["x"]}}, r"rope_type=\['x'\] is not supported"),
-    ({"rope_parameters": {"full_attention": SCALED}}, "rotary positions for full_attention alone"),
+    ({"rope_parameters": {"full_attention": SCALED}}, "separate rotary settings for full_attention"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
     ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25"),
-    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}, "all or none"),
+    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}, "in only some of the layers"),
     ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers"),
-    ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2}, "all or none"),
+    ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2}, "in only some of the layers"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "layer_types.*use_sliding_window=None"),
     ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types=.*chunked_attention"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types"),
     ({"model_type": "qwen2", "layer_types": [{}] * 4}, "layer_types"),
-    ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "all or none"),
+    ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "in only some of the layers"),
 ]
 
 
@@ -233,7 +235,7 @@ def test_other_spellings(changes, expected):
 
 
 def test_llama_heads_that_do_not_divide_the_width_are_exported_as_mistral(tmp_path):
-    """transformers refuses them of the Llama class."""
+    """transformers refuses them for the Llama class."""
     config, _ = families.from_json(LLAMA | {"num_attention_heads": 3, "head_dim": 4}, "")
     written = families.to_json(config, 40, "float32")
     assert (written["model_type"], written["sliding_window"]) == ("mistral", None)

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face against what transformers computes for them (made by tests/golden/make_llama.py)."""
+"""Hugging Face checkpoints against transformers' logits for them (made by tests/golden/make_llama.py)."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_rows_that_no_id_of_the_tokenizer_uses_are_left_out(caplog):
     np.testing.assert_array_equal(params["head"][:, :33], whole["lm_head.weight"][:33].T)
     assert not np.any(params["head"][:, 33:])
     assert not np.any(params["embedding"][33:])
-    assert "lm_head.weight: 7 rows beyond the vocabulary of 33 are left out" in caplog.text
+    assert "lm_head.weight: 7 rows beyond the vocabulary of 33 are dropped" in caplog.text
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -176,7 +176,7 @@ def test_the_spelling_of_transformers_4():
 
 
 def changed(tmp_path, **changes):
-    """llama2's folder with other settings; None removes one."""
+    """llama2's folder with other settings; None removes a setting."""
     shutil.copytree(GOLDEN / "llama2", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text()) | changes
     (tmp_path / "model" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -192,7 +192,7 @@ def changed(tmp_path, **changes):
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            "all or none",
+            "in only some of the layers",
         ),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 1], "num_hidden_layers": 4}, "only every n-th layer"),
     ],
@@ -207,8 +207,8 @@ def test_an_unsupported_config_is_named(changes, message, tmp_path):
     [
         ({"num_hidden_layers": 1}, "has tensors that this model does not: model.layers.1.input_layernorm.weight"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight, .* and 4 more"),
-        ({"vocab_size": 41}, r"model.embed_tokens.weight has shape \(40, 16\), where the model has \(41, 16\)"),
-        ({"intermediate_size": 32}, r"mlp.down_proj.weight has shape \(16, 24\), where the model has \(16, 32\)"),
+        ({"vocab_size": 41}, r"model.embed_tokens.weight has shape \(40, 16\), but the model has \(41, 16\)"),
+        ({"intermediate_size": 32}, r"mlp.down_proj.weight has shape \(16, 24\), but the model has \(16, 32\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):

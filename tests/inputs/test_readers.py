@@ -1,4 +1,4 @@
-"""Runs and stores of version 0.1 go on where its readers were right, and are refused where they were not."""
+"""Runs and stores of version 0.1 continue if its readers were right, and are refused otherwise."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_a_run_of_0_1_goes_on(tmp_path: pathlib.Path, suffix: str) -> None:
 
 def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
     table = source_of(tmp_path, "csv", TEXTS)
-    with pytest.raises(UserError, match=r"read by version 0\.1; it took the texts NA, null and nan"):
+    with pytest.raises(UserError, match=r"read by version 0\.1; it read the texts NA, null and nan"):
         table.resolve(of_0_1(table.resolve().identity))
     rows = source_of(tmp_path, "jsonl", TEXTS, AtLeast(column="id", value=3))
     with pytest.raises(UserError, match="it guessed the types of the columns id, which transforms read"):
@@ -57,7 +57,7 @@ def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
 
 
 def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_store.TokenManifest:
-    """The manifest of a store, with another identity than it was written with."""
+    """The manifest of a store, with a different identity than it was written with."""
     job = writer.Job("web", str(folder / "store"), config, config.resolve(), TOKENIZER, 10.0)
     writer.write_tokens(job, 0, 1, lambda *_: None)
     manifest = token_store.load(str(folder / "store"))
@@ -72,10 +72,10 @@ def check(folder: pathlib.Path, config: HuggingFace, manifest: token_store.Token
 @pytest.mark.parametrize(
     ("suffix", "reason"),
     [
-        ("csv", "took the texts NA"),
-        ("stream.arrow", "took Arrow streams that were cut"),
-        ("txt.zst", "took zstd files that were cut"),
-        ("jsonl.zst", "took zstd files that were cut"),
+        ("csv", "read the texts NA"),
+        ("stream.arrow", "accepted truncated Arrow streams"),
+        ("txt.zst", "accepted truncated zstd files"),
+        ("jsonl.zst", "accepted truncated zstd files"),
         ("jsonl.gz", None),
         ("txt.bz2", None),
         ("parquet", None),
@@ -97,7 +97,7 @@ def test_a_store_of_json_whose_texts_became_json(tmp_path: pathlib.Path) -> None
     """As 0.1 wrote them after a text that is a number."""
     config = source_of(tmp_path, "jsonl", [*TEXTS, *(json.dumps(text) for text in TEXTS)])
     check(tmp_path, config, store(tmp_path, config))
-    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is no string made JSON of those after it"):
+    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is not a string turned later texts into JSON"):
         check(tmp_path, config, store(tmp_path, config, reader=1))
 
 

@@ -137,7 +137,7 @@ def test_hub_sentencepiece(hub: LoopbackHub, workdirs):
 
 def test_hub_refusals(hub: LoopbackHub, tokenizer_json, monkeypatch):
     hub.commit("org/there", {"tokenizer.json": tokenizer_json}, repo_type="model")
-    with pytest.raises(UserError, match="neither a local folder or file nor a repository"):
+    with pytest.raises(UserError, match="neither a local folder or file nor a Hub repository"):
         HuggingFaceTokenizer(name="org/absent").build("")
     with pytest.raises(UserError, match="no revision='v9'"):
         HuggingFaceTokenizer(name="org/there", revision="v9").build("")

@@ -192,7 +192,7 @@ REFUSED = [
         "tokenizer_config.json",
         "it cannot encode every text",
     ),
-    (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", "'</s>' stands for unknown text too"),
+    (json.loads(words(unknown=END).to_str()), EOS, "tokenizer_config.json", "'</s>' also stands for unknown text"),
     (plain(), {"eos_token": "a"}, "tokenizer_config.json", "'a' is ordinary text that no other token can spell"),
 ]
 

@@ -143,10 +143,10 @@ def test_special_tokens_have_fixed_ids_and_no_text_gives_them(kind, documents, t
 def test_the_round_trip_is_checked(documents, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="jaxtrain")
     TrainTokenizer(**QUICK["bpe"]).train([*documents[:3], "\ud800"], tmp_path / "bpe")
-    assert "Round trip: all of 4 sample documents come back exactly from their tokens." in caplog.messages
+    assert "Round trip: all 4 sample documents decode to their exact text." in caplog.messages
     lossy = TrainTokenizer(vocab_size=200, byte_fallback=False, character_coverage=0.98)
     lossy.train([documents[0], "only letters", f"{documents[1]} and 語 that is lost"], tmp_path / "lossy")
-    (said,) = (message for message in caplog.messages if "do not come back" in message)
+    (said,) = (message for message in caplog.messages if "do not decode to their text" in message)
     found = re.search(
         r"Round trip: (\d) of 3 .* In document (\d), from character (\d+), '(.*)' became '(.*)'\. byte_f", said
     )
@@ -191,7 +191,8 @@ def test_few_documents_give_fewer_tokens(tmp_path, caplog):
         tokenizer = config.train(["hello world", "\0 ▁▅ \ud800"], tmp_path / str(number))
         assert tokenizer.vocab_size < 300
         assert (
-            f"Asked for {config.vocab_size} tokens, but the documents gave {tokenizer.vocab_size}." in caplog.messages
+            f"Requested {config.vocab_size} tokens, but the documents yield only {tokenizer.vocab_size}."
+            in caplog.messages
         )
         assert tokenizer.decode(tokenizer.encode_batch(["world ▁▅"])[0]) == "world ▁▅"
 

@@ -90,8 +90,10 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
     flags = ("--max_samples=350", "--k=5", "--batch_tokens=64", "--temperatures=2,1")
     assert run(config, *flags, "--worker=1/2") == 0
     out = capsys.readouterr().out
-    assert re.search(r"Source web: 350 documents of about \d+ tokens \(by the first 256\), 28 bytes each: about", out)
-    assert "Source web: this worker's documents are done, other workers' are not yet." in out
+    assert re.search(
+        r"Source web: 350 documents of about \d+ tokens \(estimated from the first 256\), 28 bytes each: about", out
+    )
+    assert "Source web: this worker is done with its documents; other workers are not." in out
     assert run(config, *flags, "--worker=0/2") == 0
     out = capsys.readouterr().out
     folder = tmp_path / "run" / "teacher"
@@ -113,17 +115,17 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
         ([], "", "--max_samples is needed: nothing bounds source 'web'"),
         (["--k=0"], "", "--k=0: give 1 or more"),
         (["--k=301", "--max_samples=9"], "", "--k=301: the vocabulary has 300 tokens"),
-        (["--temperatures=1,x"], "", "--temperatures=1,x: give different numbers"),
+        (["--temperatures=1,x"], "", "--temperatures=1,x: give distinct numbers"),
         (["--worker=2/2"], "", "--worker=2/2: give I/N"),
         (["--output=s3://a/b"], "", "a cache is written to a local path"),
         (["--max_samples=9", "--context=33"], "", "--context=33: the teacher sees 32 tokens at most"),
-        (["--max_samples=9", "--stride=9"], "", "--stride=9: windows of 8 tokens would leave some out"),
+        (["--max_samples=9", "--stride=9"], "", "--stride=9: windows of 8 tokens would skip some"),
         (
             ["--max_samples=9", "--config.memory_gb=0.000001"],
             "",
             "the teacher does not fit: with one row of 8 tokens at a time a device needs",
         ),
-        (["--max_samples=9"], "alone", "has no teacher: give --config.teacher.model="),
+        (["--max_samples=9"], "alone", "has no teacher: set --config.teacher.model"),
     ],
 )
 def test_refusals(config: pathlib.Path, capsys: Any, arguments: list[str], arg: str, message: str) -> None:
@@ -150,7 +152,7 @@ def test_too_little_room_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("tools.cache_teacher.write.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     assert run(config, "--max_samples=350") == 2
-    assert "less than 1.5 times as much. Take another disk" in capsys.readouterr().err
+    assert "less than 1.5 times as much. Use another disk" in capsys.readouterr().err
 
 
 def test_the_launcher_says_which_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert "layers/mlp/down/kernel 2x128x64 layers mlp embed - tensor fsdp 2x64x16 0.0000" in " ".join(printed.split())
     for said in ("Attention: xla", "no [T, T] tensor"):
         assert said in printed
-    for said in ("fits on v5e:2x4", "Roofline", "TFLOP a chip", "a vocabulary of 512 (config.tokenizer.vocab_size)"):
+    for said in ("fits on v5e:2x4", "Roofline", "TFLOP per chip", "a vocabulary of 512 (config.tokenizer.vocab_size)"):
         assert said in printed
 
 

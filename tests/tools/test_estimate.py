@@ -68,7 +68,7 @@ def test_1b(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["memory_gb"] == pytest.approx(9.8, rel=0.05)
     printed = capsys.readouterr().out
     assert "1/1 main" in printed
-    assert "2.00 dollars a chip-hour" in printed
+    assert "2.00 dollars per chip-hour" in printed
 
 
 def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
@@ -86,7 +86,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--hardware=h100:3",), "cannot be shared by mesh.data * mesh.fsdp = 3"),
+        (("--hardware=h100:3",), "is not divisible by mesh.data * mesh.fsdp = 3"),
         (("--mfu=0",), "--mfu=0"),
         (("--mfu=1.5",), "--mfu=1.5"),
         (("--price=-1",), "--price=-1"),

@@ -231,7 +231,7 @@ def test_data_that_ends_and_long_replays(answer, monkeypatch):
     few = [f"--config.data.sources.{name}.max_samples=3" for name in ("web", "wiki", "code", "lines")]
     code, out, err, found = answer("--transitions", "--config.epochs=1", "--config.data.num_lanes=1", *few)
     assert code == 0, err
-    assert "(the data ends here, read from its beginning)" in out
+    assert "(read from its beginning, the data ends here)" in out
     assert [len(change["steps"]) for change in found["transitions"]] == [4, 3]
     code, out, err, _ = answer("--at_step=21")
     assert code == 0, err

@@ -58,7 +58,7 @@ def run(config: pathlib.Path, *arguments: str) -> int:
 def test_writes_what_training_reads(config, tmp_path, capsys):
     """The tokenizer is trained where the run would train it; --verify finds a byte that has changed."""
     assert run(config, "--all", "--worker=0/2") == 0
-    assert "Source web: this worker's files are done, other workers' are not yet." in capsys.readouterr().out
+    assert "Source web: this worker is done with its files; other workers are not." in capsys.readouterr().out
     assert run(config, "--all", "--worker=1/2") == 0
     assert "Source web: 1,200 documents" in capsys.readouterr().out
     assert run(config, "--verify") == 0
@@ -73,7 +73,7 @@ def test_writes_what_training_reads(config, tmp_path, capsys):
     shard = next((tmp_path / "run" / "tokens" / "web").glob("*.array_record-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert run(config, "--verify") == 2
-    assert "is not what was written" in capsys.readouterr().err
+    assert "does not match its checksum" in capsys.readouterr().err
 
 
 def texts_of(source, file, tokenizer) -> list[str]:
@@ -100,7 +100,7 @@ def test_max_samples_bounds_it(config, tmp_path, capsys):
         assert run(config, flag, f"--worker={worker}/2", f"--output={tmp_path / 'out'}") == 0
     said = capsys.readouterr().out
     assert (
-        "Source web: worker 0 does it alone: which files hold the first 700 documents is only known by reading them"
+        "Source web: worker 0 works alone: which files hold the first 700 documents is known only after reading them"
         in said
     )
     assert "Source web: 700 documents" in said

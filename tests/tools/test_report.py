@@ -154,7 +154,7 @@ def check(chart, element, wanted, log=False):
 
 def test_points_are_where_their_numbers_are(one):
     steps = [line for line in lines() if "loss" in line]
-    for title, log in (("Loss (nats a token)", False), ("Loss (nats a token), logarithmic", True)):
+    for title, log in (("Loss (nats per token)", False), ("Loss (nats per token), logarithmic", True)):
         training, held_out = one.charts[title].iter("polyline")
         check(one.charts[title], training, [(line["tokens"], line["loss"]) for line in steps], log)
         wanted = [(line["tokens"], 4 - line["step"] / 20) for line in steps if line["step"] % 20 == 0]
@@ -162,16 +162,16 @@ def test_points_are_where_their_numbers_are(one):
         marks = of_class(one.charts[title], "circle", "mark")
         assert [(float(m.attrib["cx"]), float(m.attrib["cy"])) for m in marks] == points(held_out)
         assert marks[1].findtext("title") == "held out, step 40 (5,120 tokens): 2.0000"
-    for title, key in (("Learning rate", "learning_rate"), ("Throughput (tokens a second)", "tokens_per_sec")):
+    for title, key in (("Learning rate", "learning_rate"), ("Throughput (tokens per second)", "tokens_per_sec")):
         (curve,) = one.charts[title].iter("polyline")
         check(one.charts[title], curve, [(line["tokens"], line[key]) for line in steps])
     assert not {"Disk cache (GB)", "Model FLOPs utilization"} & one.charts.keys()  # there are no values
-    column = of_class(one.charts["Loss (nats a token)"], "rect", "hover")[-1]
+    column = of_class(one.charts["Loss (nats per token)"], "rect", "hover")[-1]
     assert column.findtext("title").endswith("\none: step 70, stage 2 (long & <wide>), loss 1.5000")
 
 
 def test_stages_are_shaded_where_they_are(one):
-    for chart in (one.charts["Loss (nats a token)"], one.charts["Gradient norm"]):
+    for chart in (one.charts["Loss (nats per token)"], one.charts["Gradient norm"]):
         at = mapping(chart, "x")
         first, second = of_class(chart, "rect", "stage")
         assert [found.attrib["class"] for found in (first, second)] == ["stage odd", "stage"]
@@ -210,7 +210,7 @@ def test_tables(one):
     assert found["Model"] == "llama, 2 layers, 32 wide, 4 heads, float32"
     assert found["Optimizer"] == "adamw, learning rate 3e-3, cosine"
     assert found["Final loss"] == "1.5000 (perplexity 4.48)"
-    assert found["Held out"] == "1.0000, 2.0000 bits a byte (step 60)"
+    assert found["Held out"] == "1.0000, 2.0000 bits per byte (step 60)"
     assert found["Fingerprint"] == f"{70:016x}"
     assert found["Throughput"] == "1,020 to 2,060, by stage (tokens/s, median)"
     assert (found["Time"], found["Peak memory"]) == ("1.2 min", "1.50 GB")
@@ -273,9 +273,9 @@ def test_a_run_under_way_and_numbers_that_are_none(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     page = Page(made(folder))
     steps = [line for line in logged[:-2] if "loss" in line]
-    (training, _) = page.charts["Loss (nats a token)"].iter("polyline")
+    (training, _) = page.charts["Loss (nats per token)"].iter("polyline")
     wanted = [(line["tokens"], line["loss"]) for line in steps if line["loss"] is not None]
-    check(page.charts["Loss (nats a token)"], training, wanted)
+    check(page.charts["Loss (nats per token)"], training, wanted)
     assert "1 logged losses not finite, the first at step 20" in page.text
     assert "5 lines of metrics.jsonl not readable" in page.text
     assert f"step {steps[-1]['step']}, {steps[-1]['tokens']:,} tokens" in page.text
@@ -298,10 +298,26 @@ def test_evaluations_between_logged_steps(tmp_path):
     at = next(index for index, line in enumerate(logged) if line["step"] == 50)
     logged.insert(at, {"step": 43, "eval_loss": 1.9, "eval_bits_per_byte": 2.0})
     folder = write(tmp_path / "one", logged)
-    chart = Page(made(folder)).charts["Loss (nats a token)"]
+    chart = Page(made(folder)).charts["Loss (nats per token)"]
     notes = [mark.findtext("title") for mark in of_class(chart, "circle", "mark")]
     assert notes[2] == "held out, step 43 (5,888 tokens): 1.9000"
     assert notes[-1] == "held out, step 72 (13,312 tokens): 0.5000"
+
+
+def test_held_out_loss_by_source_and_samples(tmp_path):
+    logged = lines()
+    for line, loss in ((logged[1], 3.5), (logged[3], 3.25)):
+        found = {"web": {"loss": loss, "tokens": 9}, "code": {"loss": loss / 2, "tokens": 9}, "x": {"loss": None}}
+        place = logged.index(line) + 1
+        logged.insert(place, {"step": line["step"], "eval_loss": loss, "eval_by_source": found})
+        logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
+    page = Page(made(write(tmp_path / "a", logged)))
+    chart = page.charts["Held-out loss by source (nats per token)"]
+    notes = [found.text for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
+    assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
+    assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]
+    assert page.text.index("def f<3.25>") < page.text.index("def f<3.5>")  # the newest first, as text
+    assert "not readable" not in page.text
 
 
 def test_time_of_several_processes_and_what_was_lost(tmp_path):

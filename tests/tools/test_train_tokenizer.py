@@ -33,7 +33,10 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
     output = tmp_path / "made"
     assert run(f"--kind={kind}", "--vocab_size=700", "--max_samples=20", f"--output={output}") == 0
     assert {path.name for path in output.iterdir()} == WRITTEN[kind]
-    assert "Collected 20 samples for tokenizer...\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Collected 20 samples for tokenizer...\n" in out
+    assert f"({kind}); --kind=" in out
+    assert "writes tokenizer.json, vocab.json and merges.txt." in out or kind == "bpe"
     tokenizer = HuggingFaceTokenizer(name=str(output)).build("")
     assert tokenizer.vocab_size == 700
     # The same from the stream itself, with what the flags leave to the config.
@@ -52,7 +55,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     assert run(f"--workdir={tmp_path / 'run'}", *settings) == 0
     out = capsys.readouterr().out
     assert f"Tokenizer trained and saved to {tmp_path / 'run' / 'tokenizer'}\n" in out
-    assert "Round trip: all of 9 sample documents come back exactly from their tokens.\n" in out
+    assert "Round trip: all 9 sample documents decode to their exact text.\n" in out
     config = cli.load("configs/quickstart.py", [])
     wanted = {"vocab_size": 500, "max_samples": 9, "model_type": "bpe", "special_tokens": ("<|user|>", "<|tool|>")}
     chosen = dataclasses.replace(config.tokenizer, **wanted)
@@ -62,7 +65,7 @@ def test_into_the_work_directory_for_the_run(tmp_path, capsys):
     assert "already holds a tokenizer" in capsys.readouterr().err
     with Workdir(tmp_path / "busy"):
         assert run(f"--workdir={tmp_path / 'busy'}", *settings) == 2
-    assert "is used by another run" in capsys.readouterr().err
+    assert "is in use by another run" in capsys.readouterr().err
     assert not (tmp_path / "busy" / "tokenizer").exists()
 
 

@@ -142,7 +142,7 @@ def test_evaluation_follows_tokens_not_steps(full):
         (["stages[0].batch_size=8"], "stage 1 (Basic Patterns): batch_size=8 is not a multiple of data.num_lanes=32"),
         (
             ["stages[4].overlap=1"],
-            "stage 5 (Reasoning Development): overlap=1.0 is a part of a row: give 0 or more, below 1",
+            "stage 5 (Reasoning Development): overlap=1.0 is a fraction of a row: give 0 or more, below 1",
         ),
         (
             ["stages[3].tokens=41000000"],
@@ -150,13 +150,13 @@ def test_evaluation_follows_tokens_not_steps(full):
         ),
         (
             ["total_tokens=none", "stages[2].tokens=15000", "stages[1].batch_size=8192"],
-            "stage 3 (Paragraphs): its 15,000 tokens are never reached: stage 2 (Sentences) ends with a whole batch, "
-            "of 8,192 rows of 16 tokens, which takes 15,488 of what follows; give stage 3 more than 15,488 tokens",
+            "stage 3 (Paragraphs): its 15,000 tokens are never reached: stage 2 (Sentences) ends with a whole batch "
+            "of 8,192 rows of 16 tokens, which overshoots by 15,488; give stage 3 more than 15,488 tokens",
         ),
         (["eval.every_steps=50"], "every_steps=50 and every_tokens=25000000: give one of them"),
         (["eval.every_tokens=0"], "every_tokens=0: give 1 or more"),
         (["data.holdout=0"], "eval.every_tokens=25000000 needs held-out documents: set data.holdout"),
-        (["micro_batch_tokens=1024"], "and those of stage 9 (Expert Reasoning) have 1536 tokens"),
+        (["micro_batch_tokens=1024"], "a row of stage 9 (Expert Reasoning) has 1536 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

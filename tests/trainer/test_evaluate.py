@@ -12,7 +12,7 @@ from jaxtrain.plan.plan import StagePlan
 from jaxtrain.trainer import programs, state
 from jaxtrain.trainer.evaluate import lower_eval_step
 from jaxtrain.trainer.programs import DoesNotFitError, StagePrograms
-from jaxtrain.trainer.session import beside_params
+from jaxtrain.trainer.session import bytes_besides_params
 from tests.trainer.test_programs import Fake, make_components, make_plan
 
 TRAINED = make_plan(("only", 8, 16))
@@ -61,17 +61,20 @@ def test_what_training_keeps_counts(fake: Fake) -> None:
     """16 rows of 64 tokens need 103,400 bytes at once, 26,600 in four parts."""
     made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
     assert made.evaluation().micro_batches == 4
-    made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), beside=10_000)
+    made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), extra=10_000)
     assert made.evaluation().micro_batches == 8
-    assert "2.38e-05 of 3e-05 GB a device (state and batch 1.1e-05, temporary 1.28e-05)" in made.evaluation().describe(
-        30_000
+    assert (
+        "2.38e-05 of 3e-05 GB per device (state and batch 1.1e-05, temporary 1.28e-05)"
+        in made.evaluation().describe(30_000)
     )
 
 
 def test_an_evaluation_that_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
-    made = StagePrograms(make_components(), TRAINED, None, limit=20_000, evaluation=evaluation(16, 64), beside=13_000)
+    made = StagePrograms(make_components(), TRAINED, None, limit=20_000, evaluation=evaluation(16, 64), extra=13_000)
     made.begin(1)
-    with pytest.raises(DoesNotFitError, match=r"Evaluation does not fit: with one row of 64 .* needs 2.04e-05 GB") as e:
+    with pytest.raises(
+        DoesNotFitError, match=r"Evaluation does not fit: even with one row of 64 .* needs 2.04e-05 GB"
+    ) as e:
         made.settle(1)
     assert "eval.seq_len" in str(e.value)
     assert "remat" not in str(e.value)
@@ -103,7 +106,7 @@ def test_bytes_beside_the_parameters() -> None:
         for path, leaf in jax.tree_util.tree_flatten_with_path(components.model.shapes)[0]
         if "norm" in jax.tree_util.keystr(path)
     )
-    assert beside_params(components) == pytest.approx(2 * ((params - whole) / 2 + whole) + 20, abs=2 * whole)
+    assert bytes_besides_params(components) == pytest.approx(2 * ((params - whole) / 2 + whole) + 20, abs=2 * whole)
     distilled = SimpleNamespace(abstract=state.abstract(components.model, components.optimizer, components.mesh))
     with_teacher: Any = SimpleNamespace(**{**vars(components), "distilled": distilled})
-    assert beside_params(with_teacher) > beside_params(components)
+    assert bytes_besides_params(with_teacher) > bytes_besides_params(components)

@@ -18,7 +18,7 @@ def test_only_new_garbage_is_collected() -> None:
     old, before = _Cycle(), _Cycle()
     gone = weakref.ref(before)
     del before
-    with loop.only_new_garbage():
+    with loop.frozen_gc():
         assert gone() is None  # was garbage when it began
         assert gc.get_freeze_count() > _SOME
         frozen, new = weakref.ref(old), _Cycle()

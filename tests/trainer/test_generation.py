@@ -34,9 +34,9 @@ def test_less_memory_takes_fewer_prompts_at_once(monkeypatch: pytest.MonkeyPatch
     whole = generate(model, params, PROMPTS, limit=None, max_new_tokens=NEW, seed=3)
     assert generate(model, params, PROMPTS, limit=needs[8], max_new_tokens=NEW, seed=3) == whole
     assert generate(model, params, PROMPTS, limit=needs[8] - 1, max_new_tokens=NEW, seed=3) == whole
-    assert generate(model, params, PROMPTS, limit=needs[2] + 50, beside=50, max_new_tokens=NEW, seed=3) == whole
+    assert generate(model, params, PROMPTS, limit=needs[2] + 50, extra=50, max_new_tokens=NEW, seed=3) == whole
     assert asked == [8, 8, 4, 2]
-    with pytest.raises(UserError, match="generation does not fit: with one prompt at a time a device needs"):
+    with pytest.raises(UserError, match="generation does not fit: even with one prompt at a time a device needs"):
         generate(model, params, PROMPTS, limit=1000, max_new_tokens=NEW)
     monkeypatch.setattr(generation.consensus, "largest", lambda count: max(count, 4))
     assert generate(model, params, PROMPTS, limit=needs[8], max_new_tokens=NEW, seed=3) == whole

@@ -89,7 +89,7 @@ def test_each_stage_gets_the_fewest_micro_batches_that_fit(fake: Fake, caplog: p
     stages = StagePrograms(make_components(), PLAN, None, limit=20_000)  # 190 tokens at once
     with caplog.at_level(logging.INFO, "jaxtrain"):
         assert [stages.program(*shape).micro_batches for shape in stages.shapes] == [4, 4, 8]
-    assert "Stage 3 (long): 8 micro-batches of 2 x 64 tokens: 1.38e-05 of 2e-05 GB a device" in caplog.text
+    assert "Stage 3 (long): 8 micro-batches of 2 x 64 tokens: 1.38e-05 of 2e-05 GB per device" in caplog.text
     compiles = len(fake.compiles)
     stages.get(16, 64)
     assert len(fake.compiles) == compiles
@@ -111,7 +111,8 @@ def test_what_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
     stages = StagePrograms(make_components(), PLAN, None, limit=7_000)  # 60 tokens: a row of 64 is too long
     stages.begin(1)
     with pytest.raises(
-        UserError, match=r"Stage 3 \(long\) does not fit: with one row of 64 tokens .* needs 7.4e-06 GB, .* 7e-06 GB"
+        UserError,
+        match=r"Stage 3 \(long\) does not fit: even with one row of 64 tokens .* needs 7.4e-06 GB, .* 7e-06 GB",
     ) as caught:
         stages.settle(1)
     for fix in ("model.remat=full (now none)", "smaller model", "seq_len", "mesh.fsdp, now 1"):

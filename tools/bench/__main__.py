@@ -16,8 +16,8 @@ BENCHMARKS = {
     "stages": "what a stage change costs in a run: steps and waits around it, and programs compiled at a restart",
     "curriculum": "tokens/s of the step and of its data by stage of the ten-stage curriculum, and what bounds each",
     "loss": "memory and time of the chunked cross-entropy, against the plain one",
-    "resume": "what it costs to go on at a depth of a parquet stream: requests, bytes, seconds",
-    "checkpoint": "how long a save blocks, runs in the background, and a restore takes, by size",
+    "resume": "the cost of resuming at a depth of a parquet stream: requests, bytes, seconds",
+    "checkpoint": "how long a save blocks and runs in the background, and how long a restore takes, by size",
     "simulate": "how evenly 16,384 lanes and 100,000 files spread over 1 to 4,096 hosts, without any I/O",
     "gpu": "everything that needs a GPU, within minutes",
 }
@@ -25,7 +25,7 @@ COMMAND = cli.Command(
     name="python -m tools.bench",
     description="Benchmarks: " + "; ".join(f"{name}: {about}" for name, about in BENCHMARKS.items()) + ".",
     examples=("python -m tools.bench data", "python -m tools.bench step --rounds=9", "python -m tools.bench gpu"),
-    flags=(cli.Flag(name="benchmark", help="one of those above; each has its own --help", positional=True),),
+    flags=(cli.Flag(name="benchmark", help="one of the above; each has its own --help", positional=True),),
     config="none",
 )
 

@@ -47,10 +47,10 @@ SEQ_LENS = tuple(stage.seq_len for stage in _CONFIG.stages)
 COMMAND = Command(
     name="python -m tools.bench curriculum",
     description="For each stage of the ten-stage curriculum (rows of 8 to 2,048 tokens, half of a row overlapping): "
-    "tokens/s of the train step alone (forward, backward, clipping, AdamW), the time of its parts, each alone and by "
-    "the step's (CPU seconds where there is no accelerator), and tokens/s of the data path for batches of "
-    "--data_tokens tokens. The default model is small enough for two cores; --size=270m is the curriculum's own, for "
-    "a GPU.",
+    "tokens/s of the train step alone (forward, backward, clipping, AdamW), the time of each part of it, measured "
+    "alone, also as a fraction of the step (CPU seconds without an accelerator), and tokens/s of the data path for "
+    "batches of --data_tokens tokens. The default model is small enough for two cores; --size=270m is the "
+    "curriculum's own, for a GPU.",
     examples=(
         "python -m tools.bench curriculum",
         "python -m tools.bench curriculum --size=270m --tokens_per_batch=32768 --dtype=bfloat16",
@@ -59,12 +59,12 @@ COMMAND = Command(
     flags=(
         Flag(name="stages", type=tuple[int, ...], default=tuple(range(1, 11)), help="stages to measure, from 1"),
         Flag(name="size", type=Literal["small", "270m"], default="small", help="the model: 12.6M or 270M parameters"),
-        Flag(name="tokens_per_batch", type=int, default=4096, help="tokens of a step, at least a row"),
+        Flag(name="tokens_per_batch", type=int, default=4096, help="tokens of a step, at least one row"),
         Flag(name="dtype", type=Literal["float32", "bfloat16"], default="float32", help="of activations"),
         Flag(name="remat", type=Literal["none", "dots", "full"], default="full", help="see jaxtrain.model.llama"),
-        Flag(name="hidden_size", type=int, default=0, help="another width of the small model; 0: 384"),
-        Flag(name="num_layers", type=int, default=0, help="another depth of it; 0: 6"),
-        Flag(name="vocab_size", type=int, default=0, help="another vocabulary of it, a multiple of 128; 0: 5,120"),
+        Flag(name="hidden_size", type=int, default=0, help="width of the small model; 0: 384"),
+        Flag(name="num_layers", type=int, default=0, help="layers of the small model; 0: 6"),
+        Flag(name="vocab_size", type=int, default=0, help="its vocabulary, a multiple of 128; 0: 5,120"),
         Flag(
             name="data_tokens", type=int, default=524_288, help="tokens per batch of the data path; 0: do not measure"
         ),
@@ -82,7 +82,7 @@ def measure(flags: Flags) -> Json:
     at_least_one(rounds=flags.rounds, tokens_per_batch=flags.tokens_per_batch, data_batches=flags.data_batches)
     for number in flags.stages:
         if not 1 <= number <= len(SEQ_LENS):
-            raise UserError(f"--stages: there is no stage {number}; give some of 1 to {len(SEQ_LENS)}")
+            raise UserError(f"--stages: there is no stage {number}; give numbers from 1 to {len(SEQ_LENS)}")
     with one_core() if flags.one_core else contextlib.nullcontext():
         return result("curriculum", _stages(flags), device=True)
 

@@ -61,7 +61,7 @@ COMMAND = Command(
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
         Flag(name="num_lanes", type=int, default=8, help="lanes read in parallel"),
-        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="which of the two; BPE is slower"),
+        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="the tokenizers to measure; BPE is slower"),
         rounds_flag(3),
     ),
     config="none",
@@ -169,7 +169,7 @@ class _Measured:
 
     def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
         gc.collect()
-        gc.freeze()  # as in a run: see trainer.loop.only_new_garbage
+        gc.freeze()  # as in a run: see trainer.loop.frozen_gc
         watch = Stopwatch()
         first, resident, states = None, 0.0, {}
         with stream.batches(self._data, self.plan, tokenizer) as batches:

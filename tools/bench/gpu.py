@@ -31,11 +31,11 @@ _MIN_SECONDS = 10  # no part starts with less time left
 COMMAND = Command(
     name="python -m tools.bench gpu",
     description="On a GPU: attention kernels against a reference (grouped queries, packed documents, forward and "
-    "backward), the loss's memory and values, the 1B train step's time, memory and MFU, and the same step in torch "
-    "if torch has CUDA. Parts that fail are reported as errors; parts for which no time is left are null.",
+    "backward), the loss's memory and values, the 1B train step's time, memory and MFU, and the same step in torch if "
+    "torch has CUDA. Parts that fail are reported as errors; parts skipped for lack of time are null.",
     examples=("python -m tools.bench gpu", "python -m tools.bench gpu --tiny --parts=device,loss"),
     flags=(
-        Flag(name="tiny", type=bool, default=False, help="sizes that a CPU can do, to check the script itself"),
+        Flag(name="tiny", type=bool, default=False, help="sizes small enough for a CPU, to check the script"),
         Flag(name="parts", type=tuple[str, ...], default=tuple(PARTS), help="which parts to run, after `device`"),
         Flag(name="minutes", type=float, default=8.0, help="time limit of all parts together"),
         Flag(name="only", type=str | None, default=None, help="run only this part, in this process"),

@@ -63,7 +63,7 @@ def measure(flags: Flags) -> Json:
                 server.pause = pause
                 found.append(_epoch(data, plan, tokenizer, server))
             progress(
-                f"round {number} of {flags.rounds}: {near[-1].tokens_per_second:,.0f} tokens/s; with the pause "
+                f"round {number} of {flags.rounds}: {near[-1].tokens_per_second:,.0f} tokens/s; with the delay "
                 f"{far[-1].tokens_per_second:,.0f}"
             )
     rates = [[epoch.tokens_per_second for epoch in found] for found in (near, far)]
@@ -98,5 +98,5 @@ def _epoch(data: DataConfig, plan: Plan, tokenizer: Tokenizer, server: RangeServ
                 break
         seconds = watch.spent().wall
     if first is None or last == counted:
-        raise UserError("the epoch is over with its first batch: give more --megabytes")
+        raise UserError("the epoch ends with its first batch: give more --megabytes")
     return _Epoch(first, (last - counted) / (seconds - first), server.requests)

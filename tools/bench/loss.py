@@ -23,7 +23,7 @@ COMMAND = Command(
         Flag(name="vocab_size", type=int, default=50_304, help="tokens of the vocabulary"),
         Flag(name="hidden_size", type=int, default=512, help="width of the model"),
         Flag(name="chunk_tokens", type=int, default=1024, help="positions of a chunk"),
-        Flag(name="dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the hidden states"),
+        Flag(name="dtype", type=Literal["float32", "bfloat16"], default="float32", help="dtype of the hidden states"),
         rounds_flag(3),
     ),
     config="none",

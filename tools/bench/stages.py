@@ -36,10 +36,10 @@ from tools.bench.range_server import serving
 COMMAND = Command(
     name="python -m tools.bench stages",
     description="Trains through stages that change length, batch and mix, with sources over HTTP from this machine, "
-    "one of which only the later stages read. For each stage: its median step, the steps after the change, those while "
-    "the next stage is traced and compiled, and how long they waited for data. After a change the median of the first "
-    "steps may be 1.5 steps of the stage or 250 ms more, whichever is larger. Then the same stages in a second run "
-    "with the first one's compilation cache.",
+    "one of which only the later stages read. Reports for each stage the median step, the steps after the change, the "
+    "steps during tracing and compilation of the next stage, and how long they waited for data. The median of the "
+    "first steps after a change may exceed the stage's by 50% or 250 ms, whichever is larger. Then repeats the stages "
+    "in a second run with the compilation cache of the first.",
     examples=(
         "python -m tools.bench stages",
         "python -m tools.bench stages --seq_lens=8,64,512,2048 --tokens_per_batch=65536 --hidden_size=768",
@@ -47,11 +47,16 @@ COMMAND = Command(
     flags=(
         Flag(name="seq_lens", type=tuple[int, ...], default=(16, 64, 256), help="tokens of a row, by stage"),
         Flag(name="tokens_per_batch", type=int, default=1024, help="tokens of a batch"),
-        Flag(name="steps", type=int, default=300, help="steps of each stage; several times as long as a compile"),
+        Flag(
+            name="steps",
+            type=int,
+            default=300,
+            help="steps of each stage; several times as long as a compilation",
+        ),
         Flag(name="hidden_size", type=int, default=64, help="width of the model"),
         Flag(name="num_layers", type=int, default=2, help="layers of the model"),
         Flag(name="vocab_size", type=int, default=1024, help="tokens of the tokenizer"),
-        Flag(name="milliseconds", type=int, default=100, help="delay of every response, as from a distant server"),
+        Flag(name="milliseconds", type=int, default=100, help="delay of every response, like that of a distant server"),
         Flag(name="megabytes", type=float, default=12.0, help="millions of characters of all sources"),
         Flag(name="train_megabytes", type=float, default=1.0, help="millions of characters to train the tokenizer on"),
     ),

@@ -30,9 +30,9 @@ from tools.bench.jax_step import JaxStep, Size
 BASELINES = ("torch_eager", "torch_compiled")
 COMMAND = Command(
     name="python -m tools.bench step",
-    description="Time of a train step (forward, backward, clipping, AdamW) of a Llama in jaxtrain, and of the same in "
-    "torch, eager and compiled, if torch is installed, measured alternately. The default is a model of 12.6M "
-    "parameters in fp32.",
+    description="Time of a train step (forward, backward, clipping, AdamW) of a Llama in jaxtrain and, if torch is "
+    "installed, in torch, eager and compiled, measured alternately. The default is a model of 12.6M parameters in "
+    "fp32.",
     examples=(
         "python -m tools.bench step",
         "python -m tools.bench step --distill --one_core",
@@ -52,9 +52,7 @@ COMMAND = Command(
         ),
         Flag(name="remat", type=Literal["none", "dots", "full"], default="full", help="see jaxtrain.model.llama"),
         Flag(name="one_core", type=bool, default=False, help="use one core: other load hardly changes its CPU seconds"),
-        Flag(
-            name="distill", type=bool, default=False, help="with a teacher, compared with the student and teacher alone"
-        ),
+        Flag(name="distill", type=bool, default=False, help="with a teacher, compared with student and teacher alone"),
         Flag(
             name="teacher_times", type=int, default=2, help="the teacher's width, heads and layers, times the model's"
         ),

@@ -10,12 +10,12 @@ from jaxtrain.errors import UserError
 COMMAND = cli.Command(
     name="python -m tools.cache_teacher",
     description=(
-        "Runs the config's teacher once over each document of its sources and keeps the log-probabilities of the k "
-        "most likely tokens and the mass of all others: per token and k 4 bytes if the vocabulary has at most 65,536 "
-        "tokens, else 5 (k=64: 260 or 324 GB for a billion tokens). They are kept by document, so training from them "
-        "(teacher.cache, distillation.divergence=TopK(k=...)) may choose any sequence length, packing, mix, lanes and "
-        "hosts. Several workers share the documents, each with its own devices; whichever finishes last completes the "
-        "cache. A worker that is stopped or killed continues with the documents it was at."
+        "Runs the config's teacher once over each document of its sources and stores the log-probabilities of the k "
+        "most likely tokens and the mass of all others: 4 bytes per token and k if the vocabulary has at most 65,536 "
+        "tokens, otherwise 5 (k=64: 260 or 324 GB for a billion tokens). They are stored by document, so training "
+        "from them (teacher.cache, distillation.divergence=TopK(k=...)) can use any sequence length, packing, mix, "
+        "lanes and hosts. Several workers share the documents, each with its own devices; whichever finishes last "
+        "completes the cache. A worker that is stopped or killed continues with the documents it was at."
     ),
     examples=(
         "python -m tools.cache_teacher --config=configs/distill.py --max_samples=1000000",
@@ -36,22 +36,22 @@ COMMAND = cli.Command(
             name="max_samples",
             type=int | None,
             default=None,
-            help="the first N documents of each source, instead of its own max_samples; the run that trains from them "
-            "needs the same or less",
+            help="cache the first N documents of each source, in place of its max_samples; train with the same "
+            "number or less",
         ),
         cli.Flag(name="k", type=int, default=64, help="tokens kept of each distribution"),
         cli.Flag(
             name="temperatures",
             type=str | None,
             default=None,
-            help="comma-separated: those that training may use; distillation.temperature by default",
+            help="comma-separated temperatures that training may use; distillation.temperature by default",
         ),
         cli.Flag(
             name="context",
             type=int | None,
             default=None,
-            help="the most tokens that the teacher sees at once; the config's longest rows by default, limited by the "
-            "teacher's own maximum",
+            help="the teacher's context in tokens; by default the config's longest rows, limited by the teacher's "
+            "own maximum",
         ),
         cli.Flag(
             name="stride",
@@ -63,7 +63,7 @@ COMMAND = cli.Command(
             name="batch_tokens",
             type=int,
             default=16_384,
-            help="the most tokens that a device takes at once; fewer if its memory (or memory_gb) is too small",
+            help="maximum tokens per device and batch; fewer if memory (or memory_gb) is too small",
         ),
         cli.WORKER,
         cli.WORKDIR,
@@ -87,7 +87,7 @@ def main(flags: cli.Flags) -> None:
     config = flags.load_config()
     if config.teacher is None or not config.teacher.model:
         raise UserError(
-            f"--config={flags.config} has no teacher: give --config.teacher.model= a Hugging Face model (a folder, or "
+            f"--config={flags.config} has no teacher: set --config.teacher.model to a Hugging Face model (a folder, or "
             "an id on the Hub) or a work directory."
         )
     output = flags.output or config.teacher.cache or os.path.join(workdir, "teacher")
@@ -121,7 +121,7 @@ def _temperatures(text: str | None) -> tuple[float, ...]:
     except ValueError:
         found = (0.0,)
     if any(not 0.01 <= heat <= 1000 for heat in found) or len(set(found)) < len(found):
-        raise UserError(f"--temperatures={text}: give different numbers from 0.01 to 1000, such as 1,2")
+        raise UserError(f"--temperatures={text}: give distinct numbers from 0.01 to 1000, such as 1,2")
     return found
 
 
@@ -135,8 +135,8 @@ def _check_bound(config: Any) -> None:
                 f"--max_samples is needed: nothing bounds source {name!r}, and a teacher's cache is hundreds of times "
                 "as large as its text. How to choose: a document of web text has about 1,000 tokens, so with k=64 "
                 "100,000 documents take about 26 GB (32 GB with a vocabulary above 65,536), and 10 million take 2.6 "
-                "TB; training may read them several times. If that does not fit, leave out teacher.cache: the teacher "
-                "then runs as the student trains, and nothing is stored."
+                "TB; training may read them several times. If that does not fit, remove teacher.cache: the teacher "
+                "then runs during training, and nothing is stored."
             )
 
 

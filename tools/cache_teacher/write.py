@@ -46,7 +46,7 @@ class Settings:
             raise UserError(f"--context={context}: the teacher sees {longest} tokens at most")
         stride = self.stride or max(context // 2, 1)
         if stride > context:
-            raise UserError(f"--stride={stride}: windows of {context} tokens would leave some out; give that or less")
+            raise UserError(f"--stride={stride}: windows of {context} tokens would skip some; give that or less")
         return context, stride
 
 
@@ -89,7 +89,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
         if writer.complete or _write_source(name, writer, scorer, documents[name], workers):
             print(f"Source {name}: {_summary(writer.job.folder)}", flush=True)
         else:
-            print(f"Source {name}: this worker's documents are done, other workers' are not yet.", flush=True)
+            print(f"Source {name}: this worker is done with its documents; other workers are not.", flush=True)
     print(
         f"Train from it with --config.teacher.cache={output} --config.distillation.divergence.k={layout.k} (k only if "
         "the config distils with TopK).",
@@ -120,7 +120,7 @@ def make_scorer(
         assert limit is not None
         raise UserError(
             f"the teacher does not fit: with one row of {context:,} tokens at a time a device needs {error.needs}, and "
-            f"may take {limit / 1e9:.3g} GB. Use more devices (mesh.fsdp), a shorter --context or a smaller teacher."
+            f"may use {limit / 1e9:.3g} GB. Use more devices (mesh.fsdp), a shorter --context or a smaller teacher."
         ) from None
     return scorers[count]
 
@@ -156,24 +156,23 @@ def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout)
         done, _, written = writer.done()
         left[name] = None if documents is None else max(documents - done, 0)
         if documents is None or not sampled:
-            print(f"Source {name}: the number of documents is only known by reading it.", flush=True)
+            print(f"Source {name}: the number of documents is known only after reading it.", flush=True)
             continue
         mean = tokens / sampled
         parts = max(min(len(writer.job.source.files), documents), -(-documents // PART_ROWS))
         size = teacher_store.size_of(round(mean * documents), documents, parts, layout)
         needed += max(size - written, 0)
         print(
-            f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (by the first {sampled:,}), "
-            f"{layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
+            f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (estimated from the first "
+            f"{sampled:,}), {layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
             flush=True,
         )
     free = shutil.disk_usage(output).free
     if free < _MARGIN * needed:
         raise UserError(
             f"--output={output}: the cache needs about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB are free "
-            f"there, less than {_MARGIN} times as much. Take another disk, fewer documents (--max_samples) or fewer "
-            "tokens (--k); or leave out teacher.cache: the teacher then runs as the student trains, and nothing is "
-            "stored."
+            f"there, less than {_MARGIN} times as much. Use another disk, fewer documents (--max_samples) or fewer "
+            "tokens (--k); or remove teacher.cache: the teacher then runs during training, and nothing is stored."
         )
     return left
 

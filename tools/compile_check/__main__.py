@@ -6,12 +6,12 @@ from jaxtrain.cost import clusters
 COMMAND = cli.Command(
     name="python -m tools.compile_check",
     description=(
-        "Compiles the train step of every stage for a cluster you do not need to have: the program that a run on it "
-        "would use, with the same attention. Prints the sharding of the parameters, the memory per chip, FLOPs and "
+        "Compiles the train step of every stage for a cluster that you need not have: the same program, with the same "
+        "attention, as a run on it would use. Prints the sharding of the parameters, the memory per chip, FLOPs and "
         "the roofline by the model's own formula, and the collectives with their bytes. Exits with 1 and advice if a "
-        "stage does not fit, with 2 for settings that cannot go together. Needs no network and no accelerator; for "
-        "TPUs libtpu (pip install -e '.[tpu-check]'), for GPUs JAX's CUDA plugin ('.[gpu]'). "
-        "Chips: v4, v5e, v5p, v6e; a100, a100-40gb, h100, h100-pcie, h200, l40s, rtx4090."
+        "stage does not fit, and with 2 for settings that contradict each other. Needs no network and no accelerator; "
+        "for TPUs libtpu (pip install -e '.[tpu-check]'), for GPUs JAX's CUDA plugin ('.[gpu]'). Chips: v4, v5e, v5p, "
+        "v6e; a100, a100-40gb, h100, h100-pcie, h200, l40s, rtx4090."
     ),
     examples=(
         "python -m tools.compile_check --config=configs/1b.py --topology=v5e:2x4",

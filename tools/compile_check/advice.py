@@ -24,26 +24,26 @@ def lines(components: StepComponents, cluster: Cluster, limit: int, misfits: Seq
     """
     model, optimizer, mesh = components.model, components.optimizer, components.mesh.shape
     longest = max(stage["seq_len"] for stage in misfits)
-    said = ["\nWhat may help (micro-batches are one row a chip already, so a smaller batch alone does not):"]
+    said = ["\nWhat may help (a micro-batch already has one row per chip, so a smaller batch alone does not help):"]
     said += [f"  - --config.{change}" for change in model.memory_advice()]
     now = state_bytes(model, optimizer, mesh)
     for other in _meshes(components, longest, [stage["batch_size"] for stage in misfits]):
         flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in other.items() if size != mesh[axis])
         said.append(
-            f"  - {flags}: state {state_bytes(model, optimizer, other) / 1e9:.2f} GB a chip (now {now / 1e9:.2f}), "
+            f"  - {flags}: state {state_bytes(model, optimizer, other) / 1e9:.2f} GB per chip (now {now / 1e9:.2f}), "
             f"{longest // other['context']:,} tokens of a row (now {longest // mesh['context']:,})"
         )
     chunk = "--config.loss.chunk_tokens=N, lower: fewer logits at once"
     said.append(f"  - shorter rows (seq_len, now {longest:,}) with more of them in a batch; a smaller model; {chunk}")
     if cluster.chip.platform == "gpu" and cluster.num_chips > 1:
         said.append(
-            f"  - XLA_FLAGS={NO_UNROLLING}: loops hold one turn's arrays instead of two turns' (1B on 8 A100s: 7.6 GB "
-            "instead of 14.2); the cost in speed is not measured, since a layer's weights are then not gathered ahead"
+            f"  - XLA_FLAGS={NO_UNROLLING}: loops hold the arrays of one iteration instead of two (1B on 8 A100s: 7.6 "
+            "GB instead of 14.2); the loss of speed is not measured (a layer's weights are then not gathered ahead)"
         )
     # Sharded parameters, optimizer state and gradients should take at most half of a chip's limit.
     whole = state_bytes(model, optimizer, dict.fromkeys(mesh, 1)) * 4 / 3
     chips = 1 << max(0, math.ceil(math.log2(whole / (limit / 2))))
-    said.append(f"  - more chips: the state takes {chips:,} or more of {cluster.chip.name}")
+    said.append(f"  - more chips: the state needs {chips:,} or more of {cluster.chip.name}")
     return said
 
 

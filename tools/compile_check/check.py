@@ -38,8 +38,8 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
     components = offline.components(config, vocab_size, mesh, limit)
     evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
-    beside = session.beside_params(components)
-    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, beside)
+    extra = session.bytes_besides_params(components)
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
     _describe(components, cluster, limit, vocab_size, source)
     answer: Json = {
         "cluster": str(cluster),
@@ -70,7 +70,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
             answer["evaluation"] = {
                 "fits": True,
                 "micro_batches": program.micro_batches,
-                "needed_bytes": needed and needed + beside,
+                "needed_bytes": needed and needed + extra,
             }
         except DoesNotFitError as error:
             logger.info(f"  DOES NOT FIT. {error}")
@@ -87,9 +87,9 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
     why = "less a reserve"
     if chip.platform == "gpu":
         why = f"less what XLA does not take ({memory.SHARE_VARIABLE}, {memory.GPU_SHARE} unless set) and a reserve"
-    logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may take {limit / 1e9:.1f} of it ({why})")
+    logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may use {limit / 1e9:.1f} of it ({why})")
     made = state.abstract(model, components.optimizer, mesh)
-    rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB a chip")]
+    rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB per chip")]
     axes = jax.tree.leaves(model.axes, is_leaf=sharding.is_axes)
     for (path, leaf), names in zip(jax.tree_util.tree_flatten_with_path(made["params"])[0], axes, strict=True):
         part = leaf.sharding.shard_shape(leaf.shape)
@@ -106,14 +106,14 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
     logger.info("\nSharding of the parameters (fp32):")
     logger.info(cli.table(rows))
     params, opt = bytes_per_device(made["params"]), bytes_per_device(made["opt"])
-    logger.info(f"  parameters {params / 1e9:.3f} GB a chip, optimizer state {opt / 1e9:.3f}")
+    logger.info(f"  parameters {params / 1e9:.3f} GB per chip, optimizer state {opt / 1e9:.3f}")
     if components.distilled is not None:
-        logger.info(f"  teacher {bytes_per_device(components.distilled.abstract) / 1e9:.3f} GB a chip")
+        logger.info(f"  teacher {bytes_per_device(components.distilled.abstract) / 1e9:.3f} GB per chip")
 
 
 def _stage(config: Config, cluster: Cluster, components: StepComponents, stages: StagePrograms, shown: Json) -> Json:
     batch_size, seq_len = shown["batch_size"], shown["seq_len"]
-    logger.info(f"\nStage {', '.join(shown['names'])}: {batch_size:,} rows of {seq_len:,} tokens a step")
+    logger.info(f"\nStage {', '.join(shown['names'])}: {batch_size:,} rows of {seq_len:,} tokens per step")
     found: Json = {"attention": None, "attention_reason": None}
     if isinstance(components.model, AttentionModel):
         choice = components.model.attention_choice(batch_size, seq_len)
@@ -173,13 +173,13 @@ def _speed(
     best = roofline.roofline(cluster.chip, components, shape, roofline.loss_chunk(config.loss), traffic)
     per_chip = shape.tokens / shape.chips / 1e12
     logger.info(
-        f"  FLOPs: {flops * per_chip:,.2f} TFLOP a chip and step by the model's formula, and {again * per_chip:,.2f} "
-        f"computed again (remat={roofline.remat(components.model)})"
+        f"  FLOPs: {flops * per_chip:,.2f} TFLOP per chip and step by the model's formula, plus "
+        f"{again * per_chip:,.2f} recomputed (remat={roofline.remat(components.model)})"
     )
     times = ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in best.seconds.items())
     logger.info(
-        f"  Roofline, a bound: {best.tokens_per_sec:,.0f} tokens/s ({best.tokens_per_sec / shape.chips:,.0f} a chip, "
-        f"MFU {best.mfu:.0%}), bound by {best.bound_by}; ms a step: {times}"
+        f"  Roofline, an upper bound: {best.tokens_per_sec:,.0f} tokens/s ({best.tokens_per_sec / shape.chips:,.0f} "
+        f"per chip, MFU {best.mfu:.0%}), bound by {best.bound_by}; ms per step: {times}"
     )
     return {
         "flops_per_token": flops,
@@ -208,7 +208,7 @@ def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tu
         {"kind": kind, "axes": axes, "times": int(times), "links_bytes": links, "network_bytes": network}
         for (kind, axes), (times, links, network) in sorted(sums.items(), key=lambda item: -sum(item[1][1:]))
     ]
-    logger.info("  Collectives of a step, as each chip sends them:" if found else "  No collectives.")
+    logger.info("  Collectives of a step, sent by each chip:" if found else "  No collectives.")
     rows = [("collective", "over", "times", "GB by links", "GB by network")]
     for one in found:
         sizes = (f"{one['links_bytes'] / 1e9:,.4f}", f"{one['network_bytes'] / 1e9:,.4f}")

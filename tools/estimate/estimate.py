@@ -140,7 +140,7 @@ def memory(outlook: Outlook) -> Section:
         chosen.append(count)
         lines.append(
             f"  stage {stage.index} ({stage.name}): {count} micro-batch{'es' * (count > 1)}, {needed / 1e9:.2f} GB of "
-            f"the {limit / 1e9:.2f} that a step may take: {'fits' if needed <= limit else 'DOES NOT FIT'}"
+            f"the {limit / 1e9:.2f} that a step may use: {'fits' if needed <= limit else 'DOES NOT FIT'}"
         )
     numbers: Json = {"state_gb": held / 1e9, "memory_gb": worst / 1e9, "limit_gb": limit / 1e9}
     return Section(lines, numbers | {"fits": worst <= limit, "micro_batches": chosen})
@@ -169,12 +169,12 @@ def disk(outlook: Outlook) -> Section:
     itemsize = token_store.dtype_of(components.model.vocab_size).itemsize
     numbers["token_store_gb"] = None if unique is None else unique * itemsize / 1e9
     if unique is None:
-        lines.append("  token store: as large as the data, which alone ends the run")
+        lines.append("  token store: as large as the data, since the run ends with its data")
     else:
         note = "needed by" if data.mode in ("pretokenized", "auto") else "not used by"
         fewer = "" if config.epochs is None else "; less if the data has fewer tokens"
         lines.append(
-            f"  token store: at most {unique * itemsize / 1e9:.2f} GB, {itemsize} bytes a token ({note} "
+            f"  token store: at most {unique * itemsize / 1e9:.2f} GB, {itemsize} bytes per token ({note} "
             f"data.mode={data.mode}{fewer})"
         )
 
@@ -187,9 +187,9 @@ def disk(outlook: Outlook) -> Section:
         numbers["teacher_download_gb"] = size
     layout = offline.teacher_layout(config, components.model.vocab_size)
     size = None if unique is None else unique * layout.width / 1e9
-    much = "as large as the data makes it" if size is None else f"at most {size:,.1f} GB (1.5 times as much free)"
-    note = "teacher.cache" if teacher.cache is not None else "not used: the teacher runs as the student trains"
-    lines.append(f"  teacher's cache: {much}, {layout.width} bytes a token with k={layout.k} ({note})")
+    much = "depends on the data" if size is None else f"at most {size:,.1f} GB (1.5 times as much free)"
+    note = "teacher.cache" if teacher.cache is not None else "not used: the teacher runs during training"
+    lines.append(f"  teacher's cache: {much}, {layout.width} bytes per token with k={layout.k} ({note})")
     return Section(lines, numbers | {"teacher_cache_gb": size, "teacher_cache_bytes_per_token": layout.width})
 
 
@@ -201,7 +201,7 @@ def time_and_cost(outlook: Outlook) -> Section:
     def money(hours: float) -> tuple[str, str, str]:
         return f"{hours:,.2f}", f"{hours * chips:,.1f}", f"{hours * chips * outlook.price:,.2f}"
 
-    rows: list[tuple[str, ...]] = [("stage", "tokens", "TFLOP a token", "tokens/s", "hours", "chip-hours", "dollars")]
+    rows: list[tuple[str, ...]] = [("stage", "tokens", "TFLOP per token", "tokens/s", "hours", "chip-hours", "dollars")]
     hours, stages = 0.0, []
     for stage in outlook.stages:
         flops = outlook.components.flops_per_token(stage.seq_len)
@@ -217,7 +217,7 @@ def time_and_cost(outlook: Outlook) -> Section:
         rows.append((stage.name, f"{tokens:,}", *shown, *money(took)))
     rows.append(("all", f"{outlook.plan.total_tokens or 0:,}", "", "", *money(hours)))
     lines = [
-        f"Time and cost at an MFU of {outlook.mfu:.0%} (--mfu) and {outlook.price:.2f} dollars a chip-hour (--price):",
+        f"Time and cost at MFU {outlook.mfu:.0%} (--mfu) and {outlook.price:.2f} dollars per chip-hour (--price):",
         cli.table(rows),
     ]
     dollars = hours * chips * outlook.price

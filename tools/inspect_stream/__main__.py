@@ -10,9 +10,9 @@ COMMAND = cli.Command(
     name="python -m tools.inspect_stream",
     description=(
         "Reads a config's stream as training would. Checks that every source is reachable and shows samples, the "
-        "actual mix, the speed, and the data path's time for the whole run: for the first and last stage, or those you "
-        "choose. With --at_step it lists source, file, row and token range of every row of that step, from the nearest "
-        "checkpoint in the work directory or from the beginning. Trains nothing, and may inspect a live run."
+        "actual mix, the speed, and the data path's time for the whole run: for the first and last stage, or those "
+        "you choose. With --at_step it lists source, file, row and token range of every row of that step, from the "
+        "nearest checkpoint in the work directory or from the beginning. Does not train, and is safe on a live run."
     ),
     examples=(
         "python -m tools.inspect_stream --config=configs/quickstart.py",

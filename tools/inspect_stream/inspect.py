@@ -53,6 +53,7 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
         workdir: the work directory; a run may be using it.
         saved: a checkpoint's data state, to read the same commits; None to look them up.
     """
+    config = compatibility.settled(config, saved)
     plan, data = config.plan(), config.data
     hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
     print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
@@ -83,7 +84,7 @@ def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
         described.append(_stage(found, stage, measured))
     seconds = _estimate(plan, speeds)
     if seconds is None:
-        print("\nThe run ends when its data ends, so its duration is only known by reading it.")
+        print("\nThe run ends when its data ends, so its duration is known only after reading it.")
     else:
         print(
             f"\nTime estimate: the data path alone takes {_duration(seconds)} for the run's {plan.total_tokens:,} "
@@ -96,10 +97,11 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
     last = "the end" if stage.last_step is None else f"{stage.last_step:,}"
     print(
         f"\nStage {stage.index}/{len(found.plan.stages)} ({stage.name}): steps {stage.first_step:,} to {last}, "
-        f"{stage.batch_size:,} rows x {stage.seq_len:,} tokens, each row {stage.overlap_tokens:,} tokens over the next"
+        f"{stage.batch_size:,} rows x {stage.seq_len:,} tokens, "
+        + ("of whole documents" if stage.packing == "fit" else f"which overlap by {stage.overlap_tokens:,} tokens")
     )
     if stage.index > 1:
-        print("  (read from the sources' beginning; training will be further on by then)")
+        print("  (read from the beginning of the sources; training will be further along by then)")
     for number, (origin, text) in enumerate(_previews(found.tokenizer, measured), 1):
         span = origin.spans[0]
         print(f"  Sample {number} ({origin.source}, {span.file} row {span.row:,}): {text!r}")
@@ -108,14 +110,17 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
         target = float(stage.weights.get(name, 0))
         if totals["tokens"] or target:
             mix[name] = {"target": target, **totals}
+            cut = totals["cut_documents"] / max(totals["documents"], 1)
+            padding = totals["padding"] / max(totals["padding"] + totals["tokens"], 1)
             print(
                 f"  {name}: {totals['share']:.2%} of the tokens (target {target:.2%}), {totals['tokens']:,} tokens of "
-                f"{totals['documents']:,} documents"
+                f"{totals['documents']:,} documents, {cut:.1%} of them cut; {padding:.2%} padding"
             )
     length = measured.tokens / max(measured.documents, 1)
     print(
-        f"  Speed: {measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first "
-        f"batch after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens a document",
+        f"  Speed{' (including startup: there is only one batch)' if measured.steps == 1 else ''}: "
+        f"{measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first batch "
+        f"after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens per document",
         flush=True,
     )
     return {
@@ -184,7 +189,7 @@ def transitions(found: Inputs) -> Json:
         with found.watch(after=first - 1) as stream:
             for step in range(first, last + 1):
                 if stream.ended:
-                    print("  (the data ends here, read from its beginning)")
+                    print("  (read from its beginning, the data ends here)")
                     break
                 at, (batch, origins) = plan.at(step), stream.next_with_origins()
                 steps.append(_transition_step(at, batch.arrays["tokens"].shape, origins))
@@ -248,7 +253,7 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
         if start.step:
             states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)
     where = f"the checkpoint of step {start.step:,} in {found.workdir}" if start.step else "the beginning of the run"
-    print(f"Reading on from {where}: {step - 1 - start.step:,} steps before step {step:,}.", flush=True)
+    print(f"Reading from {where}: {step - 1 - start.step:,} steps before step {step:,}.", flush=True)
     with found.watch(after=start.step, states=states) as stream:
         with _progress(step - 1 - start.step) as on_step:
             stream.go_to(step, on_step)
@@ -258,8 +263,8 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
         f"{at.seq_len:,} tokens, {at.tokens_before:,} to {at.tokens_after:,} trained tokens"
     )
     print("[a, b) are tokens of the document, including its end-of-document token.")
-    rows = [_row(number, origin, at.seq_len) for number, origin in enumerate(origins)]
-    fields = ("step", "stage", "stage_name", "seq_len", "batch_size", "stride", "tokens_before", "tokens_after")
+    rows = [_row(number, origin, at) for number, origin in enumerate(origins)]
+    fields = ("step", "stage", "stage_name", "seq_len", "batch_size", "stride", "fit", "tokens_before", "tokens_after")
     described = {name: getattr(at, name) for name in fields}
     return {**described, "from_checkpoint": start.step or None, "rows": rows}
 
@@ -280,12 +285,12 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
         yield on_step
 
 
-def _row(number: int, origin: Origin, seq_len: int) -> Json:
+def _row(number: int, origin: Origin, at: StepPlan) -> Json:
     spans = "; ".join(f"{span.file} row {span.row:,} [{span.first:,}, {span.end:,})" for span in origin.spans)
     notes = ""
-    if origin.tokens < seq_len:
-        notes += f" (then {seq_len - origin.tokens:,} of padding: the data has ended)"
-    if origin.counted < seq_len:
+    if origin.tokens < at.seq_len:
+        notes += f" (then {at.seq_len - origin.tokens:,} of padding{'' if at.fit else ': the data has ended'})"
+    if origin.counted < at.seq_len:
         counts = f"only its first {origin.counted:,} tokens count" if origin.counted else "masked"
         notes += f" ({counts}: the run ends here)"
     print(f"row {number} (lane {origin.lane}, {origin.source}): {spans or 'nothing'}{notes}")

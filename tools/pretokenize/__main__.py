@@ -75,8 +75,8 @@ def _check_bound(config: Any) -> None:
             raise UserError(
                 f"max_samples MUST be specified for streaming datasets! Nothing bounds source {name!r} ({source.name}) "
                 f"here: all of it would be fetched and tokenized. Set --config.data.sources.{name}.max_samples (1,000 "
-                "to 10,000 for a quick test, 10M to 100M for a large run; it is part of what a run reads, so train "
-                'with the same or less), or give --all. See "How to choose max_samples" in docs/data.md.'
+                "to 10,000 for a quick test, 10M to 100M for a large run; train with the same number or less), or "
+                'give --all. See "How to choose max_samples" in docs/data.md.'
             )
 
 

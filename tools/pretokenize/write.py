@@ -20,8 +20,8 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
         bound = config.data.sources[name].max_samples
         if worker and bound is not None and not source.random_access:
             print(
-                f"Source {name}: worker 0 does it alone: which files hold the first {bound:,} documents is only known "
-                "by reading them.",
+                f"Source {name}: worker 0 works alone: which files hold the first {bound:,} documents is known only "
+                "after reading them.",
                 flush=True,
             )
         job = Job(name, folder, config.data.sources[name], source, tokenizer, 60 * config.data.retry_minutes)
@@ -38,7 +38,7 @@ def write(config: Config, workdir: str, output: str, worker: int, workers: int) 
         if complete:
             print(f"Source {name}: {_summary(folder)} Read it with data.mode=pretokenized or auto.", flush=True)
         else:
-            print(f"Source {name}: this worker's files are done, other workers' are not yet.", flush=True)
+            print(f"Source {name}: this worker is done with its files; other workers are not.", flush=True)
 
 
 def verify(config: Config, output: str) -> None:

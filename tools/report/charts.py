@@ -26,10 +26,10 @@ class Plan:
 SMALL = (
     Plan("learning_rate", "Learning rate", zero=True),
     Plan("grad_norm", "Gradient norm", log=True),
-    Plan("ce_loss", "Cross-entropy (nats a token)"),
-    Plan("kd_loss", "Distillation loss (nats a token)"),
-    Plan("tokens_per_sec", "Throughput (tokens a second)", zero=True),
-    Plan("data_wait", "Share of the time that steps waited for data", zero=True, form=svg.percent),
+    Plan("ce_loss", "Cross-entropy (nats per token)"),
+    Plan("kd_loss", "Distillation loss (nats per token)"),
+    Plan("tokens_per_sec", "Throughput (tokens per second)", zero=True),
+    Plan("data_wait", "Fraction of the time that steps waited for data", zero=True, form=svg.percent),
     Plan("mfu", "Model FLOPs utilization", zero=True, form=svg.percent),
     Plan("memory_gb", "Peak memory (GB; the fullest device, or the process on CPU)", zero=True),
     Plan("disk_cache_gb", "Disk cache (GB)", zero=True),
@@ -109,12 +109,26 @@ def loss(runs: Sequence[RunLog]) -> Figure | None:
         return None
     shared = frame(runs, lambda run, line: f"loss {_shown(line.get('loss'))}")
     values = [y for curve in curves for _, y in curve.points]
-    title = "Loss (nats a token)"
+    title = "Loss (nats per token)"
     linear = svg.line_chart(shared, title, curves, size=svg.WIDE)
     if max(values) <= 0:
         return Figure(title, linear, legend)
     log = svg.line_chart(shared, f"{title}, logarithmic", curves, size=svg.WIDE, log=True)
     return Figure(title, linear, legend, log, starts_log=min(values) > 0 and max(values) / min(values) > _LOG_FROM)
+
+
+def by_source(run: RunLog, with_name: bool) -> Figure | None:
+    """Charts the held-out loss of each source. None without evaluations by source."""
+    if not run.by_source:
+        return None
+    title = "Held-out loss by source (nats per token)" + (f", {run.name}" if with_name else "")
+    curves = []
+    for index, (name, found) in enumerate(run.by_source.items()):
+        notes = [f"{name}, step {step:,} ({x:,} tokens): {y:.4f}" for x, y, step in found]
+        curves.append(svg.Curve(name, [(x, y) for x, y, _ in found], index % COLORS, notes))
+    shared = svg.Frame(last_token=run.last["tokens"], bands=bands(run), hover=lambda tokens: "")
+    legend = [(f"mark f{curve.color}", curve.label) for curve in curves]
+    return Figure(title, svg.line_chart(shared, title, curves, size=svg.WIDE), legend)
 
 
 def small(runs: Sequence[RunLog]) -> list[Figure]:

@@ -21,6 +21,7 @@ _SPANS = {
     "compile": ("compiling", 0),
     "checkpoint": ("checkpoints", 4),
     "evaluation": ("evaluation", 3),
+    "samples": ("samples", 3),
     "stage change": ("stage changes", 6),
     LOST: ("lost at restarts", 5),
 }
@@ -39,13 +40,17 @@ def page(runs: Sequence[RunLog]) -> str:
     ]
     loss = charts.loss(runs)
     body += [] if loss is None else [_figure(loss, "loss")]
+    body += [_figure(figure, "") for run in runs if (figure := charts.by_source(run, several)) is not None]
     body += ['<div class="grid2">', *(_figure(figure, "") for figure in charts.small(runs)), "</div>"]
     mixes = [figure for run in runs if (figure := charts.mix(run, several)) is not None]
     body += ["<h2>Mix</h2>", *(_figure(figure, "") for figure in mixes)] if mixes else []
     for run in runs:
+        if run.samples.items():
+            body += [f"<h2>Samples{text(f', {run.name}') if several else ''}</h2>", _samples(run)]
+    for run in runs:
         body += [f"<h2>Stages{text(f', {run.name}') if several else ''}</h2>", _stages(run), _ledger(run)]
     if several:
-        body += ["<h2>What the configs differ in</h2>", *(_differences(runs[0], run) for run in runs[1:])]
+        body += ["<h2>Differences between the configs</h2>", *(_differences(runs[0], run) for run in runs[1:])]
     body += ["<h2>Configs</h2>", *(_config(run) for run in runs)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -129,7 +134,7 @@ def _held_out(run: RunLog) -> str:
     loss, bits = (number(run.evaluation.get(key)) for key in ("eval_loss", "eval_bits_per_byte"))
     if loss is None:
         return _NONE
-    found = f"{loss:.4f}" + (f", {bits:.4f} bits a byte" if bits is not None else "")
+    found = f"{loss:.4f}" + (f", {bits:.4f} bits per byte" if bits is not None else "")
     found += f" (step {run.evaluation['step']:,})"
     if run.best is not None and run.best[0] != run.evaluation["step"]:
         found += f"; best {run.best[1]:.4f} (step {run.best[0]:,})"
@@ -233,6 +238,19 @@ def _figure(figure: Figure, choice: str) -> str:
     )
 
 
+# Samples.
+
+
+def _samples(run: RunLog) -> str:
+    """The last samples of the run, and earlier ones to open."""
+    found = []
+    for line in reversed(run.samples.items()):
+        shown = "\n\n".join(f"{prompt}{continued}" for prompt, continued in line["samples"].items())
+        state = "" if found else " open"
+        found.append(f"<details{state}><summary>Step {line['step']:,}</summary><pre>{text(shown)}</pre></details>")
+    return "".join(found)
+
+
 # Tables of stages.
 
 
@@ -318,7 +336,7 @@ def _differences(first: RunLog, other: RunLog) -> str:
     if len(found) > _MAX_DIFFERENCES:
         rows.append(_row((f"and {len(found) - _MAX_DIFFERENCES:,} more", "", ""), 3))
     if not rows:
-        return f'<p class="note">{text(other.name)}: in nothing.</p>'
+        return f'<p class="note">{text(other.name)}: none.</p>'
     return _table(("Field", first.name, other.name), rows, 3)
 
 

@@ -1,11 +1,11 @@
 """Ranges of bytes of files: on the Hub, behind a URL, in a bucket, on a local disk.
 
-Each read is one checked attempt: status, range and length of the answer must be right, and only retry.py tries again.
-huggingface_hub's own file system retries for 23 s inside each read, takes a 200 for a 206, and lists the file's folder
-before it opens it; so the Hub's files are read through its HTTP session instead. The address of the store that the Hub
-redirects to is kept while it is valid, so a read is one request.
+Each read is one attempt. Status, range and length of the response are checked, and only retry.py retries.
+huggingface_hub's own file system retries for 23 s inside each read, accepts a 200 as a 206, and lists the file's folder
+before it opens the file, so the Hub's files are read through its HTTP session instead. The address of the store that
+the Hub redirects to is kept while it is valid, so a read is one request.
 
-The client libraries are imported when first used: they read HF_HOME and HF_ENDPOINT at import, and a run may set those.
+The client libraries are imported on first use: they read HF_HOME and HF_ENDPOINT at import, and a run may set those.
 """
 
 import functools
@@ -25,12 +25,12 @@ from jaxtrain.errors import TransientError, UserError
 from jaxtrain.interfaces import Json
 
 _TIMEOUT = 30.0  # seconds without a byte; 10 (the client's default) is too short when many hosts stream at once
-_SLOWEST = 100_000  # bytes/s; an answer that is slower for longer than the time-out is given up
-_LOOKS = 3  # a server that ignores the range so many times in a row does not know ranges
+_SLOWEST = 100_000  # bytes/s; a response that is slower for longer than the timeout is abandoned
+_LOOKS = 3  # a server that ignores the range this many times in a row does not support ranges
 
 
 class Bytes(Protocol):
-    """The bytes of one file. Methods raise TransientError or UserError. Safe for several threads."""
+    """The bytes of one file. Methods raise TransientError or UserError. Thread-safe."""
 
     what: str  # names the file in messages
 
@@ -45,11 +45,11 @@ class Bytes(Protocol):
         ...
 
     def stamp(self) -> Json:
-        """What shows that the file has changed, as far as that is cheap to know."""
+        """A value that changes when the file does, as far as that is cheap to know."""
         ...
 
     def refresh(self) -> None:
-        """Forget what was learned about the file: the next read asks its origin."""
+        """Forgets what was learned about the file: the next read asks its origin."""
         ...
 
 
@@ -163,11 +163,11 @@ class BucketBytes:
 
 
 class _NoRangeError(TransientError):
-    """A whole file in answer to a range: usually a proxy's fault that passes."""
+    """A whole file in response to a range request: usually a transient fault of a proxy."""
 
 
 class HttpBytes:
-    """A file on the Hub or any other server that answers ranges (RFC 9110, section 14). Implements `Bytes`."""
+    """A file on the Hub or any other server that supports ranges (RFC 9110, section 14). Implements `Bytes`."""
 
     pinned = False  # whether its address names its content
 
@@ -176,7 +176,7 @@ class HttpBytes:
         self.what = what or unsigned(url)
         self.known_size: int | None = None
         self.etag: str | None = None
-        self.signed: str | None = None  # where the last answer came from, if redirected
+        self.signed: str | None = None  # where the last response came from, if redirected
 
     def size(self) -> int:
         if self.known_size is None:
@@ -207,7 +207,7 @@ class HttpBytes:
         """Size and ETag.
 
         Raises:
-            UserError: The server does not know ranges.
+            UserError: The server does not support ranges.
         """
         for look in range(1, _LOOKS + 1):
             self.refresh()
@@ -228,7 +228,7 @@ class HttpBytes:
         self.signed = None
 
     def _range(self, wanted: str, start: int, most: int) -> tuple[bytes, int]:
-        """(body, position of its first byte) of an answer of at most `most` bytes. Notes the file's size."""
+        """(body, position of its first byte) of a response of at most `most` bytes. Records the file's size."""
         signed = self.signed
         if signed is not None:
             answer = self._get(signed, {}, wanted, start, most)
@@ -240,7 +240,7 @@ class HttpBytes:
         return answer
 
     def _get(self, url: str, headers: dict[str, str], wanted: str, start: int, most: int) -> tuple[bytes, int] | None:
-        """One request; None if `url` is a signed address that is not accepted any more."""
+        """One request; None if `url` is a signed address that has expired."""
         from huggingface_hub.utils import hf_raise_for_status
 
         headers = {**headers, "Range": wanted, "Accept-Encoding": "identity"}
@@ -266,21 +266,21 @@ class HttpBytes:
             fault = retry.classify(error, self.what)
             if fault is error and not isinstance(fault, TransientError | UserError):
                 raise
-            raise fault from None  # the original holds the address that was asked
+            raise fault from None  # the original holds the requested address
 
     def _check(self, response: Any, start: int, most: int) -> int:
-        """The position of the answer's first byte, if its headers are those of the range that was asked for."""
+        """The position of the response's first byte, if its headers match the requested range."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise TransientError(f"{self.what}: the server sent it compressed, though asked not to")
+            raise TransientError(f"{self.what}: the server sent compressed data although the request forbids it")
         if response.status_code == 206:
             found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
             if found is None:
-                raise TransientError(f"{self.what}: an answer without a proper Content-Range")
+                raise TransientError(f"{self.what}: the response has no valid Content-Range")
             self._note(int(found[3]), response)
             return int(found[1])
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal() or start or int(length) > most:
-            raise _NoRangeError(f"{self.what}: the server sent the whole file where a range was asked for")
+            raise _NoRangeError(f"{self.what}: the server sent the whole file instead of a range")
         self._note(int(length), response)
         return 0
 
@@ -330,7 +330,7 @@ def _obey_deadlines() -> None:
 
     # At exit the client's own handler closes its connections, and a thread that waits for one then waits for the whole
     # time-out: the gate must close first.
-    gate.be_first()
+    gate.close_first()
     make = _http._GLOBAL_CLIENT_FACTORY
 
     def client() -> Any:
@@ -377,13 +377,13 @@ def _total(response: Any) -> int | None:
 
 
 def _body(response: Any, most: int, timeout: float, what: str) -> bytes:
-    """The whole body. A server that drips is given up, and so is one that sends more than was asked for."""
+    """The whole body. Fails if the server is too slow or sends more than requested."""
     parts, length, start = [], 0, time.monotonic()
     for part in response.iter_raw():
         parts.append(part)
         length += len(part)
         if length > most:
-            raise TransientError(f"{what}: the server sent more than the {most} bytes asked for")
+            raise TransientError(f"{what}: the server sent more than the {most} bytes requested")
         if time.monotonic() - start > timeout + length / _SLOWEST:
             raise TransientError(f"{what}: the server sent {length} bytes in {time.monotonic() - start:.0f} s")
     return b"".join(parts)

@@ -1,9 +1,9 @@
 """Files read through the disk cache: a read brings the whole file there first, and later reads are local.
 
-A file may be evicted between two reads, since more may be in use than the limit has room for (one per lane, say). If
-each read then brought its file back, every 4 MB would cost a whole file. So a file that was evicted while it was read
-is read past the cache, in ranges, until those have cost as much as the file; then it is fetched again. Whatever the
-order of reads, that costs at most twice what the best decision would have.
+A file may be evicted between two reads, since more files may be in use (one per lane, say) than fit. If each read then
+fetched its file again, every 4 MB would cost a whole file. So a file that was evicted while in use is read past the
+cache, in ranges, until those have cost as much as the file; then it is fetched again. In any order of reads, this costs
+at most twice as much as the best decision.
 """
 
 import threading
@@ -19,7 +19,7 @@ _REQUEST = 1 << 23  # bytes: 8 MB, at 200 ms a request 40 MB/s for each file
 
 
 class CachedBytes:
-    """The bytes of another `Bytes`, through a DiskCache. Implements `Bytes`; safe for several threads.
+    """The bytes of another `Bytes`, through a DiskCache. Implements `Bytes`; thread-safe.
 
     Attributes:
         what: Names the file in messages.
@@ -30,10 +30,10 @@ class CachedBytes:
 
         Args:
             inner: The file.
-            key: Names the file and its version for ever, the same in all processes of all runs.
+            key: A lasting name of the file and its version, the same in all processes of all runs.
             cache: Where the file goes.
-            retry_seconds: How long an outage may last while the file is fetched. It is waited out in place, so what
-                has arrived is not fetched again.
+            retry_seconds: How long an outage may last while the file is fetched. The fetch waits in place, so no byte
+                is fetched twice.
         """
         self.what = inner.what
         self._inner, self._key, self._cache = inner, key, cache
@@ -71,7 +71,7 @@ class CachedBytes:
         return self._inner.stamp()
 
     def refresh(self) -> None:
-        """Drop the file: the next read fetches it again."""
+        """Drops the file: the next read fetches it again."""
         self._inner.refresh()
         self._cache.drop(self._key)
         with self._lock:

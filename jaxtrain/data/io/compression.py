@@ -69,7 +69,7 @@ def format_of(head: bytes, name: str = "") -> str | None:
     suffix = re.split("[_-]", path.rsplit(".", 1)[-1])[0].lower() if "." in path else ""
     found = next((kind for kind, magic in _MAGIC.items() if magic.match(head)), None)
     if (named := _SUFFIXES.get(suffix)) is not None and found is None:
-        raise DamagedError(f"it is empty, and no {named} file" if not head else f"it does not begin as a {named} file")
+        raise DamagedError(f"it is empty, not a {named} file" if not head else f"it does not begin like a {named} file")
     return found
 
 
@@ -102,7 +102,7 @@ def _members(file: Any) -> Iterator[io.BufferedReader]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        raise DamagedError(f"no whole zip archive ({error})") from None
+        raise DamagedError(f"it is not a complete zip archive ({error})") from None
     for path in sorted(archive.namelist(), key=order):
         if path.endswith("/") or any(part.startswith((".", "__")) for part in path.split("/")):
             continue
@@ -174,7 +174,7 @@ class Decoded(io.RawIOBase):
                     continue
                 if not self._input:
                     if self._decoder is not None or not self._streams:
-                        raise CutShortError("its compressed data is cut short")
+                        raise CutShortError("its compressed data is truncated")
                     return b""
                 self._decode()
         except DamagedError as error:
@@ -218,6 +218,6 @@ def _maker(kind: str) -> Callable[[], Any]:
         try:
             import lz4.frame  # pyright: ignore[reportMissingImports] - not among the requirements
         except ImportError:
-            raise UserError("it is compressed by lz4, which needs a package: pip install lz4") from None
+            raise UserError("it is compressed with lz4, which needs a package: pip install lz4") from None
         return lz4.frame.LZ4FrameDecompressor
-    raise UserError(f"it is compressed by {kind}, of which no part can be read as a stream. Decompress it.")
+    raise UserError(f"it is compressed with {kind}, which cannot be read as a stream. Decompress it.")

@@ -1,4 +1,4 @@
-"""An LRU cache of whole files on the local disk, under a limit that always holds.
+"""An LRU cache of whole files on the local disk, under a strict limit.
 
 Several processes may share a directory, and any may be killed at any point. The only state is the files themselves and
 the kernel's locks on them, which end with their holder.
@@ -6,7 +6,7 @@ the kernel's locks on them, which end with their holder.
 - `HASH`: a file. Readers pin it with a shared lock. Its modification time is its last use.
 - `HASH.part`: a file being fetched. Its writer holds an exclusive lock, and it has its full size from the start, so the
   space is reserved before a byte is written.
-- Any other `HASH.*`, and a `.part` without a lock: left over, removed by the next process that makes room.
+- Any other `HASH.*`, and a `.part` without a lock: leftovers, removed by the next process that makes room.
 - `lock`: held while one of these is made, found or removed, never while bytes are moved.
 
 Locks are `flock`s, which work on one machine and on network file systems that support them (NFS 4, Lustre with flock).
@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -23,10 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
+from jaxtrain import cli
 from jaxtrain.data.io import retry
 from jaxtrain.errors import TransientError, UserError
 
-_POLL = 0.05  # seconds between looks while waiting for room or for another's fetch
+_POLL = 0.05  # seconds between checks while waiting for room or for the fetch of another process
 _WHOLE = re.compile(r"[0-9a-f]{40}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -38,11 +40,11 @@ class Sink(Protocol):
 
 
 class DiskCache:
-    """An LRU of whole files. Safe for threads and processes. Makes no file before the first `open`.
+    """An LRU cache of whole files. Safe for threads and processes. Creates no file before the first `open`.
 
     Attributes:
         directory: Where the files are.
-        limit: Bytes that they may take in all (`max_gb` x 1e9).
+        limit: The most bytes of all files together (`max_gb` x 1e9).
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_gb: float):
@@ -50,26 +52,26 @@ class DiskCache:
         self.limit = round(max_gb * 1e9)
 
     def used_bytes(self) -> int:
-        """Bytes of all files, including what is reserved for those being fetched."""
+        """Bytes of all files, including the space reserved for files being fetched."""
         return sum(size for _, size, _ in self._entries())
 
     def check(self, what: str, size: int) -> None:
         """Raises UserError if a file of `size` bytes can never fit."""
         if size > self.limit:
             raise UserError(
-                f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may hold "
-                f"({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, ideally to that "
-                "for each file that is read at once, or split the file."
+                f"{retry.redact(what)} has {cli.size(size)}, more than the disk cache in {self.directory} may hold "
+                f"({cli.size(self.limit)}). Set data.max_disk_gb to {math.ceil(size / 1e5) / 1e4:g} or more, ideally "
+                "to that for each file that is read at the same time, or split the file."
             )
 
     @contextlib.contextmanager
     def open(
         self, key: str, size: int, fetch: Callable[[Sink], object], what: str | None = None
     ) -> Iterator[IO[bytes]]:
-        """Open a file for reading, pinned while the context lasts; fetch it first if it is not here.
+        """Opens a file for reading, pinned while the context lasts; fetches it first if it is not cached.
 
-        Waits while another thread or process fetches the same file, and while everything that could make room is
-        pinned. For this to end, pin for no longer than a read takes, and open nothing else meanwhile.
+        Waits while another thread or process fetches the same file, and while every file that could make room is
+        pinned. So pin a file no longer than for a read, and open nothing else meanwhile.
 
         Args:
             key: Names the file and its version.
@@ -99,19 +101,19 @@ class DiskCache:
 
     @contextlib.contextmanager
     def find(self, key: str, size: int) -> Iterator[IO[bytes] | None]:
-        """Like `open`, without fetching or waiting: None if the file is not here."""
+        """Like `open`, without fetching or waiting: None if the file is not cached."""
         with self._locked():
             pinned = self._pin(_name(key), size)
         with pinned or contextlib.nullcontext():
             yield pinned
 
     def drop(self, key: str) -> None:
-        """Remove a file whose bytes are wrong. Readers keep it open; it counts until they close it."""
+        """Removes a file whose bytes are wrong. Readers keep it open; its space counts until they close it."""
         with self._locked():
             self._discard(os.path.join(self.directory, _name(key)))
 
     def trim(self) -> None:
-        """Remove what killed processes left, and what exceeds a limit that was higher before."""
+        """Removes leftovers of killed processes, and what exceeds the limit if it was higher before."""
         with self._locked():
             self._make_room(0)
 
@@ -156,19 +158,19 @@ class DiskCache:
         return file
 
     def _reserve(self, name: str, size: int) -> IO[bytes] | None:
-        """A new, locked file of `size` bytes; None if another process writes it, or if there is no room now."""
+        """A new, locked file of `size` bytes; None if another process is writing it or there is no room now."""
         if not self._make_room(size):
             return None
         path = os.path.join(self.directory, f"{name}.part")
         if os.path.exists(path):
-            return None  # `_make_room` left it, so it has a writer
+            return None  # `_make_room` kept it, so it has a writer
         file = open(path, "x+b", buffering=0)  # noqa: SIM115 - closed by `_publish`
         fcntl.flock(file, fcntl.LOCK_EX)
         os.truncate(file.fileno(), size)
         return file
 
     def _make_room(self, size: int) -> bool:
-        """Remove leftovers, then the least recently used files until `size` more bytes fit; none if they cannot."""
+        """Removes leftovers, then the least recently used files until `size` more bytes fit; none if they cannot."""
         used, whole = 0, []
         for path, held, last_use in self._entries():
             if _WHOLE.fullmatch(os.path.basename(path)):
@@ -203,7 +205,7 @@ class DiskCache:
             file.close()
 
     def _fill(self, part: IO[bytes], size: int, fetch: Callable[[Sink], object], what: str) -> None:
-        """Fetch into the reserved file; remove it on failure."""
+        """Fetches into the reserved file; removes it on failure."""
         sink = _Bounded(part, size, what, self.directory)
         try:
             fetch(sink)
@@ -241,7 +243,7 @@ class _Bounded:
             if error.errno in _FULL:
                 raise UserError(
                     f"the disk of {self.directory} is full ({error.strerror}), though the disk cache is below its "
-                    f"limit: free {(self.size - self.written) / 1e9:.2f} GB there, set data.max_disk_gb to less, or "
+                    f"limit: free {cli.size(self.size - self.written)} there, set data.max_disk_gb to less, or "
                     "use a --workdir on a larger disk."
                 ) from None
             raise
@@ -254,7 +256,7 @@ def _name(key: str) -> str:
 
 
 def _hold(path: str, kind: int) -> IO[bytes] | None:
-    """The file, locked until it is closed; None if it does not exist or another's lock forbids this one."""
+    """The file, locked until it is closed; None if it does not exist or another lock conflicts."""
     try:
         file = open(path, "r+b", buffering=0)  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:

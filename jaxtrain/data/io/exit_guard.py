@@ -1,10 +1,9 @@
 """Keeps threads out of C++ libraries while the interpreter exits.
 
 A daemon thread that returns from C++ into an interpreter being torn down is ended by unwinding its stack. Inside a
-callback from pyarrow's C++ that calls std::terminate: SIGABRT, and the exit code is lost (7 exits of 8 with 24 threads
-that wait for a read; arrow issue 45214 is of the same kind). So every call into pyarrow's or datasets' iterators goes
-through `guarded`, and every call into a tokenizer through `gate`. The exit waits for the threads inside and lets no
-more in.
+callback from pyarrow's C++, that calls std::terminate: SIGABRT, and the exit code is lost (7 exits of 8 with 24 threads
+waiting for a read; arrow issue 45214 is similar). So every call into the iterators of pyarrow or datasets goes through
+`guarded`, and every call into a tokenizer through `gate`. The exit waits for the threads inside and lets no more in.
 """
 
 import atexit
@@ -19,7 +18,7 @@ _PATIENCE = 10.0  # seconds that the exit waits for reads under way
 
 
 class Gate:
-    """Counts the threads inside. Once it is closed, others block for good (they are daemons, or would be joined)."""
+    """Counts the threads inside. Once it is closed, others block forever (they are daemons, or would be joined)."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -40,8 +39,8 @@ class Gate:
             self.changed.notify_all()
 
     @contextlib.contextmanager
-    def letting_go(self) -> Iterator[None]:
-        """For dropping C++ objects that hold Python ones (a half-read file): that calls back into Python, too.
+    def releasing(self) -> Iterator[None]:
+        """For dropping C++ objects that hold Python objects (a half-read file), which calls back into Python.
 
         A thread that is already inside may enter, and so may the thread that ends the interpreter.
         """
@@ -51,13 +50,13 @@ class Gate:
             with self:
                 yield
 
-    def be_first(self) -> None:
-        """At exit, close before every handler registered so far. Call it after a client library's import."""
+    def close_first(self) -> None:
+        """Makes the gate close before all exit handlers registered so far. Call it after importing a client library."""
         atexit.unregister(self.close)
         atexit.register(self.close)
 
     def check(self) -> None:
-        """Raises RuntimeError at exit: a thread inside must not start another request, but come out."""
+        """Raises RuntimeError at exit: a thread inside must leave, and not start another request."""
         if self.closed:
             raise RuntimeError("the process is exiting")
 
@@ -68,11 +67,11 @@ class Gate:
 
 
 gate = Gate()
-gate.be_first()
+gate.close_first()
 
 
 def guarded(items: Generator[T, None, None]) -> Iterator[T]:
-    """The same items, none of which is None, each fetched inside the gate; the generator is closed there."""
+    """The same items (none is None), each fetched inside the gate, where the generator is also closed."""
     try:
         while True:
             with gate:
@@ -81,5 +80,5 @@ def guarded(items: Generator[T, None, None]) -> Iterator[T]:
                 return
             yield item
     finally:
-        with gate.letting_go():
+        with gate.releasing():
             items.close()

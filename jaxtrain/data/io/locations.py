@@ -1,13 +1,14 @@
 """Where files are: patterns to addresses, and addresses to readable bytes.
 
-An address is what a file is read by: a local path, or a URL with its credentials and signature. On the Hub
-(`hf://...`) it holds the commit's sha. See names.py for what is recorded of it.
+An address is what a file is opened with: a local path, or a URL with its credentials and signature. On the Hub
+(`hf://...`) it contains the commit's sha. See names.py for what is recorded of it.
 """
 
 import concurrent.futures
 import contextvars
 import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from jaxtrain.data.io.names import lasting_name, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
+_MOST_FILES = 1_000_000  # that braces may stand for
 _HUB = re.compile(r"hf://(?P<type>datasets/|spaces/|)(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.+)")
 
 
 def expand(patterns: Sequence[str]) -> dict[str, str]:
-    """The files that patterns match, in the patterns' order, sorted within each.
+    """The files that patterns match, in the order of the patterns and of their braces, sorted within each.
 
     Returns:
         Lasting name -> address.
@@ -36,15 +38,18 @@ def expand(patterns: Sequence[str]) -> dict[str, str]:
     found: list[str] = []
     for pattern in patterns:
         try:
-            addresses = _expand(pattern)
+            # The names of local files may have braces.
+            literal = [] if "://" in pattern else _expand(pattern)
+            matches = {pattern: literal} if literal else {one: _expand(one) for one in spread(pattern)}
         except Exception as error:
             fault = retry.classify(error, lasting_name(pattern))
             if fault is error:
                 raise
             raise fault from None
-        if not addresses:
-            raise UserError(f"no file matches {lasting_name(pattern)!r}. Check the path or the pattern.")
-        found += addresses
+        for one, addresses in matches.items():
+            if not addresses:
+                raise UserError(f"no file matches {lasting_name(one)!r}. Check the path or the pattern.")
+            found += addresses
     return named(found)
 
 
@@ -62,7 +67,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _expand_hub(pattern: str) -> list[str]:
-    """Addresses for a pattern such as hf://datasets/org/name@main/data/*.parquet, at the commit it names now."""
+    """Addresses for a pattern like hf://datasets/org/name@main/data/*.parquet, at the revision's current commit."""
     from huggingface_hub import HfApi, HfFileSystem
 
     parts = _HUB.fullmatch(pattern)
@@ -75,6 +80,47 @@ def _expand_hub(pattern: str) -> list[str]:
     root = f"{parts['type']}{parts['repo']}@{sha}"
     files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
     return [f"hf://{path}" for path in sorted(str(path) for path in files)]
+
+
+def spread(pattern: str) -> list[str]:
+    """What `braces` makes of the pattern if it has a range or a list in braces; else the pattern itself."""
+    return braces(pattern) if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", pattern) else [pattern]
+
+
+def braces(pattern: str) -> list[str]:
+    """Expands `{000..123}` and `{a,b}` in a pattern, in order. Numbers keep their leading zeros.
+
+    Raises:
+        UserError: The braces have another form, or expand to a million addresses or more.
+    """
+    pieces: list[list[str]] = []
+    count = 1
+    for literal, inside in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
+        pieces.append([literal])
+        if inside:
+            pieces.append(_alternatives(inside, pattern))
+            count *= len(pieces[-1])
+    if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
+        raise UserError(f"{lasting_name(pattern)!r}: its braces are unbalanced or nested.")
+    if count >= _MOST_FILES:
+        raise UserError(f"{lasting_name(pattern)!r} expands to {count:,} files; check its range.")
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if bounds is None:
+        if "," not in inside:
+            raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
+        return inside.split(",")
+    first, last = int(bounds[1]), int(bounds[2])
+    if last - first >= _MOST_FILES:
+        raise UserError(f"{lasting_name(pattern)!r} expands to {last - first + 1:,} files; check its range.")
+    if last < first:
+        raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} ends before it begins.")
+    padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
+    width = max(map(len, bounds.groups())) if padded else 0
+    return [str(number).zfill(width) for number in range(first, last + 1)]
 
 
 def locate(address: str) -> Bytes:
@@ -99,14 +145,14 @@ def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
 def cache_key(address: str, stamp: Json | None) -> str:
     """A key that no other file or version shares, in any source of any run.
 
-    It uses the address, since a name of version 0.1 may stand for several files. stamp: see `stamps`.
+    It uses the address, since a name of version 0.1 may mean several files. stamp: See `stamps`.
     """
     return json.dumps([lasting_name(address), stamp], sort_keys=True)
 
 
 def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
     """Each file's stamp by name, 16 requests at a time. Files of the Hub have none: their commit pins them."""
-    # The copied context carries the deadline of the attempt under way into the pool's threads.
+    # The copied context carries the deadline of the current attempt into the pool's threads.
     looks = [functools.partial(contextvars.copy_context().run, file.stamp) for file in files]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = pool.map(lambda look: look(), looks)
@@ -114,11 +160,11 @@ def stamps(names: Sequence[str], files: Sequence[Bytes]) -> dict[str, Json]:
 
 
 def check_unchanged(known: Json, names: Sequence[str], files: Sequence[Bytes]) -> None:
-    """Compare files with a checkpoint's stamps.
+    """Compares files with a checkpoint's stamps.
 
     Args:
         known: The stamps, by name.
-        names: Of all files.
+        names: The names of all files.
         files: The files as they are now.
 
     Raises:

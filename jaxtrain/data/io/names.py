@@ -1,12 +1,12 @@
 """Lasting names of files, and how version 0.1 made them.
 
-A file's name keys the shuffle, the holdout, skips, stores and caches, so it is an exact function of where the file is:
-a path inside a Hub dataset, a local path as the user wrote it, or a URL without user info and without the parameters
-that sign it. Two files of a source never share a name: whoever makes names refuses that.
+A file's name keys the shuffle, the holdout, skips, stores and caches, so it is an exact function of the location:
+a path inside a Hub dataset, a local path as the user wrote it, or a URL without user info and signature parameters.
+Two files of a source never share a name: that is refused.
 
-Version 0.1 ("naming 1") passed the names through the redaction meant for output, which cut out whatever looked like a
-token and all queries of URLs. Its runs and stores go on under those names if they told the files apart, and are refused
-otherwise: another name would reorder the data and train on held-out documents.
+Version 0.1 ("naming 1") passed names through the redaction for output, which cut out anything that looked like a token
+and all queries of URLs. Its runs and stores keep those names if they are unambiguous, and are refused otherwise:
+another name would reorder the data and train on held-out documents.
 """
 
 import os
@@ -26,7 +26,7 @@ def lasting_name(address: str, naming: int = NAMING) -> str:
 
 
 def named(addresses: Iterable[str], naming: int = NAMING) -> dict[str, str]:
-    """Lasting name -> address, in order; an address that is listed again is left out.
+    """Lasting name -> address, in order, without repeated addresses.
 
     Raises:
         UserError: Two addresses share a name.
@@ -38,22 +38,22 @@ def named(addresses: Iterable[str], naming: int = NAMING) -> dict[str, str]:
             if naming < NAMING:
                 raise UserError(_not_told_apart([name]))
             raise UserError(
-                f"two addresses of {name} differ only in credentials or in parameters that sign them, which no name "
-                "may hold. Give each file an address of its own."
+                f"two addresses of {name} differ only in credentials or signatures, which a name must not contain. "
+                "Give each file a distinct address."
             )
     return found
 
 
 def addresses(identity: Json, candidates: Iterable[str], root: str = "") -> list[str]:
-    """Where the files of a recorded identity are.
+    """The addresses of the files of a recorded identity.
 
     Args:
-        identity: Its `files` are the names, made as its `naming` says.
-        candidates: Addresses that the config gives today. They hold what a name leaves out.
-        root: What every file's address begins with, unless its name is an address. Names leave it out.
+        identity: Its `files` are the names, made by its version of `naming`.
+        candidates: Addresses from the current config. They contain what names omit.
+        root: Prefix of every file's address, unless its name is an address. Names omit it.
 
     Raises:
-        UserError: One name stands for several addresses.
+        UserError: A name means several addresses.
     """
     naming = versioned(identity)["naming"]
     found: dict[str, set[str]] = {}
@@ -67,30 +67,30 @@ def addresses(identity: Json, candidates: Iterable[str], root: str = "") -> list
 
 
 def is_exact(identity: Json) -> bool:
-    """Whether a recorded identity names its files as this version does. Version 0.1 left "..." where it cut."""
+    """Whether a recorded identity names its files as this version does. Version 0.1 put "..." for what it cut out."""
     files: Sequence[str] = identity.get("files", ())
     return versioned(identity)["naming"] >= 2 or not any("..." in name for name in files)
 
 
 def comparable(identity: Json) -> Json:
-    """The identity, under this version's naming if its names are those that this version makes."""
+    """The identity, with this version's naming if this version makes the same names."""
     return {**versioned(identity), **({"naming": NAMING} if is_exact(identity) else {})}
 
 
 def inexact(identity: Json) -> list[str]:
-    """Lines that refuse a store whose files cannot be told from others by their names; none for most stores."""
+    """Error lines for a store whose names do not distinguish its files from others; none for most stores."""
     return [] if is_exact(identity) else [f"  source files: {_not_told_apart(identity['files'])}"]
 
 
 def _not_told_apart(names: Sequence[str]) -> str:
     few = ", ".join(list(dict.fromkeys(names))[:3])
     return (
-        f"version 0.1 gave several files one name ({few}), and shuffle and holdout follow the name, so this cannot go "
-        "on. Start a new run in another --workdir, and write its stores and caches again."
+        f"version 0.1 gave several files the same name ({few}). Shuffle and holdout depend on the name, so the run "
+        "cannot continue. Start a new run in another --workdir, and write its stores and caches again."
     )
 
 
-# What follows is frozen: names of version 0.1 are made with it again.
+# The code below is frozen: it reproduces the names of version 0.1.
 _SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|ACCOUNT_?KEY)", re.IGNORECASE
 )

@@ -1,10 +1,10 @@
 """How fast this process sends requests to a server that has answered "too many requests" (429).
 
-Retries alone (retry.py) are each reader's own matter: many readers on many hosts would be refused as often as they ask.
-So after a refusal all readers of the process hold until the server takes requests again, and then leave a pause between
-requests that doubles with each further refusal and shrinks with each answer: additive readers, multiplicative back-off,
-as in TCP (Chiu and Jain 1989). Hosts that share a limit share it evenly without talking to each other. A server that
-never refuses is never waited for.
+With retries alone (retry.py), each reader would retry independently, and many readers on many hosts would be refused
+again and again. So after a refusal all readers of the process wait until the server accepts requests again, and then
+pause between requests. The pause doubles with each further refusal and shrinks with each response: multiplicative
+back-off, as in TCP (Chiu and Jain 1989). Hosts that share a limit share it evenly without communicating. There is no
+pause for a server that never refuses.
 """
 
 import functools
@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 
 from jaxtrain.data.io import retry
 
-# Seconds between two requests after the first refusal; at most; and at least, below which there is no pause.
+# Seconds between two requests: after the first refusal, at most, and at least (below it there is no pause).
 FIRST, LONGEST, SHORTEST = 0.05, 5.0, 0.005
-RELAX = 0.97  # an answer's factor on the pause: 23 answers halve it
+RELAX = 0.97  # factor on the pause per response: 23 responses halve it
 
 
 class RateLimiter:
-    """The limiter of one server. Safe for several threads."""
+    """The limiter of one server. Thread-safe."""
 
     def __init__(self, server: str = "", seed: int | None = None):
         self.server = server
@@ -34,7 +34,7 @@ class RateLimiter:
         """Call before each request.
 
         Raises:
-            TransientError: The deadline of the attempt under way comes before this request's turn.
+            TransientError: The deadline of the current attempt comes before this request's turn.
         """
         with self._lock:
             if not self.pause:
@@ -52,12 +52,12 @@ class RateLimiter:
             if now < self._held_until:
                 return  # sent before the process knew
             self.pause = min(max(2 * self.pause, FIRST), LONGEST)
-            # Jitter, so that hosts that were refused together come back apart.
+            # Jitter, so that hosts refused together do not return together.
             self._held_until = now + (retry_after or 1.0) * self._rng.uniform(1.0, 1.2)
             self._next_at = max(self._next_at, self._held_until)
 
     def answered(self) -> None:
-        """Call after each answer."""
+        """Call after each response."""
         with self._lock:
             self.pause *= RELAX
             if self.pause < SHORTEST:

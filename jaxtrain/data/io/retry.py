@@ -1,11 +1,11 @@
-"""What a failed read means, and when it is tried again.
+"""What a failed read means, and when it is retried.
 
-`classify` turns the errors of the client libraries into the kinds of errors.py. It goes by names and attributes, not by
+`classify` turns the errors of the client libraries into the kinds of errors.py. It uses names and attributes, not
 classes: the libraries behind a URL (huggingface_hub with httpx or httpx2, aiohttp, botocore, gcsfs) are many, mostly
-optional, and rename their bases between releases. `retrying` and `attempt` are the only places that retry, so that the
-config's deadline is the one that holds; readers make one attempt and raise.
+optional, and rename their bases between releases. Only `retrying` and `attempt` retry, so that the config's deadline
+holds; readers make one attempt and raise.
 
-No token and no signature enters a message here (cli/redaction.py).
+Messages contain no token and no signature (cli/redaction.py).
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from jaxtrain.interfaces import Block
 T = TypeVar("T")
 
 log = logging.getLogger("jaxtrain")
-sleep = time.sleep  # replaced by tests, so that none waits
+sleep = time.sleep  # replaced in tests, so that they do not wait
 
 _LOGIN = "set HF_TOKEN to a token of an account that may read it, or run `hf auth login`"
 _TRANSIENT_STATUS = (408, 425, 429)
-# A request that cannot be made as it stands. Below, their base classes are transient.
+# Invalid requests. Their base classes, below, are transient.
 _MALFORMED_NAMES = {
     *("UnsupportedProtocol", "LocalProtocolError", "CookieConflict"),  # httpx and httpx2
     *("MissingSchema", "InvalidSchema", "InvalidHeader", "InvalidProxyURL", "URLRequired"),  # requests
@@ -70,7 +70,7 @@ _CORRUPT_NAMES = {
 
 
 def classify(error: BaseException, what: str = "") -> BaseException:
-    """What an error means, by the chain of its causes, since the libraries wrap.
+    """What an error means. Looks at the chain of its causes, since the libraries wrap errors.
 
     Args:
         error: What a client library raised.
@@ -120,7 +120,7 @@ def _offline(error: BaseException, what: str) -> Exception | None:
 
 
 def _hub(error: BaseException, what: str) -> Exception | None:
-    """The Hub's refusals, which say more than their status."""
+    """The Hub's refusals, which are more specific than their status."""
     names = _names(error)
     text = str(error)
     repo, kind = getattr(error, "repo_id", None), getattr(error, "repo_type", None) or "dataset"
@@ -160,7 +160,7 @@ def _status(error: BaseException, what: str) -> Exception | None:
 
 
 def _http_status(error: BaseException) -> tuple[int | None, Any]:
-    """(status, headers) of an error that stands for an HTTP answer: httpx, requests, aiohttp, gcsfs, botocore."""
+    """(status, headers) of an error for an HTTP response: httpx, requests, aiohttp, gcsfs, botocore."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         meta = response.get("ResponseMetadata", {})
@@ -174,9 +174,9 @@ def _http_status(error: BaseException) -> tuple[int | None, Any]:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds to wait, by `Retry-After` (seconds or a date) or by the Hub's rate limit header; None without either.
+    """Seconds to wait, from `Retry-After` (seconds or a date) or the Hub's rate limit header; None without either.
 
-    The Hub sends `ratelimit: "api";r=0;t=55` (IETF draft-ietf-httpapi-ratelimit-headers-09): nothing left, 55 s to go.
+    The Hub sends `ratelimit: "api";r=0;t=55` (IETF draft-ietf-httpapi-ratelimit-headers-09): no request left, for 55 s.
     """
     if not headers:
         return None
@@ -194,7 +194,7 @@ def _network(error: BaseException, what: str) -> Exception | None:
     names = _names(error)
     text = _first_line(error)
     if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
-        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as the cloud's own tools do."))
+        return UserError(_say(what, f"no credentials for the bucket ({text}). Set them as for the cloud's own tools."))
     if isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return UserError(
             _say(what, f"the server's certificate is not trusted ({text}). Set SSL_CERT_FILE if you use a proxy.")
@@ -212,7 +212,7 @@ def _network(error: BaseException, what: str) -> Exception | None:
     if names & _TRANSIENT_NAMES or isinstance(error, ConnectionError | TimeoutError | ssl.SSLError):
         return TransientError(_say(what, text))
     if "LocalEntryNotFoundError" in names or "client has been closed" in str(error):
-        # The Hub's client closes its shared session in one thread when another one meets a connection error.
+        # The Hub's client closes its shared session when any thread has a connection error.
         return TransientError(_say(what, text))
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return TransientError(_say(what, text))
@@ -234,7 +234,7 @@ def _local(error: BaseException, what: str) -> Exception | None:
 
 
 class OutlastedError(TransientError):
-    """A fault that outlasted a deadline. Callers with a deadline of their own do not retry it."""
+    """A fault that outlasted a deadline. Callers with another deadline do not retry it."""
 
 
 class _Outage:
@@ -263,7 +263,7 @@ class _Outage:
             self.waiting.discard(reader)
             if recovered and not self.waiting:
                 took = time.monotonic() - self.since
-                log.warning("Reading goes on after %.1f s (%d readers had to wait).", took, self.readers)
+                log.warning("Reading continues after %.1f s (%d readers waited).", took, self.readers)
 
 
 _outage = _Outage()
@@ -277,9 +277,10 @@ def _sentence(fault: BaseException, what: str) -> str:
 class Backoff:
     """Waits between attempts: doubling from `first` to `limit` seconds, with jitter, until a deadline.
 
-    Each wait is drawn from the upper half of its span ("equal jitter": hosts that failed together come back apart, and
-    none at once). A server's Retry-After is a lower bound. The deadline counts from the start of the request that
-    failed first, and covers all waiting: for answers, for the rate limit, between attempts. `recovered` ends an outage.
+    Each wait is drawn from the upper half of its range ("equal jitter": hosts that failed together retry at different
+    times, none immediately). A server's Retry-After is a lower bound. The deadline counts from the start of the first
+    failed request and covers all waiting: for responses, the rate limit, and between attempts. `recovered` ends an
+    outage.
 
     Attributes:
         deadline_seconds: How long an outage may last.
@@ -291,19 +292,19 @@ class Backoff:
         self.first = first
         self.limit = limit
         self.rng = random.Random(seed)
-        self.attempts = 0  # that failed in this outage
+        self.attempts = 0  # failed attempts in this outage
         self.is_asking = self.was_sent = False  # a request that has no good answer yet
         self.since = time.monotonic()
         self.slept = 0.0
 
     def start(self) -> None:
-        """A request starts. Unless one has failed, the deadline counts from here."""
+        """Call when a request starts. Unless one has failed, the deadline counts from here."""
         if not self.attempts:
             self.since, self.slept = time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """For one attempt: what it calls in this thread can ask for `time_left`."""
+        """The context of one attempt: code that it calls in this thread can use `time_left`."""
         token = _running.set(self)
         self.is_asking = self.was_sent = False
         self.start()
@@ -313,11 +314,11 @@ class Backoff:
             _running.reset(token)
 
     def left(self) -> float:
-        """Seconds to the deadline. What was slept counts even if a test's clock stands still."""
+        """Seconds to the deadline. Sleeps count even if a test's clock does not advance."""
         return self.deadline_seconds - max(time.monotonic() - self.since, self.slept)
 
     def wait(self, fault: TransientError, what: str = "") -> None:
-        """Sleep before the next attempt.
+        """Sleeps before the next attempt.
 
         Raises:
             OutlastedError: The deadline has passed.
@@ -341,17 +342,17 @@ class Backoff:
         sleep(seconds)
 
     def recovered(self) -> None:
-        """An attempt succeeded."""
+        """Call when an attempt has succeeded."""
         if self.attempts:
             self.attempts = 0
             self.start()
             _outage.leave(id(self), recovered=True)
 
     def close(self) -> None:
-        """Nobody waits here any more.
+        """Call when no one waits here any more.
 
-        The garbage collector closes a suspended reader in whatever thread it runs, maybe one that holds the outage's
-        lock. Such a reader is in no outage, so it must not ask for that lock.
+        The garbage collector closes a suspended reader in any thread, maybe one that holds the outage's lock. Such a
+        reader is in no outage, so it must not take that lock.
         """
         if self.attempts:
             _outage.leave(id(self), recovered=False)
@@ -361,7 +362,7 @@ _running: contextvars.ContextVar[Backoff | None] = contextvars.ContextVar("runni
 
 
 def start_request() -> None:
-    """A request starts, perhaps again. Until one fails, the deadline of the attempt under way counts from its start."""
+    """Call when a request starts or restarts. Until one fails, the deadline of the current attempt counts from here."""
     if (backoff := _running.get()) is not None and not backoff.is_asking:
         backoff.is_asking = True
         backoff.start()
@@ -383,13 +384,13 @@ def end_request() -> None:
 
 
 def time_left() -> float:
-    """Seconds that the attempt under way may still wait; infinite outside of one."""
+    """Seconds that the current attempt may still wait; infinite outside of one."""
     backoff = _running.get()
     return math.inf if backoff is None else max(backoff.left(), 0.0)
 
 
 def pause(seconds: float, why: str) -> None:
-    """Sleep within the deadline of the attempt under way.
+    """Sleeps within the deadline of the current attempt.
 
     Raises:
         TransientError: The deadline came first.
@@ -397,16 +398,16 @@ def pause(seconds: float, why: str) -> None:
     backoff, left = _running.get(), time_left()
     (sleep if backoff is None else backoff.sleep)(min(seconds, left))
     if seconds > left:
-        raise TransientError(f"{why}: the next request may be sent only in {seconds - left:.0f} s")
+        raise TransientError(f"{why}: the next request has to wait {seconds - left:.0f} s")
 
 
 def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
-    """`function()`, retried on transient faults for `deadline` seconds; once if its result cannot be decoded.
+    """Calls `function`, and retries it on transient faults for `deadline` seconds, on a decoding error once.
 
-    For look-ups: sources, tokenizer files.
+    For lookups: sources, tokenizer files.
 
     Raises:
-        UserError, CorruptError: As `classify` says.
+        UserError, CorruptError: From `classify`.
         OutlastedError: The deadline has passed.
         Exception: Whatever else `function` raises.
     """
@@ -434,7 +435,7 @@ def attempt(function: Callable[[], T], *, what: str, deadline: float) -> T:
 
 
 def _fault(error: Exception, what: str) -> Exception:
-    """What the error means. Raises it, with its traceback, if it is none of ours."""
+    """What the error means. Raises an error that `classify` does not know, with its traceback."""
     fault = classify(error, what)
     if isinstance(fault, TransientError | CorruptError) or (fault is not error and isinstance(fault, Exception)):
         return fault
@@ -442,19 +443,19 @@ def _fault(error: Exception, what: str) -> Exception:
 
 
 def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, deadline: float) -> Iterator[Block]:
-    """The blocks of `open_at(row)` despite faults: none is cut short, repeated or skipped.
+    """Yields the blocks of `open_at(row)` despite faults: none is truncated, repeated or skipped.
 
     Args:
-        open_at: Opens the file anew at a row and yields consecutive blocks. After a transient fault it is called again
-            with the row that was reached, for `deadline` seconds without a new block. A block that cannot be decoded is
-            read once more from a fresh opening.
+        open_at: Opens the file at a row and yields consecutive blocks. After a transient fault it is called again with
+            the next row, for up to `deadline` seconds without a new block. After a decoding error the file is opened
+            and read once more.
         row: The first row.
         what: Names source and file in messages.
         deadline: Seconds.
 
     Raises:
         CorruptError: Decoding failed twice at the same row; its `row` is the first that could not be read.
-        UserError: As `classify` says.
+        UserError: From `classify`.
         OutlastedError: The deadline has passed.
         Exception: Whatever else `open_at` raises.
     """
@@ -483,7 +484,7 @@ def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, 
                 backoff.wait(fault, what)
             elif isinstance(fault, CorruptError):
                 if suspect == row:
-                    # A reader that was opened inside a bad block knows where the block begins.
+                    # A reader opened inside a bad block reports where the block begins.
                     first = fault.row if 0 <= fault.row <= row else row
                     raise CorruptError(f"{fault} (twice, at row {first})", fault.file or what, first) from None
                 suspect = row
@@ -496,7 +497,7 @@ def retrying(open_at: Callable[[int], Iterator[Block]], row: int, *, what: str, 
 
 
 def close(blocks: Iterator[Block] | None) -> None:
-    """Close a reader if it is a generator."""
+    """Closes a reader if it is a generator."""
     end = getattr(blocks, "close", None)
     if end is not None:
         end()

@@ -53,7 +53,7 @@ class _Info(tarfile.TarInfo):
         except _EndOfArchive:
             raise
         except _HeaderError as error:
-            raise BrokenError(f"no whole archive: {error} at byte {tarfile.offset:,} of the tar") from None
+            raise BrokenError(f"not a complete archive: {error} at byte {tarfile.offset:,} of the tar") from None
         except (ValueError, LookupError, OverflowError) as error:
             raise BrokenError(f"a damaged header at byte {tarfile.offset:,} of the tar ({error})") from None
 
@@ -68,7 +68,7 @@ def _check_end(stream: Any) -> None:
     length = 0
     while data := stream.read(1 << 16):
         if data.count(0) != len(data):
-            raise BrokenError("there is more after the archive's end (archives that were joined? cut them again)")
+            raise BrokenError("there is data after the archive's end (concatenated archives? split them)")
         length += len(data)
     if length < _BLOCK:
-        raise BrokenError("the archive's end mark is cut short")
+        raise BrokenError("the archive's end marker is truncated")

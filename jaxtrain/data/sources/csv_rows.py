@@ -1,7 +1,7 @@
-"""Rows of CSV files, by Python's csv module: a field is what the file holds, whatever its neighbors are.
+"""Rows of CSV files, by Python's csv module: a field is exactly what the file contains, independent of its neighbors.
 
-The datasets library reads by pandas, which takes the words NA, null and nan for missing, guesses types from a thousand
-rows at a time, and makes the first column an index where rows have a field more than the header.
+The datasets library uses pandas, which treats the words NA, null and nan as missing, guesses types from a thousand
+rows at a time, and makes the first column an index if rows have one more field than the header.
 """
 
 import csv
@@ -15,10 +15,10 @@ from jaxtrain.data.sources.rows import RowError, has_surrogates
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
-_LONGEST_FIELD = 1 << 28  # characters; a quote without an end makes one field of all that follows
+_LONGEST_FIELD = 1 << 28  # characters; an unclosed quote makes one field of the rest of the file
 csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
 
-# Settings of pandas that a dataset's card may have: those that are followed, and those that change nothing here.
+# Settings of pandas in dataset cards: the supported ones, and those that have no effect here.
 _SUPPORTED = {
     *("sep", "delimiter", "header", "names", "column_names", "quotechar", "quoting", "escapechar", "doublequote"),
     *("skipinitialspace", "skiprows", "skip_blank_lines", "nrows", "encoding", "encoding_errors", "on_bad_lines"),
@@ -28,7 +28,7 @@ _IGNORED = {
     *("keep_default_na", "na_filter", "verbose", "thousands", "decimal", "memory_map", "float_precision", "chunksize"),
     *("date_format", "error_bad_lines", "warn_bad_lines", "features"),
 }
-# What pandas takes for missing, in columns besides the text.
+# What pandas treats as missing, in columns other than the text.
 _MISSING = {
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null"),
@@ -39,11 +39,10 @@ _TRUTH = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": Fal
 
 
 def csv_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwargs: Json, what: str) -> Iterator[Json]:
-    """The rows of a CSV file: "text" (the column `text`, as it is), and `columns`.
+    """Yields the rows of a CSV file: "text" (the column `text`, unchanged), and `columns`.
 
-    Values of `columns` are numbers or truth values where they read as such, and None where pandas takes them for
-    missing. A row that is shorter than the header lacks its last columns; one that is longer is an error, unless what
-    it has more is empty.
+    Values of `columns` are numbers or booleans if they parse as such, and None if pandas treats them as missing. A row
+    shorter than the header lacks its last columns; a longer one is an error, unless its extra fields are empty.
 
     Args:
         stream: The decompressed file.
@@ -53,9 +52,9 @@ def csv_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwarg
         what: Names the file.
 
     Raises:
-        DamagedError: A quote without an end; bytes of a wanted column that are not in the file's encoding.
+        DamagedError: An unclosed quote, or bytes of a wanted column that are not in the file's encoding.
         RowError: More fields than in the header.
-        UserError: A column is missing, or a setting is not known here.
+        UserError: A column is missing, or a setting is not supported.
     """
     _check(kwargs, what)
     errors = kwargs.get("encoding_errors") or "strict"
@@ -82,13 +81,13 @@ def csv_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwarg
             if kwargs.get("on_bad_lines", "error") != "error":
                 continue
             raise RowError(
-                f"has {len(row)} fields, and the header has {len(header)}. Quote texts that hold the separator, and "
-                "name all columns in the header."
+                f"has {len(row)} fields, and the header has {len(header)}. Quote texts that contain the separator, "
+                "and name all columns in the header."
             )
         found = row[at] if at < len(row) else ""
         fields = {name: row[i] if i < len(row) else "" for name, i in others.items()}
         if strict and any(map(has_surrogates, (found, *fields.values()))):
-            raise DamagedError(f"holds bytes that are not {encoding}")
+            raise DamagedError(f"contains bytes that are not {encoding}")
         yield {**{name: _value(field) for name, field in fields.items()}, "text": found}
 
 
@@ -99,17 +98,17 @@ def _check(kwargs: Json, what: str) -> None:
         unknown.append(f"sep={separator!r}")
     if unknown:
         raise UserError(
-            f"{what}: the dataset's card sets {', '.join(unknown)} for its CSV files, which is not supported. Try its "
-            "parquet files by revision='refs/convert/parquet'."
+            f"{what}: the dataset's card sets {', '.join(unknown)} for its CSV files, which is not supported. Try "
+            "its parquet files with revision='refs/convert/parquet'."
         )
 
 
 class _Lines:
-    """The lines of a file, and what has to be known of them to tell rows.
+    """The lines of a file, and their state that is needed to find rows.
 
     Args:
-        file: The text, with the line ends that it has.
-        skip: How many lines at its beginning are left out, or the numbers of lines that are.
+        file: The text, with its own line ends.
+        skip: The number of lines to skip at the beginning, or the numbers of the lines to skip.
     """
 
     def __init__(self, file: Iterable[str], skip: int | list[int] | None):
@@ -127,7 +126,7 @@ class _Lines:
 
 
 def _records(lines: _Lines, kwargs: Json) -> Iterator[list[str]]:
-    """All rows, the header's among them, without blank lines."""
+    """All rows, including the header, without blank lines."""
     settings: dict[str, Any] = {
         key: kwargs[key]
         for key in ("quotechar", "quoting", "escapechar", "doublequote", "skipinitialspace")
@@ -138,7 +137,7 @@ def _records(lines: _Lines, kwargs: Json) -> Iterator[list[str]]:
     try:
         for row in reader:
             if lines.ended:
-                raise CutShortError("a quoted field does not end")
+                raise CutShortError("a quoted field is not closed")
             is_blank = lines.count == begun + 1 and not lines.last.strip(" \t\r\n") and len(row) < 2
             begun = lines.count
             if keep_blank or not is_blank:
@@ -148,7 +147,7 @@ def _records(lines: _Lines, kwargs: Json) -> Iterator[list[str]]:
 
 
 def _header(rows: Iterator[list[str]], kwargs: Json) -> list[str] | None:
-    """The names of the columns; None for a file without a row. Takes the header from the rows."""
+    """The names of the columns; None for a file without a row. Consumes the header."""
     names = kwargs.get("names") or kwargs.get("column_names")
     number = kwargs.get("header", "infer")
     if number == "infer":

@@ -13,11 +13,11 @@ from typing import Any
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes, session
-from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, spread, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.samples import sample_blocks
-from jaxtrain.data.sources.streams import BUILDER_KWARGS, distrusted, reader_version, stream_blocks
+from jaxtrain.data.sources.streams import BUILDER_KWARGS, misread_reason, reader_version, stream_blocks
 from jaxtrain.errors import CorruptError, TransientError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
@@ -43,7 +43,7 @@ class HuggingFace:
         column: the column with the text.
         revision: branch, tag or commit of a Hub dataset; None for the main branch. Resolved to a commit once.
         data_files: file patterns: paths within the Hub dataset or, with a builder, local paths and http(s), s3, gs and
-            hf:// URLs. () for all files of the split.
+            hf:// URLs. Braces expand: `part-{000..005}.jsonl.gz`. () for all files of the split.
         max_samples: read only the first N documents, in file order. None for all.
         fetch_rows: approximate rows per request to a parquet file (within 256 kB to 16 MB). Larger values use more
             memory per reader, smaller ones need more round trips.
@@ -74,11 +74,11 @@ class HuggingFace:
             builders, short = ", ".join(BUILDERS), ", ".join(SHORT_NAMES)
             raise UserError(
                 f"name={self.name!r} is neither a Hub dataset (ORG/NAME, or for short {short}) nor a builder "
-                f"({builders}). For files of your own, take the builder of their format and give their paths in "
+                f"({builders}). For your own files, use the builder of their format and give their paths in "
                 "data_files."
             )
         if "[" in self.split:
-            raise UserError(f"split={self.split!r}: slices are not supported. Bound the documents by max_samples.")
+            raise UserError(f"split={self.split!r}: slices are not supported. Limit the documents with max_samples.")
         if self.fetch_rows < 1 or (self.max_samples is not None and self.max_samples < 1):
             raise UserError(f"fetch_rows={self.fetch_rows} and max_samples={self.max_samples} must be at least 1.")
 
@@ -144,8 +144,8 @@ class HuggingFace:
         builder = self._builder(sha)
         if builder.name not in BUILDERS:
             raise UserError(
-                f"dataset {self.name} has the format {builder.name!r}, and those that can be read are "
-                f"{', '.join(BUILDERS)}. Try its parquet files by revision='refs/convert/parquet'."
+                f"dataset {self.name} has the format {builder.name!r}, which is not one of {', '.join(BUILDERS)}. Try "
+                "its parquet files with revision='refs/convert/parquet'."
             )
         addresses = self._split(builder)
         named(addresses)  # raises if two files share a name
@@ -201,7 +201,10 @@ class HuggingFace:
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
             builder = datasets.load_dataset_builder(
-                self.name, self.config_name, data_files=list(self.data_files) or None, revision=sha
+                self.name,
+                self.config_name,
+                data_files=[file for pattern in self.data_files for file in spread(pattern)] or None,
+                revision=sha,
             )
         except Exception as error:
             fault = retry.classify(error, what)
@@ -247,13 +250,13 @@ class HuggingFace:
         for key, now in self._about().items():
             if identity[key] != now:
                 raise UserError(f"source {key}: the checkpoint has {identity[key]!r}, the config has {now!r}.")
-        if reason := distrusted(identity, self.columns(), is_stored=False):
+        if reason := misread_reason(identity, self.columns(), is_stored=False):
             raise UserError(
-                f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would not "
-                "be the same: start a new run in another --workdir."
+                f"{self.name}: the checkpoint's documents were read by version 0.1; {reason}. The documents would "
+                "change: start a new run in another --workdir."
             )
         # Only the config has credentials and URL signatures.
-        known = [pattern for pattern in self.data_files if pattern.startswith("http")]
+        known = [file for pattern in self.data_files if pattern.startswith("http") for file in spread(pattern)]
         sha, root = identity["revision"], ""
         if sha is not None:
             root = self._root(sha)
@@ -279,7 +282,7 @@ class HuggingFace:
         except RevisionNotFoundError:
             raise UserError(
                 f"{what}: the checkpoint's revision {sha} is gone from the Hub; {self.revision or 'main'} is now "
-                f"{self._sha()}. Those may be other documents: start a new run in another --workdir."
+                f"{self._sha()}. Its documents may differ: start a new run in another --workdir."
             ) from None
         except Exception as error:
             raise _as_fault(retry.classify(error, what), error, what) from None
@@ -424,5 +427,5 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
         return fault
     text = retry.redact(str(error)).strip()
     if "scripts are no longer supported" in text:
-        text += ". No code of datasets is run here: try its parquet files by revision='refs/convert/parquet'."
+        text += ". jaxtrain runs no code of datasets: try its parquet files with revision='refs/convert/parquet'."
     return UserError(f"{what}: {text}")

@@ -1,8 +1,8 @@
-"""Rows of JSON files: an object a line, objects that span lines, or a list of objects.
+"""Rows of JSON files: one object per line, objects that span lines, or a list of objects.
 
-Each value is parsed by itself, and only the wanted columns of it count. The datasets library parses a megabyte at a
-time into one table, so that a value of another type changes or fails its neighbors: texts become JSON-escaped where one
-of them is a number, and a new key in an unused column ends the file.
+Each value is parsed separately, and only its wanted columns count. The datasets library parses a megabyte at a time
+into one table, so a value of another type changes or breaks its neighbors: texts become JSON-escaped if one of them is
+a number, and a new key in an unused column ends the file.
 """
 
 import codecs
@@ -20,14 +20,14 @@ from jaxtrain.interfaces import Json
 _READ = 1 << 18  # bytes read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-# How far before the end of what was read an error may be that more would cure: within a word, a number or an escape.
+# An error this close to the end of the data read so far may be a word, a number or an escape that is not complete.
 _LONGEST_WORD = 16
-# Columns are looked for in the first rows: so many, or in so many characters.
+# Columns are searched in the first rows: at most this many rows, or characters.
 _LOOKED_AT_ROWS, _LOOKED_AT_CHARACTERS = 512, 1 << 20
 
 
 def json_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwargs: Json, what: str) -> Iterator[Json]:
-    """The rows of a JSON file: "text" (the column `text`), and `columns`; those that a row lacks are None.
+    """Yields the rows of a JSON file: "text" (the column `text`), and `columns`; missing ones are None.
 
     Args:
         stream: The decompressed file.
@@ -38,9 +38,9 @@ def json_rows(stream: io.BufferedReader, text: str, columns: Sequence[str], kwar
         what: Names the file.
 
     Raises:
-        DamagedError: Bytes that are no JSON, or not in the file's encoding.
-        RowError: A row that is no object, or whose text is no string.
-        UserError: RowSpec without one of the columns.
+        DamagedError: The bytes are not JSON, or not in the file's encoding.
+        RowError: A row is not an object, or its text is not a string.
+        UserError: The rows lack one of the columns.
     """
     values = _Values(stream, kwargs.get("encoding") or "utf-8", kwargs.get("encoding_errors"))
     missing = set() if kwargs.get("features") else {text, *columns}
@@ -80,13 +80,13 @@ def _records(values: "_Values", field: str) -> Iterator[Any]:
 
 
 class _Values:
-    """The JSON values of a file: those of a list if it begins with one, else one after the other.
+    """The JSON values of a file: the elements of a list if it begins with one, else consecutive values.
 
     Args:
         stream: The decompressed file.
-        encoding: Of its text.
-        errors: What to do with bytes that are not in the encoding, as in `open`. None: they are an error where
-            they are in a wanted column (`check_bytes`).
+        encoding: The encoding of its text.
+        errors: What to do with bytes that are not in the encoding, as in `open`. None: they are an error in a wanted
+            column (`check_bytes`).
     """
 
     def __init__(self, stream: io.BufferedReader, encoding: str, errors: str | None):
@@ -115,14 +115,14 @@ class _Values:
                 yield self._value()
             if mark != "]":
                 raise (
-                    DamagedError(f"no , or ] but {mark!r} in a list") if mark else CutShortError("a list does not end")
+                    DamagedError(f"{mark!r} in a list, not , or ]") if mark else CutShortError("a list is not closed")
                 )
             self._at += 1
         if self._next():
-            raise DamagedError("there is more after the list's end")
+            raise DamagedError("there is data after the list's end")
 
     def _more(self) -> None:
-        """Read on, at least as much as is left, so that a value of any length is looked at few times."""
+        """Reads more, at least as much as is left, so that a value of any length is parsed only a few times."""
         left = self._buffer[self._at :]
         parts, wanted = [left], max(_READ, len(left))
         while wanted > 0 and not self._ended:
@@ -131,14 +131,14 @@ class _Values:
             except DamagedError:
                 if len(parts) == 1:
                     raise
-                break  # what came before it is good; the next read raises again
+                break  # the data before it is good; the next read raises again
             self._ended = not data
             parts.append(self._text.decode(data, self._ended))
             wanted -= len(data)
         self._buffer, self._at = "".join(parts), 0
 
     def _next(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """The next character that is not a space; "" at the end."""
         while True:
             match = _SPACE.match(self._buffer, self._at)
             assert match is not None
@@ -161,15 +161,15 @@ class _Values:
             except ValueError:  # an integer of more than 4,300 digits
                 value, end = _ANY_INTEGER.raw_decode(self._buffer, self._at)
             except RecursionError:
-                raise RowError("holds objects or lists in each other to a depth that Python does not parse.") from None
+                raise RowError("nests objects or lists too deeply for Python to parse.") from None
             self.characters += end - self._at
             self._begin, self._at = self._at, end
             return value
 
     def check_bytes(self, names: Sequence[str]) -> None:
-        """Raises DamagedError if these columns of the last value hold bytes that are not in the encoding.
+        """Raises DamagedError if these columns of the last value contain bytes that are not in the encoding.
 
-        Such bytes were decoded to halves of surrogate pairs, which escapes stand for, too; those are ASCII in the file.
+        Such bytes were decoded to lone surrogates. Escapes can also produce those, but are ASCII in the file.
         """
         raw = self._buffer[self._begin : self._at]
         if _ESCAPED_BYTE.search(raw):

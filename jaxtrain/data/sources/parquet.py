@@ -24,7 +24,7 @@ _BLOCK_ROWS = 512  # rows per block: the default shuffle window, and small enoug
 _SMALLEST, _LARGEST = 1 << 18, 1 << 24  # bytes per request: 256 kB to 16 MB, regardless of row size
 _FIRST_TAIL = 1 << 18  # bytes of the first footer read; most footers fit, and 256 kB cost less than another round trip
 _FOOTERS = 1 << 25  # encoded bytes of footers that a source caches: 32 MB, about 5 times that in memory
-_DECRYPT = "Keys are not supported: write the file anew without encryption."
+_DECRYPT = "Decryption is not supported: write the file without encryption."
 
 
 class ParquetFiles:
@@ -159,7 +159,7 @@ class ParquetFiles:
             self.forget(file)
             raise CorruptError(f"{source.what} cannot be decoded ({error})", source.what, decoded) from None
         finally:
-            with gate.letting_go():
+            with gate.releasing():
                 reader = None
 
     def _batches(

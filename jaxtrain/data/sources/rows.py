@@ -1,4 +1,4 @@
-"""Rows of a file, parsed one by one, as blocks; and what becomes of a row that is not as it should be."""
+"""Rows of a file, parsed one by one, as blocks; and how bad rows are reported."""
 
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block
 
 BLOCK_ROWS = 512
-# Rows are given when so much has been parsed, so that what a faulty connection spoiled is mostly found before.
+# Rows are yielded after this much has been parsed, so that damage by a faulty connection is mostly found before.
 CHUNK_CHARACTERS = 1 << 20
 _CHUNK_ROWS = 1 << 13
 
 
 class RowError(Exception):
-    """A row whose bytes are sound, and which holds something that no document can be made of."""
+    """A row whose bytes are intact but which cannot become a document."""
 
 
 def blocks_of(
@@ -28,19 +28,19 @@ def blocks_of(
     row: int = 0,
     is_sound: Callable[[Exception], bool] = lambda error: True,
 ) -> Iterator[Block]:
-    """Blocks of up to 512 rows, of "text" and `columns`.
+    """Yields blocks of up to 512 rows, of "text" and `columns`.
 
     Args:
         rows: The file's rows from number `first` on, each with the columns.
         source: The file.
-        columns: Those besides "text".
+        columns: The columns other than "text".
         first: The number of the first of `rows` in the file.
-        row: The number of the first row that is wanted.
-        is_sound: After an error, whether the rows just before are certain to be what was written.
+        row: The number of the first row to yield.
+        is_sound: After an error, whether the rows just before it are certain to be intact.
 
     Raises:
-        CorruptError: At the first row that cannot be had: the very row if what is before it is sound.
-        UserError: A row that holds no document, by its number.
+        CorruptError: A row cannot be read. Its number is exact if the rows before it are intact.
+        UserError: A row cannot become a document; the message has its number.
     """
     names = tuple(dict.fromkeys(("text", *columns)))
     number, characters = first, 0
@@ -76,7 +76,7 @@ def text_of(value: Any, column: str) -> str:
     """The text of a document. Null is a document without text.
 
     Raises:
-        RowError: It is neither a string nor null.
+        RowError: The value is neither a string nor null.
     """
     if value is None:
         return ""
@@ -86,14 +86,14 @@ def text_of(value: Any, column: str) -> str:
 
 
 def clean(value: Any) -> Any:
-    """JSON may hold half of a pair of surrogates ("\\ud83d"), which no tokenizer takes: U+FFFD stands for it."""
+    """Replaces lone surrogates, which JSON allows ("\\ud83d") and no tokenizer accepts, by U+FFFD."""
     if not isinstance(value, str) or not has_surrogates(value):
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether it cannot be encoded."""
+    """Whether the text cannot be encoded as UTF-8."""
     if text.isascii():
         return False
     try:
@@ -104,6 +104,6 @@ def has_surrogates(text: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls it."""
-    names = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
+    """The JSON type of a value, for messages."""
+    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

@@ -1,7 +1,7 @@
-"""Files of the formats that are read from their beginning: JSON, CSV, text, XML, Arrow; compressed or not.
+"""Files of formats that are read from the beginning: JSON, CSV, text, XML, Arrow; compressed or not.
 
-There is no position to open at: skipping to a row parses everything before it. Nothing is shared between readers, so
-lanes open and read their files side by side.
+They cannot be opened at a row: skipping to a row parses everything before it. Readers share nothing, so lanes open and
+read their files in parallel.
 """
 
 import io
@@ -20,12 +20,12 @@ from jaxtrain.data.sources.rows import blocks_of, has_surrogates
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json
 
-_PIECE = 1 << 22  # bytes of a request: 4 MB, at 200 ms a request 20 MB/s of compressed text for each reader
+_PIECE = 1 << 22  # bytes per request: 4 MB, at 200 ms per request 20 MB/s of compressed text per reader
 _KEPT = 2
 _READ = 1 << 20
 _LOOKED_AT = 1 << 26  # bytes decompressed after an error, to see whether the compressed data is damaged
 
-# Recorded in identities, as by version 0.1, where they decided how the datasets library cut the file.
+# Recorded in identities, as in version 0.1, where they decided how the datasets library cut the file.
 BUILDER_KWARGS: dict[str, Json] = {"text": {"chunksize": 1 << 20}}
 
 _WITHOUT_CHANGE = ("parquet", "text", "xml", "webdataset")
@@ -37,34 +37,34 @@ def reader_version(builder: str, names: Sequence[str]) -> int:
 
 
 def read_now(identity: Json) -> Json:
-    """A source's identity, with the version of the readers that read its files now."""
+    """A source's identity, with the current version of its readers."""
     if identity.get("kind") != "huggingface":
         return identity
     return {**identity, "reader": reader_version(identity["builder"], identity["files"])}
 
 
-def distrusted(identity: Json, columns: Sequence[str], is_stored: bool) -> str | None:
-    """Why documents that version 0.1 read are not those that this one reads; None if they are.
+def misread_reason(identity: Json, columns: Sequence[str], is_stored: bool) -> str | None:
+    """Why version 0.1 read other documents than this version does; None if it did not.
 
     Args:
-        identity: Of a source of the datasets library's formats.
-        columns: What its transforms read besides the text.
-        is_stored: Whether the documents were stored. If not, this version reads the files, and stops where 0.1 gave
-            something else: at a text that is no string, at the end of a file that was cut.
+        identity: The identity of a source of the datasets library's formats.
+        columns: The columns that its transforms read besides the text.
+        is_stored: Whether the documents were stored. If not, this version reads the files, and stops where 0.1
+            differed: at a text that is not a string, at the end of a truncated file.
     """
     builder = identity["builder"]
     if identity.get("reader", 1) >= reader_version(builder, identity["files"]):
         return None
     if builder == "csv":
         return (
-            "it took the texts NA, null and nan of CSV files for empty, and in some files another column for the text"
+            "it read the texts NA, null and nan of CSV files as empty, and in some files the text from another column"
         )
     if builder == "json" and columns:
         return f"it guessed the types of the columns {', '.join(columns)}, which transforms read"
     if is_stored and builder == "arrow":
-        return "it took Arrow streams that were cut for whole ones"
+        return "it accepted truncated Arrow streams as complete"
     if is_stored and any(map(_is_zstd, identity["files"])):
-        return "it took zstd files that were cut for whole ones"
+        return "it accepted truncated zstd files as complete"
     return None
 
 
@@ -75,21 +75,21 @@ def _is_zstd(name: str) -> bool:
 def stream_blocks(
     source: Bytes, name: str, row: int, text: str, columns: Sequence[str], builder: str, kwargs: Json
 ) -> Iterator[Block]:
-    """Blocks of one file from a row on: "text" (the column `text`), and `columns`.
+    """Yields the blocks of a file from a row on: "text" (the column `text`), and `columns`.
 
     Args:
         source: The file.
-        name: Its name, for the suffix that says how it is compressed.
-        row: The first row wanted.
+        name: Its name, whose suffix names the compression.
+        row: The first row to yield.
         text: The column with the text.
         columns: Other columns.
         builder: The format: json, csv, text, xml or arrow.
         kwargs: Settings of the datasets library's reader of the format.
 
     Raises:
-        CorruptError: At the first row that cannot be had, wherever reading began.
-        UserError: A row or a file that is sound and of which no documents can be made.
-        TransientError: As it comes.
+        CorruptError: A row cannot be read. Its number does not depend on where reading began.
+        UserError: A row or a file is intact but cannot become documents.
+        TransientError: From the source, unchanged.
     """
     pieces = RangeBuffer(source, lambda position: position + _PIECE, _KEPT)
     opened: list[io.BufferedReader] = []
@@ -111,7 +111,7 @@ def stream_blocks(
             raise (error if source.what in str(error) else UserError(f"{source.what}: {error}")) from None
 
     def is_sound(error: Exception) -> bool:
-        """Whether a second look at the bytes before an error finds them the same, or their checksums right."""
+        """Whether the bytes before an error are the same when read again, or their checksums match."""
         if isinstance(error, CutShortError):
             return True
         if not opened or isinstance(opened[0].raw, RangeFile):
@@ -134,7 +134,7 @@ def _text_rows(
         if name != only:
             raise UserError(f"{what} has no column {name!r}. It has {only!r}.")
     errors, encoding = kwargs.get("encoding_errors") or "strict", kwargs.get("encoding") or "utf-8"
-    # Line ends of every kind become \n. A byte that cannot be decoded becomes half of a surrogate pair, found below.
+    # All line ends become \n. A byte that cannot be decoded becomes a lone surrogate, which is found below.
     file = io.TextIOWrapper(stream, encoding, "surrogateescape" if errors == "strict" else errors)
     by = "document" if builder == "xml" else kwargs.get("sample_by", "line")
     if by == "line":
@@ -143,7 +143,7 @@ def _text_rows(
         found = iter([file.read()]) if by == "document" else _paragraphs(file)
     for document in found:
         if errors == "strict" and has_surrogates(document):
-            raise DamagedError(f"holds bytes that are not {encoding}")
+            raise DamagedError(f"contains bytes that are not {encoding}")
         yield {"text": document, only: document}
 
 
@@ -157,7 +157,7 @@ def _paragraphs(file: IO[str]) -> Iterator[str]:
 
 
 class _Counted(io.RawIOBase):
-    """A file that knows whether a read found its end."""
+    """A file that records whether a read has reached its end."""
 
     def __init__(self, file: RangeFile):
         self.file = file
@@ -182,10 +182,10 @@ class _Counted(io.RawIOBase):
 
 
 def _arrow_rows(file: RangeFile, text: str, columns: Sequence[str], what: str) -> Iterator[Json]:
-    """The rows of an Arrow file, or of a stream, which has to end with its mark.
+    """The rows of an Arrow file, or of a stream, which must end with its end marker.
 
-    The specification lets a stream also end with its file. No writer in use does that, and a file that was cut between
-    two batches looks the same.
+    The specification also lets a stream end with its file. No common writer does that, and a file truncated between two
+    batches looks the same.
     """
     for batch in guarded(_batches(_Counted(file), text, columns, what)):
         block = to_block(batch, text, columns)
@@ -214,9 +214,9 @@ def _batches(file: _Counted, text: str, columns: Sequence[str], what: str) -> An
             yield batch
         if not is_file:
             if file.found_end:
-                raise CutShortError("its stream is cut short")
+                raise CutShortError("its stream is truncated")
             if file.read(1):
-                raise DamagedError("there is more after the end of its stream")
+                raise DamagedError("there is data after the end of its stream")
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -52,9 +52,9 @@ class TextFiles:
         try:
             newline = "\n".encode(self.encoding)
         except LookupError:
-            raise UserError(f"encoding={self.encoding!r} is not known to Python.") from None
+            raise UserError(f"encoding={self.encoding!r} is unknown to Python.") from None
         if self.document == "line" and not newline.endswith(b"\n"):
-            raise UserError(f"encoding={self.encoding!r} cannot be cut into lines; convert the files to utf-8.")
+            raise UserError(f"encoding={self.encoding!r} cannot be split into lines; convert the files to utf-8.")
         columns = sorted({name for transform in self.transforms for name in transform.columns} - {"text"})
         if columns:
             raise UserError(f"transforms read the columns {', '.join(columns)}, but text files have only text.")
@@ -108,7 +108,7 @@ class TextFilesSource:
                 if (kind := format_of(lines.peek(16))) is not None:
                     raise UserError(
                         f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, "
-                        "or read its lines by HuggingFace(name='text', data_files=...)."
+                        "or read its lines with HuggingFace(name='text', data_files=...)."
                     )
                 if self.random_access:
                     if row == 0:
@@ -152,8 +152,8 @@ def _difference(old: Json, new: Json) -> str:
     for key in ("kind", "document", "encoding", "python"):
         if old.get(key) != new[key]:
             what = "the standard library of Python" if key == "python" else key
-            return f"text files: the checkpoint was trained on {what} {old.get(key)}, here it is {new[key]}."
+            return f"text files: the checkpoint was trained on {what} {old.get(key)}, the config has {new[key]}."
     added, removed = (sorted(set(a) - set(b)) for a, b in ((new["files"], old["files"]), (old["files"], new["files"])))
     if added or removed:
-        return f"text files: since the checkpoint, {len(added)} came {added[:3]} and {len(removed)} went {removed[:3]}."
+        return f"text files: {len(added)} added {added[:3]}, {len(removed)} removed {removed[:3]} since the checkpoint."
     return "text files: files have changed since the checkpoint. Restore them, or start a new run in another --workdir."

@@ -53,9 +53,9 @@ class ArrayRecord:
         """Records [first, end). Raises CorruptError if the file is damaged."""
         return self._read(first, first, end)
 
-    def some(self, places: Sequence[int]) -> Sequence[bytes]:
-        """The records at `places`, in that order. Raises CorruptError if the file is damaged."""
-        return self._read(places[0], places)
+    def some(self, indices: Sequence[int]) -> Sequence[bytes]:
+        """The records at `indices`, in that order. Raises CorruptError if the file is damaged."""
+        return self._read(indices[0], indices)
 
     def _read(self, row: int, *wanted: Any) -> Sequence[bytes]:
         """Raises CorruptError if the bytes do not match ArrayRecord's hashes."""
@@ -187,7 +187,7 @@ def differences(
         Lines that show both sides of each difference; empty if there is none.
     """
     lines = [
-        f"  source {name}: the {which} has {_short(has.get(name))}, wanted is {_short(wanted.get(name))}"
+        f"  source {name}: the {which} has {_short(has.get(name))}, expected {_short(wanted.get(name))}"
         for name in sorted(wanted.keys() | has.keys())
         if wanted.get(name) != has.get(name)
     ]
@@ -223,7 +223,7 @@ def planned(folder: str, manifest: str, parse: Callable[[str, str], _T]) -> _T |
 
 
 def begin(folder: str, plan: str) -> None:
-    """Writes the plan unless another worker has written one: the first plan counts for all workers."""
+    """Writes the plan unless another worker has written one: all workers use the first plan."""
     work = os.path.join(folder, WORK)
     os.makedirs(work, exist_ok=True)
     path, mine = os.path.join(work, "plan.json"), os.path.join(work, f"plan-{os.getpid()}-{id(plan)}.tmp")

@@ -178,11 +178,10 @@ def load(folder: str) -> TeacherManifest:
             manifest = manifest_from_json(file.read(), path)
     except FileNotFoundError:
         raise UserError(
-            f"the teacher's cache {folder} is not finished: run tools.cache_teacher again, which goes on where it "
-            "stopped."
+            f"the teacher's cache {folder} is not finished: run tools.cache_teacher again to continue where it stopped."
             if os.path.isdir(folder)
-            else f"there is no teacher's cache {folder}. Write one with tools.cache_teacher, or leave out "
-            "teacher.cache to run the teacher as the student trains."
+            else f"there is no teacher's cache {folder}. Write one with tools.cache_teacher, or remove teacher.cache "
+            "to run the teacher during training."
         ) from None
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     for name, part in _named(manifest):
@@ -193,11 +192,11 @@ def load(folder: str) -> TeacherManifest:
 
 
 def verify(folder: str) -> TeacherManifest:
-    """Like `load`, and also reads every part and compares its digest."""
+    """Like `load`, but also reads every part and compares its digest."""
     manifest = load(folder)
     for name, part in _named(manifest):
         if record_store.digest_of(os.path.join(folder, name)) != part.digest:
-            raise UserError(f"teacher's cache {folder}: {name} is not what was written. Write the cache again.")
+            raise UserError(f"teacher's cache {folder}: {name} does not match its checksum. Write the cache again.")
     return manifest
 
 
@@ -226,8 +225,9 @@ def check(manifest: TeacherManifest, folder: str, config: SourceConfig, source: 
     lines += names.inexact(manifest.source)
     if lines:
         raise UserError(
-            f"the teacher's cache {folder} is not of this run:\n" + "\n".join(lines) + "\nSet these back, write "
-            "another with tools.cache_teacher, or leave out teacher.cache to run the teacher as the student trains."
+            f"the teacher's cache {folder} does not belong to this run:\n" + "\n".join(lines) + "\n"
+            "Set these back, write another with tools.cache_teacher, or remove teacher.cache to run the teacher "
+            "during training."
         )
 
 
@@ -254,8 +254,8 @@ class TeacherStore:
             if size != length * width or record_store != checksum(tokens[begin:end]):
                 raise UserError(
                     f"the teacher's cache {self.folder} has {max(size, 0) // width} tokens for row {row} of "
-                    f"{self.manifest.names[file]}, and the run reads {length} there, or others: its text, tokenizer or "
-                    "data.add_bos is not what the cache was made with. Write the cache again with tools.cache_teacher."
+                    f"{self.manifest.names[file]}, but the run reads {length} there, or different ones: its text, "
+                    "tokenizer or data.add_bos has changed since. Write the cache again with tools.cache_teacher."
                 )
             out[begin:end] = np.frombuffer(record, np.uint8, offset=_CHECKSUM).reshape(length, width)
             begin = end

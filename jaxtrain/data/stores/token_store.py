@@ -20,7 +20,7 @@ from jaxtrain import cli
 from jaxtrain.data.io import names
 from jaxtrain.data.source_reader import describe
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.sources.streams import distrusted, read_now
+from jaxtrain.data.sources.streams import misread_reason, read_now
 from jaxtrain.data.stores import record_store
 from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
 from jaxtrain.data.token_arrays import TokenArrays
@@ -290,7 +290,7 @@ def load(folder: str) -> TokenManifest:
     except FileNotFoundError:
         unfinished = os.path.isdir(folder)
         raise UserError(
-            f"the token store {folder} is not finished: run tools.pretokenize again, which goes on where it stopped."
+            f"the token store {folder} is not finished: run tools.pretokenize again to continue where it stopped."
             if unfinished
             else f"there is no token store {folder}. Write one with tools.pretokenize, or set data.token_store."
         ) from None
@@ -306,12 +306,12 @@ def load(folder: str) -> TokenManifest:
 
 
 def verify(folder: str) -> TokenManifest:
-    """Like `load`, and also reads every shard and compares its digest."""
+    """Like `load`, but also reads every shard and compares its digest."""
     manifest = load(folder)
     for file in manifest.files:
         if file.shard is not None and record_store.digest_of(os.path.join(folder, file.shard)) != file.digest:
             raise UserError(
-                f"token store {folder}: {file.shard} is not what was written. Remove it and write it again."
+                f"token store {folder}: {file.shard} does not match its checksum. Remove it and write it again."
             )
     return manifest
 
@@ -331,7 +331,7 @@ def check(
     Raises:
         UserError: The store holds something else; the message shows both sides.
     """
-    # Version 0.1 redacted its settings, so settings that lost something differ from today's.
+    # Version 0.1 redacted its settings, so settings with a redacted part differ from the current ones.
     wanted, has = settings_of(config), manifest.settings
     if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
@@ -343,24 +343,24 @@ def check(
     has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
     lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
     lines += names.inexact(manifest.source)
-    if not lines and (reason := _misread(manifest, folder, config, tokenizer)):
+    if not lines and (reason := _misread_reason(manifest, folder, config, tokenizer)):
         lines.append(f"  source: version 0.1 read its files; {reason}")
     if lines:
         raise UserError(
-            f"the token store {folder} is not of this run:\n" + "\n".join(lines) + "\nWrite another with "
-            "tools.pretokenize, give its folder in data.token_store, or read by data.mode=stream."
+            f"the token store {folder} does not belong to this run:\n" + "\n".join(lines) + "\n"
+            "Write another with tools.pretokenize, set data.token_store to its folder, or set data.mode=stream."
         )
 
 
-def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
+def _misread_reason(manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer) -> str | None:
     """Why the store may hold other documents than its files do; None if it does not."""
     source = manifest.source
     if source.get("kind") != "huggingface":
         return None
     if source["builder"] != "json" or source.get("reader", 1) > 1:
-        return distrusted(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
+        return misread_reason(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
     if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
-        return "a text that is no string made JSON of those after it, and transforms hide whether one did"
+        return "a text that is not a string turned later texts into JSON, and transforms hide whether one did"
     # Version 0.1 misread everything from such a text to the file's end, so the last rows show it.
     store = TokenStore(folder, manifest)
     for number, file in enumerate(manifest.files):
@@ -370,5 +370,5 @@ def _misread(manifest: TokenManifest, folder: str, config: SourceConfig, tokeniz
             for row in range(len(block["text"])):
                 text = tokenizer.decode(block["text"][row : row + 1].ids.tolist()).strip()
                 if len(text) > 1 and text[0] == text[-1] == '"':
-                    return f"a text in {manifest.names[number]} that is no string made JSON of those after it"
-    return distrusted(source, (), is_stored=True)
+                    return f"a text in {manifest.names[number]} that is not a string turned later texts into JSON"
+    return misread_reason(source, (), is_stored=True)

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.data.shared_file_reader import head, regroup
 from jaxtrain.data.source_reader import text_of
 from jaxtrain.data.stores import record_store, teacher_store, token_store
@@ -31,7 +30,7 @@ from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherShard, sh
 from jaxtrain.data.stores.token_store import StoredFile
 from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.data.token_arrays import TokenArrays
-from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
+from jaxtrain.data.tokenizing import CHUNK_CHARACTERS, encode
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer
 
@@ -119,6 +118,9 @@ class _Writer:
         """The text of each row; "" if it has none or a filter drops it."""
         return [text_of(block, row, self.job.config.transforms) for row in range(len(block["text"]))]
 
+    def _ids(self, texts: list[str], file: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return encode(self.job.tokenizer, texts, self.job.name, self.job.source.files[file], rows)
+
     @contextlib.contextmanager
     def _record_writer(self, path: str, options: str) -> Iterator[Any]:
         """An ArrayRecordWriter for `path`.
@@ -143,7 +145,7 @@ class _Writer:
                 os.unlink(path)
             if is_full:
                 raise self._full(str(error)) from None
-            raise UserError(f"{path} cannot be written ({error}). Give an --output that you may write.") from None
+            raise UserError(f"{path} cannot be written ({error}). Give an --output that you can write to.") from None
 
     def _full(self, why: str) -> UserError:
         return UserError(
@@ -249,7 +251,7 @@ class _TokenWriter(_Writer):
         try:
             with self._record_writer(path, _TOKEN_OPTIONS) as writer:
                 for block in Prefetcher(self._blocks(file, limit), pool):
-                    for ids in self._encoded(block):
+                    for ids in self._encoded(block, file, rows):
                         writer.write(token_store.encode(ids))
                         tokens += len(ids)
                     rows += len(block["text"])
@@ -271,14 +273,15 @@ class _TokenWriter(_Writer):
             if left == 0:
                 return
 
-    def _encoded(self, block: Block) -> Iterator[np.ndarray]:
-        """The ids of each row, in chunks that the tokenizer's threads can share."""
+    def _encoded(self, block: Block, file: int, first: int) -> Iterator[np.ndarray]:
+        """The ids of each row, in chunks that the tokenizer's threads can share. first: the first row's number."""
         texts, dtype = self._texts(block), token_store.dtype_of(self.job.tokenizer.vocab_size)
         sizes = itertools.accumulate(map(len, texts))
         for _, group in itertools.groupby(zip(texts, sizes, strict=True), lambda item: item[1] // CHUNK_CHARACTERS):
             chunk = [text for text, _ in group]
-            with gate:
-                ids, lengths = self.job.tokenizer.encode_batch([text for text in chunk if text])
+            rows = first + np.flatnonzero([bool(text) for text in chunk])
+            first += len(chunk)
+            ids, lengths = self._ids([text for text in chunk if text], file, rows)
             # `np.split` takes 1.5 microseconds per document, a slice 0.2.
             ids, ends = ids.astype(dtype), lengths.cumsum()
             slices = iter(map(slice, (ends - lengths).tolist(), ends.tolist()))
@@ -292,7 +295,7 @@ class _TokenWriter(_Writer):
         assert begun is not None
         shards = [number for number, file in enumerate(files) if file.rows]
         if not shards:
-            raise UserError(f"source {self.job.name!r} has no rows at all. Look at its name, split and files.")
+            raise UserError(f"source {self.job.name!r} has no rows. Check its name, split and files.")
         for place, number in enumerate(shards):
             name = f"{_TFDS_NAME}-train.array_record-{place:05d}-of-{len(shards):05d}"
             files[number] = dataclasses.replace(files[number], shard=name)
@@ -345,12 +348,12 @@ class TeacherWriter(_Writer):
 
         Args:
             job: The source and where its store goes.
-            manifest: The manifest to be, without shards.
+            manifest: The manifest to write, without shards.
             worker: Index of this worker, from 0.
             workers: Number of workers.
 
         Raises:
-            UserError: The folder holds another store, finished or begun. The message shows both sides.
+            UserError: The folder holds a different store, finished or not. The message shows both sides.
         """
         self.manifest = _begin_teacher(job.folder, manifest)
         super().__init__(job, worker, workers, teacher_store.exists, self.manifest.max_samples)
@@ -358,7 +361,7 @@ class TeacherWriter(_Writer):
 
     @functools.cached_property
     def known_rows(self) -> list[int] | None:
-        """Rows to write of each file, up to the last one with any; None if only reading shows them."""
+        """Rows to write of each file, up to the last one with any; None if they are known only by reading."""
         return self._wanted_rows() if self.job.source.random_access else None
 
     def sample(self) -> tuple[int, int, int | None]:
@@ -470,18 +473,17 @@ class TeacherWriter(_Writer):
                 rows += len(block["text"])
                 mine = (file + number) % self.workers == self.worker and not self._is_done(f"{file}-{number}.json")
                 if number in wanted if wanted is not None else mine:
-                    yield file, number, self._tokens(block)
+                    yield file, number, self._tokens(block, file, number * size)
         finally:
             retry.close(blocks)
         if wanted is None:
             self._mark_done(f"{file}.rows", rows)
 
-    def _tokens(self, block: Block) -> list[np.ndarray]:
-        """The tokens of each row with the special tokens that training adds; empty for a row without text."""
+    def _tokens(self, block: Block, file: int, first: int) -> list[np.ndarray]:
+        """The tokens of each row, from row `first` on, as training sees them; empty for a row without text."""
         tokenizer, texts = self.job.tokenizer, self._texts(block)
         rows = [row for row, text in enumerate(texts) if text]
-        with gate:
-            ids, lengths = tokenizer.encode_batch([texts[row] for row in rows])
+        ids, lengths = self._ids([texts[row] for row in rows], file, first + np.array(rows, np.int64))
         kept = np.flatnonzero(lengths)
         bos_id = tokenizer.bos_id if self.manifest.add_bos else None
         flat, closed = TokenArrays(ids, lengths).closed(kept, tokenizer.eos_id, bos_id)
@@ -512,9 +514,9 @@ def _begin_teacher(folder: str, manifest: TeacherManifest) -> TeacherManifest:
     wanted, found = (json.loads(dataclasses.replace(each, parts=[]).to_json()) for each in (manifest, begun))
     changed = [name for name in wanted if wanted[name] != found[name] and name not in ("digest", "settings", "names")]
     if changed:
-        lines = [f"  {name}: the cache has {found[name]}, wanted is {wanted[name]}" for name in changed]
+        lines = [f"  {name}: the cache has {found[name]}, expected {wanted[name]}" for name in changed]
         raise UserError(
-            f"{folder} holds another cache, finished or begun:\n" + "\n".join(lines) + "\nGive another --output, or "
+            f"{folder} holds a different cache:\n" + "\n".join(lines) + "\nGive another --output, or "
             "remove that folder."
         )
     return begun

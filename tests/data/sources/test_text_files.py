@@ -48,7 +48,7 @@ def test_a_line_is_a_document(folder):
         "a.txt": ["one", "two", "", "four é🜁"],
         "b/c.txt": ["no end of line"],
         "b/empty.txt": [],
-        "latin.txt": ["first", "", "third"],  # what cannot be decoded keeps its row
+        "latin.txt": ["first", "", "third"],  # a row that cannot be decoded is kept
         "windows.txt": ["one", "two"],
     }
     for file, name in enumerate(sorted(FILES)):
@@ -88,12 +88,12 @@ def test_identity(folder):
         config.resolve(identity)
     (folder / "new.txt").write_text("x")
     (folder / "b/c.txt").unlink()
-    with pytest.raises(UserError, match=r"1 came .*new\.txt.* and 1 went .*c\.txt"):
+    with pytest.raises(UserError, match=r"1 added .*new\.txt.*, 1 removed .*c\.txt"):
         config.resolve(identity)
-    with pytest.raises(UserError, match="trained on document file, here it is line"):
+    with pytest.raises(UserError, match="trained on document file, the config has line"):
         TextFiles(patterns=config.patterns, document="line").resolve(identity)
     of_python = TextFiles().resolve().identity
-    with pytest.raises(UserError, match=r"trained on the standard library of Python 3\.8\.1, here it is 3\.1"):
+    with pytest.raises(UserError, match=r"trained on the standard library of Python 3\.8\.1, the config has 3\.1"):
         TextFiles().resolve({**of_python, "python": "3.8.1"})
 
 
@@ -101,8 +101,8 @@ def test_identity(folder):
     ("fields", "message"),
     [
         ({"document": "word"}, "must be 'file' or 'line'"),
-        ({"encoding": "utf-9"}, "not known to Python"),
-        ({"encoding": "utf-16", "document": "line"}, "cannot be cut into lines"),
+        ({"encoding": "utf-9"}, "is unknown to Python"),
+        ({"encoding": "utf-16", "document": "line"}, "cannot be split into lines"),
         ({"patterns": ("https://example.org/a.txt",)}, "HuggingFace"),
         ({"max_samples": 0}, "max_samples=0"),
     ],

@@ -1,4 +1,4 @@
-"""A teacher's cache: written by any workers, killed anywhere, it gives each token its own record in any batch."""
+"""A teacher's cache: written by any workers, killed anywhere, it returns each token's own record in any batch."""
 
 import dataclasses
 import pathlib
@@ -20,11 +20,11 @@ from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
 from tests.data.runs import Drop, plan_of
 
-LAYOUT = Layout(1 << 20, 1, ())  # 5 bytes, with anything in them here
+LAYOUT = Layout(1 << 20, 1, ())  # 5 bytes, with arbitrary content here
 
 
 def records_of(tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """What a record says here: the token, and the one after it. [n] each → uint8 [n, 5]"""
+    """The content of a record here: the token and the one after it. [n] each → uint8 [n, 5]"""
     both = np.stack([tokens, following], axis=-1).astype("<u2").view(np.uint8)
     return np.concatenate([both, np.full((*both.shape[:-1], 1), 7, np.uint8)], axis=-1)
 
@@ -38,7 +38,7 @@ class KilledError(Exception):
 
 
 class Killed:
-    """Scores a few times, and dies."""
+    """Scores a few times, and then dies."""
 
     def __init__(self, times: int):
         self.left = times
@@ -127,12 +127,13 @@ def batches(
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_every_token_gets_its_own_record(name: str, lanes: int, tmp_path: pathlib.Path) -> None:
-    """Two epochs of shuffled, overlapping rows of two lengths, in any cut."""
+    """Two epochs of shuffled rows of three lengths, overlapping, by best fit and cut."""
     config = SOURCES[name]
     write(job(config, tmp_path, add_bos=lanes == 2))
     data = DataConfig(sources={"a": config}, num_lanes=lanes, shuffle_window=8, holdout=0.1, add_bos=lanes == 2)
     stages = [
         Stage(seq_len=5, batch_size=8, overlap=0.4, tokens=400),
+        Stage(seq_len=12, batch_size=8, tokens=960, packing="fit"),
         Stage(seq_len=64, batch_size=4, tokens=64 * 4 * 30),
     ]
     seen = 0
@@ -159,7 +160,9 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     write(job(config, tmp_path))
     data = DataConfig(sources={"a": config}, num_lanes=1)
     stages = [Stage(seq_len=8, batch_size=4, tokens=320)]
-    with pytest.raises(UserError, match=r"tokens for row \d+ of file-\d, and the run reads \d+ there, or others"):
+    with pytest.raises(
+        UserError, match=r"tokens for row \d+ of file-\d, but the run reads \d+ there, or different ones"
+    ):
         list(batches(config, tmp_path, data, stages, Shifted()))
     records = TeacherStore(str(tmp_path), teacher_store.load(str(tmp_path)))
     with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
@@ -168,11 +171,11 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"000003-000001\.array_record is not what was written"):
+    with pytest.raises(UserError, match=r"000003-000001\.array_record does not match its checksum"):
         teacher_store.verify(str(tmp_path))
     texts = [(row, config.rows[3][row]) for row in range(16, 32) if config.rows[3][row].strip()]
     encoded = [(row, WordTokenizer().encode_batch([text])) for row, text in texts]
-    with pytest.raises((CorruptError, UserError)):  # by what lies in the middle of the file
+    with pytest.raises((CorruptError, UserError)):  # depends on what is in the middle of the file
         [records.read(3, np.array([row]), np.append(ids, 1), lengths + 1) for row, (ids, lengths) in encoded]
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"000003-000001\.array_record has"):
@@ -182,7 +185,7 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
 def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     config = source(max_samples=70)
     write(job(config, tmp_path))
-    with pytest.raises(UserError, match=r"holds another cache.*\n.*context: the cache has 8, wanted is 16"):
+    with pytest.raises(UserError, match=r"holds a different cache.*\n.*context: the cache has 8, expected 16"):
         TeacherWriter(*job(config, tmp_path, context=16), 0, 1)
     made, tokenizer = teacher_store.load(str(tmp_path)), WordTokenizer()
     teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)
@@ -216,7 +219,7 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, mon
     monkeypatch.undo()
 
     class Full:
-        """ArrayRecord's writer, on a disk without room."""
+        """ArrayRecord's writer on a full disk."""
 
         def __init__(self, path: str, options: str):
             pathlib.Path(path).write_bytes(b"a part")
