@@ -156,7 +156,8 @@ class Tracker:
             if not workdir.wandb_id.exists() or not workdir.wandb_id.read_text().strip():
                 write_atomically(workdir.wandb_id, secrets.token_hex(4) + "\n")
             run = {"id": workdir.wandb_id.read_text().strip()}
-        self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
+        public = {key: value for key, value in config.items() if not key.startswith("_")}  # Trackio refuses the others
+        self._call("init", project=project, name=workdir.path.name, config=public, resume="allow", **run)
 
     def write(self, step: int, values: Json) -> None:
         if step >= self._last_step:
