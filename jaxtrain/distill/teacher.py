@@ -299,7 +299,7 @@ class Cached:
     def summary(self) -> str:
         """One line for the log."""
         some = next(iter(self._manifests.values()))
-        tokens = sum(manifest.tokens for manifest in self._manifests.values())
+        tokens = sum(manifest.total("tokens") for manifest in self._manifests.values())
         return (
             f"the {self.layout.k} most likely tokens by {self._teacher['found']} for each of {tokens:,} tokens, with "
             f"contexts of {some.context:,}, in {self.config.cache}"
