@@ -222,16 +222,16 @@ def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config)
     lanes, start = reader.options.num_lanes, Position(0, 0, 0)
     spec = config.data.row_spec(tokenizer, config.epochs)
     reader.register(dict.fromkeys(range(lanes), start))
-    turns = collections.deque(reader.windows(lane, start, 1) for lane in range(lanes))
+    turns = collections.deque((lane, reader.windows(lane, start, 1)) for lane in range(lanes))
     rows = tokens = 0
     while turns and rows < _ROWS_OF_ESTIMATE:
-        windows = turns.popleft()
+        lane, windows = turns.popleft()
         window = next(windows, None)
         if window is None:
             continue
-        turns.append(windows)
+        turns.append((lane, windows))
         rows += window.rows
-        documents = documents_of(iter((window,)), window.start, spec)
+        documents = documents_of(iter((window,)), window.start, spec, reader, lane)
         tokens += sum(int(some.lengths.sum()) for some in documents)
     reader.close()
     return tokens / rows * reader.most_rows if turns and rows else tokens
