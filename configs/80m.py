@@ -1,11 +1,14 @@
 """12 layers, hidden 1024, grouped queries, Muon, 10,000 steps of 64 rows of 2,048 tokens, streamed from FineWeb.
 
-With an argument it reads tar shards: `'--config=configs/80m.py:s3://bucket/shard-{00000..01000}.tar.bz2'` (quoted,
-because the shell expands braces), through a disk cache of at most 35 GB (`--config.data.max_disk_gb=20` for less).
+With an argument it reads other files: tar shards, as in `'--config=configs/80m.py:s3://bucket/{00000..01000}.tar.bz2'`
+(quoted, because the shell expands braces), through a disk cache of at most 35 GB (`--config.data.max_disk_gb=20` for
+less); or JSON lines, parquet, CSV and text, by their names: `'--config=configs/80m.py:data/part-{000..005}.jsonl.gz'`.
 
 "80M" is the name this shape had originally. It has 141 million parameters without embeddings, and the run prints the
 true count. One device processes the 64 rows 8 at a time.
 """
+
+import re
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
@@ -17,6 +20,16 @@ from jaxtrain.optim.muon import Muon
 from jaxtrain.plan import Stage
 from jaxtrain.plan.schedules import Cosine
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
+
+_BUILDERS = {"json": "json", "jsonl": "json", "ndjson": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
+
+
+def _files(pattern: str) -> HuggingFace | WebDataset:
+    """The source for files of this pattern, by the suffix before that of a compression."""
+    suffix = re.sub(r"\.(gz|bz2|xz|zst|zstd|lz4)$", "", pattern).rpartition(".")[-1].lower()
+    if suffix in _BUILDERS:
+        return HuggingFace(name=_BUILDERS[suffix], data_files=(pattern,))
+    return WebDataset(urls=(pattern,))
 
 
 def get_config(arg: str = "") -> Config:
@@ -32,7 +45,7 @@ def get_config(arg: str = "") -> Config:
         ),
         tokenizer=HuggingFaceTokenizer(name="HuggingFaceTB/SmolLM2-135M", vocab_size=49_152),
         data=DataConfig(
-            sources={"shards": WebDataset(urls=(arg,))} if arg else {"fineweb": fineweb},
+            sources={"shards": _files(arg)} if arg else {"fineweb": fineweb},
             num_lanes=32,
             max_disk_gb=35.0,
             holdout=0.01,

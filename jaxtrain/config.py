@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
@@ -17,6 +18,11 @@ from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
 
 
+def reaches_multiple(at: StepPlan, tokens: int) -> bool:
+    """Whether a step reaches a multiple of `tokens` trained tokens."""
+    return at.tokens_after // tokens > at.tokens_before // tokens
+
+
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig:
     """Evaluation on the documents that `data.holdout` keeps out of training.
@@ -29,6 +35,8 @@ class EvalConfig:
         seq_len: Tokens of a row; None for the last stage's.
         batch_size: Rows of a batch, a multiple of data.num_lanes; None for the last stage's.
         weights: The share of each source; None for the last stage's.
+        source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
+            several; 0 for none. None for `tokens` divided equally.
         packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
     """
 
@@ -38,6 +46,7 @@ class EvalConfig:
     seq_len: int | None = None
     batch_size: int | None = None
     weights: dict[str, float] | None = None
+    source_tokens: int | None = None
     packing: str | None = None
 
     def check(self) -> None:
@@ -45,6 +54,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
+        if self.source_tokens is not None and self.source_tokens < 0:
+            raise UserError(f"source_tokens={self.source_tokens}: give 0 (no evaluation by source) or more")
         if self.every_steps is not None and self.every_tokens is not None:
             raise UserError(
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
@@ -58,13 +69,26 @@ class EvalConfig:
     def due(self, at: StepPlan) -> bool:
         """Whether an evaluation follows this step: a function of the plan alone, so a resume changes nothing."""
         if self.every_tokens is not None:
-            return at.tokens_after // self.every_tokens > at.tokens_before // self.every_tokens
+            return reaches_multiple(at, self.every_tokens)
         return self.every_steps is not None and at.step % self.every_steps == 0
 
+    def plans(self, train: Plan, num_lanes: int) -> dict[str, Plan]:
+        """The rows of an evaluation: `plan` under "", and a plan for each source if there are several."""
+        mix, names = {"": self.plan(train, num_lanes)}, train.source_names
+        tokens = self.tokens // len(names) if self.source_tokens is None else self.source_tokens
+        if len(names) == 1 or not tokens:
+            return mix
+        return mix | {name: self._plan(train, num_lanes, (name,), None, tokens) for name in names}
+
     def plan(self, train: Plan, num_lanes: int) -> Plan:
-        """The rows of an evaluation, as a separate plan. Raises UserError."""
+        """The rows of an evaluation of the mix, as a separate plan. Raises UserError."""
+        weights = self.weights or {name: float(weight) for name, weight in train.stages[-1].weights.items()}
+        return self._plan(train, num_lanes, train.source_names, weights, self.tokens)
+
+    def _plan(
+        self, train: Plan, num_lanes: int, names: tuple[str, ...], weights: dict[str, float] | None, tokens: int
+    ) -> Plan:
         last = train.stages[-1]
-        weights = self.weights or {name: float(weight) for name, weight in last.weights.items()}
         stage = Stage(
             name="evaluation",
             seq_len=self.seq_len or last.seq_len,
@@ -74,10 +98,10 @@ class EvalConfig:
         )
         return build_plan(
             (stage,),
-            source_names=train.source_names,
+            source_names=names,
             num_lanes=num_lanes,
             seed=0,
-            total_tokens=self.tokens,
+            total_tokens=tokens,
             steps=None,
             epochs=None,
             learning_rate=0.0,
@@ -98,6 +122,7 @@ class Config:
         teacher: A frozen model to distill from; None for none.
         distillation: How to distill; used only with a teacher.
         total_tokens: Exact length of the run in tokens; None if the stages, `steps` or `epochs` end it.
+        scale_to: Tokens of the whole run; those of every stage are scaled in proportion. None for no scaling.
         steps: Maximum number of steps. The schedule stays that of total_tokens, if given.
         epochs: Maximum number of times each source is read; None for no limit.
         seed: Seed of parameters, shuffle and mix.
@@ -113,6 +138,8 @@ class Config:
             a new run starts with; "" for random ones.
         deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
         sample_prompts: Texts to continue at the end of the run.
+        sample_every_tokens: Also continue them every N trained tokens, after the step that reaches them; None for the
+            end only.
     """
 
     model: ModelConfig
@@ -128,6 +155,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     total_tokens: int | None = None
+    scale_to: int | None = None
     steps: int | None = None
     epochs: int | None = None
     seed: int = 0
@@ -139,9 +167,17 @@ class Config:
     init_from: str = ""
     deterministic: bool = False
     sample_prompts: tuple[str, ...] = ()
+    sample_every_tokens: int | None = None
 
     def check(self) -> None:
-        for name in ("epochs", "max_skipped_steps", "log_every", "micro_batch_tokens"):
+        for name in (
+            "scale_to",
+            "epochs",
+            "max_skipped_steps",
+            "log_every",
+            "micro_batch_tokens",
+            "sample_every_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -159,6 +195,13 @@ class Config:
                 f"monitor.watchdog_minutes={watchdog:g} would stop the run before "
                 f"data.retry_minutes={self.data.retry_minutes:g} ends an outage and reports its cause: set it "
                 "higher, or to none"
+            )
+        if "" in self.sample_prompts:
+            raise UserError(f"sample_prompts={self.sample_prompts}: one is empty, and there is nothing to continue")
+        if self.sample_every_tokens is not None and not self.sample_prompts:
+            raise UserError(
+                f"sample_every_tokens={self.sample_every_tokens:,} needs texts to continue: set sample_prompts, for "
+                "example to 'Once upon a time'"
             )
         self._check_bound()
         _check_path("init_from", self.init_from)
@@ -182,7 +225,13 @@ class Config:
     def _check_bound(self) -> None:
         """Unbounded sources need a bounded run. (The plan does not know the sources, so its message says less.)"""
         unbounded = [name for name, source in self.data.sources.items() if source.max_samples is None]
-        bounds = {self.total_tokens, self.steps, self.epochs, *(stage.tokens for stage in self.stages[-1:])}
+        bounds = {
+            self.total_tokens,
+            self.scale_to,
+            self.steps,
+            self.epochs,
+            *(stage.tokens for stage in self.stages[-1:]),
+        }
         if unbounded and self.stages and bounds == {None}:
             raise UserError(
                 "max_samples MUST be specified for streaming datasets! Nothing bounds the run, and "
@@ -207,20 +256,42 @@ class Config:
                 raise UserError(f"eval.weights: there is no source {name!r}; did you mean {' or '.join(near)}?")
         self.eval.plan(plan, self.data.num_lanes)
 
-    def plan(self) -> Plan:
-        """The run as a pure function of the step. Raises UserError."""
+    def plan(self, horizon: int | None = None) -> Plan:
+        """The run as a pure function of the step. Raises UserError.
+
+        Args:
+            horizon: See `build_plan`.
+        """
+        stages, total_tokens = self._scaled()
         return build_plan(
-            self.stages,
+            stages,
             source_names=tuple(self.data.sources),
             num_lanes=self.data.num_lanes,
             seed=self.seed,
-            total_tokens=self.total_tokens,
+            total_tokens=total_tokens,
             steps=self.steps,
             epochs=self.epochs,
+            horizon=horizon,
             learning_rate=self.optimizer.learning_rate,
             schedule=self.optimizer.schedule.build(),
             loss_weights=CROSS_ENTROPY_ALONE if self.teacher is None else self.distillation.weights(),
         )
+
+    def _scaled(self) -> tuple[tuple[Stage, ...], int | None]:
+        """The stages and total_tokens, in proportion to `scale_to`."""
+        if self.scale_to is None or not self.stages:
+            return self.stages, self.total_tokens
+        ends = list(itertools.accumulate(stage.tokens or 0 for stage in self.stages))
+        # The target was for the stages as they are.
+        total = self.total_tokens if self.stages[-1].tokens is None else ends[-1]
+        if total is None:
+            raise UserError(f"scale_to={self.scale_to:,} scales the stages' tokens: give those of the last stage too")
+        bounds = [0, *(end * self.scale_to // total for end in ends)]
+        scaled = tuple(
+            stage if stage.tokens is None else dataclasses.replace(stage, tokens=end - start)
+            for stage, (start, end) in zip(self.stages, itertools.pairwise(bounds), strict=True)
+        )
+        return scaled, self.scale_to
 
 
 def _check_path(field: str, value: str) -> None:

@@ -63,3 +63,34 @@ def test_distillation_configs(spec):
     config = cli.load(f"configs/{spec}", [])
     assert (config.teacher is None) == (":" in spec)
     assert config.plan().last_step
+
+
+def test_one_field_scales_all_stages():
+    base, half = (cli.load("configs/curriculum_smoke.py", flags) for flags in ([], ["--config.scale_to=250_000"]))
+    (whole, scaled) = (config.plan() for config in (base, half))
+    assert (whole.total_tokens, scaled.total_tokens, scaled.horizon) == (500_000, 250_000, 250_000)
+    ends = [stage.last_token for stage in scaled.stages]
+    for before, after, batch in zip(whole.stages, ends, scaled.stages, strict=True):
+        assert abs(before.last_token / 2 - after) <= batch.batch_size * batch.seq_len
+    # A last stage that takes the rest is scaled with total_tokens.
+    rest = ["--config.stages[9].tokens=none", "--config.scale_to=250_000"]
+    assert [stage.last_token for stage in cli.load("configs/curriculum_smoke.py", rest).plan().stages] == ends
+    with pytest.raises(UserError, match="give those of the last stage too"):
+        cli.load("configs/curriculum_smoke.py", [*rest, "--config.total_tokens=none"])
+
+
+def test_an_evaluation_has_rows_for_each_source():
+    config = cli.load("configs/curriculum_smoke.py", ["--config.eval.source_tokens=4000"])
+    plans = config.eval.plans(config.plan(), config.data.num_lanes)
+    assert {name: plan.source_names for name, plan in plans.items()} == {
+        "": ("web", "math", "code"),
+        **{name: (name,) for name in ("web", "math", "code")},
+    }
+    assert [plan.total_tokens for plan in plans.values()] == [16_384, 4000, 4000, 4000]
+    assert len({(plan.stages[0].batch_size, plan.stages[0].seq_len) for plan in plans.values()}) == 1  # one program
+    config.eval.source_tokens = None
+    assert config.eval.plans(config.plan(), config.data.num_lanes)["web"].total_tokens == 16_384 // 3
+    config.eval.source_tokens = 0
+    assert list(config.eval.plans(config.plan(), config.data.num_lanes)) == [""]
+    one = cli.load("configs/quickstart.py")
+    assert list(one.eval.plans(one.plan(), one.data.num_lanes)) == [""]

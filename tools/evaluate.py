@@ -7,6 +7,7 @@ from typing import Any
 from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
+from jaxtrain.plan import Plan
 
 COMMAND = cli.Command(
     name="python -m tools.evaluate",
@@ -49,16 +50,17 @@ def main(flags: cli.Flags) -> None:
             "those are unseen text. " + ("Set it back." if held_out else "Train with data.holdout=0.01.")
         )
     found = restored.restore(flags.workdir, flags.step)
-    mixes = {"all": config.eval}
+    plans = {"": config.eval.plan(config.plan(), config.data.num_lanes)}
     if flags.by_source:
-        mixes |= {name: dataclasses.replace(config.eval, weights={name: 1.0}) for name in sorted(config.data.sources)}
-    numbers = {"step": found.step, "loss": _measure(config, saved, found, mixes, flags.workdir)}
+        evaluation = dataclasses.replace(config.eval, source_tokens=config.eval.source_tokens or None)
+        plans = evaluation.plans(config.plan(), config.data.num_lanes)
+    numbers = {"step": found.step, "loss": _measure(config, saved, found, plans, flags.workdir)}
     if flags.json is not None:
         cli.write_json(flags.json, numbers)
 
 
-def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdir: str) -> Json:
-    """Measures each mix and prints its numbers. Returns them by name."""
+def _measure(config: Any, saved: Json, found: Any, plans: dict[str, Plan], workdir: str) -> Json:
+    """Measures the mix ("all") and each source, and prints their numbers. Returns them by name."""
     from jaxtrain.cost import memory
     from jaxtrain.data import pipeline
     from jaxtrain.metrics.monitor import perplexity
@@ -67,36 +69,38 @@ def _measure(config: Any, saved: Json, found: Any, mixes: dict[str, Any], workdi
     from jaxtrain.trainer.programs import StagePrograms
     from jaxtrain.trainer.step import StepComponents
 
-    plan, mesh, vocab_size = config.plan(), found.model.mesh, found.tokenizer.vocab_size
+    mesh, vocab_size = found.model.mesh, found.tokenizer.vocab_size
     optimizer = config.optimizer.build(found.model.axes, mesh)
     components = StepComponents(found.model, config.loss.build(vocab_size, mesh), optimizer, mesh, config.clip_norm)
     limit = memory.limit(mesh, config.memory_gb)
-    sources = open_data.resolve(config, saved)
-    threads, numbers = pipeline.pools(config.data), {}
+    programs = StagePrograms(components, None, config.micro_batch_tokens, limit, evaluation=plans[""].stages[0])
     with tempfile.TemporaryDirectory(prefix="jaxtrain-evaluate-") as scratch:
-        for name, mix in mixes.items():
-            mixed = mix.plan(plan, config.data.num_lanes)
-            programs = StagePrograms(components, None, config.micro_batch_tokens, limit, evaluation=mixed.stages[0])
-            evaluator = Evaluator(
-                mixed,
-                config.data,
-                sources,
-                found.tokenizer,
-                mesh,
-                threads,
-                config.seed,
-                open_data.skipped(workdir, saved),
-                scratch,
-                lambda programs=programs: programs.evaluation().executable,
-            )
-            values = evaluator.run(found.params)
-            numbers[name] = {**values, "eval_perplexity": perplexity(values["eval_loss"])}
-            print(
-                f"Step {found.step:,}, {name}: loss {values['eval_loss']:.4f}, perplexity "
-                f"{numbers[name]['eval_perplexity']:.2f}, {values['eval_bits_per_byte']:.4f} bits per byte "
-                f"({values['eval_tokens']:,.0f} held-out tokens)",
-                flush=True,
-            )
+        evaluator = Evaluator(
+            plans,
+            config.data,
+            open_data.resolve(config, saved),
+            found.tokenizer,
+            mesh,
+            pipeline.pools(config.data),
+            config.seed,
+            open_data.skipped(workdir, saved),
+            scratch,
+            lambda: programs.evaluation().executable,
+        )
+        values = evaluator.run(found.params)
+    by_source = values.pop("eval_by_source", {})
+    numbers = {"all": values}
+    numbers |= {name: {f"eval_{key}": value for key, value in one.items()} for name, one in by_source.items()}
+    for name, one in numbers.items():
+        if one["eval_loss"] is None:
+            print(f"Step {found.step:,}, {name}: no document is held out")
+            continue
+        one["eval_perplexity"] = perplexity(one["eval_loss"])
+        print(
+            f"Step {found.step:,}, {name}: loss {one['eval_loss']:.4f}, perplexity {one['eval_perplexity']:.2f}, "
+            f"{one['eval_bits_per_byte']:.4f} bits per byte ({one['eval_tokens']:,.0f} held-out tokens)",
+            flush=True,
+        )
     return numbers
 
 

@@ -32,9 +32,10 @@ COMMAND = cli.Command(
             name="kind",
             type=Literal["sentencepiece", "bpe"] | None,
             default=None,
-            help="bpe is byte-level; sentencepiece by default",
+            help="bpe (byte-level) writes tokenizer.json, vocab.json and merges.txt; sentencepiece tokenizer.model and "
+            "tokenizer.vocab; by default the config's, or sentencepiece",
         ),
-        cli.Flag(name="vocab_size", type=int | None, default=None, help="tokens; 32000 by default"),
+        cli.Flag(name="vocab_size", type=int | None, default=None, help="tokens; the config's, or 32000, by default"),
         cli.Flag(name="max_samples", type=int | None, default=None, help="documents to train on; 1000000 by default"),
         cli.Flag(
             name="model_type",
@@ -84,6 +85,9 @@ def main(flags: cli.Flags) -> None:
         for reader in readers:
             held.callback(reader.close)
         training.train(chosen, pipeline.texts(config.data, readers, config.plan(), chosen.max_samples), output)
+    other = "bpe" if chosen.kind == "sentencepiece" else "sentencepiece"
+    files = {"bpe": "tokenizer.json, vocab.json and merges.txt", "sentencepiece": "tokenizer.model and tokenizer.vocab"}
+    print(f"Wrote {files[chosen.kind]} ({chosen.kind}); --kind={other} writes {files[other]}.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 
-from jaxtrain.cli import files, output, record, tree, typed
+from jaxtrain.cli import files, habits, output, record, tree, typed
 from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import CorruptError, TransientError, UserError
 
@@ -124,11 +124,14 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
                 with_file = "" if command.config == "none" else "; with --config=FILE it lists the config's fields too"
                 raise UserError(f"{argument}: --help takes no value{with_file}")
             if name not in known:
-                raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known)}")
+                raise UserError(f"{argument}: {command.name} has no flag --{name}.{_near(name, known, command)}")
             if not equals:
                 text = "true" if known[name].type is bool else _next_value(argument, arguments)
             if raw.setdefault(name, text) != text:
-                raise UserError(f"--{name}={raw[name]} and --{name}={text} contradict each other; keep one of them")
+                quote = ": quote the value if the shell expanded its braces, or" if "}" not in text + raw[name] else ";"
+                raise UserError(
+                    f"--{name}={raw[name]} and --{name}={text} contradict each other{quote} keep one of them"
+                )
         elif argument.startswith("-") and len(argument) > 1:
             raise UserError(f"{argument}: flags start with two dashes; did you mean -{argument}?")
         else:
@@ -232,14 +235,14 @@ def _next_value(argument: str, arguments: Iterator[str]) -> str:
     return text
 
 
-def _near(name: str, known: dict[str, Flag]) -> str:
+def _near(name: str, known: dict[str, Flag], command: Command) -> str:
     near = difflib.get_close_matches(name, [*known, "help"])
-    choices = near or [*known, "help"]
-    return (
-        f" Did you mean {' or '.join(f'--{match}' for match in choices)}?"
-        if near
-        else f" It has --{', --'.join(choices)}."
-    )
+    if near:
+        return f" Did you mean {' or '.join(f'--{match}' for match in near)}?"
+    if command.config != "none" and (advice := habits.advice(name)):
+        return advice
+    field = f" A field of the config is set by --config.{name}=VALUE." if "." in name else ""
+    return f" It has --{', --'.join([*known, 'help'])}.{field}"
 
 
 def _value(flag: Flag, raw: dict[str, str], command: Command) -> Any:
@@ -279,6 +282,8 @@ def _positional_values(command: Command, bare: list[str]) -> dict[str, Any]:
             is_flag = command.config == "none" or name == "config" or any(flag.name == name for flag in command.flags)
             is_field = not is_flag and not name.startswith(("config.", "config["))
             fix = f"; did you mean --{'config.' if is_field else ''}{bare[0]}?"
+        elif os.path.exists(bare[0]):
+            fix = "; quote a pattern, so that the shell does not replace it by the files that match"
         raise UserError(f"{' '.join(bare)}: not understood; {command.name} takes flags of the form --NAME=VALUE{fix}")
     return values
 

@@ -61,7 +61,8 @@ def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent} either; the current one is {Path.cwd()})"
     files = sorted(file.name for file in path.parent.glob("*.py") if not file.name.startswith("_"))
-    near = difflib.get_close_matches(path.name, files) or files
+    near = [name for name in files if name.startswith(path.stem)]
+    near = near or difflib.get_close_matches(path.name, files) or files
     return (
         f"; near it: {', '.join(str(path.parent / file) for file in near)}"
         if near

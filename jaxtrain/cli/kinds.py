@@ -7,6 +7,7 @@ is "package.module:Class". Checkpoints of version 0.1 name classes by module pat
 import dataclasses
 import importlib
 import sys
+from collections.abc import Callable, Mapping
 
 from jaxtrain.errors import UserError
 
@@ -118,3 +119,38 @@ def class_of(kind: str) -> type:
     if not (is_foreign and isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise UserError(f"the checkpoint names {kind}, which this version of jaxtrain does not know")
     return found
+
+
+def choices(current: object, accepts: Callable[[type], bool]) -> dict[str, type]:
+    """The built-ins that can stand in a field, by class name.
+
+    Args:
+        current: The field's value. Protocols of a single method fit too many classes, so a built-in is replaced by one
+            of its own package only.
+        accepts: Whether the field takes instances of a class.
+    """
+    package = type(current).__module__.rpartition(".")[0] if kind_of(type(current)) in BUILT_IN else ""
+    classes = [class_of(kind) for kind, place in BUILT_IN.items() if place.startswith(package)]
+    return {cls.__name__: cls for cls in classes if accepts(cls)}
+
+
+def chosen(text: str, known: Mapping[str, type]) -> type | None:
+    """The class that a command line names: "Muon", "muon", or one from outside the package, "package.module:Class".
+
+    Args:
+        text: The name.
+        known: The built-ins to choose from, by class name.
+
+    Returns:
+        The class, or None if the text names none.
+    """
+    wanted = text.lower()
+    found = [cls for name, cls in known.items() if wanted in (name.lower(), kind_of(cls))]
+    module, colon, _ = text.partition(":")
+    if found or not colon or "/" in text:
+        return found[0] if found else None
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return None
+    return class_of(text)

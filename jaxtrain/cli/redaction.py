@@ -4,6 +4,7 @@ Redaction is only for output. It is lossy (many tokens become "hf_..."), so its 
 or be compared. Records use `without_secrets`, which changes only URLs.
 """
 
+import base64
 import logging
 import os
 import re
@@ -58,7 +59,17 @@ def redact(text: str) -> str:
     # Clients also log a request's target without its host: "/x.parquet?X-Amz-Signature=...".
     text = re.sub(r"([?&])([\w%-]+)=[^\s&'\"]+", _without_value, text)
     text = re.sub(r"\b(hf_(?=[A-Za-z0-9]{12})|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
-    return re.sub(r"(?i)\b(bearer|basic)\s+\S+", r"\1 ...", text)
+    text = re.sub(r"(?i)\b(bearer)\s+\S+", r"\1 ...", text)
+    return re.sub(r"(?i)\b(basic)\s+(\S+)", _without_credentials, text)
+
+
+def _without_credentials(basic: re.Match[str]) -> str:
+    """HTTP's "Basic" is followed by user:password in base64; in other texts it is a word ("Basic Patterns")."""
+    try:
+        hidden = b":" in base64.b64decode(basic[2] + "==")
+    except ValueError:
+        hidden = False
+    return f"{basic[1]} ..." if hidden else basic[0]
 
 
 def _without_value(parameter: re.Match[str]) -> str:

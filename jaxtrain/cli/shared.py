@@ -74,6 +74,11 @@ def write_json(path: str, result: Any) -> None:
         raise UserError(f"--json={path} cannot be written: {error}") from error
 
 
+def size(count: float) -> str:
+    """Bytes for people, in units of 1e9 or, below 10^8, of 1e6: "1.20 GB", "3.1 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 or not count else f"{count / 1e6:.3g} MB"
+
+
 def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of cells as aligned columns, indented by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,13 +1,15 @@
 """Overrides and checks of a config tree: dataclasses, tuples and dicts of plain values."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxtrain.cli import typed
+from jaxtrain.cli import habits, kinds, typed
 from jaxtrain.errors import UserError
 
 _FORM = re.compile(r"--config((?:\.[^.\[\]]+|\[[^\[\]]+\])+)", re.DOTALL)
@@ -26,12 +28,14 @@ class Change:
 def parse_overrides(flags: Sequence[str]) -> list[Change]:
     """Parses `--config.a.b=value` strings without looking up fields.
 
-    `stages[0]` and `stages.0` are the same; a key with dots goes in brackets: `sources[my.source]`.
+    `stages[0]` and `stages.0` are the same; a key with dots goes in brackets: `sources[my.source]`. Of several
+    overrides of one field, the last counts.
 
     Raises:
-        UserError: A string has another form, or two overrides contradict each other.
+        UserError: A string has another form, or a field comes before the group that another override replaces.
     """
-    changes: list[Change] = []
+    changes: dict[tuple[str, ...], Change] = {}
+    previous = None
     for flag in flags:
         target, equals, text = flag.partition("=")
         form = _FORM.fullmatch(target)
@@ -39,26 +43,39 @@ def parse_overrides(flags: Sequence[str]) -> list[Change]:
             raise UserError(f"{flag}: an override is written --config.FIELD=VALUE, with the value after '='")
         keys = tuple(dotted or bracketed.strip("'\"") for dotted, bracketed in _KEY.findall(form[1]))
         change = Change(flag=flag, keys=keys, text=text)
+        if previous is not None and previous.keys == keys and _are_files(previous.text, text):
+            raise UserError(
+                f"{previous.flag} and {flag}: quote the value if the shell expanded its braces, or keep one of them"
+            )
         for other in changes:
-            shared = min(len(keys), len(other.keys))
-            if keys[:shared] == other.keys[:shared] and (keys, text) != (other.keys, other.text):
-                raise UserError(f"{other.flag} and {flag} contradict each other; keep one of them")
-        changes.append(change)
-    return changes
+            if len(other) > len(keys) and other[: len(keys)] == keys:
+                raise UserError(f"{flag} replaces what {changes[other].flag} changes: give it first, or leave it out")
+        changes.pop(keys, None)
+        changes[keys] = previous = change
+    return list(changes.values())
+
+
+def _are_files(a: str, b: str) -> bool:
+    """Whether two values of one field are two files, as the shell makes them of a pattern with braces."""
+    endings = [re.search(r"\.[a-z]\w*$", text) for text in (a, b)]
+    return a != b and all(endings) and endings[0][0] == endings[1][0]  # type: ignore[index]
 
 
 def override(config: Any, flags: Sequence[str]) -> Any:
     """A copy of the config with `--config.a.b=value` strings applied, typed by the annotations.
 
-    New objects are created along each path: a dataclass used in two places changes in only one of them.
+    New objects are created along each path: a dataclass used in two places changes in only one of them. Where a
+    dataclass is wanted, the value names its class: `--config.optimizer=Muon`, `--config.data.sources.code=TextFiles`,
+    `--config.data.sources.web.transforms[0]=MinLength`. Its fields can be set by further overrides.
 
     Raises:
         UserError: A field is unknown (the message has the nearest names) or a value is wrong (it has the expected
             type).
     """
-    root = config
-    for change in parse_overrides(flags):
-        config = _changed(config, type(config), change, "config", 0, root)
+    changes = parse_overrides(flags)
+    for change in changes:
+        given = {other.keys[-1]: other for other in changes if other.keys[:-1] == change.keys}
+        config = _changed(config, type(config), change, "config", 0, config, given)
     return config
 
 
@@ -111,21 +128,25 @@ def join(path: str, parent: Any, key: str) -> str:
     return f"{path}[{key}]" if isinstance(parent, tuple) or re.search(r"[.\[\]=\s]", key) else f"{path}.{key}"
 
 
-def _changed(value: Any, hint: Any, change: Change, path: str, depth: int, root: Any) -> Any:
-    """The value with the change applied at `change.keys[depth:]` below it."""
+def _changed(
+    value: Any, hint: Any, change: Change, path: str, depth: int, root: Any, given: Mapping[str, Change]
+) -> Any:
+    """The value with the change applied at `change.keys[depth:]` below it. given: overrides of the fields below it."""
     if depth == len(change.keys):
-        return _parsed(value, hint, change)
+        return _parsed(value, hint, change, given)
     key = change.keys[depth]
     if value is None:
         value = _default(hint, change, path)
     below = typed.entries(value, hint)
     if key not in below:
-        scalar = isinstance(value, dict) and typed.example(typed.entry_hint(_dict_hint(hint)))
-        if not scalar or depth + 1 < len(change.keys):
+        added = typed.entry_hint(_dict_hint(hint)) if isinstance(value, dict) else None
+        if isinstance(value, tuple) and key == str(len(value)):
+            added = typed.element_hint(hint)
+        if added is None or depth + 1 < len(change.keys):
             raise _unknown(value, change, path, key, root)
-        below[key] = (None, typed.entry_hint(_dict_hint(hint)))
+        below[key] = (None, added)
     child, child_hint = below[key]
-    child = _changed(child, child_hint, change, join(path, value, key), depth + 1, root)
+    child = _changed(child, child_hint, change, join(path, value, key), depth + 1, root, given)
     if isinstance(value, tuple):
         return (*value[: int(key)], child, *value[int(key) + 1 :])
     return {**value, key: child} if isinstance(value, dict) else dataclasses.replace(value, **{key: child})
@@ -135,27 +156,64 @@ def _dict_hint(hint: Any) -> Any:
     return next((option for option in typed.options(hint) if typed.fits({}, option)), Any)
 
 
-def _parsed(value: Any, hint: Any, change: Change) -> Any:
+def _parsed(value: Any, hint: Any, change: Change, given: Mapping[str, Change]) -> Any:
     if hint is Any and value is not None and not typed.is_group(value):
         hint = type(value)
-    try:
+    with contextlib.suppress(ValueError):
         return typed.parse(change.text, hint)
-    except ValueError:
-        target = change.flag.partition("=")[0]
-        if typed.is_group(value):
-            keys = ", ".join(typed.entries(value, hint))
-            below = next(leaves(value, hint, target), (target, hint, None))
-            usage = f"for example {below[0]}={typed.example(below[1])}"
-            raise UserError(
-                f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, {usage} ({keys})"
-            ) from None
-        example = typed.example(hint)
-        fix = f", for example {target}={example}" if example else "; set it in the config file"
-        raise UserError(f"{change.flag}: wants {typed.name(hint)}{fix}") from None
+    target = change.flag.partition("=")[0]
+    known = {} if hint is Any else kinds.choices(value, lambda cls: typed.class_fits(cls, hint))
+    cls = kinds.chosen(change.text, known)
+    if cls is not None and typed.class_fits(cls, hint):
+        return _made(cls, value, change, given)
+    usage = f"; or choose {' or '.join(known)}" if known else ""
+    if typed.is_group(value):
+        keys = ", ".join(typed.entries(value, hint))
+        below = next(leaves(value, hint, target), (target, hint, None))
+        raise UserError(
+            f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, for example "
+            f"{below[0]}={typed.example(below[1])} ({keys}){usage}"
+        )
+    example = typed.example(hint)
+    fix = f", for example {target}={example}" if example else usage or "; set it in the config file"
+    raise UserError(f"{change.flag}: wants {typed.name(hint)}{fix}")
+
+
+def _made(cls: type, value: Any, change: Change, given: Mapping[str, Change]) -> Any:
+    """An instance of a class that an override names.
+
+    It keeps what the config sets in the value that it replaces: fields of the same name with another value than their
+    default. Fields without a default come from the overrides below it.
+    """
+    fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
+    kept = {field.name: getattr(value, field.name) for field in _set_fields(value)}
+    settings = {
+        field.name: kept[field.name]
+        for field in fields
+        if field.name in kept and typed.fits(kept[field.name], hints[field.name])
+    }
+    for field in fields:
+        if not _has_default(field) and field.name not in settings:
+            target = change.flag.partition("=")[0]
+            if field.name not in given:
+                wanted = typed.example(hints[field.name]) or "VALUE"
+                raise UserError(f"{change.flag}: a {cls.__name__} needs --{target[2:]}.{field.name}={wanted} too")
+            settings[field.name] = _parsed(None, hints[field.name], given[field.name], {})
+    return cls(**settings)
+
+
+def _set_fields(value: Any) -> Iterator[dataclasses.Field]:
+    """The fields of a dataclass whose values are not their defaults."""
+    for field in dataclasses.fields(value) if typed.is_config(value) else ():
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if getattr(value, field.name) != made:
+            yield field
 
 
 def _default(hint: Any, change: Change, path: str) -> Any:
     """Overriding a field of an optional group that is None turns the group on, if all its fields have defaults."""
+    if any(typing.get_origin(option) is dict for option in typed.options(hint)):
+        return {}
     classes = [option for option in typed.options(hint) if dataclasses.is_dataclass(option)]
     if len(classes) == 1 and isinstance(classes[0], type):
         required = [field.name for field in dataclasses.fields(classes[0]) if not _has_default(field)]
@@ -182,7 +240,7 @@ def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> User
         last = {leaf: re.split(r"[.\[]", leaf)[-1] for leaf in paths}
         close = difflib.get_close_matches(key, set(last.values()), n=1, cutoff=0.8)
         near = [leaf for leaf in paths if last[leaf] in close][:3]
-    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else ""
+    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else habits.advice(key)
     noun = "field" if typed.is_config(value) else "entry"
     return UserError(f"{change.flag}: {path} has no {noun} {key!r}.{hint} A{_kind(value)[1:]} has: {', '.join(below)}.")
 

@@ -76,6 +76,12 @@ def entry_hint(hint: Any) -> Any:
     return (typing.get_args(hint) or (str, Any))[1]
 
 
+def element_hint(hint: Any) -> Any:
+    """The annotation of the elements of a tuple of any length; None for other annotations."""
+    arguments = [typing.get_args(option) for option in options(hint) if typing.get_origin(option) is tuple]
+    return next((found[0] for found in arguments if found[-1] is ...), None)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether the value's own type is right, ignoring its elements, entries and fields.
 
@@ -108,6 +114,14 @@ def fits(value: Any, hint: Any) -> bool:
     return is_config(value) and isinstance(value, origin)
 
 
+def class_fits(cls: type, hint: Any) -> bool:
+    """Whether instances of a dataclass fit the annotation, whatever their fields hold."""
+    blank = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(blank, field.name, None)
+    return fits(blank, hint)
+
+
 def missing_members(value: Any, protocol: type) -> list[str]:
     """Attributes and methods of the protocol that the value lacks."""
     members: set[str] = set()
@@ -115,7 +129,8 @@ def missing_members(value: Any, protocol: type) -> list[str]:
         if Protocol in base.__bases__:
             members |= inspect.get_annotations(base).keys() | vars(base).keys()
     public = (member for member in members if not member.startswith("_") or member == "__call__")
-    return sorted(member for member in public if not hasattr(value, member))
+    # The class first: a property is not evaluated.
+    return sorted(member for member in public if not (hasattr(type(value), member) or hasattr(value, member)))
 
 
 def parse(text: str, hint: Any) -> Any:

@@ -50,7 +50,7 @@ class SourceLane:
         _, _, _, token, _, seen, documents, tokens, unique, _, cut, padding, ahead, taken = state.tolist()
         start = position_of(state)
         # The last window of a unit may hold only a few rows, too few to hide the latency of opening the next unit.
-        half = -(-reader.options.shuffle_window // 2)
+        half = -(-reader.window // 2)
         windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
         nothing = functools.partial(reader.refuse, lane)
         records = rows.records.get(reader.name)

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from jaxtrain import cli
 from jaxtrain.data import pipeline, units
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes
@@ -184,7 +185,7 @@ def _choose(config: SourceConfig, source: Source, cache: DiskCache | None) -> tu
     if size is None:
         return "stream", "no token store, and its size is not known"
     comparison = "no more" if size <= min(SMALL_BYTES, cache.limit) else "more"
-    why = f"no token store, and it has {size / 1e9:.2f} GB, {comparison} than {SMALL_BYTES / 1e9:g} or the disk cache"
+    why = f"no token store, and it has {cli.size(size)}, {comparison} than {SMALL_BYTES / 1e9:g} or the disk cache"
     return ("download" if comparison == "no more" else "stream"), why
 
 
@@ -260,11 +261,10 @@ def _fetch(name: str, files: Sequence[CachedBytes], room: int, deadline: float, 
                 taken += size
         if taken < sum(sizes):
             logger.warning(
-                "Source %s has %.2f GB, and data.max_disk_gb leaves room for %.2f: the rest is fetched every time "
-                "it is read.",
+                "Source %s has %s, and data.max_disk_gb leaves room for %s: the rest is fetched every time it is read.",
                 name,
-                sum(sizes) / 1e9,
-                taken / 1e9,
+                cli.size(sum(sizes)),
+                cli.size(taken),
             )
         with tqdm(total=taken, desc=f"Downloading {name}", unit="B", unit_scale=True, disable=None) as bar:
 

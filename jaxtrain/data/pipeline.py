@@ -71,7 +71,8 @@ class DataConfig:
         max_disk_gb: The most that the disk cache may hold (1e9 bytes), for downloads and tar shards. None: 35. 0: no
             cache; files are read in ranges from where they are.
         shuffle: Permute units each epoch and rows within windows. False keeps the files' order.
-        shuffle_window: Rows that are permuted together.
+        shuffle_window: Rows that are permuted together. None: 512, or fewer in a source that is too small for its
+            lanes.
         holdout: Fraction of the documents, in [0, 1), held out of training for evaluation.
         document_mask: Attention does not cross documents, and a document's last token has no loss.
         add_bos: Begin each document with the tokenizer's beginning-of-document token.
@@ -90,7 +91,7 @@ class DataConfig:
     ram_cache_gb: float = 0.0
     max_disk_gb: float | None = None
     shuffle: bool = True
-    shuffle_window: int = 512
+    shuffle_window: int | None = None
     holdout: float = 0.0
     document_mask: bool = True
     add_bos: bool = False

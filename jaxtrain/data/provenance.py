@@ -63,7 +63,7 @@ class Measurement:
         documents: Documents begun.
         tokens: Unique tokens read.
         first_batch_seconds: Seconds until the first batch.
-        tokens_per_second: Throughput after the first batch; with a single batch, overall.
+        tokens_per_second: Throughput after the first batch; overall if the data or the stage has a single one.
         documents_per_second: Likewise.
         sources: Each source's totals, as `ledger.by_source` returns them.
     """
@@ -150,7 +150,9 @@ class StreamInspector:
         )
 
     def measure(self, documents: int, last_step: int | None) -> Measurement:
-        """Reads until `documents` documents have begun, `last_step` is reached, or the data ends; at least one batch.
+        """Reads until `documents` documents have begun, `last_step` is reached, or the data ends.
+
+        It reads two batches at least, if there are two: the first one waits for sources to open.
 
         Args:
             documents: Documents to read.
@@ -165,7 +167,7 @@ class StreamInspector:
         first_batch = batch
         first, start = time.perf_counter(), self._totals(batch)
         now, steps = start, 1
-        while now["documents"] < documents and not self.ended and self._step != last_step:
+        while (steps < 2 or now["documents"] < documents) and not self.ended and self._step != last_step:
             batch, steps = self.next(), steps + 1
             now = self._totals(batch)
         ended = time.perf_counter()

@@ -1,9 +1,10 @@
 """From addresses to text: the windows of one lane's share of a source, shuffled, filtered, in order, from any cursor.
 
-A window is `shuffle_window` consecutive rows of a unit (the last one of a unit may be shorter); its rows are permuted
-by a key, so nothing about the shuffle needs to be saved.
+A window is `SourceReader.window` consecutive rows of a unit (the last one of a unit may be shorter); its rows are
+permuted by a key, so nothing about the shuffle needs to be saved.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,19 +25,22 @@ from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Transform, ve
 from jaxtrain.plan import stable_hash
 
 _FOOTER_READERS = 32
+_WINDOW = 512  # rows, unless the source is small
+_COUNTED_BYTES = 32_000_000  # files that are read once to count their rows: about a second
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
     """What decides, besides the source, which documents are read in which order. Part of the identity.
 
+    shuffle_window: None lets the reader choose, see SourceReader.window.
     held_out: Read the held-out documents (evaluation) instead of the others (training).
     """
 
     seed: int
     num_lanes: int
     shuffle: bool
-    shuffle_window: int
+    shuffle_window: int | None
     holdout: float
     held_out: bool = False
 
@@ -76,6 +80,10 @@ class SourceReader:
     """One source as the lanes of this host read it: partitioned into units, shuffled, filtered, window by window.
 
     Thread-safe. `register` all lanes, then iterate over `windows(lane, start, epochs)` of each.
+
+    Attributes:
+        window: Rows that are permuted together.
+        most_rows: Rows of an epoch at most, with those that filters drop; None if only reading shows.
     """
 
     def __init__(
@@ -108,13 +116,20 @@ class SourceReader:
         self._transforms = config.transforms
         self._retry_seconds = retry_seconds
         self.partition = units.partition(source, options.num_lanes, config.max_samples, self._row_groups)
-        self._shared: SharedFileReader | None = None
-        if self.partition.shared:
-            self._shared = SharedFileReader(self._open, options.shuffle_window, options.num_lanes, scratch)
         if not self.partition.units:
             raise UserError(f"source {name!r} has no rows. Check its name, split and files.")
         if all(self._end(unit.file) <= unit.first for unit in self.partition.units):
             raise UserError(f"source {name!r}: all of its rows are in corrupt files that are skipped.")
+        self._chooses_window = options.shuffle_window is None
+        counts = self._counts() if self._chooses_window else [unit.rows for unit in self.partition.units]
+        self._row_counts: list[int | None] = counts
+        total = None if None in counts else sum(count or 0 for count in counts)
+        limit = self.partition.limit
+        self.most_rows = limit if total is None else total if limit is None else min(total, limit)
+        self.window = options.shuffle_window or self._choose_window(self.partition, counts, options.num_lanes)
+        self._shared: SharedFileReader | None = None
+        if self.partition.shared:
+            self._shared = SharedFileReader(self._open, self.window, options.num_lanes, scratch)
 
     @property
     def identity(self) -> Json:
@@ -126,6 +141,7 @@ class SourceReader:
             "max_samples": self._max_samples,
             "transforms": transforms,
             "skips": self.skipped,
+            **({"shuffle_window": self.window} if self._chooses_window else {}),
         }
 
     @property
@@ -136,6 +152,8 @@ class SourceReader:
             if self.partition.shared
             else f"{len(self.partition.units):,} units divided among the lanes"
         )
+        if self._chooses_window and self.window != _WINDOW:
+            cut += f" in windows of {self.window} rows"
         return f"{self.name}: {len(self.source.files):,} files, {cut}"
 
     @property
@@ -157,7 +175,7 @@ class SourceReader:
     def _want(self, lane: int, start: Position) -> Want:
         assert self._shared is not None
         # A cursor is in one of the lane's own windows, or at a unit's start, before the lane's first window.
-        window = self._own_window(lane, start.unit, start.row // self.options.shuffle_window)
+        window = self._own_window(lane, start.unit, start.row // self.window)
         return Want((start.epoch, start.unit), window)
 
     def _own_window(self, lane: int, unit: int, window: int) -> int:
@@ -183,31 +201,99 @@ class SourceReader:
                 return
             start = Position(start.epoch + 1, 0, 0)
 
+    def check_lanes(self) -> None:
+        """Raises UserError if row counts show that a lane gets no document in the first epoch, without reading any."""
+        idle = self._idle_lane(self.partition, self._row_counts, self.options.num_lanes, self.window)
+        if idle is not None:
+            self.refuse(idle)
+
     def refuse(self, lane: int) -> None:
         """For a lane without a document in the first epoch: raises UserError, unless it reads held-out documents."""
         if not self.options.held_out:
             raise UserError(self._nothing(lane))
 
     def _nothing(self, lane: int) -> str:
-        options = self.options
+        options, shared = self.options, self.partition.shared
+        dealt = f"windows of {self.window} rows" if shared else f"{len(self.partition.units)} units"
+        counts: list[int | None] = [unit.rows for unit in self.partition.units]
         if self._shared is not None:
-            # A file with a window for each lane gives every lane one, in any order of files.
-            longest = max(self._rows(number, unit) for number, unit in enumerate(self.partition.units))
-            pieces, works = f"windows of {options.shuffle_window} rows", -(-longest // options.shuffle_window)
-        else:
-            pieces, works = f"{len(self.partition.units)} units", len(self.partition.units)
-        filtered = options.holdout or self._transforms
-        works = max(min(works, options.num_lanes - 1) // (2 if filtered or self._shared is None else 1), 1)
+            counts = [self._rows(number, unit) for number, unit in enumerate(self.partition.units)]
+        # What transforms drop shows only in reading: give each lane twice as much.
+        drops = 2 if self._transforms else 1
+        fixes = [f"data.num_lanes={lanes}" for lanes in self._lanes_that_work(counts, drops)]
+        if shared and not self._chooses_window:
+            smaller = self._choose_window(self.partition, counts, options.num_lanes)
+            if smaller < self.window and self._idle_lane(self.partition, counts, options.num_lanes, smaller) is None:
+                fixes.append("data.shuffle_window=none")
+        fix = f"Set {' or '.join(fixes)}, or use" if fixes else "Use"
         return (
             f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
-            f"epoch ({pieces} are divided among the lanes, and filters and holdout={options.holdout} may drop "
-            f"documents). Set data.num_lanes to {works} or less, lower data.shuffle_window, or use a larger source."
+            f"epoch ({dealt} are divided among the lanes, and filters and holdout={options.holdout} may drop "
+            f"documents). {fix} a larger source."
         )
+
+    def _lanes_that_work(self, counts: Sequence[int | None], drops: int) -> list[int]:
+        """The most lanes, of those that divide every batch as the present number does, that all get a document."""
+        now = self.options.num_lanes
+        for lanes in (number for number in range(now - 1, 0, -1) if now % number == 0):
+            cut = units.partition(self.source, lanes, self._max_samples, self._row_groups)
+            found = counts if cut.shared == self.partition.shared else [unit.rows for unit in cut.units]
+            window = self._choose_window(cut, found, lanes) if self._chooses_window else self.window
+            if self._idle_lane(cut, found, lanes, window) is None:
+                return [max(lanes // drops, 1)]
+        return []
+
+    def _counts(self) -> list[int | None]:
+        """Rows of each unit. Small shared files without footers are counted by reading them; None for others."""
+        cut, sizes = self.partition, getattr(self.source, "file_bytes", None)
+        if cut.shared and cut.units[0].rows is None and sizes and sum(sizes) <= _COUNTED_BYTES:
+            with contextlib.suppress(CorruptError):
+                return [self._count(unit.file) for unit in cut.units]
+        return [unit.rows for unit in cut.units]
+
+    def _count(self, file: int) -> int:
+        """Rows of a whole file, also of what is skipped: a window that is chosen by them never changes."""
+        open_at = functools.partial(self.source.open, file)
+        blocks = retry.retrying(open_at, 0, what=self._what(file), deadline=self._retry_seconds)
+        return sum(len(block["text"]) for block in blocks)
+
+    def _choose_window(self, cut: units.Partition, counts: Sequence[int | None], num_lanes: int) -> int:
+        """_WINDOW rows; of a source too small for that, a quarter of a lane's share of the rows.
+
+        Version 0.1 always took _WINDOW: what ran there is read in the same order.
+        """
+        rows = cut.limit if None in counts else sum(count or 0 for count in counts)
+        if not cut.shared or rows is None:
+            return _WINDOW
+        rows = min(rows, cut.limit or rows)
+        if None in counts:
+            # At most max_samples rows: too few for any cut into that many files?
+            is_small = len(cut.units) + rows // _WINDOW < num_lanes
+        else:
+            is_small = self._idle_lane(cut, counts, num_lanes, _WINDOW) is not None
+        return 1 << max(rows // (4 * num_lanes), 1).bit_length() - 1 if is_small else _WINDOW
+
+    def _idle_lane(self, cut: units.Partition, counts: Sequence[int | None], num_lanes: int, window: int) -> int | None:
+        """See units.idle_lane; in the first epoch, without skips, which may come to a run that has long begun."""
+        options = self.options
+
+        def keeps(unit: int, row: int, count: int) -> bool:
+            name = self.source.files[cut.units[unit].file]
+            first = cut.units[unit].first + row
+            for start in range(first, first + count, _WINDOW):
+                rows = np.arange(start, min(start + _WINDOW, first + count))
+                if not (options.holdout and stable_hash.is_held_out(self.name, name, rows, options.holdout).all()):
+                    return True
+            return False
+
+        shuffle = options.shuffle and cut.limit is None
+        order = _cached_order(len(cut.units), options.seed, self.name, 0, shuffle)
+        return units.idle_lane(cut, counts, order.tolist(), num_lanes, window, keeps)
 
     def _rows(self, number: int, unit: units.Unit) -> int:
         """Rows of a shared file, counted up to one window per lane."""
         assert self._shared is not None
-        enough = self.options.num_lanes * self.options.shuffle_window
+        enough = self.options.num_lanes * self.window
         return unit.rows if unit.rows is not None else self._shared.rows((0, number), unit.file, enough)
 
     def _epoch(self, lane: int, start: Position) -> Iterator[Window]:
@@ -217,7 +303,7 @@ class SourceReader:
         order = _cached_order(len(self.partition.units), self.options.seed, self.name, start.epoch, shuffle)
         if self._shared is None:
             order = units.share(order, lane, self.options.num_lanes)
-        base, size = start.base, self.options.shuffle_window
+        base, size = start.base, self.window
         for position in range(start.unit, len(order)):
             unit = self.partition.units[order[position]]
             first = start.row // size if position == start.unit else 0
@@ -286,19 +372,19 @@ class SourceReader:
 
     def _unit_windows(self, unit: units.Unit, window: int) -> Iterator[tuple[int, Block]]:
         """The unit's windows from number `window` on."""
-        first = window * self.options.shuffle_window
+        first = window * self.window
         left = None if unit.rows is None else unit.rows - first
         if left is None or left > 0:
             stop = None if left is None else unit.first + first + left
             blocks = self._open(unit.file, unit.first + first, stop)
-            yield from enumerate(regroup(blocks, self.options.shuffle_window, left), window)
+            yield from enumerate(regroup(blocks, self.window, left), window)
 
     def _shared_windows(
         self, lane: int, file: tuple[int, int], unit: units.Unit, window: int, base: int
     ) -> Iterator[tuple[int, Block]]:
         """The lane's windows of a file, from number `window` on. file: (epoch, position in its order)."""
         assert self._shared is not None
-        size, lanes = self.options.shuffle_window, self.options.num_lanes
+        size, lanes = self.window, self.options.num_lanes
         limit = unit.rows if self.partition.limit is None else self.partition.limit - base
         window = self._own_window(lane, file[1], window)
         while limit is None or window * size < limit:
@@ -337,7 +423,7 @@ class SourceReader:
 
     def _planned(self, start: Position, unit: units.Unit) -> int:
         """Rows of a window, including skipped ones: the others keep their order, so that cursors stay valid."""
-        planned = self.options.shuffle_window
+        planned = self.window
         if unit.rows is not None:
             planned = min(planned, unit.rows - start.row)
         if self.partition.limit is not None:

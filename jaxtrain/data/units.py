@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -93,6 +93,41 @@ def groups_within(
         if not left:
             break
     return groups
+
+
+def idle_lane(
+    cut: Partition,
+    rows: Sequence[int | None],
+    order: Iterable[int],
+    num_lanes: int,
+    window: int,
+    keeps: Callable[[int, int, int], bool],
+) -> int | None:
+    """The first lane that gets no document in an epoch; None if every lane has one, or if only reading shows it.
+
+    Args:
+        cut: The partition.
+        rows: Rows of each unit; None if unknown.
+        order: The epoch's order of the units.
+        num_lanes: The number of lanes.
+        window: Rows that are permuted together; shared files are dealt out by it.
+        keeps: (unit, row in the unit, count) → whether the holdout leaves one of these rows.
+    """
+    idle, left = set(range(num_lanes)), cut.limit
+    for position, unit in enumerate(order):
+        count = rows[unit]
+        if count is None:
+            return None
+        if left is not None:
+            count, left = min(count, left), left - min(count, left)
+        first, size = (position * interleave_step(num_lanes), window) if cut.shared else (position, count or 1)
+        for number in range(-(-count // size)):
+            lane = (first + number) % num_lanes
+            if lane in idle and keeps(unit, number * size, min(size, count - number * size)):
+                idle.remove(lane)
+            if not idle:
+                return None
+    return min(idle)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

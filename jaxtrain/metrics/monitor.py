@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+from etils import epath
 
+from jaxtrain import cli
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.watchdog import Watchdog
 from jaxtrain.metrics.writers import Console, JsonLines, Mirror, TensorBoard, Tracker, Writer, finite, log_file
 
-SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "stage change")
+SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "samples", "stage change")
 
 logger = logging.getLogger("jaxtrain")
 
@@ -212,7 +214,7 @@ class Monitor:
         if config.tensorboard:
             self._writers.append(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
         for tracker in config.trackers:
-            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config))
+            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config, lines.last_step))
 
     def __enter__(self) -> "Monitor":
         return self
@@ -291,12 +293,23 @@ class Monitor:
         self._console.advance(at.tokens_after, loss)
         logger.info(console_line(at, values, self._run))
 
-    def log_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a separate line with `eval_loss` (nats per token), `eval_bits_per_byte` and others."""
+    def log_eval(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a separate line: `eval_loss` (nats per token), `eval_bits_per_byte`, maybe `eval_by_source`."""
         if jax.process_index() != 0:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
-        logger.info("Step %d: %s", step, ", ".join(f"{name}={value:.4f}" for name, value in values.items()))
+        by_source = values.get("eval_by_source", {})
+        shown = [f"{name}={value:.4f}" for name, value in values.items() if name != "eval_by_source"]
+        shown += [f"{name}={found['loss']:.4f}" for name, found in by_source.items() if found["loss"] is not None]
+        logger.info("Step %d: %s", step, ", ".join(shown))
+
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes a separate line with `samples`, the continuation of each prompt."""
+        if jax.process_index() != 0:
+            return
+        self._write(step, {"samples": dict(texts), "time": self._seconds_before + self._goodput.elapsed()})
+        for prompt, text in texts.items():
+            logger.info("Sample: %s%s", prompt, text)
 
     def _write(self, step: int, values: Json) -> None:
         for writer in self._writers:
@@ -307,6 +320,12 @@ class Monitor:
                     f"the metrics of step {step} cannot be written to {self._folder}: {error}. Free some space and "
                     "run the same command again: it resumes from the newest checkpoint."
                 ) from error
+
+    def attach(self, path: epath.Path) -> None:
+        """Adds a file of a local work directory to the run in the trackers."""
+        for writer in self._writers:
+            if isinstance(writer, Tracker) and "://" not in str(path):
+                writer.attach(path)
 
     def message(self, text: str) -> None:
         """Prints a line and writes it to log.txt, on process 0."""
@@ -339,10 +358,12 @@ def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
     done = f"{at.tokens_after:,} tokens"
     if run.total_tokens is not None:
         done = f"{at.tokens_after:,}/{run.total_tokens:,} tokens, {100 * at.tokens_after / run.total_tokens:.1f}%"
+    cache = values.get("disk_cache_gb")
+    used = "" if cache is None else f" | Cache={cli.size(1e9 * cache)}"
     return (
         f"Step {at.step}: Loss={values['loss']:.4f}, PPL={values['perplexity']:.2f}, "
         f"Tokens/sec={values['tokens_per_sec']:.0f}, LR={values['learning_rate']:.2e} "
-        f"| Stage {at.stage}/{run.num_stages} ({done})"
+        f"| Stage {at.stage}/{run.num_stages} ({done}){used}"
     )
 
 

@@ -21,6 +21,7 @@ import tqdm
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.summary import text as text_summary
 
 from jaxtrain.checkpoint.workdir import Workdir, write_atomically
 from jaxtrain.cli.redaction import redact
@@ -31,6 +32,12 @@ _UPLOAD_SECONDS = 60.0
 # protobuf creates its classes at run time, so type checkers do not see them.
 _EVENT: Any = event_pb2
 _SUMMARY: Any = summary_pb2
+
+# TensorBoard groups charts by what comes before a slash. The group of all others, a model's own too, is "train".
+_GROUPS = {
+    "speed": ("tokens_per_sec", "mfu", "data_wait", "goodput", "time", "memory_gb", "disk_cache_gb"),
+    "data": ("tokens", "stage", "seq_len", "batch_size"),
+}
 
 logger = logging.getLogger("jaxtrain")
 
@@ -55,11 +62,12 @@ class JsonLines:
 
     Attributes:
         seconds: Time the run has taken so far, including lost steps.
+        last_step: The last step of the lines found, including lost steps.
     """
 
     def __init__(self, path: epath.Path, start_step: int):
         """Removes lines of later steps, and lines left unreadable by a kill or a damaged disk."""
-        self.seconds = 0.0
+        self.seconds, self.last_step = 0.0, 0
         kept, dropped = [], 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for line in lines:
@@ -69,7 +77,7 @@ class JsonLines:
             except (ValueError, OverflowError, TypeError, LookupError, AttributeError):
                 dropped += 1
                 continue
-            self.seconds = max(self.seconds, seconds)
+            self.seconds, self.last_step = max(self.seconds, seconds), max(self.last_step, step)
             if step <= start_step:
                 kept.append(line.removesuffix(b"\n") + b"\n")
         if dropped:
@@ -87,7 +95,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files with the scalars; nested ones are named like `sources/web/tokens`."""
+    """TensorBoard event files: scalars in groups (`train/loss`, `sources/web/tokens`), and samples as texts."""
 
     def __init__(self, folder: epath.Path, start_step: int):
         # Not a SummaryWriter: on a full disk its thread ends silently and its queue never drains.
@@ -98,7 +106,11 @@ class TensorBoard:
         self._events.write_event(_EVENT.Event(wall_time=time.time(), step=start_step + 1, session_log=begin))
 
     def write(self, step: int, values: Json) -> None:
-        found = [_SUMMARY.Summary.Value(tag=name, simple_value=value) for name, value in scalars(values).items()]
+        found = [_SUMMARY.Summary.Value(tag=_tag(name), simple_value=value) for name, value in scalars(values).items()]
+        for number, (prompt, text) in enumerate(values.get("samples", {}).items()):
+            # Markdown would join lines and hide what looks like markup.
+            shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
+            found += text_summary(f"samples/{number}", shown).value
         summary = _SUMMARY.Summary(value=found)
         self._events.write_event(_EVENT.Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
@@ -108,11 +120,27 @@ class TensorBoard:
             self._events.close()
 
 
+def _tag(name: str) -> str:
+    """The name of a scalar in TensorBoard."""
+    if "/" in name:
+        return name
+    group = next((group for group, names in _GROUPS.items() if name in names), "train")
+    return name.replace("eval_", "eval/") if name.startswith("eval_") else f"{group}/{name}"
+
+
 class Tracker:
     """Weights & Biases or Trackio, which both have `init`, `log` and `finish`. Their exceptions never end the run."""
 
-    def __init__(self, module: str, project: str, workdir: Workdir, config: Json):
+    def __init__(self, module: str, project: str, workdir: Workdir, config: Json, last_step: int = 0):
         """Continues the work directory's run in the tracker, if there is one.
+
+        Args:
+            module: "wandb" or "trackio".
+            project: Its project.
+            workdir: The run's work directory.
+            config: The run's config.
+            last_step: The last step that the run logged. Steps before it are trained again after a kill, bit for bit,
+                and not logged again: curves would go back.
 
         Raises:
             UserError: The package is not installed.
@@ -121,13 +149,21 @@ class Tracker:
             self._module = importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"trackers=({module!r},): the package is not installed; pip install {module}.") from error
-        self._name, self._failed = module, False
+        self._name, self._project, self._last_step, self._failed = module, project, last_step, False
         # Trackio continues a run by name, W&B by id.
         run = {"id": _wandb_id(workdir)} if module == "wandb" else {}
         self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
 
     def write(self, step: int, values: Json) -> None:
-        self._call("log", scalars(values), step=step)
+        if step >= self._last_step:
+            self._call("log", scalars(values), step=step)
+
+    def attach(self, path: epath.Path) -> None:
+        """Adds a local file to the run (W&B), or to its project under the file's path (Trackio)."""
+        if self._name == "wandb":
+            self._call("save", str(path), base_path=str(path.parent), policy="now")
+        else:
+            self._call("save", str(path), project=self._project)
 
     def close(self) -> None:
         self._call("finish")

@@ -1,5 +1,6 @@
 """Builds a plan from the config's stages and bounds."""
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
@@ -24,6 +25,7 @@ def build_plan(
     epochs: float | None,
     learning_rate: float,
     schedule: Schedule,
+    horizon: int | None = None,
     loss_weights: tuple[Schedule, Schedule] = CROSS_ENTROPY_ALONE,
 ) -> Plan:
     """Builds the plan of a run.
@@ -44,6 +46,8 @@ def build_plan(
             steps.
         learning_rate: The peak learning rate.
         schedule: (tokens, total tokens) → factor of the peak learning rate.
+        horizon: The total tokens that schedules get if only `epochs` ends the run. Until they are known, those that
+            need them give NaN.
         loss_weights: The schedules of the cross-entropy's weight and of the distillation divergence's weight.
 
     Returns:
@@ -64,17 +68,29 @@ def build_plan(
             raise UserError(f"stage {number} ({stage.name}): {error}") from None
     target = _target(stages, total_tokens, steps, epochs)
     planned = _laid_out(stages, resolved, target, steps)
+    if target is None and planned[-1].last_token is None and horizon is None:
+        schedule = _without_horizon(schedule)
+        loss_weights = (_without_horizon(loss_weights[0]), _without_horizon(loss_weights[1]))
     plan = Plan(
         planned,
         source_names=tuple(source_names),
         seed=seed,
-        horizon=planned[-1].last_token if target is None else target,
+        horizon=target or planned[-1].last_token or horizon,
         learning_rate=learning_rate,
         schedule=schedule,
         loss_weights=loss_weights,
     )
     plan.at(1)  # a schedule that does not fit the run raises now
     return plan
+
+
+def _without_horizon(schedule: Schedule) -> Schedule:
+    """The schedule, or NaN if it needs to know where the run ends."""
+    try:
+        schedule(0, None)
+    except UserError:
+        return lambda tokens, total: math.nan
+    return schedule
 
 
 def _laid_out(
@@ -154,8 +170,9 @@ def _target(stages: Sequence[Stage], total_tokens: int | None, steps: int | None
     if last.tokens is not None:
         if total_tokens not in (None, planned):
             raise UserError(
-                f"total_tokens={total_tokens:,}, but the stages' tokens sum to {planned:,}: set total_tokens=none, or "
-                f"tokens=none in stage {number} ({last.name}), which then takes the rest; steps ends a run early"
+                f"total_tokens={total_tokens:,}, but the stages' tokens sum to {planned:,}: give "
+                f"scale_to={total_tokens} instead, which scales every stage, or set tokens=none in stage {number} "
+                f"({last.name}), which then takes the rest; steps ends a run early"
             )
         return planned
     if total_tokens is not None and total_tokens <= planned:

@@ -78,7 +78,8 @@ class Plan:
         last_step: The run's last step, or None if only the data ends the run.
         total_tokens: The tokens trained by the end of the run, or None if only the data ends it.
         horizon: The token count that schedules use: the run's token target even if `steps` ends the run earlier, so
-            that a resume with more steps continues the same schedule. `total_tokens` if there is no target.
+            that a resume with more steps continues the same schedule. `total_tokens` if there is no target; an
+            estimate, or None, if only the data ends the run.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class Plan:
         return {
             "seed": self._seed,
             "total_tokens": self.total_tokens,
+            **({"horizon": self.horizon} if self.total_tokens is None and self.horizon is not None else {}),
             "stages": [
                 {
                     "index": stage.index,
@@ -236,7 +238,8 @@ class Plan:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         if self.last_step is None or self.total_tokens is None:
-            return "\n".join([*text, "The run ends with its data: no total_tokens, no steps."])
+            about = "" if self.horizon is None else f" About {self.horizon:,} tokens, which schedules go by."
+            return "\n".join([*text, f"The run ends with its data: no total_tokens, no steps.{about}"])
         last = self.at(self.last_step)
         end = f"{self.last_step:,} steps, {self.total_tokens:,} tokens"
         full = last.batch_size * last.seq_len

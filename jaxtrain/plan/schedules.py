@@ -149,7 +149,7 @@ class WSD(WarmUp):
                 )
             if tokens <= horizon - decay:
                 return 1.0
-            part = (tokens - (horizon - decay)) / decay
+            part = min((tokens - (horizon - decay)) / decay, 1.0)  # an estimated horizon may come too early
             return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
 
         return self._after_warmup(shape)

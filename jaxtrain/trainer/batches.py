@@ -110,6 +110,7 @@ class BatchIterator(grain.DatasetIterator):
         plan = config.plan()
         workdir = Workdir(dataset.workdir or tempfile.mkdtemp(prefix="jaxtrain-batches-"))  # paths only: no lock
         saved = _nearest(dataset.workdir, dataset.step)
+        config = compatibility.settled(config, saved)
         cache = config.data.cache(os.fspath(workdir.cache / "data"))
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
         skipped = open_data.skipped(workdir.path, saved)

@@ -1,5 +1,6 @@
 """What a checkpoint records about data and model, and the check whether a config may resume from it."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,14 @@ FIXED = (
 )
 # Fields that affect how the model is computed, not what it computes.
 _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
+
+
+def settled(config: Config, saved: Json | None) -> Config:
+    """The config of a resume: a shuffle window that it leaves open is the checkpoint's, if that had one set."""
+    window = None if saved is None else saved["config"]["data"]["shuffle_window"]
+    if config.data.shuffle_window is not None or window is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
 
 
 def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain import cli
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.io.disk_cache import DiskCache
@@ -32,9 +33,9 @@ def describe(session: Session, workdir: Workdir) -> None:
     logger.info(f"\nParameters: {model.num_params:,} ({model.num_params_non_embedding:,} without embeddings)")
     mesh = dict(session.components.mesh.shape)
     logger.info(f"Mesh: {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    _describe_data(session)  # before the compiler's minutes: a source may be unreadable, or too small for its lanes
     _describe_memory(session)
     _describe_disk(session, workdir)
-    _describe_data(session)
 
 
 def _describe_memory(session: Session) -> None:
@@ -60,12 +61,12 @@ def _describe_disk(session: Session, workdir: Workdir) -> None:
     arrays = jax.tree.leaves(state.abstract(components.model, components.optimizer, components.mesh))
     size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays)
     kept = config.most_at_once(session.plan.last_step)
-    logger.info(f"\nDisk: a checkpoint has {size / 1e9:.2f} GB, at most {kept} at once: {size * kept / 1e9:.2f} GB")
+    logger.info(f"\nDisk: a checkpoint has {cli.size(size)}, at most {kept} at once: {cli.size(size * kept)}")
     growth = 0
     if cache is not None:
         most, used = _cache_bytes(session, cache), cache.used_bytes()
         growth = max(most - used, 0)
-        logger.info(f"  disk cache: at most {most / 1e9:.2f} GB, {used / 1e9:.2f} used ({cache.directory})")
+        logger.info(f"  disk cache: at most {cli.size(most)}, {cli.size(used)} used ({cache.directory})")
         if not workdir.is_local:
             _check_free(session.scratch, growth, "the disk cache needs", "data.max_disk_gb")
     if workdir.is_local:
@@ -78,8 +79,8 @@ def _check_free(folder: str, needed: int, what: str, fields: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, {what} {needed / 1e9:.1f}: lower {fields}, or give a --workdir on "
-            "a larger disk"
+            f"{folder} has {cli.size(free)} free, {what} {cli.size(needed)}: lower {fields}, or give a --workdir on a "
+            "larger disk"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
-from jaxtrain.config import Config
+from jaxtrain.config import Config, reaches_multiple
 from jaxtrain.cost import memory
 from jaxtrain.cost.roofline import peak_flops
 from jaxtrain.data import fingerprint, ledger, skipped_files
@@ -81,7 +81,7 @@ def _run(
     step = checkpointer.latest_step()
     if step and not dry_run:  # step 0 is a model imported from Hugging Face
         saved = checkpointer.restore_data(step)
-        if compatibility.is_complete(saved, config, config.plan(), step):
+        if compatibility.is_complete(saved, compatibility.settled(config, saved), config.plan(), step):
             logger.info("The run is complete: step %s, %s tokens. Nothing to do.", f"{step:,}", f"{saved['tokens']:,}")
             return FINISHED
     session: Session | None = None
@@ -130,6 +130,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
             monitor.message(f"The run is complete: step {start:,}, {session.start_tokens:,} tokens. Nothing to do.")
             return FINISHED
         workdir.write_config(session.identities["config"])
+        monitor.attach(workdir.config)
         train_state = session.train_state(monitor)
         loop = Loop(session, checkpointer, monitor)
         with frozen_gc():
@@ -137,8 +138,6 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         step = checkpointer.latest_step()
         saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
         monitor.message(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
-        if code == FINISHED and config.sample_prompts:
-            sample(session, loop.state["params"], monitor)
         return code
 
 
@@ -159,7 +158,7 @@ def frozen_gc() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The last step. `evaluated` is its held-out loss, if measured."""
+    """The last step. `evaluated` has its held-out loss on the mix, if measured."""
 
     at: StepPlan
     batch: StepBatch
@@ -210,6 +209,9 @@ class Loop:
                 return self._finish(FINISHED if ended else STOPPED, last)
             if self._checkpointer.should_save(step):
                 self._save(last)
+            every = session.config.sample_every_tokens
+            if every is not None and reaches_multiple(at, every):
+                self._sample(step)
         raise AssertionError
 
     def _finish(self, code: int, last: _Step | None) -> int:
@@ -217,6 +219,8 @@ class Loop:
             self._save(last)
         with self._monitor.span("checkpoint"):
             self._checkpointer.wait()
+        if last is not None and code == FINISHED:
+            self._sample(last.at.step)
         return code
 
     def _update(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
@@ -264,7 +268,15 @@ class Loop:
         with self._monitor.span("evaluation"):
             values = evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
-        return values
+        return {name: value for name, value in values.items() if name != "eval_by_source"}
+
+    def _sample(self, step: int) -> None:
+        """Logs samples, after the checkpoint of the step if there is one: a failure here loses nothing."""
+        if self._session.config.sample_prompts:
+            self._log()
+            with self._monitor.span("samples"):
+                texts = sample(self._session, self.state["params"])
+            self._monitor.log_samples(step, texts)
 
     def _save(self, last: _Step) -> None:
         """Saves a checkpoint of step N: the state after N updates, and the lanes' positions after N batches.

@@ -3,9 +3,11 @@
 Only process 0 queries the network; it broadcasts the result. If it fails, all processes raise.
 """
 
+import collections
 import contextlib
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +25,9 @@ from jaxtrain.data.io import retry
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.skipped_files import SkippedFiles
-from jaxtrain.data.source_reader import SourceReader
+from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
+from jaxtrain.data.tokenizing import documents_of
 from jaxtrain.distributed.consensus import broadcast, broadcast_json
 from jaxtrain.errors import FollowedError, TransientError, UserError
 from jaxtrain.interfaces import Json, Source, Tokenizer
@@ -32,6 +35,8 @@ from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 
 T = TypeVar("T")
+
+_ROWS_OF_ESTIMATE = 1000
 
 logger = logging.getLogger("jaxtrain")
 
@@ -110,8 +115,18 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 def build(
     config: Config, resolved: Mapping[str, Source], skipped: SkippedFiles, scratch: str | None = None
 ) -> list[SourceReader]:
-    """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them."""
-    cut = functools.partial(config.data.build, resolved, seed=config.seed, skipped=skipped, scratch=scratch)
+    """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them.
+
+    Raises:
+        UserError: a lane gets no document, as far as row counts show. Nothing is compiled yet.
+    """
+
+    def cut() -> list[SourceReader]:
+        readers = config.data.build(resolved, seed=config.seed, skipped=skipped, scratch=scratch)
+        for reader in readers:
+            reader.check_lanes()
+        return readers
+
     readers = _on_process_0(cut)
     if jax.process_count() > 1:
         footers = {name: source for name, source in resolved.items() if isinstance(source, HuggingFaceSource)}
@@ -186,6 +201,62 @@ def tokenizer(
         _on_process_0(train)
     build = functools.partial(chosen.build, os.fspath(workdir))
     return retry.attempt(build, what="tokenizer", deadline=pipeline.PATIENCE_AT_START)
+
+
+def horizon(
+    config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan, saved: Json | None
+) -> int:
+    """Estimates the tokens of a run that only `epochs` ends, for its schedules. All processes must call it.
+
+    The sources' rows are counted, and the tokens of their first documents. The estimate of the first start holds for
+    the whole run. Returns the tokens until the last source ends.
+
+    Raises:
+        UserError: Nothing says how many rows a source has.
+    """
+    if saved is not None and "horizon" in saved["plan"]:
+        return saved["plan"]["horizon"]
+    assert config.epochs is not None
+    epochs, last = config.epochs, plan.stages[-1]
+    before = plan.source_tokens_before(last.first_step)
+
+    def estimate() -> int:
+        rest = 0.0
+        for index, reader in enumerate(readers):
+            if weight := last.weights.get(reader.name):
+                tokens = epochs * _tokens_of_epoch(reader, tokenizer, config) * last.seq_len / last.stride
+                rest = max(rest, (tokens - int(before[index])) / float(weight))
+        return last.first_token + math.ceil(rest)
+
+    found = broadcast_json({"horizon": _on_process_0(estimate)})["horizon"]
+    logger.info("The sources have about %s tokens in %d epoch(s): schedules go by that.", f"{found:,}", epochs)
+    return found
+
+
+def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config) -> float:
+    """Tokens of a source's epoch, from its rows and the tokens of about the first thousand."""
+    if reader.most_rows is None:
+        raise UserError(
+            f"epochs={config.epochs} ends the run, and nothing says how many documents source {reader.name!r} has, so "
+            f"the schedule {type(config.optimizer.schedule).__name__} cannot know where: set total_tokens or steps, "
+            f"data.sources.{reader.name}.max_samples, or optimizer.schedule=Constant with warmup_tokens"
+        )
+    lanes, start = reader.options.num_lanes, Position(0, 0, 0)
+    spec = config.data.row_spec(tokenizer, config.epochs)
+    reader.register(dict.fromkeys(range(lanes), start))
+    turns = collections.deque(reader.windows(lane, start, 1) for lane in range(lanes))
+    rows = tokens = 0
+    while turns and rows < _ROWS_OF_ESTIMATE:
+        windows = turns.popleft()
+        window = next(windows, None)
+        if window is None:
+            continue
+        turns.append(windows)
+        rows += window.rows
+        documents = documents_of(iter((window,)), window.start, spec)
+        tokens += sum(int(some.lengths.sum()) for some in documents)
+    reader.close()
+    return tokens / rows * reader.most_rows if turns and rows else tokens
 
 
 def for_writing(config: Config, workdir: str, begun: Mapping[str, Json]) -> tuple[dict[str, Source], Tokenizer]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import hf
+from jaxtrain import cli, hf
 from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
@@ -28,6 +29,7 @@ from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
+from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
@@ -160,7 +162,7 @@ class Session:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
             self.evaluator = Evaluator(
-                self.eval_plan,
+                config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
                 self.tokenizer,
@@ -210,7 +212,23 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
     start = checkpointer.latest_step() or 0
     saved = checkpointer.restore_data(start) if start else None
+    config = compatibility.settled(config, saved)
     mesh = config.mesh.build()
+    limit = memory.limit(mesh, config.memory_gb)
+
+    def programs_of(components: StepComponents) -> StagePrograms:
+        evaluation = None if eval_plan is None else eval_plan.stages[0]
+        _report(components, plan, eval_plan)
+        extra = bytes_besides_params(components)
+        return StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
+
+    # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks for.
+    components, programs = None, None
+    asked, alone = config.tokenizer, jax.process_count() == 1 and config.teacher is None
+    if alone and isinstance(asked, TrainTokenizer) and asked.needs_training(workdir.path):
+        components = make_components(config, asked.vocab_size, plan, mesh, None, limit)
+        programs = programs_of(components)
+        programs.begin(1)
 
     # The data: tokenizer, sources and their units.
     scratch = os.fspath(workdir.cache)
@@ -226,6 +244,9 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
     readers = open_data.build(config, sources, skipped, scratch)
     for reader in readers:
         logger.info("Source %s", reader.summary)
+    if math.isnan(plan.at(1).learning_rate):  # only `epochs` ends the run
+        plan = config.plan(open_data.horizon(config, readers, tokenizer, plan, saved))
+    _warn_of_warmup(config, plan)
 
     # The model and the components of its steps.
     frozen, cached = None, None
@@ -233,11 +254,10 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         frozen = config.teacher.build(tokenizer, mesh)
     elif config.teacher is not None:
         cached = config.teacher.open_cache(config.data, sources, tokenizer)
-    limit = memory.limit(mesh, config.memory_gb)
-    components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, cached and cached.layout)
-    _report(components, plan, eval_plan)
-    evaluation = None if eval_plan is None else eval_plan.stages[0]
-    extra = bytes_besides_params(components)
+    if components is None or programs is None or tokenizer.vocab_size != components.model.vocab_size:
+        layout = cached and cached.layout
+        components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, layout)
+        programs = programs_of(components)
 
     # Where to continue.
     identities = compatibility.identities(config, readers, tokenizer, plan)
@@ -257,7 +277,7 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         tokenizer=tokenizer,
         readers=readers,
         components=components,
-        programs=StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra),
+        programs=programs,
         limit=limit,
         checkpointer=checkpointer,
         identities=identities,
@@ -277,6 +297,23 @@ def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, f
         cached=cached,
         saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions did not record it
     )
+
+
+def _warn_of_warmup(config: Config, plan: Plan) -> None:
+    """Warns if `steps` ends the run while the learning rate still rises."""
+    if plan.last_step is None or plan.total_tokens == plan.horizon:
+        return
+    before, last = (plan.at(max(step, 1)).learning_rate for step in (plan.last_step - 1, plan.last_step))
+    if before < last or plan.last_step == 1:
+        fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
+        logger.warning(
+            "steps=%d ends the run within the warm-up: the learning rate reaches %.2g only, since the schedule is that "
+            "of %s tokens. --config.%s fits it to these steps.",
+            plan.last_step,
+            last,
+            f"{plan.horizon:,}",
+            fix,
+        )
 
 
 def make_components(
@@ -348,9 +385,9 @@ def _clean_up(cache: DiskCache) -> None:
     """Removes leftovers of killed processes from the disk cache, and logs its maximum size."""
     cache.trim()
     used, free = cache.used_bytes(), shutil.disk_usage(cache.directory).free
-    logger.info("Disk cache: at most %.2f GB in %s, %.2f used", cache.limit / 1e9, cache.directory, used / 1e9)
+    logger.info("Disk cache: at most %s in %s, %s used", cli.size(cache.limit), cache.directory, cli.size(used))
     if cache.limit - used > free:
-        logger.warning("The disk of the cache has only %.2f GB free: lower data.max_disk_gb.", free / 1e9)
+        logger.warning("The disk of the cache has only %s free: lower data.max_disk_gb.", cli.size(free))
 
 
 def _initial_params(config: Config, components: StepComponents) -> Any:
@@ -361,8 +398,8 @@ def _initial_params(config: Config, components: StepComponents) -> Any:
     return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
-def sample(session: Session, params: Any, monitor: Monitor) -> None:
-    """Generates continuations of the config's prompts. All processes must call it."""
+def sample(session: Session, params: Any) -> dict[str, str]:
+    """Generates a continuation of each of the config's prompts, the same at any step. All processes must call it."""
     tokenizer, model = session.tokenizer, session.components.model
     ids, lengths = tokenizer.encode_batch(session.config.sample_prompts)
     context = model.config.max_seq_len
@@ -379,5 +416,5 @@ def sample(session: Session, params: Any, monitor: Monitor) -> None:
         seed=session.config.seed,
         eos_id=tokenizer.eos_id,
     )
-    for prompt, prompt_ids, new in zip(session.config.sample_prompts, prompts_ids, texts, strict=True):
-        monitor.message(f"Sample: {prompt}{continuation(tokenizer, prompt_ids, new)}")
+    found = zip(session.config.sample_prompts, prompts_ids, texts, strict=True)
+    return {prompt: continuation(tokenizer, prompt_ids, new) for prompt, prompt_ids, new in found}

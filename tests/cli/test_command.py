@@ -82,8 +82,10 @@ def test_positional_values():
         (["--config=a.py", "extra"], ["extra: not understood"]),
         (["--config=a.py", "-config.seed=5"], ["two dashes; did you mean --config.seed=5?"]),
         (["--config=a.py", "--config.seed", "5"], ["--config.seed: an override is written"]),
-        (["--config=a.py", "--config.seed=1", "--config.seed=2"], ["contradict"]),
-        (["--config=a.py", "--config=b.py"], ["--config=a.py and --config=b.py contradict"]),
+        (["--config=a.py", "--config=b.py"], ["--config=a.py and --config=b.py contradict", "quote the value"]),
+        (["--config=a.py", "--max-samples=9"], ["Here that is --config.data.sources.NAME.max_samples=N."]),
+        (["--config=a.py", "--optimizer.lr=9"], ["is set by --config.optimizer.lr=VALUE"]),
+        (["--config=a.py", "--workdir", "a", __file__], ["quote a pattern"]),
         (["--config=a.py", "--dry_run", "--dry_run=false"], ["contradict"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""What may be a secret is cut out of texts and log records; the rest stays. See also tests/e2e/test_secrets.py."""
+"""Possible secrets are cut out of texts and log records; the rest stays. See also tests/e2e/test_secrets.py."""
 
 import logging
 
@@ -16,6 +16,7 @@ from jaxtrain.cli.redaction import redact, redact_logs
         "Max retries exceeded with url: /x.parquet?list=1&X-Amz-Credential=PLANTED&Expires=1",
         "HTTP/1.1 GET /cdn/x?Signature=PLANTED",
         "Authorization: Bearer PLANTED",
+        "Authorization: Basic dXNlcjpQTEFOVEVE",
         "token hf_PLANTEDPLANTED was refused",
         "the key is kPLANTED/0123456789+",
     ],
@@ -23,6 +24,7 @@ from jaxtrain.cli.redaction import redact, redact_logs
 def test_what_goes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "kPLANTED/0123456789+")
     assert "PLANTED" not in redact(text)
+    assert "dXNlcjpQTEFOVEVE" not in redact(text)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_what_goes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "is it? /a/b?list=1 'x' me@example.org",
         "HF_TOKEN_PATH is /home/somebody/token, TOKENIZERS_PARALLELISM is false-ish",
         "basis: 3 tokens",
+        "Stage 1/10 Basic Patterns, basic English",
     ],
 )
 def test_what_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

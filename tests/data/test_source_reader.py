@@ -1,6 +1,7 @@
-"""Which documents there are: each once an epoch, filters, holdout, limits, refusals, and what opening costs."""
+"""Which documents are read: each once per epoch, filters, holdout, limits, refusals, and the cost of opening."""
 
 import collections
+import re
 
 import numpy as np
 import pytest
@@ -131,14 +132,66 @@ def test_a_lane_without_documents_is_refused_with_lanes_that_work(random_access)
     def source():
         return numbered([14], random_access=random_access)  # 3 windows
 
-    with pytest.raises(UserError, match=r"lane 3 of data.num_lanes=4 gets no document.*data.num_lanes to 3 or less"):
+    fixes = r"Set data\.num_lanes=2 or data\.shuffle_window=none, or use a larger"
+    with pytest.raises(UserError, match=rf"lane 3 of data.num_lanes=4 gets no document.*{fixes}"):
         lane_rows(reader(source(), 4), 3, 2)
-    assert len(all_rows(reader(source(), 3), 2)) == 28
-    with pytest.raises(UserError, match="gets no document"):  # filters drop all: an end, not a loop
+    if random_access:  # parquet is refused before anything is read
+        with pytest.raises(UserError, match="lane 3"):
+            reader(source(), 4).check_lanes()
+    assert len(all_rows(reader(source(), 2), 2)) == 28
+    if random_access:
+        assert len(all_rows(reader(source(), 4, shuffle_window=None), 2)) == 28
+    with pytest.raises(UserError, match="gets no document"):  # filters drop everything: an end, not a loop
         lane_rows(reader(numbered([40], random_access=random_access, transforms=(Drop(1),)), 2), 0, 10**9)
     assert not lane_rows(reader(source(), 1, held_out=True), 0, 10**9)
     with pytest.raises(UserError, match="has no rows"):
         reader(numbered([], random_access=random_access))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lanes", "limit", "window"),
+    [
+        ([5000], 8, None, 512),  # ten windows of 512 are enough, as in version 0.1
+        ([4000], 8, None, 512),  # eight, too
+        ([3000], 8, None, 64),  # 375 rows a lane
+        ([1000] * 10, 64, 10_000, 32),
+        ([100_000], 64, 10_000, 32),
+        ([200], 64, None, 1),
+        ([140, 130], 16, None, 4),
+        ([1] * 400, 64, None, 512),  # whole files are dealt out
+    ],
+)
+@pytest.mark.parametrize("holdout", [0.0, 0.1])
+def test_the_window_follows_the_size(sizes, lanes, limit, window, holdout):
+    sizes = [min(size, 20_000) for size in sizes]
+    source = numbered(sizes, groups=[[size] for size in sizes], max_samples=limit)  # as parquet has them
+    made = reader(source, lanes, shuffle_window=None, holdout=holdout)
+    assert made.window == window
+    assert made.identity["shuffle_window"] == window
+    assert "shuffle_window" not in reader(source, lanes, shuffle_window=window, holdout=holdout).identity
+    starts = dict.fromkeys(range(lanes), Position(0, 0, 0))
+    made.register(starts)
+    assert all(next(made.windows(lane, start, 1), None) for lane, start in starts.items())
+
+
+def test_limits_bound_streams_whose_rows_are_not_known():
+    source = numbered([3000], random_access=False, max_samples=1000)
+    assert reader(source, 8, shuffle_window=None).window == 16
+    assert reader(numbered([3000], random_access=False), 8, shuffle_window=None).window == 512
+    many = numbered([30] * 40, random_access=False, max_samples=1000)
+    assert reader(many, 8, shuffle_window=None).window == 512  # each file is a window at least
+
+
+@pytest.mark.parametrize("sizes", [[700], [300, 100], [64], [30, 30, 30], [5]])
+def test_the_lanes_that_are_advised_work_and_more_do_not(sizes):
+    with pytest.raises(UserError, match="gets no document") as caught:
+        reader(numbered(sizes), 64, shuffle_window=50, holdout=0.2).check_lanes()
+    found = re.search(r"data\.num_lanes=(\d+) or data\.shuffle_window=none|data\.num_lanes=(\d+),", str(caught.value))
+    assert found
+    lanes = int(found[1] or found[2])
+    reader(numbered(sizes), lanes, shuffle_window=50, holdout=0.2).check_lanes()
+    with pytest.raises(UserError, match="gets no document"):
+        reader(numbered(sizes), 2 * lanes, shuffle_window=50, holdout=0.2).check_lanes()
 
 
 def test_a_lane_without_documents_in_a_later_epoch_goes_on():

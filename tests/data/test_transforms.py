@@ -1,4 +1,4 @@
-"""Transforms: what they keep, what they make, and that they are part of a source's identity."""
+"""Transforms: what they keep, what they produce, and that they are part of a source's identity."""
 
 import pytest
 

@@ -30,6 +30,9 @@ def test_the_logged_loss_is_found_again(reference: Run, datasets: LoopbackHub, t
     by_source = {name: values["eval_loss"] for name, values in found["loss"].items()}
     assert set(by_source) == {"all", "web", "wiki", "code"}
     assert len(set(by_source.values())) == 4
+    for name, logged_one in logged[last]["eval_by_source"].items():
+        assert {f"eval_{key}": value for key, value in logged_one.items()}.items() <= found["loss"][name].items()
+        assert logged_one["tokens"] <= 2048 // 3  # the last tokens of documents have no loss
     assert f"Step {last:,}, wiki: loss {by_source['wiki']:.4f}" in done.stdout
 
     refused = evaluate("--config.data.holdout=0.5")

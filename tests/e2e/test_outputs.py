@@ -63,7 +63,7 @@ def test_console_and_files(reference: Run) -> None:
     }
     assert len(reference.checkpoints()) == 3
     assert f"Finished. Step {reference.last_step()} is saved in " in log
-    losses = scalars(reference.workdir / "tensorboard", "loss")
+    losses = scalars(reference.workdir / "tensorboard", "train/loss")
     assert losses.keys() == {line["step"] for line in reference.steps()}
     np.testing.assert_allclose(list(losses.values()), [line["loss"] for line in reference.steps()], rtol=1e-6)
 

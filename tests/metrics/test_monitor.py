@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
 import termios
@@ -13,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.errors import UserError
@@ -104,7 +106,8 @@ def test_the_keys_and_shares(clock, tmp_path):
     assert first["data_wait"] == pytest.approx(0.25)
     assert first["time"] == pytest.approx(137)
     assert first["goodput"] == pytest.approx(75 / 137)
-    seconds = {"start": 20, "compile": 10, "data": 25, "checkpoint": 7, "evaluation": 0, "stage change": 0}
+    seconds = {"start": 20, "compile": 10, "data": 25, "checkpoint": 7, "evaluation": 0}
+    seconds |= {"samples": 0, "stage change": 0}
     assert first["seconds"] == pytest.approx(seconds)
     assert second["tokens_per_sec"] == pytest.approx(20_000)
     assert second["data_wait"] == 0
@@ -116,6 +119,31 @@ def test_the_keys_and_shares(clock, tmp_path):
     assert first["memory_gb"] > 0.05
     assert evaluation == {"step": 20, "eval_loss": 2.0, "eval_bits_per_byte": 1.0, "time": pytest.approx(200)}
     assert "Goodput: 62.5% of 200 s in steps, start 10.0%, compile 5.0%" in (tmp_path / "log.txt").read_text()
+
+
+def test_samples(tmp_path, capsys):
+    config = MonitorConfig(watchdog_minutes=None)
+    with console_logging() as console, config.build(Workdir(tmp_path), RUN, console) as monitor:
+        monitor.log_samples(20, {"def ": "f(x):\n    <b>", "Once": " upon"})
+    (line,) = lines_of(tmp_path)
+    assert line["samples"] == {"def ": "f(x):\n    <b>", "Once": " upon"}
+    assert "Sample: Once upon\n" in capsys.readouterr().out
+    (event,) = (tmp_path / "tensorboard").iterdir()
+    texts = {
+        value.tag: value.tensor.string_val[0].decode()
+        for value in values_of(event)
+        if value.metadata.plugin_data.plugin_name == "text"
+    }
+    assert texts == {"samples/0/text_summary": "    def f(x):\n        <b>", "samples/1/text_summary": "    Once upon"}
+
+
+def values_of(path):
+    """The values of a TensorBoard file, whose records are length, checksum, event, checksum."""
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield from event_pb2.Event.FromString(data[12 : 12 + length]).summary.value  # pyright: ignore[reportAttributeAccessIssue]
+        data = data[16 + length :]
 
 
 def test_nested_spans_count_once(clock):
@@ -151,7 +179,7 @@ def test_not_finite_is_null(tmp_path, capsys):
 def test_a_resume_cuts_back_and_time_goes_on(clock, tmp_path):
     log(tmp_path, [10, 20, 30])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 35, "eval_loss": 1.0, "time": 77.0}\n{"step": 40, "lo')  # cut short by a kill
+        file.write('{"step": 35, "eval_loss": 1.0, "time": 77.0}\n{"step": 40, "lo')  # truncated by a kill
     clock[0] += 1000
     log(tmp_path, [30, 40], start_step=20)
     lines = lines_of(tmp_path)
@@ -181,7 +209,7 @@ def test_damaged_lines_of_metrics_are_dropped(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["log.txt", "tensorboard", "metrics.jsonl"])
 def test_a_file_that_cannot_be_written_is_one_message(tmp_path, name):
-    """As root may write any file: a folder in place of a file, a file in place of a folder."""
+    """Root may write any file, so use a folder in place of a file and a file in place of a folder."""
     if name == "tensorboard":
         (tmp_path / name).touch()
     else:
@@ -214,8 +242,10 @@ def test_tensorboard_has_the_same_scalars(tmp_path):
     log(tmp_path, [10, 20], config=config)
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
-    for name in (b"loss", b"sources/web/tokens", b"tokens_per_sec"):
+    for name in (b"train/loss", b"sources/web/tokens", b"speed/tokens_per_sec", b"data/stage", b"seconds/data"):
         assert content.count(name) >= 2
+    assert writers._tag("eval_loss") == "eval/loss"
+    assert writers._tag("eval_by_source/web/loss") == "eval_by_source/web/loss"
     assert writers.scalars({"a": 1, "b": {"c": 2.0, "d": "x", "e": None}, "f": True}) == {"a": 1, "b/c": 2.0}
 
 
@@ -235,6 +265,29 @@ def test_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         log(tmp_path, [10], config=dataclasses.replace(config, trackers=("wandb",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "attached"), [("wandb", {"base_path": "FOLDER", "policy": "now"}), ("trackio", {"project": "p"})]
+)
+def test_files_are_attached_and_steps_never_go_back(tmp_path, monkeypatch, name, attached):
+    steps, files = [], []
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: None,
+        log=lambda values, step: steps.append(step),
+        save=lambda path, **kwargs: files.append((path, kwargs)),
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, name, fake)
+    config = MonitorConfig(tensorboard=False, trackers=(name,), project="p", watchdog_minutes=None)
+    log(tmp_path, [10, 20, 30], config=config)
+    log(tmp_path, [20, 30, 40], start_step=10, config=config)  # the checkpoint of step 10 was the newest
+    assert steps == [10, 20, 30, 30, 40]
+    assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 30, 40]
+    with console_logging() as console, config.build(Workdir(tmp_path), RUN, console) as monitor:
+        monitor.attach(tmp_path / "config.json")
+    wanted = {key: str(tmp_path) if value == "FOLDER" else value for key, value in attached.items()}
+    assert files == [(str(tmp_path / "config.json"), wanted)]
 
 
 def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
@@ -321,11 +374,11 @@ def test_a_terminal_gets_a_bar_and_a_pipe_does_not(tmp_path):
             try:
                 while part := terminal.read(4096):
                     shown += part
-            except OSError:  # Linux says so when the other end has closed
+            except OSError:  # Linux reports this when the other end has closed
                 pass
         assert process.wait() == 0
     text = shown.decode()
-    # The line stands alone, above the bar; the bar has the share and the time left.
+    # The line is above the bar; the bar has the share and the remaining time.
     assert re.search(r"\r *\r?Step 20: Loss=[^\r\n]*tokens, 20\.0%\)\r\n", text), text
     assert re.search(r"\d+%\|.*?/1\.00G \[\d+:\d+<\d+:\d+, .*Loss=4\.5421\]", text), text
 
@@ -380,7 +433,7 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
         monitor.log_step(Step(20, 20), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 20]
     assert list((remote / "tensorboard").iterdir())
-    # Another machine goes on from the files in the bucket.
+    # Another machine continues from the files in the bucket.
     module.Workdir(tmp_path / "cache").path.rmtree()
     run = dataclasses.replace(RUN, start_step=10)
     with console_logging() as console, config.build(as_remote(), run, console) as monitor:
@@ -390,7 +443,7 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
 
 
 class FullFile:
-    """Takes `room` bytes."""
+    """Accepts `room` bytes."""
 
     def __init__(self, room: int):
         self.room = room
@@ -408,7 +461,7 @@ class FullFile:
 
 @pytest.mark.parametrize("writer", [0, 1])
 def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
-    """Neither a traceback nor a hang (tensorboardX's own writer waits for ever for a thread that has ended)."""
+    """Neither a traceback nor a hang (tensorboardX's own writer waits forever for a thread that has ended)."""
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
         monitor.begin()
         monitor.log_step(Step(1, 100), METRICS)

@@ -304,6 +304,22 @@ def test_evaluations_between_logged_steps(tmp_path):
     assert notes[-1] == "held out, step 72 (13,312 tokens): 0.5000"
 
 
+def test_held_out_loss_by_source_and_samples(tmp_path):
+    logged = lines()
+    for line, loss in ((logged[1], 3.5), (logged[3], 3.25)):
+        found = {"web": {"loss": loss, "tokens": 9}, "code": {"loss": loss / 2, "tokens": 9}, "x": {"loss": None}}
+        place = logged.index(line) + 1
+        logged.insert(place, {"step": line["step"], "eval_loss": loss, "eval_by_source": found})
+        logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
+    page = Page(made(write(tmp_path / "a", logged)))
+    chart = page.charts["Held-out loss by source (nats a token)"]
+    notes = [found.text for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
+    assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
+    assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]
+    assert page.text.index("def f<3.25>") < page.text.index("def f<3.5>")  # the newest first, as text
+    assert "not readable" not in page.text
+
+
 def test_time_of_several_processes_and_what_was_lost(tmp_path):
     """The second process begins 10 s after the first one's last line: those were trained again."""
     logged = [line for line in lines() if "loss" in line]

@@ -33,7 +33,10 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
     output = tmp_path / "made"
     assert run(f"--kind={kind}", "--vocab_size=700", "--max_samples=20", f"--output={output}") == 0
     assert {path.name for path in output.iterdir()} == WRITTEN[kind]
-    assert "Collected 20 samples for tokenizer...\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Collected 20 samples for tokenizer...\n" in out
+    assert f"({kind}); --kind=" in out
+    assert "writes tokenizer.json, vocab.json and merges.txt." in out or kind == "bpe"
     tokenizer = HuggingFaceTokenizer(name=str(output)).build("")
     assert tokenizer.vocab_size == 700
     # The same from the stream itself, with what the flags leave to the config.

@@ -53,6 +53,7 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
         workdir: the work directory; a run may be using it.
         saved: a checkpoint's data state, to read the same commits; None to look them up.
     """
+    config = compatibility.settled(config, saved)
     plan, data = config.plan(), config.data
     hub = [name for name, source in data.sources.items() if isinstance(source, HuggingFace)]
     print(f"Loading HuggingFace dataset... {', '.join(hub) or '(none: no source is one)'}", flush=True)
@@ -117,8 +118,9 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
             )
     length = measured.tokens / max(measured.documents, 1)
     print(
-        f"  Speed: {measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first "
-        f"batch after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens per document",
+        f"  Speed{' (with start-up: there is one batch)' if measured.steps == 1 else ''}: "
+        f"{measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first batch "
+        f"after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens per document",
         flush=True,
     )
     return {

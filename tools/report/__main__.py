@@ -1,11 +1,15 @@
 """`python -m tools.report`: an HTML page about one run, or several side by side."""
 
 import os
+import typing
 
 from etils import epath
 
 from jaxtrain import cli
 from jaxtrain.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from tools.report.reading import RunLog
 
 COMMAND = cli.Command(
     name="python -m tools.report",
@@ -27,6 +31,12 @@ COMMAND = cli.Command(
             type=str | None,
             default=None,
             help="the file to write; report.html in the first work directory by default",
+        ),
+        cli.Flag(
+            name="attach",
+            type=bool,
+            default=False,
+            help="also add the page to each run in its trackers (monitor.trackers), next to config.json",
         ),
     ),
     config="none",
@@ -53,6 +63,22 @@ def main(flags: cli.Flags) -> None:
     for run in runs:
         print(f"{run.name}: step {run.last['step']:,}, {run.last['tokens']:,} tokens, {len(run.stages)} stage(s)")
     print(f"Wrote {os.fspath(output)}")
+    for run in runs if flags.attach else ():
+        _attach(run, output)
+
+
+def _attach(run: "RunLog", output: epath.Path) -> None:
+    from jaxtrain.checkpoint.workdir import Workdir
+    from jaxtrain.metrics.writers import Tracker
+
+    monitor = (run.config or {}).get("monitor", {})
+    if not monitor.get("trackers"):
+        raise UserError(f"--attach: {run.name} has no trackers (monitor.trackers in its config.json)")
+    for name in monitor["trackers"]:
+        tracker = Tracker(name, monitor["project"], Workdir(run.path), run.config or {})
+        tracker.attach(output)
+        tracker.close()
+        print(f"Attached to {run.name} in {name}")
 
 
 if __name__ == "__main__":

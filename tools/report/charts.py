@@ -117,6 +117,20 @@ def loss(runs: Sequence[RunLog]) -> Figure | None:
     return Figure(title, linear, legend, log, starts_log=min(values) > 0 and max(values) / min(values) > _LOG_FROM)
 
 
+def by_source(run: RunLog, with_name: bool) -> Figure | None:
+    """Charts the held-out loss of each source. None without evaluations by source."""
+    if not run.by_source:
+        return None
+    title = "Held-out loss by source (nats a token)" + (f", {run.name}" if with_name else "")
+    curves = []
+    for index, (name, found) in enumerate(run.by_source.items()):
+        notes = [f"{name}, step {step:,} ({x:,} tokens): {y:.4f}" for x, y, step in found]
+        curves.append(svg.Curve(name, [(x, y) for x, y, _ in found], index % COLORS, notes))
+    shared = svg.Frame(last_token=run.last["tokens"], bands=bands(run), hover=lambda tokens: "")
+    legend = [(f"mark f{curve.color}", curve.label) for curve in curves]
+    return Figure(title, svg.line_chart(shared, title, curves, size=svg.WIDE), legend)
+
+
 def small(runs: Sequence[RunLog]) -> list[Figure]:
     """Returns the small charts that at least one run has values for."""
     return [found for plan in SMALL if (found := _small(runs, plan)) is not None]

@@ -21,6 +21,7 @@ _SPANS = {
     "compile": ("compiling", 0),
     "checkpoint": ("checkpoints", 4),
     "evaluation": ("evaluation", 3),
+    "samples": ("samples", 3),
     "stage change": ("stage changes", 6),
     LOST: ("lost at restarts", 5),
 }
@@ -39,9 +40,13 @@ def page(runs: Sequence[RunLog]) -> str:
     ]
     loss = charts.loss(runs)
     body += [] if loss is None else [_figure(loss, "loss")]
+    body += [_figure(figure, "") for run in runs if (figure := charts.by_source(run, several)) is not None]
     body += ['<div class="grid2">', *(_figure(figure, "") for figure in charts.small(runs)), "</div>"]
     mixes = [figure for run in runs if (figure := charts.mix(run, several)) is not None]
     body += ["<h2>Mix</h2>", *(_figure(figure, "") for figure in mixes)] if mixes else []
+    for run in runs:
+        if run.samples.items():
+            body += [f"<h2>Samples{text(f', {run.name}') if several else ''}</h2>", _samples(run)]
     for run in runs:
         body += [f"<h2>Stages{text(f', {run.name}') if several else ''}</h2>", _stages(run), _ledger(run)]
     if several:
@@ -231,6 +236,19 @@ def _figure(figure: Figure, choice: str) -> str:
         f'<figure class="choice">{inputs}{labels}{caption}<div class="a">{figure.drawing}</div>'
         f'<div class="b">{figure.log}</div></figure>'
     )
+
+
+# Samples.
+
+
+def _samples(run: RunLog) -> str:
+    """The last samples of the run, and earlier ones to open."""
+    found = []
+    for line in reversed(run.samples.items()):
+        shown = "\n\n".join(f"{prompt}{continued}" for prompt, continued in line["samples"].items())
+        state = "" if found else " open"
+        found.append(f"<details{state}><summary>Step {line['step']:,}</summary><pre>{text(shown)}</pre></details>")
+    return "".join(found)
 
 
 # Tables of stages.

@@ -76,10 +76,12 @@ class RunLog:
 
     Attributes:
         last: line of the last step; empty before the first step.
+        by_source: (tokens, held-out loss, step) of each source.
         evaluation: line of the last evaluation; empty without one.
         best: (step, lowest eval_loss).
         unreadable: number of unreadable lines, such as one truncated by a kill.
         lines: a sample of lines for mix and tooltips, including the last line of every stage.
+        samples: the lines with samples, thinned out.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -87,7 +89,9 @@ class RunLog:
         self.name, self.path, self.config, self.parameters = name, path, config, parameters
         self.curves = {key: Series() for key in CURVES}
         self.evaluations: dict[str, list[tuple[float, float, int]]] = {key: [] for key in EVALUATED}
+        self.by_source: dict[str, list[tuple[float, float, int]]] = {}
         self.lines: Thinned[Json] = Thinned(300)
+        self.samples: Thinned[Json] = Thinned(20)
         self.stages: list[StageLog] = []
         self.last: Json = {}
         self.evaluation: Json = {}
@@ -100,6 +104,8 @@ class RunLog:
         step, tokens = number(line.get("step")), number(line.get("tokens"))
         if step is not None and any(key in line for key in EVALUATED):
             self._add_evaluation({**line, "step": int(step)})
+        elif step is not None and isinstance(line.get("samples"), dict):
+            self.samples.add({**line, "step": int(step)})
         elif step is None or tokens is None or step <= self.last.get("step", 0) or not _SHAPE.issubset(line):
             self.unreadable += 1
         else:
@@ -145,6 +151,9 @@ class RunLog:
         for key, points in self.evaluations.items():
             if (value := number(line.get(key))) is not None:
                 points.append((tokens, value, line["step"]))
+        for name, found in (line.get("eval_by_source") or {}).items():
+            if (value := number(found.get("loss"))) is not None:
+                self.by_source.setdefault(name, []).append((tokens, value, line["step"]))
 
     def finish(self) -> None:
         """Call it after the last line. Places evaluations of steps not logged yet, using the last step's tokens."""

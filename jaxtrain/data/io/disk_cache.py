@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
+from jaxtrain import cli
 from jaxtrain.data.io import retry
 from jaxtrain.errors import TransientError, UserError
 
@@ -57,9 +59,9 @@ class DiskCache:
         """Raises UserError if a file of `size` bytes can never fit."""
         if size > self.limit:
             raise UserError(
-                f"{retry.redact(what)} has {size / 1e9:.3f} GB, more than the disk cache in {self.directory} may "
-                f"hold ({self.limit / 1e9:.3f} GB). Set data.max_disk_gb to {size / 1e9:.3f} or more, ideally to "
-                "that for each file that is read at the same time, or split the file."
+                f"{retry.redact(what)} has {cli.size(size)}, more than the disk cache in {self.directory} may hold "
+                f"({cli.size(self.limit)}). Set data.max_disk_gb to {math.ceil(size / 1e5) / 1e4:g} or more, ideally "
+                "to that for each file that is read at the same time, or split the file."
             )
 
     @contextlib.contextmanager
@@ -241,7 +243,7 @@ class _Bounded:
             if error.errno in _FULL:
                 raise UserError(
                     f"the disk of {self.directory} is full ({error.strerror}), though the disk cache is below its "
-                    f"limit: free {(self.size - self.written) / 1e9:.2f} GB there, set data.max_disk_gb to less, or "
+                    f"limit: free {cli.size(self.size - self.written)} there, set data.max_disk_gb to less, or "
                     "use a --workdir on a larger disk."
                 ) from None
             raise

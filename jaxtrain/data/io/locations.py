@@ -8,6 +8,7 @@ import concurrent.futures
 import contextvars
 import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from jaxtrain.data.io.names import lasting_name, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
+_MOST_FILES = 1_000_000  # that braces may stand for
 _HUB = re.compile(r"hf://(?P<type>datasets/|spaces/|)(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.+)")
 
 
 def expand(patterns: Sequence[str]) -> dict[str, str]:
-    """The files that patterns match, in the patterns' order, sorted within each.
+    """The files that patterns match, in the order of the patterns and of their braces, sorted within each.
 
     Returns:
         Lasting name -> address.
@@ -36,15 +38,18 @@ def expand(patterns: Sequence[str]) -> dict[str, str]:
     found: list[str] = []
     for pattern in patterns:
         try:
-            addresses = _expand(pattern)
+            # The names of local files may have braces.
+            literal = [] if "://" in pattern else _expand(pattern)
+            matches = {pattern: literal} if literal else {one: _expand(one) for one in spread(pattern)}
         except Exception as error:
             fault = retry.classify(error, lasting_name(pattern))
             if fault is error:
                 raise
             raise fault from None
-        if not addresses:
-            raise UserError(f"no file matches {lasting_name(pattern)!r}. Check the path or the pattern.")
-        found += addresses
+        for one, addresses in matches.items():
+            if not addresses:
+                raise UserError(f"no file matches {lasting_name(one)!r}. Check the path or the pattern.")
+            found += addresses
     return named(found)
 
 
@@ -73,6 +78,47 @@ def _expand_hub(pattern: str) -> list[str]:
     root = f"{parts['type']}{parts['repo']}@{sha}"
     files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
     return [f"hf://{path}" for path in sorted(str(path) for path in files)]
+
+
+def spread(pattern: str) -> list[str]:
+    """What `braces` makes of the pattern if it has a range or a list in braces; else the pattern itself."""
+    return braces(pattern) if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", pattern) else [pattern]
+
+
+def braces(pattern: str) -> list[str]:
+    """Expands `{000..123}` and `{a,b}` in a pattern, in order. Numbers keep their leading zeros.
+
+    Raises:
+        UserError: The braces have another form, or expand to a million addresses or more.
+    """
+    pieces: list[list[str]] = []
+    count = 1
+    for literal, inside in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
+        pieces.append([literal])
+        if inside:
+            pieces.append(_alternatives(inside, pattern))
+            count *= len(pieces[-1])
+    if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
+        raise UserError(f"{lasting_name(pattern)!r}: its braces are unbalanced or nested.")
+    if count >= _MOST_FILES:
+        raise UserError(f"{lasting_name(pattern)!r} expands to {count:,} files; check its range.")
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if bounds is None:
+        if "," not in inside:
+            raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
+        return inside.split(",")
+    first, last = int(bounds[1]), int(bounds[2])
+    if last - first >= _MOST_FILES:
+        raise UserError(f"{lasting_name(pattern)!r} expands to {last - first + 1:,} files; check its range.")
+    if last < first:
+        raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} ends before it begins.")
+    padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
+    width = max(map(len, bounds.groups())) if padded else 0
+    return [str(number).zfill(width) for number in range(first, last + 1)]
 
 
 def locate(address: str) -> Bytes:

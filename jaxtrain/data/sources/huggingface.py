@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes
-from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, spread, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
 from jaxtrain.data.sources.samples import sample_blocks
@@ -44,7 +44,7 @@ class HuggingFace:
         column: the column with the text.
         revision: branch, tag or commit of a Hub dataset; None for the main branch. Resolved to a commit once.
         data_files: file patterns: paths within the Hub dataset or, with a builder, local paths and http(s), s3, gs and
-            hf:// URLs. () for all files of the split.
+            hf:// URLs. Braces expand: `part-{000..005}.jsonl.gz`. () for all files of the split.
         max_samples: read only the first N documents, in file order. None for all.
         fetch_rows: approximate rows per request to a parquet file (within 256 kB to 16 MB). Larger values use more
             memory per reader, smaller ones need more round trips.
@@ -202,7 +202,10 @@ class HuggingFace:
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
             builder = datasets.load_dataset_builder(
-                self.name, self.config_name, data_files=list(self.data_files) or None, revision=sha
+                self.name,
+                self.config_name,
+                data_files=[file for pattern in self.data_files for file in spread(pattern)] or None,
+                revision=sha,
             )
         except Exception as error:
             fault = retry.classify(error, what)
@@ -254,7 +257,7 @@ class HuggingFace:
                 "change: start a new run in another --workdir."
             )
         # Only the config has credentials and URL signatures.
-        known = [pattern for pattern in self.data_files if pattern.startswith("http")]
+        known = [file for pattern in self.data_files if pattern.startswith("http") for file in spread(pattern)]
         sha, root = identity["revision"], ""
         if sha is not None:
             root = self._root(sha)

@@ -7,14 +7,13 @@ therefore read through the disk cache (data/io/disk_cache.py) if there is one.
 import collections
 import contextlib
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from jaxtrain.data.io.byte_ranges import Bytes
-from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, stamps
+from jaxtrain.data.io.locations import braces, cache_key, check_unchanged, expand, locate, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.io.tar import BrokenError, members
 from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
@@ -22,7 +21,6 @@ from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
 
 KINDS = ("json", "jsonl", "txt")
-_MOST_SHARDS = 1_000_000
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,7 +56,11 @@ class WebDataset:
         if columns and self.members == ("txt",):
             raise UserError(f"transforms read the columns {', '.join(columns)}, but txt members have only text.")
         for url in self.urls:
-            braces(url)
+            if re.search(r"\.(jsonl?|parquet|csv|txt|arrow)(\.\w+)?$", braces(url)[-1]):
+                raise UserError(
+                    f"urls={url!r} are no tar archives: read them by HuggingFace, with name='json' (or parquet, csv, "
+                    "text, arrow) and these files in data_files"
+                )
 
     def columns(self) -> tuple[str, ...]:
         """The columns that the transforms read besides the text."""
@@ -96,7 +98,7 @@ class WebDataset:
         """Yields the addresses of all shards. Only wildcards need a lookup: `stamps` detects missing shards."""
         for url in self.urls:
             if url.startswith("hf://") or (not url.startswith(("http://", "https://")) and re.search(r"[*?\[]", url)):
-                yield from expand(braces(url)).values()
+                yield from expand([url]).values()
             else:
                 yield from braces(url)
 
@@ -196,39 +198,3 @@ class WebDatasetSource:
         if not isinstance(text, str | None):
             raise RowError(f"{column!r} of member {name!r} holds {kind_of(text)}, not text.")
         return {**{key: clean(document.get(key)) for key in self._columns}, "text": clean(text or "")}
-
-
-def braces(pattern: str) -> list[str]:
-    """Expands `{000..123}` and `{a,b}` in a pattern, in order. Numbers keep their leading zeros.
-
-    Raises:
-        UserError: The braces have another form, or expand to a million addresses or more.
-    """
-    pieces: list[list[str]] = []
-    count = 1
-    for literal, inside in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
-        pieces.append([literal])
-        if inside:
-            pieces.append(_alternatives(inside, pattern))
-            count *= len(pieces[-1])
-    if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
-        raise UserError(f"{lasting_name(pattern)!r}: its braces are unbalanced or nested.")
-    if count >= _MOST_SHARDS:
-        raise UserError(f"{lasting_name(pattern)!r} expands to {count:,} shards; check its range.")
-    return ["".join(parts) for parts in itertools.product(*pieces)]
-
-
-def _alternatives(inside: str, pattern: str) -> list[str]:
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if bounds is None:
-        if "," not in inside:
-            raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} is neither a range (0..99) nor a list (a,b).")
-        return inside.split(",")
-    first, last = int(bounds[1]), int(bounds[2])
-    if last - first >= _MOST_SHARDS:
-        raise UserError(f"{lasting_name(pattern)!r} expands to {last - first + 1:,} shards; check its range.")
-    if last < first:
-        raise UserError(f"{lasting_name(pattern)!r}: {{{inside}}} ends before it begins.")
-    padded = any(len(bound) > 1 and bound[0] == "0" for bound in bounds.groups())
-    width = max(map(len, bounds.groups())) if padded else 0
-    return [str(number).zfill(width) for number in range(first, last + 1)]

@@ -1,4 +1,4 @@
-"""The config's deadline holds, whatever is waited for: answers, the rate limit, backoff, in any thread."""
+"""The config's deadline covers all waiting (responses, the rate limit, backoff), in any thread."""
 
 import functools
 import threading
@@ -17,7 +17,7 @@ from tests.hub import LoopbackHub, jsonl_bytes
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """[the time], which passes by sleeping alone."""
+    """[the time], which advances only by sleeping."""
     now = [100.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retry, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -41,7 +41,7 @@ def test_waits_for_the_rate_limit_are_inside(clock: list[float], retry_after: fl
 
 
 def test_a_turn_that_comes_too_late_is_not_waited_for(clock: list[float]) -> None:
-    """Others were refused; this reader's first request would have to wait for longer than its deadline."""
+    """Others were refused; this reader's first request would have to wait longer than its deadline."""
     limiter = rate_limit.RateLimiter("hub", seed=0)
     limiter.refused(93.0)
 
@@ -58,7 +58,7 @@ def test_a_turn_that_comes_too_late_is_not_waited_for(clock: list[float]) -> Non
 
 
 def test_time_without_requests_does_not_count(clock: list[float]) -> None:
-    """Decoding and skipping take long, and the first fault then has the whole deadline."""
+    """Decoding and skipping take long, and the first fault afterwards has the whole deadline."""
     tried: list[float] = []
 
     def open_at(row: int) -> Iterator[Block]:
@@ -88,7 +88,7 @@ def test_other_threads_of_the_attempt_keep_it(clock: list[float]) -> None:
 
 @pytest.mark.parametrize("kind", ["latency:30", "loop", "status:503"])
 def test_a_sick_server(hub: LoopbackHub, kind: str) -> None:
-    """A deadline far below the client's own time-out."""
+    """A deadline far below the client's own timeout."""
     hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
     source = HuggingFace(name="org/web").resolve()
     hub.fault("/resolve/", kind)
