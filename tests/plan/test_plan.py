@@ -265,7 +265,7 @@ def test_unbounded():
     whole = plan_of(one(), total_tokens=3200, schedule=rising)
     assert known.at(70).learning_rate == whole.at(70).learning_rate
     assert known.at(1000).learning_rate == 0.0
-    assert known.table().endswith("no steps. About 3,200 tokens, which schedules go by.")
+    assert known.table().endswith("no steps. Schedules assume about 3,200 tokens.")
     with pytest.raises(UserError, match="fills the run's 32"):
         plan_of(one(), epochs=1, schedule=Cosine(warmup_tokens=40).build(), horizon=32)
     with pytest.raises(UserError, match=r"nothing bounds the run: set total_tokens .* steps, .*epochs"):
