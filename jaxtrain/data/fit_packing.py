@@ -61,15 +61,14 @@ class RowPlanner:
             seq_len: T.
             opened: The document that goes on in the first row, and its next token; None if there is none.
             used: Documents that are used up, all before WINDOW.
-            closing: Plan only until no used or opened document comes after one that is neither, and only with
-                documents up to the last of these.
+            closing: Plan only with documents up to the last that is used up or opened. When they are used up, no gap
+                is left.
         """
         self.pieces: list[tuple[int, int, int, int]] = []
         self.left: list[int] = []
         self.front = 0
         self.opened = opened
         self.lengths, self._seq_len = lengths, seq_len
-        self._closing = closing
         self._stop = max([0, *used, *(opened or ())[:1]]) + 1 if closing else len(lengths)
         self._used = bytearray(len(lengths))
         for document in used:
@@ -85,17 +84,10 @@ class RowPlanner:
         """Documents after `front` that are used up."""
         return [n for n in range(self.front + 1, min(self.front + WINDOW, len(self._used))) if self._used[n]]
 
-    @property
-    def has_gaps(self) -> bool:
-        """Whether a used or opened document comes after one that is neither."""
-        return (self.opened is not None and self.opened[0] > self.front) or self._used.find(1, self.front) >= 0
-
     def plan(self, rows: int) -> None:
         """Plans `rows` more rows, or as many as the documents are enough for."""
         seq_len, end = self._seq_len, len(self.left) + rows
         while len(self.left) < end and (self.opened is not None or self.front < self._known):
-            if self._closing and not self.has_gaps:
-                return
             document, first = self.opened or self._oldest()
             rest = self.lengths[document] - first
             full = min(rest // seq_len, end - len(self.left))
@@ -245,7 +237,8 @@ class FitPacker(Packer):
             self._fill(self.seen + 1)
             self._advance(self.seen)
         lengths = self._read(rows * seq_len if fit else 0)
-        opened = self._ahead or ((0, self._token) if self._token else None)
+        begun = -int(self._starts[0]) if len(self._starts) else 0
+        opened = self._ahead or ((0, begun) if begun else None)
         planner = RowPlanner(lengths, seq_len, opened, self._used, closing=not fit)
         planner.plan(rows)
         return planner
