@@ -43,7 +43,7 @@ class RowPlanner:
             block's R · T tokens, the document, its first token there, tokens) of each.
         left: For each row planned so far, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
         front: The first document that is not used up.
-        opened: The document that goes on in the next row, and its next token; None if there is none.
+        opened: The document that continues in the next row, and its next token; None if there is none.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RowPlanner:
         Args:
             lengths: The documents' lengths. The first document is not used up.
             seq_len: T.
-            opened: The document that goes on in the first row, and its next token; None if there is none.
+            opened: The document that continues in the first row, and its next token; None if there is none.
             used: Documents that are used up, all before WINDOW.
             closing: Plan only with documents up to the last that is used up or opened. When they are used up, no gap
                 is left.
@@ -85,7 +85,7 @@ class RowPlanner:
         return [n for n in range(self.front + 1, min(self.front + WINDOW, len(self._used))) if self._used[n]]
 
     def plan(self, rows: int) -> None:
-        """Plans `rows` more rows, or as many as the documents are enough for."""
+        """Plans `rows` more rows, or as many as the documents suffice for."""
         seq_len, end = self._seq_len, len(self.left) + rows
         while len(self.left) < end and (self.opened is not None or self.front < self._known):
             document, first = self.opened or self._oldest()
@@ -151,15 +151,14 @@ class RowPlanner:
 
 
 class FitPacker(Packer):
-    """Packs by best fit, or cuts as any Packer. Its state adds `ahead` and `taken` to a Packer's.
+    """Packs by best fit, or cuts like a Packer. Its state adds `ahead` and `taken` to a Packer's.
 
-    The cursor's document is the oldest that is not used up. `token` is the next token of the document that goes on in
-    the next row, which is `ahead` documents after the cursor's. Bit n - 1 of `taken` says that the n-th document after
+    The cursor's document is the oldest that is not used up. `token` is the next token of the document that continues
+    in the next row, `ahead` documents after the cursor's. Bit n - 1 of `taken` is set if the n-th document after
     the cursor's is used up. With both 0, the state is a Packer's.
 
     After a change from "fit" to "concat", rows are fitted from the documents up to the last that is used up or begun,
-    until the state is a Packer's. After a change from "concat" to "fit", the tokens that overlap would repeat are left
-    out.
+    until the state is a Packer's. After a change from "concat" to "fit", tokens that overlap would repeat are dropped.
     """
 
     def __init__(
@@ -175,7 +174,7 @@ class FitPacker(Packer):
         ahead: int = 0,
         taken: int = 0,
     ):
-        """Starts at a state. ahead, taken: see the class. The others are as in Packer."""
+        """Starts at a state. ahead, taken: See the class. The others are as in Packer."""
         super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width)
         self._ahead = (ahead, token) if ahead else None
         self._used = [n for n in range(1, WINDOW) if taken >> n - 1 & 1]
@@ -195,7 +194,7 @@ class FitPacker(Packer):
         counted_R: np.ndarray | None = None,
         fit: bool = False,
     ) -> Cut:
-        """As Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
+        """Like Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
         rows, seq_len = block["tokens"].shape
         planned = self._plan(rows, seq_len, fit)
         made = len(planned.left)
@@ -211,7 +210,7 @@ class FitPacker(Packer):
         return packing.spread([(cut, np.arange(made)), (rest, np.arange(made, rows))], rows, seq_len)
 
     def addresses(self, rows: int, seq_len: int, stride: int, fit: bool = False) -> list[Spans]:
-        """As Packer.addresses. fit: as in `cut`."""
+        """Like Packer.addresses. fit: As in `cut`."""
         planned = self._plan(rows, seq_len, fit)
         if not planned.left:
             return super().addresses(rows, seq_len, stride)
@@ -252,7 +251,7 @@ class FitPacker(Packer):
         self._fill(tokens + 1)
         if (self._ahead or self._used) and self._where[:1, :_FILE].tolist() != [self._position]:
             assert self._may_be_skipped, f"the document at {self.cursor[0]} is gone"
-            # It is no longer known which documents are used up. Some may come again, but none is left out.
+            # It is no longer known which documents are used up. Some may come again, but none is dropped.
             self._ahead, self._used = None, []
         while True:
             have = len(self._tokens)
@@ -268,22 +267,22 @@ class FitPacker(Packer):
         """Writes and counts the planned rows, the first ones of the block."""
         made, seq_len = len(planned.left), block["tokens"].shape[1]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        tokens[:] = 0
+        fields = [(tokens, self._tokens)]
         if self._records is not None:
-            records = block[RECORDS][:made].reshape(made * seq_len, -1)
-            records[:] = 0
+            fields.append((block[RECORDS][:made].reshape(made * seq_len, -1), self._records))
+        for into, _ in fields:
+            into[:] = 0
         starts, counts, last = self._starts.tolist(), self.counts, []
         for place, document, first, count in planned.pieces:
             source, length = starts[document] + first, planned.lengths[document]
-            tokens[place : place + count] = self._tokens[source : source + count]
-            if self._records is not None:
-                records[place : place + count] = self._records[source : source + count]
+            for into, buffer in fields:
+                into[place : place + count] = buffer[source : source + count]
             if first + count == length:
                 last.append(place + count - 1)
             if not first and (counted_R is None or place % seq_len < counted_R[place // seq_len]):
                 counts.documents += 1
                 counts.cut += length > min(count, seq_len)
-        # A document that a row cuts goes on in the next one.
+        # A document that a row cuts continues in the next one.
         targets[:-1] = tokens[1:]
         targets[-1] = 0 if planned.opened is None else self._tokens[starts[planned.opened[0]] + planned.opened[1]]
         left_R = np.array(planned.left)
