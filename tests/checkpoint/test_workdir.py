@@ -39,7 +39,7 @@ def test_remote_paths_stay_urls(tmp_path, monkeypatch):
     assert first.cache != second.cache
 
 
-@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a"])
+@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a", "s3://", "gs:///a"])
 def test_other_protocols_are_refused(path):
     with pytest.raises(UserError, match=f"--workdir={path}: give a local directory, or a gs:// or s3:// URL"):
         Workdir(path)

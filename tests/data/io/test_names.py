@@ -1,5 +1,6 @@
 """File names: exact, unique, without secrets; and version 0.1's names, if they are unambiguous."""
 
+import dataclasses
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,16 @@ def test_local_files_are_all_read_and_resumed(
     assert sorted(read(source)) == sorted(expected)
     again = LOCAL[kind].resolve(source.identity)
     assert (again.files, read(again)) == (source.files, read(source))
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_brackets_in_a_path(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is there is a path, though as a pattern it matches another one, or none."""
+    monkeypatch.chdir(tmp_path)
+    expected = write(tmp_path, [f"a[x]/b[12].{kind}"], kind)
+    (place,) = (name for name in ("data_files", "urls", "patterns") if hasattr(LOCAL[kind], name))
+    source = dataclasses.replace(LOCAL[kind], **{place: (f"a[x]/b[12].{kind}",)}).resolve()  # pyright: ignore[reportArgumentType, reportCallIssue] - a protocol
+    assert read(source) == expected
 
 
 def test_files_of_the_hub_are_told_apart(hub: LoopbackHub) -> None:

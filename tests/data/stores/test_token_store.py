@@ -110,9 +110,21 @@ def test_one_record_for_each_row_in_order(tmp_path):
     assert store.identity == versioned(source.identity)
 
 
-def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
-    class Full:
-        """ArrayRecord's writer on a full disk."""
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("write() failed: No space left on device; Failed to close chunk_writer", "is full .*Finished shards are kept"),
+        ("write() failed: Disk quota exceeded; writing a", "is full .*Finished shards are kept"),
+        ("open() failed: Permission denied; opening a", "cannot be written .*Give an --output that you may write"),
+        ("open() failed: Operation not permitted; opening a", "cannot be written"),
+        ("open() failed: Read-only file system; opening a", "cannot be written"),
+        ("open() failed: Not a directory; opening a", "cannot be written"),
+        ("open() failed: No such file or directory; opening a", "cannot be written"),
+    ],
+)
+def test_a_disk_that_refuses_is_the_users_matter(tmp_path, monkeypatch, reason, said):
+    class Refusing:
+        """ArrayRecord's writer, in its own words."""
 
         def __init__(self, path: str, options: str):
             pathlib.Path(path).write_bytes(b"a part")
@@ -121,16 +133,25 @@ def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
             pass
 
         def close(self) -> None:
-            raise RuntimeError("write() failed: No space left on device; Failed to close chunk_writer")
+            raise RuntimeError(reason)
 
     source = MemorySource(rows=[documents(9, 1)])
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
-        with pytest.raises(UserError, match=r"is full .*No space left.*Finished shards are kept"):
+        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Refusing))
+        with pytest.raises(UserError, match=said):
             write(tmp_path, {"a": source})
     assert not list((tmp_path / "a").rglob("*.tmp"))
     write(tmp_path, {"a": source})
     token_store.verify(str(tmp_path / "a"))
+
+
+def test_a_removed_folder_is_the_users_matter(tmp_path):
+    """By ArrayRecord itself."""
+    source = MemorySource(rows=[documents(9, 1)])
+    one = writer._Writer(job(tmp_path, "a", source), 0, 1, token_store.exists, None)
+    path = str(tmp_path / "none" / "x")
+    with pytest.raises(UserError, match=r"cannot be written .*No such file"), one._record_writer(path, "") as to:
+        to.write(b"a")
 
 
 def test_tfds_opens_it(tmp_path):
