@@ -164,20 +164,17 @@ def documents(
         TransientError: While iterating: an outage outlasted `retry_minutes`.
     """
     from jaxtrain.data.documents import DocumentDataset
+    from jaxtrain.data.pipeline import DataConfig
 
-    return DocumentDataset(
-        source,
-        shard=shard,
-        num_shards=num_shards,
-        name=name,
-        seed=seed,
+    config = DataConfig(
+        sources={name: source},
+        num_lanes=num_shards,
         shuffle=shuffle,
         shuffle_window=shuffle_window,
         holdout=holdout,
-        held_out=held_out,
-        epochs=epochs,
         retry_minutes=retry_minutes,
     )
+    return DocumentDataset(config, shard=shard, seed=seed, held_out=held_out, epochs=epochs)
 
 
 def batches(

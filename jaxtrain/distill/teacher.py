@@ -134,7 +134,7 @@ class Teacher:
         manifests: dict[str, TeacherManifest] = {}
         for name, config in data.sources.items():
             folder = os.path.join(self.cache, name)
-            manifests[name] = teacher_store.load(folder)
+            manifests[name] = TeacherManifest.load(folder)
             teacher_store.check(manifests[name], folder, config, resolved[name], tokenizer)
             if manifests[name].add_bos != data.add_bos:
                 raise UserError(

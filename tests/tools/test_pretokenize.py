@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.data import modes, pipeline
-from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores.token_store import TokenManifest
 from tests.hub import LoopbackHub, jsonl_bytes
 from tools.pretokenize import __main__ as pretokenize
 
@@ -89,7 +89,7 @@ def test_goes_on_with_the_commit_that_was_begun(config, hub: LoopbackHub, tmp_pa
     assert run(config, "--all", "--worker=0/2") == 0
     hub.commit("org/web", {f"{n}.jsonl": jsonl_bytes(["other texts"] * 9) for n in (0, 1, 2)})
     assert run(config, "--all", "--worker=1/2") == 0
-    files = token_store.load(str(tmp_path / "run" / "tokens" / "web")).files
+    files = TokenManifest.load(str(tmp_path / "run" / "tokens" / "web")).files
     assert [file.rows for file in files] == [600, 600]
 
 

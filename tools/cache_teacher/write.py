@@ -10,6 +10,7 @@ from tqdm import tqdm
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
 from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.teacher_store import TeacherManifest
 from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.errors import UserError
@@ -53,7 +54,7 @@ class Settings:
 def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     assert config.teacher is not None
-    begun = {name: teacher_store.planned(os.path.join(output, name)) for name in config.data.sources}
+    begun = {name: TeacherManifest.planned(os.path.join(output, name)) for name in config.data.sources}
     known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
     sources, tokenizer = open_data.for_writing(config, workdir, known)
     config.data.row_spec(tokenizer, None)  # raises if add_bos is set but the tokenizer has no such token
@@ -68,7 +69,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     identity = frozen.identity(params)
     writers: dict[str, TeacherWriter] = {}
     for name, source in sources.items():
-        manifest = teacher_store.manifest_of(
+        manifest = TeacherManifest.of(
             source,
             config.data.sources[name],
             tokenizer,
@@ -181,12 +182,12 @@ def verify(config: Config, output: str) -> None:
     """Verifies the checksums of every cache. Raises UserError if one is incomplete or damaged."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
-        teacher_store.verify(folder)
+        TeacherManifest.verify(folder)
         print(f"Source {name}: {_summary(folder)} All bytes match their checksums.", flush=True)
 
 
 def _summary(folder: str) -> str:
-    made = teacher_store.load(folder)
+    made = TeacherManifest.load(folder)
     rows = sum(part.rows for parts in made.parts for part in parts)
     temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
     return (
