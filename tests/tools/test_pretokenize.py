@@ -56,7 +56,7 @@ def run(config: pathlib.Path, *arguments: str) -> int:
 
 
 def test_writes_what_training_reads(config, tmp_path, capsys):
-    """The tokenizer is trained where the run would train it; --verify finds a byte that has changed."""
+    """The tokenizer is trained where the run would train it; --verify finds a changed byte."""
     assert run(config, "--all", "--worker=0/2") == 0
     assert "Source web: this worker is done with its files; other workers are not." in capsys.readouterr().out
     assert run(config, "--all", "--worker=1/2") == 0
@@ -94,7 +94,7 @@ def test_goes_on_with_the_commit_that_was_begun(config, hub: LoopbackHub, tmp_pa
 
 
 def test_max_samples_bounds_it(config, tmp_path, capsys):
-    # Which file holds the last document of JSON lines, only reading tells: the first worker does it all.
+    # Which file holds the last document of JSON lines is known only by reading: the first worker writes everything.
     flag = "--config.data.sources.web.max_samples=700"
     for worker in (1, 0):
         assert run(config, flag, f"--worker={worker}/2", f"--output={tmp_path / 'out'}") == 0

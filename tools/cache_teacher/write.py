@@ -140,7 +140,7 @@ def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: i
 
 
 def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout) -> dict[str, int | None]:
-    """Returns the remaining documents of each source; None if only reading it can tell.
+    """Returns the remaining documents of each source; None if they are known only by reading it.
 
     Raises:
         UserError: the free disk space is less than `_MARGIN` times their estimated size.
