@@ -1,6 +1,8 @@
 """Where a command's files go when nothing says so."""
 
 import os
+import pathlib
+import types
 
 import pytest
 
@@ -18,3 +20,15 @@ from jaxtrain.cli import paths
 )
 def test_the_default_work_directory_holds_no_secret(spec: str, folder: str):
     assert paths.default_workdir(spec) == os.path.join("runs", folder)
+
+
+def test_progress_bars_of_the_hubs_client_stay_off_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    for terminal in (True, False):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setattr(paths.sys, "stderr", types.SimpleNamespace(isatty=lambda shown=terminal: shown))
+        paths.keep_caches_in(str(tmp_path))
+        assert os.environ.get(name) == (None if terminal else "1")
+    assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"  # what the user says counts
