@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 pytest_plugins = ("tests.hub_fixtures",)  # imported before any test, hence before the Hub's clients
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile far more than they compute: this halves their time. Whole runs (tests/e2e) are compiled as a user's are.
+# Tests compile far more than they compute: this halves their time. Whole runs (tests/e2e) are compiled like a user's.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Later lines win. Each exception names the library that warns.

@@ -1,4 +1,4 @@
-"""The commands in the docs: each parses, its config loads, and those that need no network and no cluster run."""
+"""The commands in the docs: each parses, its config loads, and those without network or cluster are run."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from jaxtrain import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Tutorials that run as they are written, but for these overrides.
+# Tutorials that run as written, except for these overrides.
 SMALL = ("--config.steps=2", "--config.eval.every_steps=none", "--config.tokenizer.max_samples=100")
 LOCAL = ("quickstart", "mine", "gpt2")
 
@@ -25,7 +25,7 @@ def blocks(page: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def commands(page: pathlib.Path) -> list[list[str]]:
-    """The arguments of each `python -m MODULE ...` of the page, from MODULE on."""
+    """The arguments of each `python -m MODULE ...` on the page, from MODULE on."""
     found = []
     for language, text in blocks(page):
         if language in ("python", "json", "mermaid"):
@@ -40,7 +40,7 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 
 
 def examples(page: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the page's Python blocks that are configs, as the page names them."""
+    """Writes the page's Python blocks that are configs, with the names that the page gives them."""
     for language, text in blocks(page):
         if language == "python" and "def get_config" in text:
             (folder / "mine.py").write_text(text)
@@ -53,7 +53,7 @@ def test_every_command_is_understood(
     examples(page, tmp_path)
     for module, *arguments in commands(page):
         if module == "tools.bench":
-            continue  # has commands of its own: tests/tools
+            continue  # has its own commands: tests/tools
         package = ROOT / module.replace(".", "/")
         command = importlib.import_module(f"{module}.__main__" if package.is_dir() else module).COMMAND
         if "--help" in arguments:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -52,7 +53,7 @@ class Workdir:
 
     def __init__(self, path: epath.PathLike):
         self.is_local = "://" not in os.fspath(path)
-        if not self.is_local and not os.fspath(path).startswith(("gs://", "s3://")):
+        if not self.is_local and not re.match(r"(gs|s3)://[^/]", os.fspath(path)):
             raise UserError(f"--workdir={path}: give a local directory, or a gs:// or s3:// URL.")
         self.path = epath.Path(path)
         if self.is_local:

@@ -41,7 +41,7 @@ class RowPlanner:
         lengths: The documents' lengths.
         left: For each row planned so far, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
         front: The first document that is not used up.
-        opened: The document that goes on in the next row, and its next token; None if there is none.
+        opened: The document that continues in the next row, and its next token; None if there is none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RowPlanner:
         Args:
             lengths: The documents' lengths. The first document is not used up.
             seq_len: T.
-            opened: The document that goes on in the first row, and its next token; None if there is none.
+            opened: The document that continues in the first row, and its next token; None if there is none.
             used: Documents that are used up, all before WINDOW.
             closing: Plan only until no used or opened document comes after one that is neither, and only with
                 documents up to the last of these.
@@ -97,7 +97,7 @@ class RowPlanner:
         return (self.opened is not None and self.opened[0] > self.front) or self._used.find(1, self.front) >= 0
 
     def plan(self, rows: int) -> None:
-        """Plans `rows` more rows, or as many as the documents are enough for."""
+        """Plans `rows` more rows, or as many as the documents suffice for."""
         seq_len, end = self._seq_len, len(self.left) + rows
         while len(self.left) < end and (self.opened is not None or self.front < self._known):
             if self._closing and not self.has_gaps:
@@ -164,15 +164,14 @@ class RowPlanner:
 
 
 class FitPacker(Packer):
-    """Packs by best fit, or cuts as any Packer. Its state adds `ahead` and `taken` to a Packer's.
+    """Packs by best fit, or cuts like a Packer. Its state adds `ahead` and `taken` to a Packer's.
 
-    The cursor's document is the oldest that is not used up. `token` is the next token of the document that goes on in
-    the next row, which is `ahead` documents after the cursor's. Bit n - 1 of `taken` says that the n-th document after
+    The cursor's document is the oldest that is not used up. `token` is the next token of the document that continues
+    in the next row, `ahead` documents after the cursor's. Bit n - 1 of `taken` is set if the n-th document after
     the cursor's is used up. With both 0, the state is a Packer's.
 
     After a change from "fit" to "concat", rows are fitted from the documents up to the last that is used up or begun,
-    until the state is a Packer's. After a change from "concat" to "fit", the tokens that overlap would repeat are left
-    out.
+    until the state is a Packer's. After a change from "concat" to "fit", tokens that overlap would repeat are dropped.
     """
 
     def __init__(
@@ -188,7 +187,7 @@ class FitPacker(Packer):
         ahead: int = 0,
         taken: int = 0,
     ):
-        """Starts at a state. ahead, taken: see the class. The others are as in Packer."""
+        """Starts at a state. ahead, taken: See the class. The others are as in Packer."""
         super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width)
         self._ahead = (ahead, token) if ahead else None
         self._used = [n for n in range(1, WINDOW) if taken >> n - 1 & 1]
@@ -208,7 +207,7 @@ class FitPacker(Packer):
         counted_R: np.ndarray | None = None,
         fit: bool = False,
     ) -> Cut:
-        """As Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
+        """Like Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
         rows, seq_len = block["tokens"].shape
         planned = self._plan(rows, seq_len, fit)
         made = len(planned.left)
@@ -224,7 +223,7 @@ class FitPacker(Packer):
         return packing.spread([(cut, np.arange(made)), (rest, np.arange(made, rows))], rows, seq_len)
 
     def addresses(self, rows: int, seq_len: int, stride: int, fit: bool = False) -> list[Spans]:
-        """As Packer.addresses. fit: as in `cut`."""
+        """Like Packer.addresses. fit: As in `cut`."""
         planned = self._plan(rows, seq_len, fit)
         if not planned.left:
             return super().addresses(rows, seq_len, stride)
@@ -264,7 +263,7 @@ class FitPacker(Packer):
         self._fill(tokens + 1)
         if (self._ahead or self._used) and self._where[:1, :_FILE].tolist() != [self._position]:
             assert self._may_be_skipped, f"the document at {self.cursor[0]} is gone"
-            # It is no longer known which documents are used up. Some may come again, but none is left out.
+            # It is no longer known which documents are used up. Some may come again, but none is dropped.
             self._ahead, self._used = None, []
         while True:
             have = len(self._tokens)
@@ -288,7 +287,7 @@ class FitPacker(Packer):
                     source = starts[document] + first
                     into[place : place + count] = found[source : source + count]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        # A document that a row cuts goes on in the next one.
+        # A document that a row cuts continues in the next one.
         targets[:-1] = tokens[1:]
         targets[-1] = 0 if planned.opened is None else self._tokens[starts[planned.opened[0]] + planned.opened[1]]
         place_P, document_P, first_P, count_P = pieces.T

@@ -240,7 +240,7 @@ class Monitor:
             self._watchdog.beat()
 
     def begin(self) -> None:
-        """Ends the start-up time. Call it just before the first step."""
+        """Ends the startup time. Call it just before the first step."""
         self._begun = True
         self._goodput.end_of_start()
         self._mark(self._run.start_tokens)

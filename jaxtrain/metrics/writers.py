@@ -152,7 +152,8 @@ class Tracker:
         self._name, self._project, self._last_step, self._failed = module, project, last_step, False
         # Trackio continues a run by name, W&B by id.
         run = {"id": _wandb_id(workdir)} if module == "wandb" else {}
-        self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
+        public = {key: value for key, value in config.items() if not key.startswith("_")}  # Trackio refuses the others
+        self._call("init", project=project, name=workdir.path.name, config=public, resume="allow", **run)
 
     def write(self, step: int, values: Json) -> None:
         if step >= self._last_step:

@@ -238,7 +238,7 @@ class Plan:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         if self.last_step is None or self.total_tokens is None:
-            about = "" if self.horizon is None else f" About {self.horizon:,} tokens, which schedules go by."
+            about = "" if self.horizon is None else f" Schedules assume about {self.horizon:,} tokens."
             return "\n".join([*text, f"The run ends with its data: no total_tokens, no steps.{about}"])
         last = self.at(self.last_step)
         end = f"{self.last_step:,} steps, {self.total_tokens:,} tokens"

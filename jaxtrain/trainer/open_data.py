@@ -229,7 +229,7 @@ def horizon(
         return last.first_token + math.ceil(rest)
 
     found = broadcast_json({"horizon": _on_process_0(estimate)})["horizon"]
-    logger.info("The sources have about %s tokens in %d epoch(s): schedules go by that.", f"{found:,}", epochs)
+    logger.info("The sources have about %s tokens in %d epoch(s): schedules assume that.", f"{found:,}", epochs)
     return found
 
 
@@ -237,8 +237,8 @@ def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config)
     """Tokens of a source's epoch, from its rows and the tokens of about the first thousand."""
     if reader.most_rows is None:
         raise UserError(
-            f"epochs={config.epochs} ends the run, and nothing says how many documents source {reader.name!r} has, so "
-            f"the schedule {type(config.optimizer.schedule).__name__} cannot know where: set total_tokens or steps, "
+            f"epochs={config.epochs} ends the run, but the number of documents of source {reader.name!r} is "
+            f"unknown, which the schedule {type(config.optimizer.schedule).__name__} needs: set total_tokens or steps, "
             f"data.sources.{reader.name}.max_samples, or optimizer.schedule=Constant with warmup_tokens"
         )
     lanes, start = reader.options.num_lanes, Position(0, 0, 0)

@@ -308,7 +308,7 @@ def _warn_of_warmup(config: Config, plan: Plan) -> None:
     if before < last < peak or (plan.last_step == 1 and last < peak / 2):
         fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
         logger.warning(
-            "steps=%d ends the run within the warm-up: the learning rate reaches %.2g only, since the schedule is that "
+            "steps=%d ends the run within the warmup: the learning rate reaches only %.2g, since the schedule is that "
             "of %s tokens. --config.%s fits it to these steps.",
             plan.last_step,
             last,

@@ -45,7 +45,7 @@ def mesh_of(*sizes):
 
 
 def state_on(mesh, seed=0):
-    """A train state of all types, made of the seed alone."""
+    """A train state with all dtypes, a function of the seed alone."""
     rng = np.random.default_rng(seed)
 
     def put(x, *spec):
@@ -433,7 +433,7 @@ def test_what_a_store_refuses_in_words():
 
 @pytest.fixture(params=["limit", "tmpfs"])
 def full_disk(request, tmp_path):
-    """(folder, function that fills its disk): by a limit on the size of files, or really, where mounting is allowed."""
+    """(folder, function that fills its disk): a file size limit, or a real small disk if mounting is allowed."""
     if request.param == "limit":
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         yield tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))

@@ -39,7 +39,7 @@ def test_remote_paths_stay_urls(tmp_path, monkeypatch):
     assert first.cache != second.cache
 
 
-@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a"])
+@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a", "s3://", "gs:///a"])
 def test_other_protocols_are_refused(path):
     with pytest.raises(UserError, match=f"--workdir={path}: give a local directory, or a gs:// or s3:// URL"):
         Workdir(path)
@@ -55,7 +55,7 @@ def test_one_run_at_a_time(tmp_path):
     with Workdir(tmp_path):
         with pytest.raises(UserError, match=rf"in use by another run .*\"pid\": {os.getpid()}"), Workdir(tmp_path):
             pass
-        # The refused one has not taken the lock away.
+        # The refused run has not taken the lock.
         with pytest.raises(UserError), Workdir(tmp_path):
             pass
     with Workdir(tmp_path):
@@ -132,7 +132,7 @@ def test_a_lost_lease_ends_the_process(tmp_path):
 
 
 def test_a_directory_that_one_process_cannot_see_is_refused(tmp_path, monkeypatch):
-    # Process 0 of two, with the answers that the other would give.
+    # Process 0 of two, with the responses that the other would give.
     monkeypatch.setattr(module.jax, "process_count", lambda: 2)
     monkeypatch.setattr(module.multihost_utils, "broadcast_one_to_all", lambda x: x)
     monkeypatch.setattr(module.multihost_utils, "sync_global_devices", lambda name: None)

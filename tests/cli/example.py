@@ -1,4 +1,4 @@
-"""A config tree with all that a real one has: protocols, optional groups, dicts, tuples of dataclasses, unions."""
+"""A config tree with all features of a real one: protocols, optional groups, dicts, tuples of dataclasses, unions."""
 
 import dataclasses
 from collections.abc import Callable

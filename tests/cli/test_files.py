@@ -22,7 +22,7 @@ def get_config(arg=''):
 
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder `configs` with a shared file; the import path is put back afterwards."""
+    """A folder `configs` with a shared file; the import path is restored afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "configs"
     folder.mkdir()
@@ -95,7 +95,7 @@ def get_config(arg=''):
 
 
 def test_running_outside_the_repository(configs: Path, tmp_path: Path):
-    """The repository's folder is importable (installed), the current folder is another, with a `configs` of its own."""
+    """The repository's folder is importable (installed); the current folder is another one with its own `configs`."""
     elsewhere = tmp_path / "cwd"
     (elsewhere / "configs").mkdir(parents=True)
     (elsewhere / "configs" / "_base.py").write_text("raise RuntimeError('the wrong _base')")

@@ -39,7 +39,7 @@ def _reachable(hint: object, found: set[type]) -> None:
 
 
 def test_every_config_of_the_package_has_a_kind():
-    """A component without a line in the table would record its module path, and could never be moved."""
+    """A component without a line in the table would record its module path and could never be moved."""
     reachable: set[type] = set()
     _reachable(Config, reachable)
     for found in pkgutil.walk_packages(jaxtrain.__path__, "jaxtrain."):
@@ -47,7 +47,7 @@ def test_every_config_of_the_package_has_a_kind():
             continue
         module = importlib.import_module(found.name)
         for value in vars(module).values():
-            # Those that are set in a config file: keyword-only, with rules of their own.
+            # The dataclasses that are set in config files: keyword-only, with rules.
             is_here = isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == found.name
             if is_here and hasattr(value, "check") and dataclasses.fields(value)[0].kw_only:
                 reachable.add(value)
@@ -108,14 +108,14 @@ def test_descriptions_of_transforms_are_upgraded_with_their_digest():
     assert cli.upgrade([old]) == [describe(MinLength(characters=5))]
     settings = {"class": "jaxtrain.data.sources.huggingface.HuggingFace", "name": "'x'"}
     assert cli.upgrade(settings) == {"_kind": "hugging_face", "name": "'x'"}
-    # Names that people give: a source, a column, a label.
+    # Names given by people: a source, a column, a label.
     assert cli.upgrade({"class": "text", "digest": "5"}) == {"class": "text", "digest": "5"}
     assert cli.upgrade({"class": {"digest": "5"}}) == {"class": {"digest": "5"}}
 
 
 @dataclasses.dataclass(kw_only=True)
 class Grown:
-    """As version 0.1 had it with `size` alone."""
+    """As in version 0.1, with only `size`."""
 
     size: int = 3
     remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})

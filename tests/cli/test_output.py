@@ -1,4 +1,4 @@
-"""Output never ends a command: through a real interpreter, with each kind of output that fails."""
+"""Output never ends a command: tested in a real interpreter, with every kind of failing output."""
 
 import os
 import pathlib

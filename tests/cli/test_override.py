@@ -135,7 +135,7 @@ def test_override(flag: str, read: Any, value: Any):
     # Nothing else changes: undoing this one difference gives the original back.
     rows = cli.differences(cli.to_json(example_config()), cli.to_json(config))
     leaf = flag.partition("=")[0].removeprefix("--config.").replace("stages.1", "stages[1]")
-    # A default evaluate appears as a whole; an override of a tuple of scalars shows up at its elements.
+    # A default evaluation appears as a whole; an override of a tuple of scalars appears at its elements.
     assert all(path.startswith((leaf, "evaluate")) for path, _, _ in rows)
     assert len(rows) >= (value is not None or leaf != "evaluate")
 
@@ -170,13 +170,13 @@ def test_overrides_add_up_in_order():
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        # A typo: the nearest names, and all there are.
+        # A typo: the nearest names, and all names.
         (
             ["--config.optimizer.momentun=1"],
             ["no field 'momentun'", "--config.optimizer.momentum?", "A Muon has: learning_rate, momentum, fallback."],
         ),
         (["--config.optimizr.momentum=1"], ["config has no field 'optimizr'", "--config.optimizer?"]),
-        # A field that another class has: the present value decides.
+        # A field of another class: the current value decides.
         (["--config.optimizer.betas=0.8,0.9"], ["config.optimizer has no field 'betas'"]),
         # Right name, wrong place.
         (["--config.momentun=0.9"], ["config has no field 'momentun'", "--config.optimizer.momentum?"]),

@@ -1,4 +1,4 @@
-"""Where a command's files go when nothing says so."""
+"""Where a command's files go by default."""
 
 import os
 import pathlib

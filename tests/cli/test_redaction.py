@@ -1,4 +1,4 @@
-"""What may be a secret is cut out of texts and log records; the rest stays. See also tests/e2e/test_secrets.py."""
+"""Possible secrets are cut out of texts and log records; the rest stays. See also tests/e2e/test_secrets.py."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Names of clusters: what is understood, and what is refused with what there is."""
+"""Names of clusters: which are accepted, and which are refused with a list of the available ones."""
 
 import pathlib
 import re
@@ -61,7 +61,7 @@ def test_what_is_refused(text: str, slices: int, said: str) -> None:
 
 
 def test_every_gpu_of_the_table_has_a_target() -> None:
-    """And what JAX will call it is found in the table again."""
+    """The table also has the name that JAX will use for it."""
     for chip in hardware.CHIPS:
         if chip.platform != "gpu":
             continue
@@ -74,7 +74,7 @@ def test_every_gpu_of_the_table_has_a_target() -> None:
 
 @pytest.mark.slow
 def test_every_slice_of_the_table_can_be_compiled_for() -> None:
-    """In processes of their own, since what the compiler wants to know comes before JAX; two may be under way."""
+    """In separate processes, since the compiler's settings are read before JAX is imported; two may run at a time."""
     pytest.importorskip("libtpu")
     script = (
         "from jaxtrain.cost import clusters\n"

@@ -12,8 +12,8 @@ from jaxtrain.cost import hlo
 from jaxtrain.cost.hlo import Collective
 from jaxtrain.distributed.sharding import MeshConfig
 
-# A loop of 5 turns by its condition, one of 7 by the compiler's word, one that depends on data; a collective in two
-# pieces (a TPU's), a conditional, a start-done pair, and what goes between slices.
+# A loop of 5 iterations by its condition, one of 7 by the compiler's count, one that depends on data; a collective in
+# two parts (on a TPU), a conditional, a start-done pair, and traffic between slices.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -141,7 +141,7 @@ def test_the_forms_of_groups(written: str, groups: tuple[tuple[int, ...], ...]) 
 
 
 def test_a_program_of_eight_devices() -> None:
-    """Compiled by XLA: what a shard_map asks for, in a scan of 5 turns inside one of 3."""
+    """Compiled by XLA: collectives of a shard_map, in a scan of 5 iterations inside one of 3."""
     mesh = MeshConfig(data=2, fsdp=4).build()
 
     @jax.jit

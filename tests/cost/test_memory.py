@@ -1,4 +1,4 @@
-"""The search for the fewest micro-batches that fit, and what devices and compilers report of memory."""
+"""The search for the fewest micro-batches that fit, and what devices and compilers report about memory."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ COUNTS = sharding.divisors(65_536)
 
 
 class Sizes:
-    """A program's bytes by its micro-batches, and which were asked for."""
+    """A program's bytes by its micro-batches, and which counts were compiled."""
 
     def __init__(self, sizes: Any):
         self.sizes = sizes
@@ -46,7 +46,7 @@ def test_the_first_that_fits_is_found_by_bisection(most: int) -> None:
 
 @pytest.mark.parametrize("counts", [COUNTS[:length] for length in (1, 2, 3, 8, 17)])
 def test_no_size_makes_the_search_wrong(counts: list[int]) -> None:
-    """Steps, plateaus, and a compiler that gives up above a size: the first that fits all the same."""
+    """Steps, plateaus, and a compiler that fails above a size: the search still finds the first that fits."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         falling = dict(zip(counts, np.sort(rng.integers(1, 40, len(counts)))[::-1].tolist(), strict=True))

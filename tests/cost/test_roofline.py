@@ -1,4 +1,4 @@
-"""The roofline's terms against counts that add up every product and every array one by one."""
+"""The roofline's terms against counts that add up every product and every array individually."""
 
 import types
 
@@ -38,7 +38,7 @@ WEIGHTS = [(D, H * h), (D, K * h), (D, K * h), (H * h, D), (D, F), (D, F), (F, D
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_arithmetic(remat: str) -> None:
-    """Forward once, backward twice; then what remat does again. Multiply and add are two; causality leaves half."""
+    """Forward once, backward twice, then what remat recomputes. Multiply and add are two; causality leaves half."""
     forward_weights = L * sum(2 * a * b for a, b in WEIGHTS)
     norms = L * 2 * D + D  # counted as weights by the usual 6N
     forward_attention = L * H * sum(2 * 2 * h * keys for keys in np.arange(T) + 0.5) / T  # q k^T and p v
@@ -85,7 +85,7 @@ ISLANDS = [0, 0, 0, 0, 1, 1, 1, 1]
         ("all-reduce", (tuple(range(8)),), [0] * 8, 1400, 0),
         # Half of the array has to come from the other island, spread over this one's four chips.
         ("all-gather", (tuple(range(8)),), ISLANDS, 700, 100),
-        # Each chip with its partner on the other side: nothing over the links.
+        # Each chip with a partner on the other side: nothing over the links.
         ("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), ISLANDS, 0, 800),
         ("all-to-all", ((0, 1), (2, 3)), ISLANDS, 400, 0),
         ("collective-permute", ((0, 1), (1, 0)), ISLANDS, 800, 0),

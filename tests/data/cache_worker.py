@@ -1,6 +1,6 @@
-"""What other processes do to a DiskCache, for its tests: `python -m tests.data.cache_worker WHAT FOLDER ...`.
+"""What other processes do to a DiskCache in its tests: `python -m tests.data.cache_worker WHAT FOLDER ...`.
 
-A file's content follows from its key, so that every reader can check it.
+A file's content is a function of its key, so every reader can check it.
 """
 
 import os
@@ -17,13 +17,13 @@ LIMIT = 30_000  # bytes
 
 
 def content(key: str) -> bytes:
-    """1,000 to 10,000 bytes, by the key."""
+    """1,000 to 10,000 bytes, a function of the key."""
     rng = random.Random(key)
     return rng.randbytes(rng.randint(1000, 10_000))
 
 
 def fetcher(key: str, log: str | None = None) -> Callable[[Sink], None]:
-    """Writes the content in pieces. log: a file that gets the key, a line for each fetch."""
+    """Writes the content in pieces. log: a file that gets one line with the key per fetch."""
 
     def fetch(sink: Sink) -> None:
         if log is not None:
@@ -37,14 +37,14 @@ def fetcher(key: str, log: str | None = None) -> Callable[[Sink], None]:
 
 
 def read(cache: DiskCache, key: str, log: str | None = None) -> bool:
-    """Whether the file is what it should be."""
+    """Whether the file has the right content."""
     data = content(key)
     with cache.open(key, len(data), fetcher(key, log)) as file:
         return file.read() == data
 
 
 def busy(folder: str, seed: str, count: str) -> None:
-    """Reads so many files of a dozen, some of them twice, and drops some."""
+    """Reads `count` files of a dozen, some of them twice, and drops some."""
     cache, rng = DiskCache(folder, LIMIT / 1e9), random.Random(seed)
     for _ in range(int(count)):
         key = f"file {rng.randrange(12)}"
@@ -54,7 +54,7 @@ def busy(folder: str, seed: str, count: str) -> None:
 
 
 def once(folder: str, log: str) -> None:
-    """Reads three files, as others do at the same time."""
+    """Reads three files, like other processes at the same time."""
     cache = DiskCache(folder, LIMIT / 1e9)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -62,7 +62,7 @@ def once(folder: str, log: str) -> None:
 
 
 def half(folder: str, key: str) -> None:
-    """Stops in the middle of a fetch, and holds a pin of another file."""
+    """Stops in the middle of a fetch while it pins another file."""
     cache, data = DiskCache(folder, LIMIT / 1e9), content(key)
 
     def fetch(sink: Sink) -> None:
@@ -75,7 +75,7 @@ def half(folder: str, key: str) -> None:
 
 
 def killed(folder: str) -> None:
-    """Is killed at every system call that touches the cache, one after the other; checks what is left each time."""
+    """Gets killed at every system call that touches the cache, one after the other; checks the remains each time."""
     cache = DiskCache(folder, LIMIT / 1e9)
     for point in range(10_000):
         pid = os.fork()
@@ -87,7 +87,7 @@ def killed(folder: str) -> None:
             os._exit(0)
         status = os.waitpid(pid, 0)[1]
         assert cache.used_bytes() <= LIMIT, point
-        # Three files that need nearly all the room, so nothing that is dead may count.
+        # Three files that need nearly all the space, so leftovers of dead processes must not count.
         assert all(read(cache, key) for key in ("file 1", "file 7", f"another {point % 3}")), point
         assert cache.used_bytes() <= LIMIT, point
         assert not [name for name in os.listdir(folder) if "." in name], point

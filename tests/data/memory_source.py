@@ -1,4 +1,4 @@
-"""A source in memory, with faults on demand, and a tokenizer whose ids are made up: for tests of the data path."""
+"""A source in memory, with faults on demand, and a tokenizer with made-up ids, for tests of the data path."""
 
 import dataclasses
 import random
@@ -16,8 +16,8 @@ from jaxtrain.interfaces import Block, Json
 class MemorySource:
     """Both config and source. Files are lists of texts, cut into row groups, read in blocks of varying sizes.
 
-    groups: rows of each row group of each file; by default groups of 7 rows. fault: called with (file, row) before
-    every block; raises what the read shall meet. rows_read, opened: what was asked for, for tests of costs.
+    groups: Rows of each row group of each file; by default groups of 7 rows. fault: Called with (file, row) before
+    every block; raises the fault to inject. rows_read, opened: What was read, for tests of costs.
     """
 
     rows: list[list[str]]
@@ -75,7 +75,7 @@ _lock = threading.Lock()
 
 
 class Flaky:
-    """A fault that comes by chance, transient, `times` in all."""
+    """A random transient fault, raised `times` times in all."""
 
     def __init__(self, seed: int, chance: float, times: int):
         self._random, self._chance, self.left = random.Random(seed), chance, times
@@ -89,7 +89,7 @@ class Flaky:
 
 
 class Fatal:
-    """A file that is gone from a row on."""
+    """A file that is missing from a row on."""
 
     def __init__(self, file: int, row: int):
         self._at = (file, row)
@@ -100,7 +100,7 @@ class Fatal:
 
 
 class WordTokenizer:
-    """A document is numbers as words ("17 3 99"), and these are its ids, plus 2."""
+    """Documents are numbers as words ("17 3 99"); the ids are these numbers plus 2."""
 
     vocab_size = 1 << 20
     eos_id = 1
@@ -118,7 +118,7 @@ class WordTokenizer:
 
 
 def documents(count: int, seed: int, longest: int = 9, empty: float = 0.1) -> list[str]:
-    """Texts for `WordTokenizer`: random words, some documents empty, some of spaces alone (texts without a token)."""
+    """Texts for `WordTokenizer`: random words; some documents are empty, some only spaces (texts without a token)."""
     rng = random.Random(seed)
     found = []
     for _ in range(count):

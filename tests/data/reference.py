@@ -70,7 +70,7 @@ def lane_documents(
 
 @dataclasses.dataclass
 class LaneStream:
-    """All tokens of a lane of a source, and the number of each one's document. Rows are taken off it, one by one."""
+    """All tokens of a lane in a source, and the number of each token's document. Rows are taken one by one."""
 
     tokens: list[int]
     owners: list[int]
@@ -97,10 +97,10 @@ class LaneStream:
     def row(
         self, seq_len: int, stride: int, document_mask: bool, counted: int | None = None, fit: bool = False
     ) -> dict[str, list[int]]:
-        """counted: so many of its tokens are trained on; None: all."""
+        """counted: How many of its tokens are trained on; None for all."""
         counted, gaps = seq_len if counted is None else counted, self.gaps()
         if fit or gaps:
-            # A change to "fit" leaves out what overlap would repeat. One to "concat" first closes the gaps.
+            # A change to "fit" drops what overlap would repeat. A change to "concat" first closes the gaps.
             while fit and self.left and self.left[0][0] in self.counted:
                 self.drop(1)
             indices = self.fitted(seq_len, None if fit else gaps[-1])
@@ -118,7 +118,7 @@ class LaneStream:
         return self.fields(indices, seq_len, document_mask, looks_on=not fit and not gaps)
 
     def fields(self, indices: list[int], seq_len: int, document_mask: bool, looks_on: bool) -> dict[str, list[int]]:
-        """The fields of a row of these tokens. looks_on: whether the next document follows the row's last token."""
+        """The fields of a row of these tokens. looks_on: Whether the next document follows the row's last token."""
         fields: dict[str, list[int]] = {
             name: [] for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
         }

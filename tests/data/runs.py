@@ -1,4 +1,4 @@
-"""Random data configs, and running the data path on them: for its tests."""
+"""Random data configs, and running the data path on them, for its tests."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ def batches_of(
     skipped: SkippedFiles | None = None,
     resolved: Mapping[str, Source] | None = None,
 ) -> Iterator[Iterator[StepBatch]]:
-    """A host's batches; the threads end with the context. resolved: other sources than the case's own."""
+    """A host's batches; the threads end with the context. resolved: Sources to use instead of the case's own."""
     data = case.data
     if resolved is None:
         resolved = {name: source.resolve() for name, source in data.sources.items()}
@@ -86,7 +86,7 @@ def plan_of(data: DataConfig, stages: Sequence[Stage], seed: int, steps: int | N
 
 
 def random_source(rng: random.Random, name: str) -> MemorySource:
-    """Few or many files, some empty; often enough documents for 4 lanes."""
+    """Few or many files, some empty; usually enough documents for 4 lanes."""
     if rng.random() < 0.5:
         sizes = rng.choices([0, 30, 61, 90], k=rng.randint(1, 4))
     else:

@@ -1,5 +1,5 @@
 """Hundreds of faults of every kind, through the real clients and the whole data path: equal fingerprints, or the right
-error. Nothing waits: pauses between attempts are counted, and time-outs are short.
+error. Nothing waits: pauses between attempts are recorded, and timeouts are short.
 """
 
 import collections
@@ -33,7 +33,7 @@ STEPS = 40
 
 @pytest.fixture(autouse=True)
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the readers would have slept. Requests are small, so that there are many; time-outs are short."""
+    """What the readers would have slept. Requests are small, so that there are many; timeouts are short."""
     slept: list[float] = []
     monkeypatch.setattr(retry, "sleep", slept.append)
     monkeypatch.setattr(
@@ -47,7 +47,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def publish(hub: LoopbackHub) -> None:
-    """Three datasets of other formats; parquet in many row groups, of which a request brings a few."""
+    """Three datasets in other formats; parquet in many row groups, of which one request returns a few."""
     texts = [documents(ROWS, seed, 12) for seed in range(6)]
     web = {f"train-{n}.parquet": parquet_bytes(texts[n], row_group_size=25) for n in range(3)}
     hub.commit("org/web", web)
@@ -56,7 +56,7 @@ def publish(hub: LoopbackHub) -> None:
 
 
 class Ready:
-    """A source that has been looked up: what is under test is reading."""
+    """A source that has been looked up: the test is of reading."""
 
     max_samples = None
     transforms = ()
@@ -81,7 +81,7 @@ def all_formats() -> Case:
 
 
 def fingerprint_of(case: Case) -> str:
-    """The run's fingerprint after its last step, as the trainer would have it."""
+    """The run's fingerprint after its last step, as the trainer computes it."""
     words = np.zeros(2, np.uint32)
     with batches_of(case, states={}) as batches:
         for batch in batches:
@@ -114,7 +114,7 @@ SLOW = {"kind": "slow", "seconds": 0.8, "count": 6}
 
 
 class NoNetwork:
-    """Makes looking up names and connecting fail by chance, `times` in all. Connections that are open go on."""
+    """Makes name lookups and connections fail at random, `times` in all. Open connections continue."""
 
     def __init__(self, patch: pytest.MonkeyPatch, seed: int, chance: float, times: int):
         self.rng, self.chance, self.left, self.fired = random.Random(seed), chance, times, 0
@@ -143,20 +143,20 @@ class NoNetwork:
 
 
 def spoil(hub: LoopbackHub, patch: pytest.MonkeyPatch, seed: int) -> Callable[[], int]:
-    """Faults of every kind by chance; what it gives counts those that came to pass."""
+    """Random faults of every kind; the result counts those that were injected."""
     rng = random.Random(seed)
     rules = [
         hub.fault("/train", probability=rng.uniform(0.01, 0.04), seed=rng.randrange(10**6), **kind) for kind in KINDS
     ]
     rules.append(hub.fault("/train", probability=0.02, seed=seed, **SLOW))
-    # Whole, and wrong once: read again. (A CSV file has no checksum that would tell.)
+    # Complete, but wrong once: read again. (A CSV file has no checksum to detect it.)
     rules += [hub.fault(f"train-{n}.parquet", "corrupt", count=1, after=rng.randrange(20)) for n in range(3)]
     away = NoNetwork(patch, seed, 0.3, 100)
     return lambda: sum(rule.fired for rule in rules) + away.fired
 
 
 def read_until_many(case: Case, wanted: str, fired: Callable[[], int]) -> None:
-    """How many requests there are, and so how many faults, depends on the threads' timing: till there were over 80."""
+    """The number of requests, and so of faults, depends on thread timing: repeat until there were over 80."""
     for _ in range(10):
         assert fingerprint_of(case) == wanted
         if fired() > 80:
@@ -198,7 +198,7 @@ def test_a_new_commit_in_mid_run_changes_nothing(hub: LoopbackHub, wanted: str) 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl.gz"])
 @pytest.mark.parametrize("same_size", [False, True])
 def test_a_file_that_changes_in_mid_run_is_noticed(hub: LoopbackHub, suffix: str, same_size: bool) -> None:
-    """Behind an address that can change, unlike a commit: by its size, or by its tag."""
+    """At an address whose content can change, unlike a commit: detected by size or ETag."""
     texts = [" ".join(str(n) for _ in range(60)) for n in range(3000)]
 
     def data(of: list[str]) -> bytes:
@@ -254,7 +254,7 @@ def test_what_lasts_ends_with_the_right_error(
                 collections.deque(batches, maxlen=0)
             assert re.search(r"train-\d\.parquet", str(caught.value))
     if error is TransientError:
-        # Each of the lanes' readers waits out the deadline, and doubles its pauses on the way.
+        # Each lane's reader waits until the deadline, and doubles its pauses.
         assert 60 - 1e-6 <= sum(spans) <= 60 * 4 * 2 + 1e-6
         assert max(spans) > 9
     else:
@@ -273,7 +273,7 @@ def test_a_server_that_says_when_is_asked_then(hub: LoopbackHub, spans: list[flo
 def test_no_network_in_mid_run(
     hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    """Open connections are lost, and new ones cannot be had: a look-up or a connection fails until the deadline."""
+    """Open connections are lost, and new ones fail: a lookup or a connection fails until the deadline."""
     publish(hub)
     case = case_of({"web": HuggingFace(name="org/web", fetch_rows=20)}, retry_minutes=1, steps=10_000)
     with batches_of(case, states={}, prefetch=1) as batches:
@@ -296,13 +296,13 @@ def test_no_network_in_mid_run(
 
 
 def test_one_line_for_an_outage(hub: LoopbackHub, caplog: pytest.LogCaptureFixture, wanted: str) -> None:
-    """All readers of all sources stumble over it many times."""
+    """All readers of all sources run into it many times."""
     caplog.set_level(logging.INFO, "jaxtrain")
     case = all_formats()
     hub.fault("/train", "status:503", count=60)
     assert fingerprint_of(case) == wanted
     lines = [record.getMessage() for record in caplog.records if record.name == "jaxtrain"]
     begun = [line for line in lines if "Trying again until" in line]
-    # An answer that was under way when the others had recovered may begin a second one.
+    # A response in flight when the others had recovered may begin a second outage.
     assert 1 <= len(begun) <= 2, lines
     assert len([line for line in lines if "Reading continues after" in line]) == len(begun)

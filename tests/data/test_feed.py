@@ -1,4 +1,4 @@
-"""Rows on the devices of several meshes, where the plan says that they are; and who reads which lanes."""
+"""Rows on the devices of several meshes, in the order of the plan; and which host reads which lanes."""
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ def test_one_process_reads_all_lanes_and_holds_their_rows(mesh, lanes):
 
 
 class Few:
-    """A sharding of which only some devices are this process's."""
+    """A sharding of which this process owns only some devices."""
 
     def __init__(self, mesh: jax.sharding.Mesh, mine: range):
         self._whole, self._mine = batch_sharding(mesh), mine
@@ -69,7 +69,7 @@ def test_a_process_reads_the_lanes_of_its_devices(mesh, lanes, mine, wanted, mon
 
 @pytest.mark.parametrize("lanes", [[0, 1, 2, 3], [2, 3], [0, 2, 3], [3]])
 def test_a_host_with_some_lanes_gives_each_device_its_rows(lanes, monkeypatch):
-    """What a host of several is asked for: the pieces of its own devices."""
+    """What one of several hosts is asked for: the shards of its own devices."""
     rows = np.arange(16 * 5).reshape(16, 5)
     asked = []
 

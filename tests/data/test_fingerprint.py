@@ -1,4 +1,4 @@
-"""The fingerprint: NumPy and jitted JAX agree, how a batch lies on devices does not matter, what is in it does."""
+"""The fingerprint: NumPy and jitted JAX agree; the batch's sharding does not matter, its content does."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def of(made: dict[str, np.ndarray], first_row: int = 0) -> np.ndarray:
 
 
 def slow(made: dict[str, np.ndarray], first_row: int) -> list[int]:
-    """The module's text in Python integers."""
+    """The module's docstring in Python integers."""
     mod = 1 << 32
 
     def fmix(h):

@@ -1,4 +1,4 @@
-"""Reading ahead: order, errors that stay, threads that never wait in a circle or keep a process alive."""
+"""Reading ahead: order, persistent errors, threads that never wait in a cycle or keep a process alive."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_ahead_gives_the_same_items_and_goes_one_ahead():
 
 
 def test_small_items_do_not_end_the_reading_ahead():
-    """Else the few rows at a unit's end are all that the way to the next unit is hidden behind."""
+    """Otherwise the latency to the next unit would be hidden only behind the few rows at a unit's end."""
     weights = [10, 1, 10, 10, 2, 3, 4, 10, 1]
     made, taken, most = [], 0, 0
 
@@ -51,7 +51,7 @@ def test_small_items_do_not_end_the_reading_ahead():
         for number, weight in enumerate(weights):
             assert next(ahead) == weight
             taken += weight
-            pool.submit(int).result()  # what was submitted before has begun
+            pool.submit(int).result()  # earlier submissions have begun
             while ahead._making and len(made) < len(weights):
                 pool.submit(int).result()
             held = sum(made) - taken
@@ -146,6 +146,6 @@ def test_shares_follow_the_plan(monkeypatch):
     np.testing.assert_array_equal(second.sources_by_lane, shares.plan.sources_of(8).reshape(2, 3))
     assert shares.at(30).opened == shares.at(30).wanted == (2,)
     assert shares.at(30) is shares.at(30)
-    # Short steps: many of them, so that there is time to open what the next stages need.
+    # Short steps, many of them, so that there is time to open what the next stages need.
     monkeypatch.setattr(lanes, "_OPEN_AHEAD_TOKENS", 8 * 23)
     assert LaneSchedule(shares.plan, 2).at(3).opened == (1, 0, 2)

@@ -1,6 +1,6 @@
-"""Gathering the lanes' states: whole, of hosts with any number of lanes, and never of two that disagree.
+"""Gathering the lanes' states: complete, from hosts with any number of lanes, and never from two that disagree.
 
-And what each stage took of each source, by the lanes' states at its ends.
+And what each stage took from each source, from the lanes' states at its ends.
 """
 
 import json
@@ -22,19 +22,19 @@ from tests.data.runs import Case, plan_of
 
 
 def states(lanes: range) -> dict[int, np.ndarray]:
-    """Of 2 sources, with values above 32 bits."""
+    """States of 2 sources, with values above 32 bits."""
     return {lane: (lane + 1) * 2**33 + np.arange(2 * len(STATE_FIELDS)).reshape(2, -1) for lane in lanes}
 
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """Gathers from hosts that each have some lanes, a thread each: what every host gets, and how many bytes."""
+    """Gathers from hosts with some lanes each, one thread per host: what every host receives, and how many bytes."""
 
     def gathered(hosts: list[dict[int, np.ndarray]], num_lanes: int) -> tuple[list[np.ndarray], int]:
         barrier, sent, here, received = threading.Barrier(len(hosts)), {}, threading.local(), []
 
         def allgather(array: np.ndarray) -> np.ndarray:
-            assert array.dtype == np.uint32  # JAX cuts int64
+            assert array.dtype == np.uint32  # JAX truncates int64
             sent[here.host] = array
             barrier.wait()
             found = np.stack([sent[host] for host in range(len(hosts))])
@@ -120,13 +120,13 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def given(case: Case) -> dict[int, dict]:
-    """What the sources had given after each step of the whole run."""
+    """The sources' totals after each step of the whole run."""
     names = case.plan.source_names
     return {batch.step: ledger.by_source(ledger.gather(batch.states, 2), names) for batch in case.run()}
 
 
 def go(ends: ledger.StageEnds, given: dict[int, dict], after: int = 0) -> dict[int, dict]:
-    """Step → what its stage took, as a run that logs every step does it."""
+    """Step → the stage's totals, as in a run that logs every step."""
     found = {}
     for step in sorted(given):
         if step > after:
@@ -166,7 +166,7 @@ def test_stages_ends_are_kept_over_a_resume_from_any_step(case, given):
 
 
 def test_a_checkpoint_that_does_not_tell(case, given):
-    """Of an earlier version: a stage that began before it is not known, the next one is; nothing is guessed."""
+    """From an earlier version: the totals of a stage that began before it are unknown, the next stage's are known."""
     whole = go(ledger.StageEnds(case.plan), given)
     for step in given:
         ends = ledger.StageEnds(case.plan)
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_does_not_tell(case, given):
 
 
 def test_later_stages_may_be_others_now_and_sources_may_come(case, given):
-    """The checkpoint's stage is cut at its step, and what was recorded of an end that is none any more is dropped."""
+    """The checkpoint's stage is cut at its step, and a recorded end that no longer is one is dropped."""
     cut = Stage(seq_len=8, batch_size=8, tokens=3 * 64, weights={"a": 0.25, "b": 0.75}, overlap=0.5)
     new = Stage(seq_len=8, batch_size=8, weights={"a": 0.5, "c": 0.5})
     data = DataConfig(sources={**case.data.sources, "c": MemorySource(rows=[["1 2"]])}, num_lanes=2)

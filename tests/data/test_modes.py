@@ -1,4 +1,4 @@
-"""The same datasets streamed, downloaded first, and from token stores: equal batches, and what is left on the disk."""
+"""The same datasets streamed, downloaded first, and from token stores: equal batches, and what remains on the disk."""
 
 import logging
 import os
@@ -72,7 +72,7 @@ def sources(found: dict[str, OpenedSource]) -> dict[str, Source]:
 
 
 def test_three_modes_one_stream(case, hub: LoopbackHub, tmp_path):
-    """Trained on and held out, and with another mode at every step."""
+    """Training and held-out documents, and with another mode at every step."""
     stream = sources(opened(case, "stream", tmp_path))
     expected, held_out = case.run(resolved=stream), case.run(resolved=stream, held_out=True)
     assert not (tmp_path / "cache").exists()
@@ -83,7 +83,7 @@ def test_three_modes_one_stream(case, hub: LoopbackHub, tmp_path):
     for resolved in (download, stored):
         assert_same(case.run(resolved=resolved), expected)
         assert_same(case.run(resolved=resolved, held_out=True), held_out)
-    # `code` comes as it is read, for its max_samples; the others were there, and the store asks nobody.
+    # `code` is fetched as it is read, because of max_samples; the others were there, and the store makes no requests.
     assert all("org/code" in request.path for request in hub.requests()[asked:])
     after: StepBatch | None = None
     found: list[StepBatch] = []
@@ -111,7 +111,7 @@ def test_a_download_fetches_each_file_once(case, hub: LoopbackHub, tmp_path):
     total = sum(os.path.getsize(path) for path in (tmp_path / "cache" / "data").iterdir())
     case.run(resolved=resolved)
     assert hub.bytes("/data/") == bodies < total + 50_000
-    # Again, in another process say.
+    # Again, as in another process.
     case.run(resolved=sources(opened(case, "download", tmp_path)))
     assert hub.bytes("/data/") < bodies + 50_000
 
@@ -126,7 +126,7 @@ def test_a_download_of_some_documents_fetches_their_files_alone(case, hub: Loopb
     assert "Source code: only reading shows which files max_samples needs" in caplog.text
     assert_same(case.run(resolved=resolved), expected)
     assert len(os.listdir(tmp_path / "cache" / "data")) == 5 + 2  # code's
-    # They are not all that there are: another run does not take them for those.
+    # They are not all files: another run does not mistake them for a complete source.
     case.data.sources["web"].max_samples = None
     assert len(list((tmp_path / "cache").glob("data-*.json"))) == 1
 
@@ -182,7 +182,7 @@ def test_auto_takes_what_is_there_and_else_goes_by_size(case, hub: LoopbackHub, 
     assert chosen(case, tmp_path) == by_size
     write(tmp_path / "tokens", {"web": case.data.sources["web"]})
     assert chosen(case, tmp_path) == {**by_size, "web": "pretokenized"}
-    # Where nothing tells the size, nothing is downloaded.
+    # If the size is unknown, nothing is downloaded.
     monkeypatch.setattr(modes.HuggingFaceSource, "hub_bytes", lambda source: None)
     assert chosen(case, tmp_path / "empty") == dict.fromkeys(by_size, "stream")
 
@@ -207,14 +207,14 @@ def test_short_names(hub: LoopbackHub, tmp_path, name, full, config_name, mode):
         data, TOKENIZER, str(tmp_path), cache=DiskCache(tmp_path / "cache", 1.0), fetch=False
     ).values()
     assert (one.mode, one.source.identity["name"], one.source.identity["config"]) == (mode, full, config_name)
-    # The same dataset by its whole name, as far as a resume and a token store can tell.
+    # The same dataset by its full name, which a resume and a token store treat as the same.
     again = HuggingFace(name=full, config_name=config_name).resolve(one.source.identity)
     assert again.identity == one.source.identity
     assert modes.token_store.settings_of(source) == modes.token_store.settings_of(source.full_name())
 
 
 def test_streaming_leaves_no_data_behind(case, hub: LoopbackHub, tmp_path, monkeypatch):
-    """Neither in the Hub's folder, nor in the temporary one, nor in the run's: no file with what was read."""
+    """No file with the data in the Hub's folder, the temporary one, or the run's."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     marks = [max(documents(60, n), key=len).encode() for n in range(4)] + [b"PAR1", b"\x1f\x8b"]
@@ -228,6 +228,6 @@ def test_streaming_leaves_no_data_behind(case, hub: LoopbackHub, tmp_path, monke
     left = files() - before
     assert not [path for path in left if any(mark in path.read_bytes() for mark in marks)]
     assert sum(path.stat().st_size for path in left) < 10_000
-    # What this looks for is there once files are kept.
+    # This test would find files that are kept.
     opened(case, "download", tmp_path)
     assert [path for path in files() if b"PAR1" in path.read_bytes()]

@@ -17,7 +17,7 @@ END = Position(1, 0, 0)
 
 
 def pieces(lengths: list[int], each: int, skip: int = 0) -> Iterator[Documents]:
-    """Documents in pieces of `each`; token t of document d is 100 d + t, and its row is d."""
+    """Documents in chunks of `each`; token t of document d is 100 d + t, and its row is d."""
     for first in range(skip, len(lengths), each):
         part = lengths[first : first + each]
         tokens = [100 * (first + index) + token for index, length in enumerate(part) for token in range(length)]
@@ -133,12 +133,12 @@ def test_memory_is_bounded():
 
 
 def test_rows_side_by_side_are_cut_as_any_others():
-    """The short way to the last tokens, for rows that do not overlap, against the way that takes any stride."""
+    """The fast path to the last tokens, for rows without overlap, against the path for any stride."""
     rng = np.random.default_rng(0)
     for _ in range(3000):
         rows, seq_len = int(rng.integers(1, 6)), int(rng.integers(1, 12))
         starts = np.unique(rng.integers(-3, rows * seq_len + 5, rng.integers(0, 20)))
-        # One row alone overlaps with nothing: a stride of less is the same as none.
+        # A single row overlaps with nothing: a smaller stride makes no difference.
         wanted = [
             row * seq_len + packing._last_tokens(starts - row * seq_len, 1, seq_len, seq_len - 1) for row in range(rows)
         ]
@@ -148,7 +148,7 @@ def test_rows_side_by_side_are_cut_as_any_others():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_many_cuts_are_finished_as_one_by_one(seed):
-    """A batch of several packers, some at their end, some counted in part, rows of two of them mixed."""
+    """A batch of several packers, some at their end, some partly counted, with rows of two of them mixed."""
     rng = random.Random(seed)
     seq_len, rows = rng.choice([1, 4, 9]), rng.randint(1, 3)
     stride = rng.randint(1, seq_len)
@@ -164,7 +164,7 @@ def test_many_cuts_are_finished_as_one_by_one(seed):
         for n, (each, counted) in enumerate(zip(lengths, counted_R, strict=True)):
             part = {name: field[n * rows : (n + 1) * rows] for name, field in whole.items()}
             cuts.append(counting(packer(each).cut(part, stride, True, counted), counted))
-        # The last two in each other's rows, in turns.
+        # The last two alternate rows.
         places = [np.arange(rows) * 2, np.arange(rows) * 2 + 1]
         mixed = {name: field.copy() for name, field in whole.items()}
         for place, n in zip(places, (2, 3), strict=True):

@@ -106,7 +106,7 @@ def test_transient_faults_change_nothing(seed: int) -> None:
 
 
 def simple(rows: list[list[str]], *, lanes: int = 4, epochs: int | None = None, steps: int = 20, **settings) -> Case:
-    """One source "web", and rows of 16 tokens, 2 a lane."""
+    """One source "web", and rows of 16 tokens, 2 per lane."""
     source = MemorySource(rows=rows, **settings)
     data = DataConfig(sources={"web": source}, num_lanes=lanes, shuffle_window=4, workers=1)
     return Case(data, plan_of(data, [Stage(seq_len=16, batch_size=2 * lanes)], 0, steps=steps), 0, epochs)
@@ -134,7 +134,7 @@ def test_a_fatal_error_reaches_the_consumer_and_stays(random_access, prefetch):
 
 
 def test_any_error_stays(monkeypatch):
-    """Some lanes have taken a step then, and others have not: going on would shift them against each other."""
+    """Some lanes have then taken a step, and others have not: continuing would shift them against each other."""
     cut, calls = Packer.cut, []
 
     def failing(self, *args):
@@ -192,7 +192,7 @@ def test_64_lanes_with_one_worker_and_slow_readers():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_texts_are_the_first_documents_in_the_mix(seed):
-    """For the tokenizer's training: a function of the config, with max_samples documents or all there are."""
+    """For training the tokenizer: a function of the config, with max_samples documents or all of them."""
     sources = {name: MemorySource(rows=[documents(150, seed, 9)] * 2, name=name) for name in ("a", "b", "c")}
     data = DataConfig(sources=dict(sources), num_lanes=4, shuffle_window=8, holdout=0.1)
     weights = {"a": 0.8, "b": 0.2}

@@ -1,6 +1,6 @@
 """Properties of the whole data path over random configs, stop points and hosts.
 
-Few examples, always the same, by default; more, others each time, in the slow tier, and many in the nightly one.
+Few examples, always the same, by default; more, different each time, in the slow tier, and many in the nightly one.
 """
 
 import collections
@@ -51,7 +51,7 @@ def split(rng: random.Random, lanes: int) -> list[list[int]]:
 
 
 def joined(hosts: Sequence[Sequence[int]], parts: Sequence[StepBatch]) -> tuple[Batch, dict[int, np.ndarray]]:
-    """The global batch and the state of all lanes from those of the hosts."""
+    """The global batch and the state of all lanes, from those of the hosts."""
     blocks: dict[int, dict[str, np.ndarray]] = {}
     states: dict[int, np.ndarray] = {}
     for lanes, part in zip(hosts, parts, strict=True):
@@ -64,14 +64,14 @@ def joined(hosts: Sequence[Sequence[int]], parts: Sequence[StepBatch]) -> tuple[
 
 
 def through_json(states: dict[int, np.ndarray], names: Sequence[str]) -> dict[int, np.ndarray]:
-    """As a checkpoint keeps them."""
+    """As in a checkpoint."""
     stacked = np.stack([states[lane] for lane in range(len(states))])
     saved = json.loads(json.dumps(ledger.to_json(stacked, names)))
     return ledger.from_json(saved, names, len(states))
 
 
 def stopped_and_resumed_is_uninterrupted(rng: random.Random) -> None:
-    """Stopped up to three times, each time on other hosts: batches and states are those of the slow version."""
+    """Stopped up to three times and resumed on other hosts: batches and states are those of the slow version."""
     case = random_case(rng.randrange(10**9))
     names, last = case.plan.source_names, case.last_step
     lanes = reference.streams(case.data, case.seed, case.epochs, case.least_tokens)
@@ -83,7 +83,7 @@ def stopped_and_resumed_is_uninterrupted(rng: random.Random) -> None:
         hosts = split(rng, case.data.num_lanes)
         case.data.workers = rng.choice([1, 2])
         prefetch = rng.choice([1, 3])
-        # Hosts read further than the step at which they stop.
+        # Hosts read beyond the step at which they stop.
         runs = [case.run(after=begin, states=states, lanes=host, prefetch=prefetch) for host in hosts]
         for step in range(begin, end):
             batch, states = joined(hosts, [run[step - begin] for run in runs])
@@ -99,7 +99,7 @@ def stopped_and_resumed_is_uninterrupted(rng: random.Random) -> None:
 
 
 def numbered(data: DataConfig) -> None:
-    """Makes every document's first word its own."""
+    """Gives every document a unique first word."""
     number = itertools.count()
     for source in data.sources.values():
         assert isinstance(source, MemorySource)
@@ -107,7 +107,7 @@ def numbered(data: DataConfig) -> None:
 
 
 def expected(data: DataConfig, name: str, held_out: bool) -> collections.Counter[str]:
-    """A source's documents by first word, straight from its rows: nothing of lanes, units and orders."""
+    """A source's documents by first word, directly from its rows, without lanes, units and orders."""
     source = data.sources[name]
     assert isinstance(source, MemorySource)
     listed = [(file, row) for file, rows in enumerate(source.rows) for row in range(len(rows))]
@@ -162,7 +162,7 @@ def begun(case: Case, held_out: bool = False) -> dict[str, collections.Counter[s
 
 
 def an_epoch_has_every_document_once(rng: random.Random) -> None:
-    """Training sees all that are not held out, evaluation the others."""
+    """Training sees all documents that are not held out, evaluation sees the others."""
     case = whole_epoch_case(rng)
     for held_out in [False, True] if case.data.holdout else [False]:
         found = begun(case, held_out)

@@ -1,4 +1,4 @@
-"""Provenance against the documents themselves: every token range is that of the text in that row of that file."""
+"""Provenance against the documents: every token range matches the text in that row of that file."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 
 @pytest.fixture
 def watch() -> Iterator:
-    """Makes `StreamInspector`s of cases, whose threads end with the test."""
+    """Makes `StreamInspector`s of cases; their threads end with the test."""
     with _Watcher() as watcher:
         yield watcher
 
@@ -45,7 +45,7 @@ class _Watcher:
 
 
 def tokens_of(case: Case, origin: Origin) -> list[int]:
-    """The row again, from the documents in the files alone."""
+    """The row again, only from the documents in the files."""
     source, tokenizer = case.data.sources[origin.source], WordTokenizer()
     assert isinstance(source, MemorySource)
     found = []

@@ -1,4 +1,4 @@
-"""Readers that feed several lanes: every window, whatever is asked in which order, kept, spilled, evicted or lost."""
+"""Readers that feed several lanes: every window, requested in any order, kept, spilled, evicted or lost."""
 
 import datetime
 import os
@@ -107,10 +107,10 @@ def test_short_files_are_opened_about_once_for_all_lanes():
     source = files([SIZE] * 60)
     shared = SharedFileReader(source.open, SIZE, LANES)
     shared.register({lane: Want((0, 0), shared.first_window(lane, 0)) for lane in range(LANES)})
-    for lane in range(LANES):  # one after the other: as far apart as can be
+    for lane in range(LANES):  # one after the other: as far apart as possible
         for file in range(60):
             shared.get((0, file), file, lane, shared.first_window(lane, file))
-    # Once to give the window, once to see the end, and again where the file was closed in between; not for each lane.
+    # Once to yield the window, once to see the end, and again if the file was closed in between; not once per lane.
     assert len(source.opened) <= 3 * 60
     assert source.rows_read <= 2 * 60 * SIZE
 
@@ -131,7 +131,7 @@ def test_lanes_together_read_a_file_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert source.rows_read <= 605  # a block more, maybe
+    assert source.rows_read <= 605  # perhaps one more block
 
 
 def test_windows_of_lanes_elsewhere_are_not_kept():
@@ -167,7 +167,7 @@ def test_an_empty_spill_gives_its_disk_back(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_token_ids_are_spilled_and_come_back(dtype):
-    ids = np.array([1, 65_535, 0, 10, 2], dtype)  # 10 is a line's end
+    ids = np.array([1, 65_535, 0, 10, 2], dtype)  # 10 is a line end
     for lengths in ([2, 0, 3], [5], [0, 5, 0]):
         back = shared_file_reader._unspilled(
             shared_file_reader._spilled({"text": TokenArrays(ids, np.array(lengths))})
@@ -178,7 +178,7 @@ def test_token_ids_are_spilled_and_come_back(dtype):
 
 
 def test_what_json_does_not_carry_stays_in_memory(monkeypatch):
-    """Other columns may hold dates, bytes and tuples; they come back as they were."""
+    """Other columns may contain dates, bytes and tuples; they are returned unchanged."""
     monkeypatch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", 0)
     when = datetime.datetime(2026, 11, 25)
     odd = [when, b"bytes", (1, 2), {"a": [when]}, {"b": 1.5}, None, float("inf"), 1 << 70, {"c": [True, "x"]}]
@@ -199,7 +199,7 @@ def test_what_json_does_not_carry_stays_in_memory(monkeypatch):
 
 
 def test_closing_waits_for_no_reader():
-    """It may wait out an outage, or at exit hold the lock for ever."""
+    """It may be in an outage, or hold the lock forever at exit."""
     reads, goes_on = threading.Event(), threading.Event()
 
     def open_at(file: int, row: int) -> Iterator[Block]:

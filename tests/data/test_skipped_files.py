@@ -1,4 +1,4 @@
-"""Corrupt files: named by default; given up by a list, and then as if a filter had dropped their rows."""
+"""Corrupt files: reported by default; skipped by a list, and then as if a filter had dropped their rows."""
 
 import dataclasses
 import pathlib
@@ -26,7 +26,7 @@ from tests.hub import LoopbackHub, jsonl_bytes, parquet_bytes
 
 @dataclasses.dataclass
 class Without:
-    """A filter that drops given documents; these are unique by their first word."""
+    """A filter that drops `given` documents, which have unique first words."""
 
     texts: frozenset[str]
     columns: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ LAYOUTS = {"shared": (3, 90, 45), "ranges": (5, 60, 6), "files": (40, 20, 20)}
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("holdout", [0.0, 0.3])
 def test_skipped_rows_are_as_if_filtered(layout, holdout):
-    """The same batches and the same places, also from each state in between."""
+    """The same batches and positions, also from each state in between."""
     files, count, group = LAYOUTS[layout]
     rows = unique(files, count)
     given_up = {"file-1": count // 2 + 1, "file-2": 0}
@@ -96,7 +96,7 @@ def corrupt_from(rows: dict[int, int]) -> Any:
 
 @pytest.mark.parametrize("random_access", [True, False])
 def test_a_list_that_grows_in_mid_run(random_access):
-    """Documents in which lanes stand may be given up: the next ones follow, the same for every run from there."""
+    """Documents at a lane's cursor may be skipped: the next ones follow, the same for every run from there."""
     rows = unique(3, 120, seed=1)
     case = case_of(MemorySource(rows=rows, random_access=random_access), lanes=4, steps=110)
     whole = case.run()
@@ -120,7 +120,7 @@ def test_a_source_of_corrupt_files_alone_is_refused():
 
 
 def run_or_find(case: Case, given_up: dict[str, dict[str, int]]) -> list[StepBatch]:
-    """The run; or nothing, and `given_up` has what it stumbled over."""
+    """The run; or nothing, and `given_up` has the corrupt file."""
     try:
         return case.run(skipped=given_up)
     except CorruptError as error:
@@ -133,7 +133,7 @@ def run_or_find(case: Case, given_up: dict[str, dict[str, int]]) -> list[StepBat
 
 
 def spoiled(data: bytes, part: float) -> bytes:
-    """With 60 other bytes at a part of the whole."""
+    """With 60 changed bytes at a fraction of the file."""
     at = int(part * len(data))
     return data[:at] + bytes(byte ^ 0x5A for byte in data[at : at + 60]) + data[at + 60 :]
 
@@ -141,7 +141,7 @@ def spoiled(data: bytes, part: float) -> bytes:
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl.gz"])
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_the_real_readers_name_the_file_and_go_on_without_it(hub: LoopbackHub, monkeypatch, suffix, lanes):
-    """The list that a run finds, one entry with each start, is the same in any order of reading."""
+    """The list that a run builds, one entry per start, is the same in any order of reading."""
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr(rows_module, "CHUNK_CHARACTERS", 1 << 11)
     rows = unique(3, 2000)

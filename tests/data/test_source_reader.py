@@ -1,4 +1,4 @@
-"""Which documents there are: each once an epoch, filters, holdout, limits, refusals, and what opening costs."""
+"""Which documents are read: each once per epoch, filters, holdout, limits, refusals, and the cost of opening."""
 
 import collections
 import re
@@ -141,7 +141,7 @@ def test_a_lane_without_documents_is_refused_with_lanes_that_work(random_access)
     assert len(all_rows(reader(source(), 2), 2)) == 28
     if random_access:
         assert len(all_rows(reader(source(), 4, shuffle_window=None), 2)) == 28
-    with pytest.raises(UserError, match="gets no document"):  # filters drop all: an end, not a loop
+    with pytest.raises(UserError, match="gets no document"):  # filters drop everything: an end, not a loop
         lane_rows(reader(numbered([40], random_access=random_access, transforms=(Drop(1),)), 2), 0, 10**9)
     assert not lane_rows(reader(source(), 1, held_out=True), 0, 10**9)
     with pytest.raises(UserError, match="has no rows"):
@@ -158,7 +158,7 @@ def test_a_lane_without_documents_is_refused_with_lanes_that_work(random_access)
         ([100_000], 64, 10_000, 32),
         ([200], 64, None, 1),
         ([140, 130], 16, None, 4),
-        ([1] * 400, 64, None, 512),  # whole files are dealt out
+        ([1] * 400, 64, None, 512),  # whole files are distributed
     ],
 )
 @pytest.mark.parametrize("holdout", [0.0, 0.1])

@@ -1,4 +1,4 @@
-"""TokenArrays arrays against lists of documents."""
+"""TokenArrays against lists of documents."""
 
 import random
 
@@ -21,7 +21,7 @@ def unpacked(found: TokenArrays) -> list[list[int]]:
 @pytest.mark.parametrize("bos_id", [None, 1])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32])
 def test_closed_documents(longest, bos_id, dtype):
-    """Gathered where documents are short, sliced where they are long, in one where they are all: the same."""
+    """Gathered if documents are short, sliced if long, in one copy if all are selected: the same result."""
     lists = documents(longest, longest)
     packed = TokenArrays.of(lists)
     packed = TokenArrays(packed.ids.astype(dtype), packed.lengths)

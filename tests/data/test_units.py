@@ -1,4 +1,4 @@
-"""How sources are cut, and golden values: a unit's or a row's place may never change for a run that resumes."""
+"""How sources are partitioned, and golden values: the place of a unit or row must never change for a resumed run."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_files_of_one_window_give_every_lane_its_turn(lanes):
 
 @pytest.mark.parametrize("files", [3, 10, 40, 100])
 def test_files_of_a_few_windows_lie_evenly_over_the_lanes(files):
-    """Between two files' starts that are next to each other lie at most about twice as many lanes as on average."""
+    """At most about twice the average number of lanes lie between adjacent starts of two files."""
     step = units.interleave_step(1000)
     starts = np.sort(np.arange(files) * step % 1000)
     gaps = np.diff(starts, append=starts[0] + 1000)

@@ -1,5 +1,5 @@
-"""A teacher's records of whole documents, against its forward pass on each alone; and a student that learns from them
-as from the teacher itself.
+"""A teacher's records of whole documents, against its forward pass on each one alone; and a student that learns from
+them as from the teacher itself.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def test_pieces_cover_each_token_once_and_fill_rows() -> None:
             assert [token for piece in mine for token in range(piece.first, piece.end)] == list(range(length))
             for piece in mine:
                 assert piece.end - piece.begin <= context
-                # As much before the first new token as the stride leaves, where there is as much.
+                # As much context before the first new token as the stride leaves, or all there is.
                 assert piece.first - piece.begin >= min(context - stride, piece.first)
         rows = rows_of(found, context)
         assert sorted(id(piece) for row in rows for piece in row) == sorted(map(id, found))
@@ -57,7 +57,7 @@ def test_pieces_cover_each_token_once_and_fill_rows() -> None:
 
 @pytest.mark.parametrize("shape", [(), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
-    """Whole documents, and windows of the longer ones; whatever lies beside them in a row."""
+    """Whole documents, and windows of longer ones, with any neighbors in a row."""
     model, params = teacher(*shape)
     layout, context, stride = Layout(VOCAB, VOCAB, (1.0, 2.0)), 16, 8
     found = Scorer(model, params, layout, context, stride, rows=4)(documents())
@@ -65,7 +65,7 @@ def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
 
     @jax.jit
     def log_p(tokens_T: jax.Array) -> jax.Array:
-        """Padding comes after the tokens, which see nothing of it."""
+        """Padding comes after the tokens, which do not see it."""
         x = alone.hidden(weights, tokens_T[None], jnp.ones((1, context), jnp.int32), jnp.arange(context)[None]).x
         return jax.nn.log_softmax((x @ alone.head(weights))[0, :, :VOCAB])
 
@@ -77,7 +77,7 @@ def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
             seen = np.asarray(log_p(padded))[: piece.end - piece.begin]
             wanted[piece.first : piece.end] = seen[piece.first - piece.begin :]
         ids, scores, _ = (np.asarray(part) for part in layout.unpack(jnp.asarray(records), 0))
-        # float16: half a unit in its last place, and what the sum to 1 makes of it.
+        # float16: half a unit in the last place, plus the effect of normalizing the sum to 1.
         np.testing.assert_allclose(scores, np.take_along_axis(wanted, ids, axis=1), rtol=2**-11, atol=3e-4)
 
 
@@ -92,7 +92,7 @@ def run(components: StepComponents, batches: list[Any], teaching: Any) -> Any:
 
 
 def whole_documents(seed: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """A batch whose rows are two whole documents each, and these documents, row by row."""
+    """A batch whose rows have two whole documents each, and these documents, row by row."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (BATCH, SEQ), dtype=np.int32)
     cuts = rng.integers(1, SEQ, BATCH)
@@ -113,7 +113,7 @@ def whole_documents(seed: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [VOCAB, 6])
 def test_from_the_cache_as_on_the_fly(k: int) -> None:
-    """On rows of whole documents they agree, but for the rounding of what is stored: losses and parameters."""
+    """On rows of whole documents, losses and parameters agree except for the rounding of the stored values."""
     model, frozen = teacher()
     student = MODEL.build(VOCAB, model.mesh)
     made = Distillation(divergence=TopK(k=k) if k < VOCAB else ForwardKL(), temperature=2.0)

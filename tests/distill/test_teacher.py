@@ -1,4 +1,4 @@
-"""A teacher of any origin: read the same, named the same, and refused with the reason where it cannot teach the run."""
+"""A teacher of any origin: read identically, identified identically, and refused with a reason if it cannot teach."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def params(tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The model as transformers has it, in fp32."""
+    """The model in transformers' format, in fp32."""
     folder = tmp_path_factory.mktemp("exported")
     hf.export(params, MODEL.build(tokenizer.vocab_size, None), str(folder), dtype="float32", tokenizer=tokenizer)
     return folder
@@ -55,7 +55,7 @@ def exported(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def workdir(tokenizer: Any, params: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same as jaxtrain saves it."""
+    """The same model, saved by jaxtrain."""
     folder = tmp_path_factory.mktemp("workdir")
     checkpointer = CheckpointConfig().build(folder / "checkpoints")
     data = {"config": {"model": cli.to_json(MODEL)}, "tokenizer": tokenizer.identity}
@@ -126,7 +126,7 @@ def test_a_hash_of_arrays_sees_every_bit_and_every_place() -> None:
 def test_rows_that_only_pad_the_vocabulary_do_not_matter(
     tokenizer: Any, exported: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A checkpoint whose embedding is rounded up to 512 rows: what they hold is no token's probability."""
+    """A checkpoint whose embedding is rounded up to 512 rows: the extra rows are no token's."""
     size = tokenizer.vocab_size
     padded = MODEL.build(512, None)
     params = padded.init(jax.random.key(3))
@@ -143,7 +143,7 @@ def test_rows_that_only_pad_the_vocabulary_do_not_matter(
 def test_a_teacher_of_the_hub_is_one_commit(
     hub: LoopbackHub, tokenizer: Any, exported: pathlib.Path, workdir: pathlib.Path
 ) -> None:
-    """Downloaded by the Hub's own client, in two shards; the same as the folder it came from. The branch moves on."""
+    """Downloaded by the Hub's own client, in two shards; the same as its folder of origin. The branch moves on."""
     sha = hub.commit("org/teacher", sharded(exported), repo_type="model")
     frozen = Teacher(model="org/teacher").build(tokenizer, make_mesh(fsdp=8))
     hub.commit("org/teacher", {"config.json": b"{}"}, repo_type="model")
@@ -159,7 +159,7 @@ def test_a_teacher_of_the_hub_is_one_commit(
 
 
 def sharded(folder: pathlib.Path) -> dict[str, bytes]:
-    """The files of an exported model, its tensors in two of them, as large ones are published."""
+    """The files of an exported model, its tensors in two files, like published large models."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "model.safetensors"}
     tensors = sorted(load_file(folder / "model.safetensors").items())
     names: dict[str, str] = {}
@@ -246,7 +246,7 @@ def test_what_does_not_fit(frozen: Frozen) -> None:
             sharding.tree_shardings(make_mesh(fsdp=8), model.axes),
         )
     }
-    # Per device an eighth of what is sharded, and the norms whole: 32 (embedding 384, two layers of 4 x 32 + 3 x 48).
+    # Per device an eighth of the sharded arrays, and whole norms: 32 (embedding 384, two layers of 4 x 32 + 3 x 48).
     matrices, norms = 32 * (384 + 2 * (4 * 32 + 3 * 48)), 5 * 32
     teacher, held = (size * (matrices // 8 + norms) for size in (2, 4))
     frozen.check_memory(student, None)

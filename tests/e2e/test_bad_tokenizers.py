@@ -67,7 +67,7 @@ def test_damaged_checkpoints_to_start_from(command: Command, spec: str, tmp_path
     model.mkdir()
     safetensors.numpy.save_file({}, model / "model.safetensors")
     for text, message in (
-        ("", "config.json is cut or no JSON"),
+        ("", "config.json is truncated or not JSON"),
         ("[]", "not a JSON object"),
         ('{"a": 1}', "model_type"),
     ):

@@ -1,4 +1,4 @@
-"""What a checkpoint's config says against what its tensors say; damaged, quantized and unsupported ones are refused."""
+"""A checkpoint's config against its tensors; damaged, quantized and unsupported checkpoints are refused."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_a_copy_of_the_embedding_is_tied(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_tied_or_not_on_the_hub(family, sharded, hub: LoopbackHub, tmp_path):
-    """A checkpoint that is tied says so by its header or index: no tensor is downloaded."""
+    """The header or index shows whether a checkpoint is tied: no tensor is downloaded."""
     folder = copied(tmp_path, family, tie_word_embeddings=True)
     content = {path.name: path.read_bytes() for path in folder.iterdir()}
     if sharded:
@@ -120,7 +120,7 @@ def test_a_cut_config_or_index(text, tmp_path):
     for name in ("config.json", reading.INDEX):
         before = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=rf"{name} (is cut or no JSON|is not a JSON object)"):
+        with pytest.raises(UserError, match=rf"{name} (is truncated or not JSON|is not a JSON object)"):
             hf.load(str(folder), in_float32(folder), ONE_DEVICE)
         if before is not None:
             (folder / name).write_bytes(before)
@@ -235,7 +235,7 @@ def test_other_spellings(changes, expected):
 
 
 def test_llama_heads_that_do_not_divide_the_width_are_exported_as_mistral(tmp_path):
-    """transformers refuses them of the Llama class."""
+    """transformers refuses them for the Llama class."""
     config, _ = families.from_json(LLAMA | {"num_attention_heads": 3, "head_dim": 4}, "")
     written = families.to_json(config, 40, "float32")
     assert (written["model_type"], written["sliding_window"]) == ("mistral", None)

@@ -1,4 +1,4 @@
-"""What an export says to those who use it: where text stops, how it is sampled, and what begins it."""
+"""What an export specifies for its users: where text stops, how it is sampled, and what begins it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ TEXT = "first half second"
 
 
 def chat_model(tmp_path: Path, adds_bos: bool, **configs: Any) -> Path:
-    """The files of a chat model around its weights, whose tokenizer adds BOS and EOS, or none."""
+    """A chat model's files around its weights; the tokenizer adds BOS and EOS, or neither."""
     tokenizer = tokenizers.Tokenizer(
         models.WordLevel({token: i for i, token in enumerate([*SPECIAL, *WORDS])}, "<unk>")
     )
@@ -93,7 +93,7 @@ def test_stop_tokens_and_sampling_are_kept(configs, expected, tmp_path):
     assert read(out, "generation_config") == expected
     assert read(out, "config")["eos_token_id"] == expected["eos_token_id"]
     assert read(out, "config")["bos_token_id"] == 1
-    # And from a work directory, where only the tokenizer was saved.
+    # And from a work directory with only the tokenizer saved.
     HuggingFaceTokenizer(name=str(tmp_path / "chat")).build("").save(tmp_path / "kept")
     again = exported(tmp_path / "kept", tmp_path, name="again")
     assert read(again, "generation_config") == expected

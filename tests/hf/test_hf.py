@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face against what transformers computes for them (made by tests/golden/make_llama.py)."""
+"""Hugging Face checkpoints against transformers' logits for them (made by tests/golden/make_llama.py)."""
 
 import dataclasses
 import json
@@ -176,7 +176,7 @@ def test_the_spelling_of_transformers_4():
 
 
 def changed(tmp_path, **changes):
-    """llama2's folder with other settings; None removes one."""
+    """llama2's folder with other settings; None removes a setting."""
     shutil.copytree(GOLDEN / "llama2", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text()) | changes
     (tmp_path / "model" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))

@@ -1,4 +1,4 @@
-"""transformers itself, on the machine: random models of every family read, and exported ones loaded by it."""
+"""Against transformers itself: random models of every family are read, and exported ones are loaded by it."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_every_spelling_means_what_it_means_to_transformers(changes, tensors, tm
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("kind", ["adds", "omits", "sentencepiece"])
 def test_an_exported_tokenizer_adds_what_training_added(kind, add_bos, tmp_path):
-    """Not what the files it came from asked for."""
+    """Not what the original files asked for."""
     source = sentencepiece_model(tmp_path) if kind == "sentencepiece" else chat_model(tmp_path, kind == "adds")
     tokenizer = HuggingFaceTokenizer(name=str(source)).build("")
     model = in_float32(GOLDEN / "llama2")

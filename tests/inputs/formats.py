@@ -1,4 +1,4 @@
-"""Every file format that a source reads: how documents become a file, and how another library reads it back."""
+"""Every file format that a source reads: how documents become a file, and how another library reads them back."""
 
 import bz2
 import csv
@@ -69,12 +69,12 @@ def parquet(texts: Sequence[str]) -> bytes:
 
 
 def samples(texts: Sequence[str]) -> bytes:
-    """The WebDataset layout, as the Hub has it."""
+    """The WebDataset layout, as on the Hub."""
     return tar([(f"{n:06}.txt", text.encode()) for n, text in enumerate(texts)])
 
 
 def zipped(encode: Callable[[Sequence[str]], bytes], suffix: str) -> Callable[[Sequence[str]], bytes]:
-    """Two members, and a third that macOS adds."""
+    """Two members, and a third one as macOS adds it."""
 
     def archive(texts: Sequence[str]) -> bytes:
         out = io.BytesIO()
@@ -93,7 +93,7 @@ def _packed(
     return lambda texts: pack(encode(texts))
 
 
-# Each by a decoder that is not the one under test.
+# Each with a different decoder than the one under test.
 UNPACK: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.decompress,
     "bz2": bz2.decompress,
@@ -158,9 +158,9 @@ class Format:
     Fields:
         builder: The builder of `HuggingFace` that reads it; "" for `WebDataset`.
         encode: Documents to the file's bytes.
-        reference: The file's documents by another library.
-        ends: The format knows its end: a file that was cut anywhere is damaged. (Else, what a cut leaves may be whole.)
-        sums: It has checksums, so that every wrong byte in its documents is found.
+        reference: The file's documents, read by another library.
+        ends: Whether the format marks its end, so that a file truncated anywhere is damaged.
+        sums: Whether it has checksums, so that every wrong byte in its documents is found.
         column: The column with the text.
     """
 
@@ -205,7 +205,7 @@ FORMATS = {
     "parquet": Format("parquet", parquet, lambda path: pq.read_table(path)["text"].to_pylist()),
     "samples.tar": Format("webdataset", samples, _tar_reference, sums=False, column="txt"),
     **{
-        # The sum of a compressed tar comes at its end, and members are given before.
+        # The checksum of a compressed tar comes at its end, after the members have been yielded.
         suffix: Format("", _packed(shard, pack), _tar_reference, sums=False)
         for suffix, pack in {**COMPRESS, "tar.xz": lzma.compress}.items()
     },
@@ -213,7 +213,7 @@ FORMATS = {
 
 
 def read(config: SourceConfig) -> tuple[list[str], Exception | None]:
-    """The documents of the one file of a source, and how its reading ended."""
+    """The documents of the only file of a source, and the error that ended reading, if any."""
     found: list[str] = []
     try:
         source = config.resolve()

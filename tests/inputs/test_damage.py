@@ -1,9 +1,10 @@
-"""Every format, damaged in every way at every place: what was lost is named, and nothing is lost in silence."""
+"""Every format, damaged in every way at every place: the loss is reported, and nothing is lost silently."""
 
 import dataclasses
 import io
 import pathlib
 import random
+import zipfile
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from jaxtrain.errors import CorruptError
 from tests.inputs.formats import FORMATS, PACK, Format, jsonl, read
 
-# Of many lengths and scripts; no line ends, since text files have none in a document.
+# Of many lengths and scripts; without line ends, since text files have none within a document.
 _WORDS = ["the", "être", "水", "λόγος", "a,b", '"q"', "🜁", "\\", "NA", "null", "x" * 30]
 
 
@@ -35,7 +36,7 @@ class Case:
 @pytest.fixture(params=FORMATS)
 def case(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Case:
     kind = FORMATS[request.param]
-    texts = TEXTS if kind.builder else TEXTS[:40]  # tarfile takes 0.1 ms for a member
+    texts = TEXTS if kind.builder else TEXTS[:40]  # tarfile takes 0.1 ms per member
     return Case(kind, tmp_path / f"data.{request.param}", texts, kind.encode(texts))
 
 
@@ -48,7 +49,7 @@ def test_whole(case: Case) -> None:
 
 
 def _cuts(data: bytes, count: int) -> list[int]:
-    """Just before the end, where formats keep their marks, and anywhere."""
+    """Just before the end, where formats have their end markers, and anywhere."""
     size, rng = len(data), random.Random(0)
     near = [size - left for left in (1, 2, 4, 8, 9, 20, 60, 512, 600, 1024, 1025) if left < size]
     return [*near, 1, 5, size // 2, *(rng.randrange(1, size) for _ in range(count))]
@@ -60,13 +61,13 @@ def check_cut(case: Case, cut: int) -> None:
     found, error = read(kind.config(path))
     assert found == texts[: len(found)] or not kind.ends, cut
     if error is None and path.suffix == ".tar":
-        assert found == texts  # of the zeros that fill the last record, two blocks are the end's mark
+        assert found == texts  # of the zeros that fill the last record, two blocks are the end marker
     elif kind.ends:
         assert isinstance(error, CorruptError), (cut, error, len(found))
         assert str(path) in str(error)
         assert error.row <= len(found), cut
     elif error is None:
-        # Whole lines, and maybe the beginning of one more, which nothing tells from a whole one.
+        # Whole lines, and perhaps the beginning of another, which looks like a whole one.
         assert found[:-1] == texts[: len(found) - 1], cut
         assert not found or texts[len(found) - 1].startswith(found[-1]), cut
 
@@ -87,7 +88,7 @@ def check_wrong_bytes(case: Case, at: int) -> None:
     path.write_bytes(data[:at] + bytes(byte ^ 0x5A for byte in data[at : at + 12]) + data[at + 12 :])
     found, error = read(kind.config(path))
     if error is None:
-        # Not in a document: in a time stamp, a name, padding, another column.
+        # Not in a document: in a timestamp, a name, padding, another column.
         assert not kind.sums or found == texts, at
         assert len(found) >= len(texts) - 1 or not kind.ends, at
     else:
@@ -108,7 +109,7 @@ def test_wrong_bytes_anywhere(case: Case) -> None:
         check_wrong_bytes(case, rng.randrange(len(case.data)))
 
 
-EMPTY_IS_WHOLE = ("jsonl", "json", "csv", "txt")  # a file without a row
+EMPTY_IS_WHOLE = ("jsonl", "json", "csv", "txt")  # a file without rows
 
 
 def test_empty(case: Case, request: pytest.FixtureRequest) -> None:
@@ -128,14 +129,14 @@ def test_something_after_the_end(case: Case) -> None:
     path.write_bytes(data + b"\xff\x00something else")
     found, error = read(kind.config(path))
     if path.name.endswith((".csv", ".zip", "file.arrow")):
-        # A row of CSV without text; the others are read from their end, where they say what is theirs.
+        # A CSV row without text; the other formats are read from their end, where their index is.
         assert found == case.texts or error is not None or found == [*case.texts, ""]
     else:
         assert isinstance(error, CorruptError)
         assert found == case.texts[: len(found)]
 
 
-# Of compressed streams that were joined, as `cat a.gz b.gz` does, all are read; one that was cut is an error.
+# Concatenated compressed streams, as from `cat a.gz b.gz`, are all read; a truncated one is an error.
 @pytest.mark.parametrize("suffix", PACK)
 def test_joined_streams(tmp_path: pathlib.Path, suffix: str) -> None:
     kind, path, pack = FORMATS[f"jsonl.{suffix}"], tmp_path / f"data.jsonl.{suffix}", PACK[suffix]
@@ -152,7 +153,7 @@ def test_joined_streams(tmp_path: pathlib.Path, suffix: str) -> None:
 
 
 def test_an_arrow_stream_cut_between_batches(tmp_path: pathlib.Path) -> None:
-    """Arrow's specification lets a stream end so; no writer does."""
+    """Arrow's specification allows a stream to end like this; no writer does it."""
     path, out = tmp_path / "data.arrow", io.BytesIO()
     table = pa.table({"text": TEXTS})
     with pa.ipc.new_stream(out, table.schema) as writer:
@@ -178,7 +179,7 @@ def test_an_arrow_stream_cut_between_batches(tmp_path: pathlib.Path) -> None:
 def test_a_name_that_promises_another_format(
     tmp_path: pathlib.Path, change: Callable[[bytes], bytes], name: str
 ) -> None:
-    """Content decides between two compressions; what is none of them is damaged."""
+    """The content decides between two compressions; a file in neither is damaged."""
     path = tmp_path / name
     data = change(jsonl(TEXTS))
     path.write_bytes(data)
@@ -188,3 +189,19 @@ def test_a_name_that_promises_another_format(
     else:
         assert isinstance(error, CorruptError)
         assert "does not begin like" in str(error)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_wrong_byte_in_a_zip_archive(tmp_path: pathlib.Path, method: int) -> None:
+    """Each method has a decoder with errors of its own."""
+    path, out = tmp_path / "data.jsonl.zip", io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("a.jsonl", jsonl(TEXTS))
+    kind, data = FORMATS["jsonl.zip"], out.getvalue()
+    path.write_bytes(data)
+    assert read(kind.config(path)) == (TEXTS, None)
+    for at in range(40, len(data) - 150, len(data) // 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        found, error = read(kind.config(path))
+        assert isinstance(error, CorruptError), at
+        assert found == TEXTS[: len(found)]

@@ -1,4 +1,4 @@
-"""Runs and stores of version 0.1 go on where its readers were right, and are refused where they were not."""
+"""Runs and stores of version 0.1 continue if its readers were right, and are refused otherwise."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_a_run_of_0_1_that_cannot_go_on(tmp_path: pathlib.Path) -> None:
 
 
 def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_store.TokenManifest:
-    """The manifest of a store, with another identity than it was written with."""
+    """The manifest of a store, with a different identity than it was written with."""
     job = writer.Job("web", str(folder / "store"), config, config.resolve(), TOKENIZER, 10.0)
     writer.write_tokens(job, 0, 1, lambda *_: None)
     manifest = token_store.load(str(folder / "store"))

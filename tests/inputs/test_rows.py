@@ -1,4 +1,4 @@
-"""Rows unlike the others: null, no string, empty, broken; in every format, at the first row, far in, last."""
+"""Unusual rows: null, not a string, empty, broken; in every format, at the first row, far in, and last."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_a_row_without_text(tmp_path: pathlib.Path, row: int) -> None:
     [(123, "a number"), (1.5, "a number"), (True, "a boolean"), (["a"], "a list"), ({"a": "b"}, "an object")],
 )
 def test_a_json_text_that_is_no_string(tmp_path: pathlib.Path, row: int, value: Any, kind: str) -> None:
-    """The user's to change, named by file and row; the others are as they were."""
+    """The user must change it; the message has file and row, and the other rows are unchanged."""
     rows = rows_of()
     rows[row]["text"] = value
     found, error = read_json(tmp_path / "a.jsonl", jsonl(rows))
@@ -120,7 +120,7 @@ def test_a_json_row_that_is_no_object(tmp_path: pathlib.Path, row: int, value: A
     rows: list[Any] = rows_of()
     rows[row] = value
     found, error = read_json(tmp_path / "a.json", json.dumps(rows).encode())
-    if isinstance(value, str):  # a list of strings is one of documents
+    if isinstance(value, str):  # a list of strings is a list of documents
         assert (found, error) == (changed(row, value), None)
     else:
         assert isinstance(error, UserError)
@@ -201,7 +201,7 @@ def test_json_of_one_object_or_of_strings(tmp_path: pathlib.Path) -> None:
 
 
 def test_long_json_lines(tmp_path: pathlib.Path) -> None:
-    """Longer than any buffer, also where a character or an escape lies over its end."""
+    """Longer than any buffer, also with a character or an escape across its end."""
     long = ['🜁λ\\"\n' * 400_000, "short", "y" * 3_000_000]
     data = b"".join(json.dumps({"text": text}, ensure_ascii=n > 0).encode() + b"\n" for n, text in enumerate(long))
     assert read_json(tmp_path / "a.jsonl", data) == (long, None)
@@ -265,7 +265,7 @@ def test_a_csv_row_with_more_fields_than_the_header(tmp_path: pathlib.Path, row:
 
 @pytest.mark.parametrize("row", [0, 1, 2999])
 def test_broken_csv(tmp_path: pathlib.Path, row: int) -> None:
-    """A quote without an end; bytes that are no UTF-8, which do not matter in a column that nobody reads."""
+    """An unclosed quote; invalid UTF-8, which does not matter in a column that is not read."""
     rows = [f"{text},{n}" for n, text in enumerate(MANY)]
     rows[row] = f'"{rows[row]}'
     found, error = read_csv(tmp_path / "a.csv", "text,id\n" + "\n".join(rows) + "\n")
@@ -281,7 +281,7 @@ def test_broken_csv(tmp_path: pathlib.Path, row: int) -> None:
 
 
 def test_csv_columns_that_transforms_read(tmp_path: pathlib.Path) -> None:
-    """A value is what its field says, whatever the other rows hold."""
+    """A value depends only on its own field, whatever the other rows contain."""
 
     class Other:
         columns: tuple[str, ...] = ("other",)
@@ -310,14 +310,14 @@ def test_lines_of_text_that_are_not_utf8(tmp_path: pathlib.Path, row: int) -> No
     found, error = read(HuggingFace(name="text", data_files=(str(path),)))
     assert isinstance(error, CorruptError)
     assert (found, error.row) == (([] if row == FIRST else lines[:row]), row)
-    # TextFiles keeps the row, as its documentation says.
+    # TextFiles keeps the row, as documented.
     found, error = read(TextFiles(patterns=(str(path),), document="line"))
     assert (found, error) == ([*lines[:row], "", *lines[row + 1 :]], None)
 
 
 @pytest.mark.parametrize("document", ["line", "file"])
 def test_text_files_that_are_compressed(tmp_path: pathlib.Path, document: str) -> None:
-    """Their bytes are no text, and rows without text would be all that is left of them."""
+    """Their bytes are not text, and would become rows without text."""
     (tmp_path / "a.txt").write_bytes(PACK["gz"](b"one\ntwo\n"))
     found, error = read(TextFiles(patterns=(str(tmp_path / "a.txt"),), document=document))
     assert found == []
@@ -396,7 +396,7 @@ def test_null_typed_files_beside_others(tmp_path: pathlib.Path) -> None:
 
 
 def test_encrypted_parquet(tmp_path: pathlib.Path) -> None:
-    """By its mark; and a file whose columns alone are encrypted, made by pyarrow with a key store of a line."""
+    """By its magic bytes; and a file with only encrypted columns, made by pyarrow with a one-line key store."""
     import base64
 
     import pyarrow.parquet.encryption as pe

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch and launch/tpu_vm.sh, with stand-ins of the clusters' commands on the PATH."""
+"""launch/slurm.sbatch and launch/tpu_vm.sh, with stand-ins for the clusters' commands on the PATH."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ TPU_VM = ROOT / "launch" / "tpu_vm.sh"
 
 
 def stand_in(folder: pathlib.Path, name: str, body: str) -> None:
-    """A command that notes how it was called, and then runs `body`."""
+    """A command that records its arguments, and then runs `body`."""
     file = folder / name
     file.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> {folder}/calls\n{body}\n')
     file.chmod(0o755)
@@ -72,7 +72,7 @@ def test_sbatch_passes_sigterm_on_and_queues_again(tmp_path: pathlib.Path) -> No
     assert not [call for call in others if call.startswith("srun ")]
 
 
-# Answers as a TPU VM of two hosts. state, code: what it says of itself, and of the run. busy: it runs already.
+# Acts as a TPU VM of two hosts. state, code: Reported for itself and for the run. busy: Whether the run is active.
 GCLOUD = """
 case "$*" in
     *"value(state)"*) cat {folder}/state 2> /dev/null ;;
@@ -89,7 +89,7 @@ esac
 def tpu(folder: pathlib.Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     stand_in(folder, "gcloud", GCLOUD.format(folder=folder))
     chosen = {"NAME": "pod", "ZONE": "us-central2-b", "WORKDIR": "gs://bucket/runs/1b", "WATCH_SECONDS": "0"}
-    # A small checkout, so that little is copied.
+    # A small checkout, to copy little.
     (folder / "checkout").mkdir()
     return subprocess.run(
         [str(TPU_VM), *arguments],

@@ -1,4 +1,4 @@
-"""The launchers' texts: they parse, have the fields that their readers need, and say what to fill in."""
+"""The launchers' files: they parse, have the fields that their readers need, and name what to fill in."""
 
 import pathlib
 import re
@@ -119,7 +119,7 @@ def test_jobset_has_its_schemas_fields(hardware: str) -> None:
     codes = on_pod["onExitCodes"]
     assert on_pod["action"] == "FailJob"
     assert (codes["containerName"], codes["operator"], codes["values"]) == (container["name"], "In", [2])
-    # podFailurePolicy asks for it.
+    # Required by podFailurePolicy.
     assert pod(jobset)["restartPolicy"] == "Never"
     assert set(container) >= {"name", "image", "command", "env", "resources"}
 
@@ -129,7 +129,7 @@ def test_jobset_for_gpus_counts_its_processes() -> None:
     (replicated,) = jobset["spec"]["replicatedJobs"]
     values = {entry["name"]: entry.get("value") for entry in pod(jobset)["containers"][0]["env"]}
     assert values["JAX_NUM_PROCESSES"] == str(replicated["template"]["spec"]["completions"])
-    # Process numbers are the Job's pods', so there is one Job.
+    # Process numbers are the pods' in a Job, so there is one Job.
     assert replicated["replicas"] == 1
     assert jobset["spec"]["coordinator"] == {"replicatedJob": replicated["name"], "jobIndex": 0, "podIndex": 0}
 

@@ -1,4 +1,4 @@
-"""launch/local.sh, with processes that are no training runs."""
+"""launch/local.sh, with processes that are not training runs."""
 
 import pathlib
 import signal
@@ -16,7 +16,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_process_has_its_number() -> None:
     names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    # One write for each line, so that lines of several processes do not mix.
+    # One write per line, so that lines of several processes do not mix.
     program = f"import os, sys; sys.stdout.write(' '.join(os.environ[name] for name in {names}) + chr(10))"
     found = run("3", sys.executable, "-c", program)
     addresses, counts, numbers = zip(*(line.split() for line in found.stdout.splitlines()), strict=True)

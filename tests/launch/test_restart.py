@@ -17,7 +17,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def ends_with(codes: list[int], tmp_path: pathlib.Path, **settings: str) -> tuple[int, int]:
-    """The exit code, and how often the command ran, where its n-th run ends with the n-th code."""
+    """The exit code and the number of runs, if the command's n-th run ends with the n-th code."""
     runs = tmp_path / "runs"
     chosen = "; ".join(f"[ $n -ne {number} ] || exit {code}" for number, code in enumerate(codes, 1))
     program = f"echo >> {runs}; n=$(wc -l < {runs}); {chosen}; exit 99"

@@ -1,6 +1,6 @@
-"""Distillation's losses by their definitions, from all logits at once, in float64.
+"""Distillation losses by definition, from all logits at once, in float64.
 
-Gradients go through the derivative by the student's probabilities and the softmax's Jacobian, so that none of the
+Gradients use the derivative with respect to the student's probabilities and the softmax's Jacobian, so none of the
 closed forms of jaxtrain.losses.divergences is repeated here.
 """
 
@@ -35,7 +35,7 @@ def jsd(beta):
 
 
 def top_k(k):
-    """The k largest of p as they are; the rest as one outcome."""
+    """The k largest entries of p unchanged, and the rest as one outcome."""
 
     def divergence(p, q):
         values, slopes = np.zeros(p.shape[:-1]), np.zeros(p.shape)

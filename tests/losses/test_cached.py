@@ -1,4 +1,4 @@
-"""Stored records: what they hold, and the loss from them, against definitions in float64."""
+"""Stored records: their content, and the loss from them, against definitions in float64."""
 
 from typing import Any
 
@@ -59,8 +59,8 @@ def test_a_whole_vocabulary_has_no_tail() -> None:
 @pytest.mark.parametrize("heat", HEATS)
 @pytest.mark.parametrize("k", [5, VOCAB])
 def test_loss_and_gradients(k: int, heat: float) -> None:
-    """Against the float64 reference of the very teacher: within what float16 rounds away, and within 1e-5 of the
-    reference of the rounded one.
+    """Against the float64 reference of the teacher itself, within the rounding of float16; and within 1e-5 of the
+    reference of the rounded teacher.
     """
     x, w, teacher, head, targets, mask = arrays = example()
     layout = Layout(VOCAB, k, HEATS)
@@ -68,7 +68,7 @@ def test_loss_and_gradients(k: int, heat: float) -> None:
     made = Distillation(divergence=TopK(k=k), temperature=heat)
     found = evaluate(made.build_cached(layout, None, CrossEntropy(chunk_tokens=7)), (x, w, records, targets, mask))
     assert_close(found, expected(arrays, top_k(k) if k < VOCAB else forward_kl, heat=heat), rtol=2e-3)
-    # The stored distribution as a teacher of its own: logits that give it, tail spread evenly.
+    # The stored distribution as a separate teacher: logits that produce it, with an even tail.
     ids, log_p, tail = (np.asarray(part, np.float64) for part in layout.unpack(records, HEATS.index(heat)))
     spread = np.log(max(VOCAB - k, 1))
     logits = np.repeat(tail[..., None] - spread, VOCAB, axis=-1)

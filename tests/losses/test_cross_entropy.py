@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against a float64 NumPy one that makes all logits at once."""
+"""Chunked cross-entropy against float64 NumPy with all logits at once."""
 
 import itertools
 import re
@@ -94,7 +94,7 @@ def test_without_mask_and_without_padding():
 
 def test_bf16_inputs():
     x, w, targets, mask = example(dtype=jnp.bfloat16)
-    w = w.astype(jnp.bfloat16).astype(jnp.float32)  # so that only the rounding of products and gradients is left
+    w = w.astype(jnp.bfloat16).astype(jnp.float32)  # so that only products and gradients are rounded
     sums, dx, dw = evaluate(CrossEntropy(chunk_tokens=10), None, (x, w, targets, mask))
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
     expected = reference(x, w, targets, mask, VOCAB)
@@ -106,7 +106,7 @@ def test_cotangent_scales_the_gradient():
     x, w, targets, mask = example()
     loss = CrossEntropy(z_loss=0.01, chunk_tokens=10).build(VOCAB, None)
     plain = jax.grad(lambda x, w: loss(x, w, targets, mask)["loss"], (0, 1))(x, w)
-    # ce_loss is for reports: it adds nothing, though it is part of the loss.
+    # ce_loss is for reporting: it adds no gradient, though it is part of the loss.
     scaled = jax.grad(lambda x, w: sum(loss(x, w, targets, mask).values()) / 4, (0, 1))(x, w)
     for a, b in zip(plain, scaled, strict=True):
         np.testing.assert_allclose(a / 4, b, rtol=1e-6)
@@ -129,7 +129,7 @@ def test_large_logits_do_not_overflow():
 MESHES = [
     {"data": 8, "fsdp": 1},
     {"fsdp": 8},
-    {"tensor": 8},  # VOCAB 37 of 64: the last three slices are padding alone
+    {"tensor": 8},  # VOCAB 37 of 64: the last three slices are only padding
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
     {"data": 2, "fsdp": 2, "context": 2},
@@ -170,7 +170,7 @@ def test_refuses_rows_that_the_mesh_does_not_divide(batch, seq_len, name):
 
 
 def compiled(batch, seq_len, chunk_tokens, mesh=None, d=64, v=4096, gradient=True):
-    """(temporary bytes, FLOPs, HLO text) of the loss, with its gradient or without."""
+    """(temporary bytes, FLOPs, HLO text) of the loss, with or without its gradient."""
     loss = CrossEntropy(chunk_tokens=chunk_tokens).build(v - 5, mesh)
 
     def shape(sizes, dtype, axes):
@@ -195,7 +195,7 @@ def test_memory_is_that_of_one_chunk(batch, seq_len):
     longer, _, _ = compiled(batch, 4 * seq_len, chunk_tokens, d=d, v=v)
     logits = batch * seq_len * v * 4
     assert temp < 3 * chunk_tokens * v * 4 + 2 * d * v * 4 < logits / 5
-    assert longer - temp <= 2 * (4 - 1) * batch * seq_len * d * 4  # x and dx cut into chunks, and no logits
+    assert longer - temp <= 2 * (4 - 1) * batch * seq_len * d * 4  # x and dx in chunks, and no logits
 
 
 def test_evaluation_computes_no_gradient():

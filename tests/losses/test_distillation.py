@@ -134,7 +134,7 @@ def test_without_mask_and_without_padding():
 @pytest.mark.parametrize("kind", QUICK)
 def test_bf16_inputs(kind):
     x, w, *rest = example(dtype=jnp.bfloat16)
-    w = w.astype(jnp.bfloat16).astype(jnp.float32)  # so that only the rounding of products and gradients is left
+    w = w.astype(jnp.bfloat16).astype(jnp.float32)  # so that only products and gradients are rounded
     sums, dx, dw = evaluate(build(KINDS[kind][0]), (x, w, *rest))
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
     wanted = expected((x, w, *rest), KINDS[kind][1])
@@ -180,13 +180,13 @@ def kd(divergence, arrays, **options):
 @pytest.mark.slow
 def test_generalized_jsd_at_its_ends_and_its_middle():
     x, w, teacher, head, targets, mask = example()
-    # Close to each other, or the limits are far.
+    # Close to each other; otherwise the limits are far off.
     arrays = x, w, teacher, head, targets, mask = x / 4, w, teacher / 4, head, targets, mask
     for beta, near, end in ((0.0, 1e-3, ForwardKL()), (1.0, 1 - 1e-3, ReverseKL())):
         at_end = kd(end, arrays)
         for a, b in zip(kd(JSD(beta=beta), arrays), at_end, strict=True):
             np.testing.assert_array_equal(a, b)
-        # The ends are the limits of the formula by its own weight.
+        # At the ends, the limits of the formula divided by its own weight.
         for a, b in zip(kd(JSD(beta=near), arrays), at_end, strict=True):
             np.testing.assert_allclose(np.asarray(a) / 1e-3, b, rtol=0.02, atol=0.02 * np.abs(b).max())
     middle = expected(arrays, jsd(0.5))[0]["kd_loss"]
@@ -220,7 +220,7 @@ def test_the_tail_keeps_its_mass():
 
 
 def exact(logits, theirs, kind) -> Any:
-    """The value and its gradient by the logits, in 60 decimal digits whose exponents have no end."""
+    """The value and its gradient with respect to the logits, with 60 decimal digits and unbounded exponents."""
     with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
 
         def distribution(values) -> Any:
@@ -262,7 +262,7 @@ def test_extreme_logits(kind, divergence, size):
     arrays = (jnp.asarray(logits), eye, jnp.asarray(theirs), eye, np.zeros((1, 8), np.int32), np.ones((1, 8), bool))
     value, dx, _ = kd(divergence, arrays, vocab_size=6)
     wanted = [exact(a.tolist(), b.tolist(), kind) for a, b in zip(logits[0], theirs[0], strict=True)]
-    # fp32 rounds a logit of 1e4 by 5e-4, and a probability by as much of itself.
+    # fp32 rounds a logit of 1e4 by 5e-4, and a probability by the same relative error.
     np.testing.assert_allclose(value, sum(one for one, _ in wanted), rtol=1e-4)
     gradients = np.array([gradient for _, gradient in wanted])
     np.testing.assert_allclose(dx[0], gradients, rtol=2e-3, atol=1e-5 * max(1, np.abs(gradients).max()))
@@ -279,7 +279,7 @@ def test_masked_rows_count_nothing():
 
 MESHES = [
     {"data": 8, "fsdp": 1},
-    {"tensor": 8},  # VOCAB 37 of 64: the last three slices are padding alone
+    {"tensor": 8},  # VOCAB 37 of 64: the last three slices are only padding
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
 ]
@@ -343,7 +343,7 @@ def temporary_bytes(divergence, vocab_size, mesh=None, d=64, e=128, tokens=8192,
 def test_memory_grows_with_the_vocabulary_by_the_heads_and_their_gradient_alone(divergence):
     small, large, d, e, tokens = 32_768, 131_072, 64, 128, 8192
     growth = temporary_bytes(divergence, large) - temporary_bytes(divergence, small)
-    # The head's gradient in fp32 (accumulated, and scaled by the cotangent), and both heads as the products want them.
+    # The head's gradient in fp32 (accumulated, and scaled by the cotangent), and both heads in the products' dtype.
     allowed = (large - small) * (2 * d * 4 + (d + e) * 4)
     assert growth <= allowed
     logits = tokens * small * 4

@@ -43,7 +43,7 @@ RUN = Run(
     flops_per_token=lambda seq_len: 6e9,
     peak_flops=None,
     log_every=10,
-    config={"seed": 0},
+    config={"_kind": "config", "seed": 0},
 )
 METRICS = {"loss": 4.5421, "grad_norm": 1.0, "fingerprint": "0" * 16, "sources": {"web": {"tokens": 10}}}
 
@@ -185,7 +185,7 @@ def test_not_finite_is_null(tmp_path, capsys):
 def test_a_resume_cuts_back_and_time_goes_on(clock, tmp_path):
     log(tmp_path, [10, 20, 30])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 35, "eval_loss": 1.0, "time": 77.0}\n{"step": 40, "lo')  # cut short by a kill
+        file.write('{"step": 35, "eval_loss": 1.0, "time": 77.0}\n{"step": 40, "lo')  # truncated by a kill
     clock[0] += 1000
     log(tmp_path, [30, 40], start_step=20)
     lines = lines_of(tmp_path)
@@ -215,7 +215,7 @@ def test_damaged_lines_of_metrics_are_dropped(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["log.txt", "tensorboard", "metrics.jsonl"])
 def test_a_file_that_cannot_be_written_is_one_message(tmp_path, name):
-    """As root may write any file: a folder in place of a file, a file in place of a folder."""
+    """Root may write any file, so use a folder in place of a file and a file in place of a folder."""
     if name == "tensorboard":
         (tmp_path / name).touch()
     else:
@@ -267,6 +267,7 @@ def test_trackers(tmp_path, monkeypatch):
     (tmp_path / "name").mkdir()
     log(tmp_path / "name", [10], config=config)
     assert not (tmp_path / "name/wandb_id.txt").exists()
+    # Trackio refuses keys such as _kind.
     assert calls == [{"project": "p", "name": "name", "config": {"seed": 0}, "resume": "allow"}, (10, 4.5421), "finish"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
@@ -380,11 +381,11 @@ def test_a_terminal_gets_a_bar_and_a_pipe_does_not(tmp_path):
             try:
                 while part := terminal.read(4096):
                     shown += part
-            except OSError:  # Linux says so when the other end has closed
+            except OSError:  # Linux reports this when the other end has closed
                 pass
         assert process.wait() == 0
     text = shown.decode()
-    # The line stands alone, above the bar; the bar has the share and the time left.
+    # The line is above the bar; the bar has the share and the remaining time.
     assert re.search(r"\r *\r?Step 20: Loss=[^\r\n]*tokens, 20\.0%\)\r\n", text), text
     assert re.search(r"\d+%\|.*?/1\.00G \[\d+:\d+<\d+:\d+, .*Loss=4\.5421\]", text), text
 
@@ -439,7 +440,7 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
         monitor.log_step(Step(20, 20), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 20]
     assert list((remote / "tensorboard").iterdir())
-    # Another machine goes on from the files in the bucket.
+    # Another machine continues from the files in the bucket.
     module.Workdir(tmp_path / "cache").path.rmtree()
     run = dataclasses.replace(RUN, start_step=10)
     with console_logging() as console, config.build(as_remote(), run, console) as monitor:
@@ -449,7 +450,7 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
 
 
 class FullFile:
-    """Takes `room` bytes."""
+    """Accepts `room` bytes."""
 
     def __init__(self, room: int):
         self.room = room
@@ -467,7 +468,7 @@ class FullFile:
 
 @pytest.mark.parametrize("writer", [0, 1])
 def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
-    """Neither a traceback nor a hang (tensorboardX's own writer waits for ever for a thread that has ended)."""
+    """Neither a traceback nor a hang (tensorboardX's own writer waits forever for a thread that has ended)."""
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
         monitor.begin()
         monitor.log_step(Step(1, 100), METRICS)

@@ -73,7 +73,7 @@ def test_splash_on_a_mesh_gives_what_one_device_gives():
 
 
 def as_documented(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, **options):
-    """What cuDNN's wrapper says of its arguments: document m of row b is q_seqlen[b, m] tokens from q_offsets[b, m]."""
+    """cuDNN's wrapper as documented: document m of row b is q_seqlen[b, m] tokens from q_offsets[b, m] on."""
     assert mask_type == attention_cudnn.cudnn.MaskType.PADDING_CAUSAL
     assert q_seqlen is kv_seqlen
     assert q_offsets is kv_offsets
@@ -92,7 +92,7 @@ def as_documented(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offse
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("most", [2, 64], ids=["too_many_documents", "within"])
 def test_cudnn_is_told_where_the_documents_are(most, window, monkeypatch):
-    """The kernel itself needs a GPU: here stands what its documentation says, so that our part is tested."""
+    """The kernel itself needs a GPU: this stand-in follows its documentation, to test our part."""
     calls = []
     monkeypatch.setattr(attention_cudnn, "MAX_DOCUMENTS", most)
     monkeypatch.setattr(
@@ -153,7 +153,7 @@ def test_documents_of_rows():
 
 
 def test_cudnn_lowers_for_gpus(monkeypatch):
-    """Forward and backward become cuDNN's packed custom calls: the private function is still there and still fits."""
+    """Forward and backward become cuDNN's packed custom calls: the private function exists and still fits."""
     monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
     arrays, segments, _ = problem(2, 256, 4, 2, 64)
@@ -260,7 +260,7 @@ def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatc
 
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_processes_agree_on_a_kernels_check(elsewhere, monkeypatch):
-    """One check for a length of rows, whatever their number: threads that compile ask for others, without consensus."""
+    """One check per row length, for any number of rows: threads that compile request others, without consensus."""
     checked, told = [], []
     monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
     monkeypatch.setattr(attention, "self_check", lambda name, shape: checked.append(shape))
@@ -311,7 +311,7 @@ def test_each_mesh_gives_what_one_device_gives(mesh):
     ],
 )
 def test_context_shares_heads(heads, kv_heads, tensor, context, share):
-    """Key heads are repeated where there are too few; the sequence stays split outside of the attention."""
+    """Key heads are repeated if there are too few; the sequence stays split outside of attention."""
     mesh = MeshConfig(fsdp=1, tensor=tensor, context=context).build(jax.devices()[: tensor * context])
     assert attention.share_of_context(mesh, heads, kv_heads) == share
     arrays, segments, dx = problem(2, 24, heads, kv_heads, 8)
@@ -322,7 +322,7 @@ def test_context_shares_heads(heads, kv_heads, tensor, context, share):
 
 
 def test_no_device_of_context_computes_another_s_share():
-    """Scores of all devices together are those of one device alone."""
+    """The scores of all devices together equal those of one device alone."""
     arrays, segments, dx = problem(1, 256, 8, 2, 16)
 
     def flops(mesh):
@@ -341,7 +341,7 @@ def test_no_device_of_context_computes_another_s_share():
 
 
 def test_no_array_is_larger_than_a_block_row_of_scores():
-    """At T = 2,048 one head's [T, T] scores would be 4 times what is allowed here."""
+    """At T = 2,048 the [T, T] scores of one head would be 4 times the limit here."""
     batch, seq_len, heads, kv_heads, width = 1, 2048, 4, 2, 16
     arrays, segments, dx = problem(batch, seq_len, heads, kv_heads, width)
 
@@ -383,7 +383,7 @@ def _sizes(jaxpr):
     ],
 )
 def test_the_pass_that_aborts_on_block_rows_is_spared(platform, devices, names, spared):
-    """Seen when a 1B is compiled for 8 A100s. With XLA's attention on GPUs only: elsewhere the pass is of use."""
+    """It aborts for a 1B model on 8 A100s. Only for XLA's attention on GPUs: elsewhere the pass is useful."""
     chips = np.array([types.SimpleNamespace(platform=platform)] * devices)
     mesh: Any = types.SimpleNamespace(size=devices, devices=chips)
     passes = attention.compiler_options(mesh, *names).get("xla_disable_hlo_passes", "")

@@ -1,4 +1,4 @@
-"""The TPU kernel compiled for real TPUs, on any machine that has libtpu (it is no dependency)."""
+"""The TPU kernel compiled for real TPUs, on any machine that has libtpu (not a dependency)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Generation against the whole forward pass, and sampling against the distribution asked for."""
+"""Generation against the whole forward pass, and sampling against the requested distribution."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def greedy_by_whole_forward_passes(model, params, prompt):
     hidden = jax.jit(model.hidden)
     ids = list(prompt)
     for _ in range(NEW):
-        tokens = np.zeros((1, 96), np.int32)  # one shape for all lengths: what follows is not seen
+        tokens = np.zeros((1, 96), np.int32)  # one shape for all lengths: later tokens are not visible
         tokens[0, : len(ids)] = ids
         x = hidden(params, tokens, np.ones_like(tokens), np.arange(96, dtype=np.int32)[None]).x
         ids.append(int(np.argmax((x[0, len(ids) - 1] @ model.head(params))[:VOCAB])))

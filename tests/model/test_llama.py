@@ -1,4 +1,4 @@
-"""The decoder: gradients, packing, remat and meshes change nothing. Its logits are compared in test_hf*.py."""
+"""The decoder: gradients, and that packing, remat and meshes change nothing. test_hf*.py compares its logits."""
 
 import dataclasses
 
@@ -172,7 +172,7 @@ def test_initial_parameters():
     np.testing.assert_allclose(np.std(layers["mlp"]["down"]["kernel"]), 0.02 / 4, rtol=0.02)
     assert not np.any(layers["attention"]["q"]["bias"])
     assert np.all(layers["mlp_norm"]["scale"] == 1)
-    # No two matrices share their numbers.
+    # No two matrices have the same size.
     firsts = [float(leaf.ravel()[5]) for leaf in jax.tree.leaves(params) if np.std(leaf) > 0]
     assert len(set(firsts)) == len(firsts)
 

@@ -1,4 +1,4 @@
-"""What every optimizer must do. A new one gets all of it by a class in its test file:
+"""The tests that every optimizer must pass. A new one gets all of them with a class in its test file:
 
 class TestMine(Battery):
     config = Mine()

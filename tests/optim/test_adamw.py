@@ -14,7 +14,7 @@ class TestAdamW(Battery):
 
 
 def reference(params, gradients, decays, rate, betas, epsilon, weight_decay):
-    """Loshchilov and Hutter, algorithm 2, in float64 (the decay multiplied by the rate)."""
+    """Loshchilov and Hutter, algorithm 2, in float64 (with the decay multiplied by the rate)."""
     first, second = betas
     m = v = 0.0
     params = np.asarray(params, np.float64)
@@ -59,7 +59,7 @@ def test_equals_float64(decay_embeddings):
 
 
 def test_without_decay_of_a_plain_1d_array():
-    """Stacked [L, D] norms are two-dimensional arrays but no matrices: their decay would show here."""
+    """Stacked [L, D] norms are two-dimensional arrays but not matrices: their decay would show here."""
     params, _ = run(AdamW(weight_decay=100.0).build(AXES), sample(0), [sample(1, scale=0.0)])
     unchanged = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), params, sample(0))
     assert unchanged == jax.tree.map(lambda decays: not decays, expected_mask(False))

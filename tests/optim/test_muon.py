@@ -34,12 +34,12 @@ def orthogonalized(matrix):
 
 
 def reference(params, gradients, rate, momentum, weight_decay, shape):
-    """One layer's weight in its own shape; `shape` is [fan in, fan out]."""
+    """The weight of one layer in its own shape; `shape` is [fan in, fan out]."""
     weight = np.asarray(params, np.float64).reshape(shape)
     buffer = np.zeros(shape)
     for gradient in gradients:
         gradient = np.asarray(gradient, np.float64).reshape(shape)
-        buffer = momentum * buffer + gradient  # Jordan's first form: its scale drops out
+        buffer = momentum * buffer + gradient  # Jordan's first form: its scale cancels
         update = orthogonalized(gradient + momentum * buffer)
         weight = weight - rate * (0.2 * np.sqrt(max(shape)) * update + weight_decay * weight)
     return weight.reshape(params.shape)
@@ -148,7 +148,7 @@ def test_update_has_the_size_of_adams():
     ids=str,
 )
 def test_layers_are_spread_over_devices(sizes, moves, layers):
-    """Each device orthogonalizes whole matrices, its share; left alone, XLA gathers all layers on every device."""
+    """Each device orthogonalizes its share of whole matrices; by default XLA gathers all layers on every device."""
     mesh = MeshConfig(**sizes).build()
     axes = {"up": ("layers", "embed", "mlp")}
     optimizer = EXACT.build(axes, mesh)

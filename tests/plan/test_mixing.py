@@ -16,7 +16,7 @@ from jaxtrain.plan import mixing
 
 
 def reference(weights: list[Fraction], batch_size: int, batches: int) -> list[list[int]]:
-    """The rule as the design words it, one row at a time, in fractions: counts after batches 0, 1, ..."""
+    """The rule of the design, one row at a time, in fractions: counts after batches 0, 1, ..."""
     counts = [0] * len(weights)
     table = [counts]
     for n in range(1, batches + 1):
@@ -63,7 +63,7 @@ def test_within_one_row_of_the_share(mix, start):
 @settings(deadline=None, max_examples=300)
 @given(mixes(), st.integers(0, 3000), st.floats(0, 1, exclude_max=True), st.floats(0, 1))
 def test_a_cut_batch_is_within_one_row_of_the_share(mix, batches, counted, part):
-    """Where a batch counts for `rows` rows and a part of one more, shares hold there, not at the batch's end."""
+    """If a batch counts for `rows` rows and part of another, shares hold there, not at the batch's end."""
     weights, batch_size = mix
     fast = mixing.Mix(weights, batch_size)
     rows = int(counted * batch_size)
@@ -76,7 +76,7 @@ def test_a_cut_batch_is_within_one_row_of_the_share(mix, batches, counted, part)
         assert abs(had + first + then * part - (whole + part) * weight) < 1
 
 
-# A period of 10**15 batches; and one row a batch, so that what a source had before always matters.
+# A period of 10**15 batches; and one row per batch, so that previous counts always matter.
 PARTS = tuple(Fraction(part, prime) for part, prime in ((71, 397), (73, 389), (79, 383), (83, 379), (7, 373), (1, 367)))
 UGLY = (*PARTS, 1 - sum(PARTS, Fraction(0)))
 
@@ -115,7 +115,7 @@ def test_several_threads(monkeypatch):
     barrier = threading.Barrier(8)
 
     def wrong(offset: int) -> list[int]:
-        barrier.wait()  # all reach for chunks that nobody has computed
+        barrier.wait()  # all request chunks that no thread has computed
         return [n for n in range(999 - offset, 0, -97) if (fast.counts_after(n) != expected[n]).any()]
 
     try:
@@ -145,7 +145,7 @@ def test_golden_arrangement():
 
 @pytest.mark.parametrize("num_lanes", [2, 4, 8])
 def test_no_resonance_with_lanes(num_lanes):
-    """Two sources at one half each: every lane draws both alike (unpermuted, lanes would read one of them alone)."""
+    """Two sources at one half each: every lane draws both equally (unpermuted, lanes would read only one of them)."""
     batch_size, steps = 16, 1000
     mix = mixing.Mix((Fraction(1, 2), Fraction(1, 2)), batch_size)
     drawn = np.zeros(num_lanes)

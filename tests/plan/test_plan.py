@@ -1,4 +1,4 @@
-"""The plan: against a slow walk over the steps, and the messages for plans that cannot be."""
+"""The plan: against a slow walk over the steps, and error messages for impossible plans."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ MIX = {"web": 0.7, "math": 0.25, "code": 0.05}
 
 
 def walk(stages: list[Stage], total: int | None, steps: int | None):
-    """The design's words as a loop: (step, stage, tokens before, tokens after, rows before) until the run ends."""
+    """The design as a loop: (step, stage, tokens before, tokens after, rows before) until the run ends."""
     step, tokens, rows, bound = 0, 0, 0, 0
     for number, stage in enumerate(stages, 1):
         assert stage.batch_size
@@ -75,7 +75,7 @@ def runs(draw):
 
 
 def unreached(stages: list[Stage], total: int | None) -> int | None:
-    """The first stage without a step, by the walk; whatever `steps` says."""
+    """The first stage without a step, by the walk, for any `steps`."""
     total = total or sum(stage.tokens or 1000 for stage in stages)
     with_steps = {stage for _, stage, *_ in walk(stages, total, None)}
     return next((number for number in range(1, len(stages) + 1) if number not in with_steps), None)
@@ -109,7 +109,7 @@ def test_follows_the_walk(run):
 
 
 def test_sources():
-    """Rows and tokens of every source add up, over stages, to what the batches hold; the end's mask included."""
+    """Rows and tokens of every source add up, over stages, to the batches' content, including the final mask."""
     plan = plan_of(
         one(tokens=500, weights=MIX),
         one(tokens=100, seq_len=16, weights={"code": 0.5, "web": 0.5}),
@@ -147,7 +147,7 @@ def test_neither_order_nor_unused_sources_change_a_mix():
 
 
 def test_a_cut_last_batch_is_as_good_a_mix():
-    """Where the last batch is masked the shares hold for what counts, to a row, and rows are permuted all the same."""
+    """If the last batch is masked, shares hold for the counted part, to a row, and rows are still permuted."""
     for tokens in range(8 * 400 - 397 * 8 + 5, 8 * 400, 97):
         plan = plan_of(one(tokens=8000 + tokens, batch_size=400, weights=MIX))
         last = plan.at(last_step(plan))
@@ -210,7 +210,7 @@ def test_ten_stage_curriculum():
         assert stage.last_token in range(bound, bound + 2**19)  # reached, by the last of its steps
     assert plan.total_tokens == plan.stages[-1].last_token == 10**9
     assert plan.source_tokens_before(last_step(plan) + 1).sum() == 10**9
-    # Shares of the whole: within a batch's row at each end of each stage.
+    # Shares of the whole: within a batch's row at the end of each stage.
     for source in range(3):
         expected = sum(millions * 10**4 * shares[source] for _, _, millions, shares in CURRICULUM)
         assert abs(plan.source_tokens_before(last_step(plan) + 1)[source] - expected) < 10 * 2**19
@@ -232,17 +232,17 @@ def test_stages_that_the_batch_before_swallows():
     )
     with pytest.raises(UserError, match=said):
         plan_of(one(tokens=10), one(name="gone", tokens=20, seq_len=2), one(tokens=70))
-    # As much as it takes is not enough, one token more is.
+    # That many tokens are not enough; one more is.
     with pytest.raises(UserError, match="more than 22 tokens"):
         plan_of(one(tokens=10), one(name="gone", tokens=22, seq_len=2), one(tokens=70))
     plan = plan_of(one(tokens=10), one(tokens=23, seq_len=2), one(tokens=70))
     assert [(stage.first_step, stage.last_step) for stage in plan.stages] == [(1, 1), (2, 2), (3, 4)]
-    # The first stage's overshoot may even pass the run's end, and the last stage may be what is left of the run.
-    with pytest.raises(UserError, match=r"stage 2 \(main\): its 5 tokens .* takes 22 of"):
+    # The first stage's overshoot may even pass the run's end, and the last stage may be the rest of the run.
+    with pytest.raises(UserError, match=r"stage 2 \(main\): its 5 tokens .* overshoots by 22"):
         plan_of(one(tokens=10), one(tokens=5), one(tokens=5))
     with pytest.raises(UserError, match=r"stage 2 \(main\): its 7 tokens are never reached: stage 1"):
         plan_of(one(tokens=10), one(), total_tokens=17)
-    # `steps` does not excuse it; but a stage that it ends the run before is only not reached yet.
+    # `steps` does not excuse it; but a stage after the run's end by `steps` is only not reached yet.
     with pytest.raises(UserError, match=r"stage 2 .* never reached"):
         plan_of(one(tokens=10), one(tokens=20, seq_len=2), one(tokens=70), steps=1)
     plan = plan_of(one(tokens=64), one(tokens=20, seq_len=2), steps=2)
@@ -265,7 +265,7 @@ def test_unbounded():
     whole = plan_of(one(), total_tokens=3200, schedule=rising)
     assert known.at(70).learning_rate == whole.at(70).learning_rate
     assert known.at(1000).learning_rate == 0.0
-    assert known.table().endswith("no steps. About 3,200 tokens, which schedules go by.")
+    assert known.table().endswith("no steps. Schedules assume about 3,200 tokens.")
     with pytest.raises(UserError, match="fills the run's 32"):
         plan_of(one(), epochs=1, schedule=Cosine(warmup_tokens=40).build(), horizon=32)
     with pytest.raises(UserError, match=r"nothing bounds the run: set total_tokens .* steps, .*epochs"):

@@ -69,13 +69,13 @@ def test_horizon():
             config.build()(1, None)
     with pytest.raises(UserError, match=r"warmup_fraction=0.1 is a share .* give warmup_tokens instead"):
         Constant(warmup_fraction=0.1).build()(1, None)
-    # The same tokens give the same rate while WSD is stable, whatever the horizon: a run can be made longer.
+    # While WSD is stable, the same tokens give the same rate for any horizon: a run can be extended.
     wsd = WSD(warmup_tokens=1000, decay_tokens=10_000).build()
     assert wsd(500, TOTAL) == wsd(500, 2 * TOTAL)
     assert wsd(900_000, TOTAL) == wsd(900_000, 2 * TOTAL)
 
 
-@pytest.mark.parametrize("batch", [500, 1000, 5000])  # each divides the warm-up
+@pytest.mark.parametrize("batch", [500, 1000, 5000])  # each divides the warmup
 @pytest.mark.parametrize("name", ["linear", "wsd linear"])
 def test_batch_size_does_not_bend_it(name, batch):
     """The middle of a step is the mean over its tokens: the sum over a run is the same for every batch size."""

@@ -1,4 +1,4 @@
-"""Keys: the only randomness of the data path. Golden values, independent references, and fairness."""
+"""Stable hashes: the only randomness of the data path. Golden values, independent references, and fairness."""
 
 import hashlib
 
@@ -53,7 +53,7 @@ def test_philox_is_philox():
 
 
 def test_golden_values():
-    """These are part of every checkpoint: the same on every machine and in every version, or runs cannot go on."""
+    """These are part of every checkpoint: the same on every machine and in every version, or runs cannot continue."""
     assert stable_hash.philox("golden").random_raw(2).tolist() == [12738054363143858294, 9196707263632923308]
     assert stable_hash.permutation(10, "golden", 1).tolist() == [4, 0, 2, 3, 9, 8, 5, 1, 6, 7]
     assert stable_hash.document_hash("web", "a.parquet", np.array([0, 1, 10**12])).tolist() == [
@@ -102,7 +102,7 @@ def _digest(key: list) -> bytes:
 
 
 def test_permutations_are_fair():
-    """Each of 6 elements comes to each place about equally often: chi-square with 25 degrees of freedom."""
+    """Each of 6 elements gets each place about equally often: chi-square with 25 degrees of freedom."""
     trials = 3000
     placed = np.zeros((6, 6))
     for trial in range(trials):
@@ -125,7 +125,7 @@ def test_held_out_fraction():
         held_out = stable_hash.is_held_out("web", "f", rows, fraction)
         deviation = np.sqrt(len(rows) * fraction * (1 - fraction))
         assert abs(held_out.sum() - len(rows) * fraction) < 4 * deviation
-        # A larger fraction holds out more, and never lets one go.
+        # A larger fraction holds out more documents, and keeps all of the earlier ones.
         assert stable_hash.is_held_out("web", "f", rows[held_out], 1.5 * fraction).all()
     assert not stable_hash.is_held_out("web", "f", rows, 0.0).any()
     assert stable_hash.is_held_out("web", "f", rows, 1.0).all()

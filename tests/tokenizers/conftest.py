@@ -17,7 +17,7 @@ from jaxtrain.tokenizers.training import TrainTokenizer
 TRAINED = {
     "unigram": TrainTokenizer(vocab_size=600),
     "sentencepiece-bpe": TrainTokenizer(vocab_size=1000, model_type="bpe"),
-    "bpe": TrainTokenizer(vocab_size=1000, kind="bpe"),
+    "bpe": TrainTokenizer(vocab_size=1000, kind="bpe", engine="tokenizers"),
 }
 KINDS = (*TRAINED, "byte-fallback json")
 ROOT = pathlib.Path(__file__).resolve().parents[2]

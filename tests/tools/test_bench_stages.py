@@ -46,7 +46,7 @@ def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is kept in the work directory suffices for a start.
     assert found["programs_compiled_at_second_start"] == 0
     assert found["programs_read_at_second_start"] >= 2
-    # While they train, the garbage collector has no business with what start-up made.
+    # While they train, the garbage collector should ignore what startup made.
     assert len(frozen) == 2
     assert min(frozen) > 10_000 > gc.get_freeze_count()
     # The cache does not stay open: the folder is gone, and JAX would warn of each program that it cannot write there.

@@ -115,7 +115,7 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
         ([], "", "--max_samples is needed: nothing bounds source 'web'"),
         (["--k=0"], "", "--k=0: give 1 or more"),
         (["--k=301", "--max_samples=9"], "", "--k=301: the vocabulary has 300 tokens"),
-        (["--temperatures=1,x"], "", "--temperatures=1,x: give different numbers"),
+        (["--temperatures=1,x"], "", "--temperatures=1,x: give distinct numbers"),
         (["--worker=2/2"], "", "--worker=2/2: give I/N"),
         (["--output=s3://a/b"], "", "a cache is written to a local path"),
         (["--max_samples=9", "--context=33"], "", "--context=33: the teacher sees 32 tokens at most"),

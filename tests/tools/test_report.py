@@ -312,7 +312,7 @@ def test_held_out_loss_by_source_and_samples(tmp_path):
         logged.insert(place, {"step": line["step"], "eval_loss": loss, "eval_by_source": found})
         logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
     page = Page(made(write(tmp_path / "a", logged)))
-    chart = page.charts["Held-out loss by source (nats a token)"]
+    chart = page.charts["Held-out loss by source (nats per token)"]
     notes = [found.text for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
     assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
     assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]

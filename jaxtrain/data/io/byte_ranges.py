@@ -11,13 +11,14 @@ The client libraries are imported on first use: they read HF_HOME and HF_ENDPOIN
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from jaxtrain.cli.redaction import unsigned
+from jaxtrain.cli.redaction import redact, unsigned
 from jaxtrain.data.io import rate_limit, retry
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.errors import TransientError, UserError
@@ -100,6 +101,20 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{unsigned(url)}: {error}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
 
 
+def ask(fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of a file system, which is given up at the deadline of the attempt under way.
+
+    s3fs and gcsfs retry within each call: 25 requests of a minute each to a server that hangs.
+    """
+    if not fs.async_impl:
+        return getattr(fs, method)(*args, **kwargs)
+    from fsspec.asyn import sync
+
+    left = retry.time_left()
+    timeout = None if math.isinf(left) else max(left, 1.0)
+    return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=timeout, **kwargs)
+
+
 class BucketBytes:
     """A file in a bucket (s3://, gs://) or any other file system that fsspec knows. Implements `Bytes`."""
 
@@ -110,14 +125,14 @@ class BucketBytes:
 
     def size(self) -> int:
         if self.known_size is None:
-            self.known_size = int(self._try(lambda: self.fs.info(self.path))["size"])
+            self.known_size = int(self._ask("info")["size"])
         return self.known_size
 
     def fetch(self, start: int, stop: int) -> bytes:
         stop = min(stop, self.size())
         if start >= stop:
             return b""
-        data = self._try(lambda: self.fs.cat_file(self.path, start=start, end=stop))
+        data = self._ask("cat_file", start=start, end=stop)
         if len(data) != stop - start:
             raise TransientError(f"{self.what}: {len(data)} of {stop - start} bytes arrived")
         return data
@@ -126,7 +141,7 @@ class BucketBytes:
         return self.fetch(max(self.size() - count, 0), self.size())
 
     def stamp(self) -> Json:
-        info = self._try(lambda: self.fs.info(self.path))
+        info = self._ask("info")
         tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if name in info), None)
         return {"size": int(info["size"]), "etag": str(tag).strip('"') if tag else None}
 
@@ -134,15 +149,17 @@ class BucketBytes:
         self.known_size = None
         self.fs.invalidate_cache(self.path)
 
-    def _try(self, function: Callable[[], Any]) -> Any:
+    def _ask(self, method: str, **kwargs: Any) -> Any:
         retry.start_request()
         try:
-            return function()
+            found = ask(self.fs, method, self.path, **kwargs)
         except Exception as error:
             fault = retry.classify(error, self.what)
             if fault is error:
                 raise
             raise fault from None
+        retry.end_request()
+        return found
 
 
 class _NoRangeError(TransientError):
@@ -232,14 +249,12 @@ class HttpBytes:
         limiter.wait()
         timeout = min(_TIMEOUT, max(retry.time_left(), 1.0))
         try:
-            with _session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            with session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
                 if url != self.url and response.status_code in (400, 401, 403, 404, 410):
                     return None
                 if response.status_code == 416 and (total := _total(response)) is not None:
                     self._note(total, response)
                     return b"", start
-                if response.status_code == 429:
-                    limiter.refused(retry.retry_after(response.headers))
                 hf_raise_for_status(response)
                 limiter.answered()
                 first = self._check(response, start, most)
@@ -288,19 +303,64 @@ class HubBytes(HttpBytes):
         return {}
 
 
-@functools.cache
-def _session_guarded() -> None:
-    # At exit the client's own handler closes its connections, and a thread that waits for one waits for the whole
-    # timeout: the gate must close first.
-    gate.close_first()
+def session() -> Any:
+    """The HTTP session of the Hub's client.
 
+    Raises:
+        UserError: HF_ENDPOINT is no address.
+    """
+    try:
+        from huggingface_hub import get_session
 
-def _session() -> Any:
-    """The client's HTTP session."""
-    from huggingface_hub import get_session
-
-    _session_guarded()
+        _obey_deadlines()
+    except ValueError as error:  # the client parses it when it is imported
+        raise UserError(f"HF_ENDPOINT={redact(os.environ.get('HF_ENDPOINT', ''))!r}: {error}.") from None
     return get_session()
+
+
+@functools.cache
+def _obey_deadlines() -> None:
+    """Makes every request of the Hub's client keep the deadline of the attempt under way in its thread.
+
+    The client sets no time-out for most requests. For some it retries five times, which took 400 s of a Hub that hangs,
+    or for as long as a 429 says.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    # At exit the client's own handler closes its connections, and a thread that waits for one then waits for the whole
+    # time-out: the gate must close first.
+    gate.close_first()
+    make = _http._GLOBAL_CLIENT_FACTORY
+
+    def client() -> Any:
+        made = make()
+        made.event_hooks["request"].append(_before_request)
+        made.event_hooks["response"].append(_after_response)
+        return made
+
+    set_client_factory(client)
+
+
+def _before_request(request: Any) -> None:
+    if not retry.send_request():
+        raise TransientError(f"{request.url.host} gave no good answer in time")
+    limits = request.extensions.get("timeout", {})
+    for name in ("connect", "read", "write", "pool"):
+        limits[name] = min(limits.get(name) or _TIMEOUT, max(retry.time_left(), 1.0))
+    request.extensions["timeout"] = limits
+
+
+def _after_response(response: Any) -> None:
+    status = response.status_code
+    if status != 429 and status < 500:
+        retry.end_request()
+        return
+    wait = retry.retry_after(response.headers)
+    if status == 429:
+        rate_limit.limiter_of(str(response.url)).refused(wait)
+    if wait is not None and not math.isinf(retry.time_left()):
+        raise TransientError(f"the server answered {status}", wait)
 
 
 def _hub_headers(url: str) -> dict[str, str]:

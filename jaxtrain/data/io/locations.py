@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from urllib.parse import quote, unquote
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, file_system
+from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, ask, file_system, session
 from jaxtrain.data.io.names import lasting_name, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
@@ -60,8 +60,9 @@ def _expand(pattern: str) -> list[str]:
         return _expand_hub(pattern)
     if "://" in pattern:
         fs, path = file_system(pattern)
-        return [str(fs.unstrip_protocol(one)) for one in sorted(fs.glob(path))]
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        return [str(fs.unstrip_protocol(one)) for one in sorted(ask(fs, "glob", path))]
+    path = os.path.expanduser(pattern)
+    matches = glob.glob(path, recursive=True) or [path]  # a name with brackets does not match itself
     return sorted(path.replace(os.sep, "/") for path in matches if os.path.isfile(path))
 
 
@@ -74,7 +75,8 @@ def _expand_hub(pattern: str) -> list[str]:
         raise UserError(f"{pattern!r} is not of the form hf://datasets/ORG/NAME[@REVISION]/PATH.")
     revision = unquote(parts["revision"]) if parts["revision"] else None
     kind = parts["type"].rstrip("s/") or "model"
-    sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision, timeout=30).sha
+    session()
+    sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision).sha
     root = f"{parts['type']}{parts['repo']}@{sha}"
     files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
     return [f"hf://{path}" for path in sorted(str(path) for path in files)]

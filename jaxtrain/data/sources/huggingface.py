@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes
+from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes, session
 from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, spread, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
@@ -29,7 +29,6 @@ SHORT_NAMES = {
     "pg19": ("emozilla/pg19", None),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-_TIMEOUT = 30.0  # seconds; the Hub's client sets no timeout, so a stalled listing would hang forever
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,7 +104,7 @@ class HuggingFace:
             UserError: the dataset or a file does not exist, is not accessible, has changed, or lacks the column.
             TransientError: the network or a server failed; the caller may retry.
         """
-        _bound_client()
+        session()  # what the Hub's client does keeps the deadline from here on
         if self.name in SHORT_NAMES:
             return self.full_name().resolve(identity)
         if identity is not None:
@@ -185,7 +184,7 @@ class HuggingFace:
 
         what = f"dataset {self.name}"
         try:
-            sha = HfApi().dataset_info(self.name, revision=self.revision, timeout=_TIMEOUT).sha
+            sha = HfApi().dataset_info(self.name, revision=self.revision).sha
         except RevisionNotFoundError:
             raise UserError(f"{what} has no revision {self.revision!r}. {self._branches()}") from None
         except Exception as error:
@@ -278,7 +277,7 @@ class HuggingFace:
 
         what = f"dataset {self.name}"
         try:
-            info = HfApi().dataset_info(self.name, revision=sha, timeout=_TIMEOUT)
+            info = HfApi().dataset_info(self.name, revision=sha)
             return [file.rfilename for file in info.siblings or ()]
         except RevisionNotFoundError:
             raise UserError(
@@ -374,7 +373,7 @@ class HuggingFaceSource:
         if self.identity["revision"] is None:
             return None
         sha, wanted = self.identity["revision"], set(self.files)
-        info = HfApi().dataset_info(self.identity["name"], revision=sha, files_metadata=True, timeout=_TIMEOUT)
+        info = HfApi().dataset_info(self.identity["name"], revision=sha, files_metadata=True)
         sizes = {one.rfilename: one.size for one in info.siblings or ()}
         found = [sizes.get(name) for name in wanted]
         return None if None in found else sum(size or 0 for size in found)
@@ -430,12 +429,3 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
     if "scripts are no longer supported" in text:
         text += ". jaxtrain runs no code of datasets: try its parquet files with revision='refs/convert/parquet'."
     return UserError(f"{what}: {text}")
-
-
-def _bound_client() -> None:
-    """Sets a default timeout on the Hub's HTTP client, for calls that pass none."""
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if session.timeout.read is None:
-        session.timeout = _TIMEOUT

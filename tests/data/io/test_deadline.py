@@ -1,11 +1,14 @@
-"""The config's deadline holds, whatever is waited for: answers, the rate limit, backoff, in any thread."""
+"""The config's deadline covers all waiting (responses, the rate limit, backoff), in any thread."""
 
+import asyncio
 import functools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from jaxtrain.data.io import byte_ranges, rate_limit, retry
 from jaxtrain.data.io.locations import stamps
@@ -17,7 +20,7 @@ from tests.hub import LoopbackHub, jsonl_bytes
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """[the time], which passes by sleeping alone."""
+    """[the time], which advances only by sleeping."""
     now = [100.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retry, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -41,7 +44,7 @@ def test_waits_for_the_rate_limit_are_inside(clock: list[float], retry_after: fl
 
 
 def test_a_turn_that_comes_too_late_is_not_waited_for(clock: list[float]) -> None:
-    """Others were refused; this reader's first request would have to wait for longer than its deadline."""
+    """Others were refused; this reader's first request would have to wait longer than its deadline."""
     limiter = rate_limit.RateLimiter("hub", seed=0)
     limiter.refused(93.0)
 
@@ -58,7 +61,7 @@ def test_a_turn_that_comes_too_late_is_not_waited_for(clock: list[float]) -> Non
 
 
 def test_time_without_requests_does_not_count(clock: list[float]) -> None:
-    """Decoding and skipping take long, and the first fault then has the whole deadline."""
+    """Decoding and skipping take long, and the first fault afterwards has the whole deadline."""
     tried: list[float] = []
 
     def open_at(row: int) -> Iterator[Block]:
@@ -88,11 +91,52 @@ def test_other_threads_of_the_attempt_keep_it(clock: list[float]) -> None:
 
 @pytest.mark.parametrize("kind", ["latency:30", "loop", "status:503"])
 def test_a_sick_server(hub: LoopbackHub, kind: str) -> None:
-    """A deadline far below the client's own time-out."""
+    """A deadline far below the client's own timeout."""
     hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
     source = HuggingFace(name="org/web").resolve()
     hub.fault("/resolve/", kind)
     begun = time.monotonic()
     with pytest.raises(TransientError, match="Gave up after"):
         list(retry.retrying(functools.partial(source.open, 0), 0, what="x", deadline=1.5))
+    assert time.monotonic() - begun < 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"), [("latency:30", 0), ("latency:30", 1), ("status:429", 1), ("status:503", 2)]
+)
+def test_a_sick_server_at_the_look_up(hub: LoopbackHub, kind: str, after: int) -> None:
+    """The Hub's client would retry for 400 s, or wait as long as the answer says."""
+    hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
+    hub.fault("web", kind, after=after, retry_after=60.0)
+    begun = time.monotonic()
+    with pytest.raises(TransientError, match="Gave up after"):
+        retry.attempt(HuggingFace(name="org/web").resolve, what="x", deadline=1.5)
+    assert time.monotonic() - begun < 6
+
+
+def test_time_between_the_requests_of_a_look_up_does_not_count(hub: LoopbackHub, clock: list[float]) -> None:
+    hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
+
+    def look_up() -> int:
+        size = byte_ranges.HttpBytes(f"{hub.endpoint}/datasets/org/web/resolve/main/a.jsonl").size()
+        clock[0] += 1000.0
+        assert byte_ranges.session().get(f"{hub.endpoint}/api/datasets/org/web").status_code == 200
+        return size
+
+    assert retry.attempt(look_up, what="x", deadline=18.0) > 0
+
+
+class HungBucket(AsyncFileSystem):
+    protocol = "hung"
+    cachable = False
+
+    async def _info(self, path: str, **_: Any) -> Any:
+        await asyncio.sleep(3600)
+
+
+def test_a_bucket_whose_client_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_ranges, "file_system", lambda url: (HungBucket(), url))
+    begun = time.monotonic()
+    with pytest.raises(TransientError, match=r"hung://bucket/a: FSTimeoutError.* Gave up after 1 attempt"):
+        retry.attempt(byte_ranges.BucketBytes("hung://bucket/a").size, what="x", deadline=1.0)
     assert time.monotonic() - begun < 6

@@ -1,4 +1,4 @@
-"""The disk cache: never over its limit, whoever looks and whoever is killed; and reading through it."""
+"""The disk cache: never over its limit, even when processes are killed; and reading through it."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def three(tmp_path) -> DiskCache:
-    """Has room for three files of SIZE bytes."""
+    """A cache with space for three files of SIZE bytes."""
     return DiskCache(tmp_path / "cache", 3 * SIZE / 1e9)
 
 
@@ -38,19 +38,19 @@ def put(cache: DiskCache, key: str) -> bytes:
 
 
 def is_here(cache: DiskCache, key: str) -> bool:
-    """Also makes it the one used last."""
+    """Also makes it the most recently used file."""
     with cache.find(key, SIZE) as file:
         return file is not None
 
 
 def held(cache: DiskCache) -> list[str]:
-    """Names of the files but the lock."""
+    """Names of all files except the lock."""
     return sorted(name for name in os.listdir(cache.directory) if name != "lock")
 
 
 @contextlib.contextmanager
 def watching(folder: str | os.PathLike[str]) -> Iterator[list[int]]:
-    """The sums of sizes that a thread sees, which does nothing but look."""
+    """Total sizes seen by a thread that does nothing but look."""
     seen, done = [], threading.Event()
 
     def look() -> None:
@@ -83,7 +83,7 @@ def test_the_least_recently_used_file_goes_first(three):
     assert put(three, "a") == b"a" * SIZE
     put(three, "d")
     assert [key for key in "dcba" if is_here(three, key)] == ["d", "c", "a"]
-    put(three, "e")  # "a" was looked at last, "d" first
+    put(three, "e")  # "a" was used last, "d" first
     assert [key for key in "abcde" if is_here(three, key)] == ["a", "c", "e"]
     assert three.used_bytes() == three.limit
 
@@ -259,7 +259,7 @@ def test_several_processes_that_are_killed(tmp_path):
     with watching(folder) as seen:
         workers = [worker("busy", folder, seed, 10**6) for seed in range(3)]
         for seed in range(3, 9):
-            # Killed as soon as there is something new to look at.
+            # Killed as soon as something new appears.
             count = len(seen)
             while not folder.exists() or len(seen) < count + 100:
                 assert workers[0].poll() is None
@@ -300,7 +300,7 @@ def test_a_process_killed_in_the_middle_of_a_fetch(tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "half\n"
     full = len(content(key)) + len(content("pinned"))
-    assert cache.used_bytes() == full  # all is taken before it is written
+    assert cache.used_bytes() == full  # all space is reserved before it is written
     room = LIMIT - full
     with cache.open("x", room, lambda sink: sink.write(bytes(room))):
         pass

@@ -1,5 +1,6 @@
-"""Files' names: exact, one for each file, without secrets; and version 0.1's where they told the files apart."""
+"""File names: exact, unique, without secrets; and version 0.1's names, if they are unambiguous."""
 
+import dataclasses
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ def read(source: Source) -> list[str]:
     return [text for file in range(len(source.files)) for text in texts(source.open(file, 0))]
 
 
-# The name is what looks like a token, or holds the value of a secret variable.
+# The name looks like a token, or contains the value of a secret variable.
 NAMES = ["hf_train_0", "hf_train_1", "basic a", "basic b", "my-training-data/0", "what?token=a", "what?token=b"]
 LOCAL: dict[str, SourceConfig] = {
     "jsonl": HuggingFace(name="json", data_files=("*.jsonl", "*/*.jsonl")),
@@ -127,6 +128,16 @@ def test_local_files_are_all_read_and_resumed(
     assert (again.files, read(again)) == (source.files, read(source))
 
 
+@pytest.mark.parametrize("kind", LOCAL)
+def test_brackets_in_a_path(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is there is a path, though as a pattern it matches another one, or none."""
+    monkeypatch.chdir(tmp_path)
+    expected = write(tmp_path, [f"a[x]/b[12].{kind}"], kind)
+    (place,) = (name for name in ("data_files", "urls", "patterns") if hasattr(LOCAL[kind], name))
+    source = dataclasses.replace(LOCAL[kind], **{place: (f"a[x]/b[12].{kind}",)}).resolve()  # pyright: ignore[reportArgumentType, reportCallIssue] - a protocol
+    assert read(source) == expected
+
+
 def test_files_of_the_hub_are_told_apart(hub: LoopbackHub) -> None:
     paths = ["data/hf_train_0.jsonl", "data/hf_train_1.jsonl", "data/basic a.jsonl", "my-training-data/2.jsonl"]
     hub.commit("org/hf_dataset", {path: jsonl_bytes(rows(path)) for path in paths})
@@ -142,7 +153,7 @@ def test_files_of_the_hub_are_told_apart(hub: LoopbackHub) -> None:
 
 
 class _ByQuery(BaseHTTPRequestHandler):
-    """Gives each `?shard=` another archive, in ranges."""
+    """Serves a different archive for each `?shard=`, in ranges."""
 
     def do_GET(self) -> None:
         shard = parse_qs(urlsplit(self.path).query)["shard"][0]
@@ -246,7 +257,7 @@ def test_runs_of_version_0_1_on_the_hub(hub: LoopbackHub, name: str, goes_on: bo
 
 
 def test_shards_of_version_0_1_that_had_one_name(by_query: str) -> None:
-    """Its WebDataset read one of them."""
+    """Its WebDataset read only one of them."""
     identity = first_version(WebDataset(urls=(by_query,)).resolve())
     assert len(identity["files"]) == 1
     with pytest.raises(UserError, match="the same name"):
@@ -291,7 +302,7 @@ STORES = {
 @pytest.mark.parametrize("case", STORES)
 @pytest.mark.parametrize("naming", [1, 2])
 def test_a_store_passes_for_its_own_files_alone(case: str, naming: int) -> None:
-    """By settings, as a new run compares them, and by identity, as a resumed one does."""
+    """By settings, which a new run compares, and by identity, which a resumed run compares."""
     path, same, other, is_exact_in_0_1 = STORES[case]
     made, again, wrong = (HuggingFace(name="json", data_files=(one,)) for one in (path, same, other))
 

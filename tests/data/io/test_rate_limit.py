@@ -1,4 +1,4 @@
-"""Many readers of one Hub that refuses what comes too fast: the data is what it is, and few requests are refused."""
+"""Many readers of a Hub with a rate limit: the data is unchanged, and few requests are refused."""
 
 import functools
 import threading
@@ -18,7 +18,7 @@ ROWS, UNIT = 120, 10
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """[the time], which passes by sleeping alone."""
+    """[the time], which advances only by sleeping."""
     now = [100.0]
     monkeypatch.setattr(rate_limit.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retry, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -60,8 +60,8 @@ def test_each_server_has_its_own() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, READERS])
 def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 readers, on one host or on as many, each of a file of its own; the limit is a fraction of what they would ask
-    for.
+    """64 readers, on one host or on 64, each with its own file; the limit is a fraction of the rate that they would
+    need.
     """
     texts = [documents(ROWS, seed) for seed in range(READERS)]
     hub.commit(
@@ -77,7 +77,7 @@ def test_many_readers_of_a_hub_with_a_limit(hub: LoopbackHub, hosts: int, monkey
     def read(index: int) -> list[str]:
         mine.limiter = limiters[index % hosts]
         found: list[str] = []
-        for first in range(0, ROWS, UNIT):  # a unit is a file opened anew
+        for first in range(0, ROWS, UNIT):  # a unit opens its file again
             stop = first + UNIT
             open_at = functools.partial(source.open, index, stop=stop)
             blocks = retry.retrying(open_at, first, what=f"file {index}", deadline=300.0)

@@ -1,4 +1,4 @@
-"""Errors as the client libraries raise them → what they mean; and reading on through hundreds of faults."""
+"""Errors as the client libraries raise them → what they mean; and reading through hundreds of faults."""
 
 import collections
 import errno
@@ -28,7 +28,7 @@ from tests.hub import SECRET, TOKEN, LoopbackHub
 
 
 class Slept:
-    """Stands in for time.sleep: nothing waits, what was asked for is kept."""
+    """Replaces time.sleep: nothing waits, and the requested times are recorded."""
 
     def __init__(self) -> None:
         self.spans: list[float] = []
@@ -45,7 +45,7 @@ def slept(monkeypatch) -> Slept:
 
 
 def named(name: str, base: type[Exception] = Exception, **attributes: object) -> Exception:
-    """An error of a library that is not installed here, by its class's name."""
+    """An error of a library that is not installed here, with its class's name."""
     error = type(name, (base,), {})("it failed")
     for key, value in attributes.items():
         setattr(error, key, value)
@@ -210,7 +210,7 @@ def test_secrets_stay_out():
     assert retry.redact("is it? https://a.b/c?d=e&token=f 'x'") == "is it? https://a.b/c?d=e 'x'"
 
 
-# Backing off
+# Backoff
 
 
 def test_backoff_doubles_with_jitter_up_to_a_limit(slept):
@@ -268,7 +268,7 @@ def test_one_line_for_an_outage(slept, caplog):
     assert "5 readers" in end
 
 
-# Reading on
+# Continuing after faults
 
 
 def rows(start: int, stop: int) -> Iterator[Block]:
@@ -397,7 +397,7 @@ def open_nothing() -> None:
 
 
 def test_a_reader_that_is_garbage_asks_for_no_lock():
-    """The collector closes it in any thread, also in one that holds the outage's lock: that stopped all reading."""
+    """The collector may close it in any thread, even one that holds the outage's lock; that used to stop all reads."""
     reader = retry.retrying(lambda row: iter([{"text": ["a"]}] * 2), 0, what="file", deadline=1)
     next(reader)
     assert isinstance(reader, Generator)
@@ -411,7 +411,7 @@ def test_a_reader_that_is_garbage_asks_for_no_lock():
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["name='org/web'", "name='json', data_files=('hf://datasets/org/web/a.jsonl',)"])
 def test_an_endpoint_that_is_no_address(source, tmp_path):
-    """By the real command: the client reads HF_ENDPOINT at its import."""
+    """With the real command: the client reads HF_ENDPOINT at import."""
     config = tmp_path / "config.py"
     config.write_text(
         "from configs import quickstart\nfrom jaxtrain.data.sources.huggingface import HuggingFace\n"

@@ -1,7 +1,7 @@
-"""What every kind of source is to pass: the same documents in the same order as the slow version, from every state.
+"""The tests of every kind of source: the same documents in the same order as the slow version, from every state.
 
-A kind says how lists of texts become files and which config reads them; a contributor adds a function and a row in
-test_battery.py, and to its EXCEPT what the format cannot hold, with the reason.
+A kind defines how lists of texts become files and which config reads them. A contributor adds a function and a row in
+test_battery.py, and to its EXCEPT whatever the format cannot represent, with the reason.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ Write = Callable[
     [pathlib.Path, FileTexts], SourceConfig
 ]  # into an empty folder; its files are read in the parts' order
 
-_GROUP = 7  # rows of a row group, for kinds that have such
+_GROUP = 7  # rows per row group, for kinds that have row groups
 _SEQ_LEN = 16
 
 
 class ByteTokenizer:
-    """Any text at all: its bytes in UTF-8, plus 2."""
+    """Encodes any text: its UTF-8 bytes, plus 2."""
 
     vocab_size = 258
     eos_id = 1
@@ -48,7 +48,7 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """Files and how they are read. lanes: of the run; max_samples and epochs as in configs (epochs: it stops)."""
+    """Files and how they are read. lanes: Of the run; max_samples and epochs as in configs (epochs end the run)."""
 
     parts: FileTexts
     lanes: int = 4
@@ -63,10 +63,10 @@ def _lines(count: int, seed: int, longest: int = 8, empty: float = 0.0) -> list[
     return ["" if rng.random() < empty else text for text in texts]
 
 
-# What breaks decoders, a document each and all in one: a byte order mark, NUL and other control characters, what Python
-# takes for ends of lines and JSON does not (NEL, LS, PS, FS to US), spaces of all kinds, combining characters alone and
-# in heaps, joined and flagged emoji, both directions of writing, the characters beside the surrogates, non-characters,
-# private ones, the last one, and ligatures that normal forms would take apart.
+# What breaks decoders, as separate documents and all in one: a byte order mark, NUL and other control characters, line
+# ends for Python that are none for JSON (NEL, LS, PS, FS to US), spaces of all kinds, combining characters alone and in
+# piles, joined and flag emoji, both writing directions, the characters next to the surrogates, non-characters, private
+# ones, the last one, and ligatures that normal forms would decompose.
 UNICODE = [
     "\ufeffmark",
     "nul \x00 inside",
@@ -84,7 +84,7 @@ UNICODE = [
     "ᄒ\u1161\u11ab 한국어 日本語 中文 ไทย हिन्दी ქართული ᚠᚢᚦ 𐍈 𝔘",
     "\\ud83d \\u0041 \\x41 &amp; %20 \\n",
 ]
-# Which no format with a document in each line can hold.
+# Not representable in a format with one document per line.
 LINE_ENDS = ["two\nlines", "\n", "ends\n\n", "\r\nwindows\r\n", "  spaces  ", "\t", 'a,b\n"quoted"\n']
 
 SCENARIOS = {
@@ -104,7 +104,7 @@ SCENARIOS = {
 
 @dataclasses.dataclass
 class _Twin(MemorySource):
-    """The same documents in memory, under the names and with the access of the source under test."""
+    """The same documents in memory, with the names and the access of the source under test."""
 
     names: Sequence[str] = ()
 
@@ -114,7 +114,7 @@ class _Twin(MemorySource):
 
 
 class Battery:
-    """One kind in one scenario. Batches of a lane's single short row, so that most steps begin in another document."""
+    """One kind in one scenario. Batches have one short row per lane, so most steps begin in another document."""
 
     def __init__(self, write: Write, scenario: Scenario, folder: pathlib.Path):
         folder.mkdir(exist_ok=True)
@@ -147,20 +147,20 @@ class Battery:
         lanes: Sequence[int] | None = None,
         most: int | None = None,
     ) -> list[StepBatch]:
-        """From a state to the end of the data, without the steps of padding after it; or `most` batches."""
+        """From a state to the end of the data, without the padding steps after it; or `most` batches."""
         with batches_of(self.case, after=after, states=states or {}, lanes=lanes) as batches:
             real = itertools.takewhile(lambda batch: batch.arrays["segment_ids"].any(), batches)
             return list(itertools.islice(real, most))
 
     def wanted(self) -> list[dict[str, np.ndarray]]:
-        """All batches by the slow version."""
+        """All batches, from the slow version."""
         twin = self._case(self.twin)
         lanes = reference.streams(twin.data, twin.seed, twin.epochs, tokenizer=twin.tokenizer)
         steps = max(-(-len(stream.tokens) // _SEQ_LEN) for stream in lanes.values())
         return reference.batches(twin.data, twin.plan, lanes, steps)
 
     def documents(self) -> list[tuple[int, int]]:
-        """(file, row) of every document of an epoch, in all lanes, by the slow version."""
+        """(file, row) of every document of an epoch, in all lanes, from the slow version."""
         twin = self._case(self.twin)
         found = [reference.lane_documents(twin.data, "web", 3, lane, 0) for lane in range(self.scenario.lanes)]
         return sorted((file, row) for documents in found for (_, file, row), _ in documents)

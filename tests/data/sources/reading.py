@@ -1,4 +1,4 @@
-"""Documents for tests of sources, datasets on the loopback Hub that hold them, and reading them back."""
+"""Documents for tests of sources, datasets on the loopback Hub that contain them, and reading them back."""
 
 import random
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from tests.hub import LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes, text_b
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Texts of 0 to `longest` words: empty ones, several scripts, line ends, quotes, and characters of 4 bytes."""
+    """Texts of 0 to `longest` words: empty ones, several scripts, line ends, quotes, and 4-byte characters."""
     rng = random.Random(seed)
     words = ["the", "être", "水", "λόγος", "\n", '"quoted"', "a,b", "🜁🜂", "\t", "x" * 20, "\\", "{}", "\r\n", "'"]
     return [" ".join(rng.choices(words, k=rng.randint(0, longest))) for _ in range(count)]
 
 
 def texts(blocks: Iterable[Block]) -> list[str]:
-    """All texts of `blocks`, checking that a block is never empty and its columns are equally long."""
+    """All texts of `blocks`. Checks that no block is empty and that its columns have the same length."""
     found = []
     for block in blocks:
         assert {len(column) for column in block.values()} == {len(block["text"])} != {0}
@@ -25,12 +25,12 @@ def texts(blocks: Iterable[Block]) -> list[str]:
 
 
 TEXTS = documents(1500, longest=12)
-LINES = [f"line {i} λόγος" * (i % 3) for i in range(1500)]  # what a line of text can hold; every third is empty
+LINES = [f"line {i} λόγος" * (i % 3) for i in range(1500)]  # texts that fit on a line; every third is empty
 FORMATS = {
     "parquet": lambda rows: parquet_bytes(rows, 190),
     "jsonl": jsonl_bytes,
     "jsonl.gz": lambda rows: jsonl_bytes(rows, compress=True),
-    "csv": lambda rows: csv_bytes(rows, id=range(len(rows))),  # pandas skips blank lines, so let there be none
+    "csv": lambda rows: csv_bytes(rows, id=range(len(rows))),  # pandas skips blank lines, so avoid them
     "txt": text_bytes,
 }
 

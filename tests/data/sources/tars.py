@@ -1,4 +1,4 @@
-"""Tar shards for tests: archives of any members, compressed in four ways, in one stream or in several."""
+"""Tar shards for tests: archives of any members, with four compressions, in one or several streams."""
 
 import bz2
 import gzip
@@ -20,7 +20,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def tar(members: Sequence[Member], **options: int) -> bytes:
-    """Names ending in "/" are folders; options: of tarfile, as its format."""
+    """Names ending in "/" are folders. options: Of tarfile, such as its format."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", **options) as archive:  # pyright: ignore[reportCallIssue, reportArgumentType]
         for name, data in members:
@@ -33,7 +33,7 @@ def tar(members: Sequence[Member], **options: int) -> bytes:
 
 
 def shard(texts: Sequence[str], first: int = 0) -> bytes:
-    """A .json member for each text, with its number as a further key, beside a member that is no document."""
+    """A .json member for each text, with its number as another key, next to a member that is not a document."""
     members: list[Member] = []
     for number, text in enumerate(texts, first):
         document = {"text": text, "number": number}

@@ -41,7 +41,7 @@ def by_builder(builder: str, suffix: str, encode: Encode, column: str = "text") 
 
 
 def arrow_bytes(texts: list[str]) -> bytes:
-    """Arrow's streaming format, which the datasets library writes."""
+    """Arrow's streaming format, as the datasets library writes it."""
     sink = io.BytesIO()
     table = pa.table({"text": pa.array(texts, pa.string())})
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -71,9 +71,9 @@ def text_lines(folder: pathlib.Path, parts: FileTexts) -> SourceConfig:
 
 
 def shards(suffix: str, kinds: Sequence[str]) -> Write:
-    """Tar shards for `WebDataset`; their documents are members of `kinds` in turn, with others in between.
+    """Tar shards for `WebDataset`; their documents are members of `kinds` in turn, with other members in between.
 
-    An empty file is an archive of no member: one of other members only is refused.
+    An empty file is an archive without members: one with only other members is refused.
     """
 
     def members(texts: Sequence[str]) -> list[Member]:
@@ -83,10 +83,10 @@ def shards(suffix: str, kinds: Sequence[str]) -> Write:
             if kind == "txt":
                 data = text.encode()
             else:
-                # Escaped and not, in turn.
+                # Escaped and unescaped, in turn.
                 data = json.dumps({"id": index, "text": text}, ensure_ascii=index % 2 == 0).encode()
             if kind == "jsonl" and found[-1][0].endswith(".jsonl") and index % 5:
-                found[-1] = (found[-1][0], found[-1][1] + b"\n" + data)  # several documents in a member
+                found[-1] = (found[-1][0], found[-1][1] + b"\n" + data)  # several documents in one member
             else:
                 found += [(f"{name}.cls", b"7"), (f"{name}.{kind}", data)]
         return found
@@ -101,7 +101,7 @@ def shards(suffix: str, kinds: Sequence[str]) -> Write:
 
 @dataclasses.dataclass(kw_only=True)
 class Stored:
-    """Reads the token store of `inner`, which is written first. is_cut: with no more than `max_samples` documents."""
+    """Reads the token store of `inner`, which is written first. is_cut: Store at most `max_samples` documents."""
 
     inner: SourceConfig
     folder: pathlib.Path
@@ -146,29 +146,29 @@ SOURCES: dict[str, Write] = {
     "WebDataset.tar.bz2": shards("tar.bz2", ["txt", "jsonl"]),
     "WebDataset.tar.zst": shards("tar.zst", ["jsonl", "jsonl", "json"]),
 }
-# A store has no files of its own: it stands behind a source, with units (parquet) and without, and its cases are that
-# source's. Of an empty file it has no shard, of an empty document a record without tokens. Only some max_samples decide
-# what is in it, those it was written with; others, what of it is read.
+# A store has no files of its own: it replaces a source, with units (parquet) and without, and its cases are those of
+# that source. It has no shard for an empty file, and a record without tokens for an empty document. Only a max_samples
+# used when writing decides what the store holds; others decide how much of it is read.
 STORES: dict[str, Write] = {
     "TokenStore.parquet": stored(SOURCES["parquet"], is_cut=True),
     "TokenStore.tar": stored(SOURCES["WebDataset.tar.gz"], is_cut=True),
     "TokenStore.whole": stored(SOURCES["jsonl"], is_cut=False),
 }
 KINDS = {**SOURCES, **STORES}
-# (kind, scenario) → why there is no such case.
+# (kind, scenario) → why the case does not exist.
 LINES = "a document is a line"
 EXCEPT = {
     ("text", "line_ends"): LINES,
     ("TextFiles", "line_ends"): LINES,
 }
 CASES = [(kind, scenario) for kind in KINDS for scenario in SCENARIOS if (kind, scenario) not in EXCEPT]
-# Every kind and every scenario in the slow tier; what is left of the product is nightly.
+# Every kind and every scenario in the slow tier; the rest of the product is nightly.
 FEW = diagonal(KINDS, SCENARIOS)
 MOST = nightly_but(FEW, CASES)
 
 
 def _store_marks(case: tuple[str, str]) -> list[pytest.MarkDecorator]:
-    """Stores are written with TFDS, which takes 2 s to import."""
+    """Stores are written with TFDS, whose import takes 2 s."""
     if case[0] not in STORES:
         return []
     return [pytest.mark.slow if case in FEW else pytest.mark.nightly]
@@ -187,7 +187,7 @@ def test_batches_are_those_of_the_slow_version(battery: Battery) -> None:
     wanted = battery.wanted()
     whole = battery.run()
     assert_batches(whole, wanted)
-    # A checkpoint in the middle, and lanes on hosts of their own.
+    # A checkpoint in the middle, and lanes on separate hosts.
     middle = whole[len(whole) // 2]
     assert_batches(battery.run(middle.step, middle.states), wanted[middle.step :])
 
@@ -204,7 +204,7 @@ def test_an_epoch_has_every_document_once(battery: Battery) -> None:
 def test_from_every_state(battery: Battery) -> None:
     whole = battery.run()
     for batch in whole:
-        # Equal batches and states after two steps: what follows is then the same, too.
+        # Batches and states are equal for two steps, so everything that follows is equal too.
         again = battery.run(batch.step, batch.states, most=2)
         following = whole[batch.step : batch.step + 2]
         assert_batches(again, [dict(each.arrays) for each in following])
@@ -215,7 +215,7 @@ def test_from_every_state(battery: Battery) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "scenario"), MOST)
 def test_on_2_4_and_8_hosts(tmp_path: pathlib.Path, kind: str, scenario: str) -> None:
-    """Each host reads its lanes alone."""
+    """Each host reads only its lanes."""
     given = SCENARIOS[scenario]
     if given.lanes < 8:
         # More files, since a lane without any document is refused.

@@ -1,4 +1,4 @@
-"""Reading through the disk cache: the bytes of the origin, fetched once, through faults, evictions and wrong bytes."""
+"""Reading through the disk cache: the origin's bytes, fetched once, through faults, evictions and wrong bytes."""
 
 import random
 import threading
@@ -23,7 +23,7 @@ def _small_pieces(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path) -> DiskCache:
-    """Has room for two and a half files."""
+    """A cache with space for two and a half files."""
     return DiskCache(tmp_path / "cache", 2.5 * len(DATA) / 1e9)
 
 
@@ -82,7 +82,7 @@ def test_an_outage_past_its_deadline_is_not_begun_anew_by_the_caller(hub: Loopba
 
 
 def test_a_file_that_is_evicted_while_it_is_read(hub: LoopbackHub, cache: DiskCache):
-    """Three files in turns, where two have room: no read costs a whole file, and everything at most twice."""
+    """Three files in turn in a cache for two: no read costs a whole file, and all cost at most twice as much."""
     files = on_hub(hub, cache, 3)
     step = 500
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""The source for datasets of the Hub and for files by a builder, against naive reads, with the real client."""
+"""The source for Hub datasets and for files read with a builder, against naive reads, with the real client."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.hub import SECRET, LoopbackHub, csv_bytes, jsonl_bytes, parquet_bytes
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    """Neither our backing off nor the client's own retries of listings wait."""
+    """Neither our backoff nor the client's own retries of listings wait."""
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
@@ -38,7 +38,7 @@ def test_every_format_from_any_row(hub: LoopbackHub, suffix):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_hundreds_of_faults_change_nothing(hub: LoopbackHub, suffix):
-    """Reading through faults on every path, with new openings in between, gives what is in the files."""
+    """Reads through faults on every path, reopening files in between, and yields what the files contain."""
     source = publish(hub, suffix).resolve()
     kinds = ("status:503", "status:429", "reset", "truncate", "wrong_range", "ignore_range")
     rules = [hub.fault("/data/", kind, probability=0.12, seed=i) for i, kind in enumerate(kinds)]
@@ -95,14 +95,14 @@ def test_csv_texts_that_look_like_something_else(hub: LoopbackHub):
     rows = ["1", "2.50", "007"]
     hub.commit("org/web", {"train.csv": csv_bytes(rows, score=range(3))})
     assert texts(HuggingFace(name="org/web").resolve().open(0, 0)) == rows
-    # The datasets library, by pandas' defaults, takes the first two for null.
+    # The datasets library, with pandas' defaults, reads the first two as null.
     rows = ["NA", "null", "", "true"]
     hub.commit("org/web", {"train.csv": csv_bytes(rows, score=range(4))})
     assert texts(HuggingFace(name="org/web").resolve().open(0, 0)) == rows
 
 
 def test_json_rows_with_columns_that_come_late(hub: LoopbackHub):
-    """They do not matter, whether the dataset's card lists them or not."""
+    """They do not matter, whether or not the dataset's card lists them."""
     lines = [{"text": "x" * 1000} for _ in range(2000)] + [{"text": "y", "late": 1}]
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     hub.commit("org/web", {"train.jsonl": data})
@@ -203,7 +203,7 @@ def test_a_streamed_file_is_fetched_once(hub: LoopbackHub, suffix):
     assert hub.count() <= 2, [request.range for request in hub.log]
 
 
-# Files by a builder
+# Files read with a builder
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -282,9 +282,9 @@ def test_threads(hub: LoopbackHub, suffix):
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl.gz"])
 def test_readers_do_not_disturb_the_exit(hub: LoopbackHub, suffix):
-    """Half-read files and threads in the middle of a read, with an end of the interpreter that takes its time.
+    """Half-read files and threads in the middle of a read, at an interpreter exit that takes a while.
 
-    The datasets library's own parquet reader hangs or aborts here, and so did ours without gate.py, 7 times of 8.
+    The datasets library's own parquet reader hangs or aborts here, and so did ours without exit_guard.py, 7 times of 8.
     """
     publish(hub, suffix, files=1)
     hub.fault("train-0", "latency:0.03")

@@ -1,4 +1,4 @@
-"""What the source for the Hub says when something is wrong: what, where, and what to do."""
+"""Error messages of the source for the Hub: what is wrong, where, and what to do."""
 
 import io
 import pathlib
@@ -17,7 +17,7 @@ from tests.hub import TOKEN, LoopbackHub, jsonl_bytes, parquet_bytes
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    """Neither our backing off nor the client's own retries of listings wait."""
+    """Neither our backoff nor the client's own retries of listings wait."""
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
@@ -67,7 +67,7 @@ def test_missing_columns(hub: LoopbackHub):
 
 
 def test_code_is_refused(hub: LoopbackHub, monkeypatch, tmp_path):
-    """It is not run, whatever the environment allows."""
+    """It is not run, regardless of the environment."""
     monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
     script = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nraise SystemExit"
     hub.commit("org/web", {"web.py": script.encode(), "train.jsonl": jsonl_bytes(["x"])})
@@ -77,7 +77,7 @@ def test_code_is_refused(hub: LoopbackHub, monkeypatch, tmp_path):
 
 
 class _Trap:
-    """Leaves a mark when it is unpickled."""
+    """Leaves a mark when unpickled."""
 
     def __init__(self, path: str):
         self.path = path
@@ -87,7 +87,7 @@ class _Trap:
 
 
 def test_no_pickle_is_read(hub: LoopbackHub, tmp_path):
-    """Not from the members of tar shards, which other tools unpickle by their suffix."""
+    """Also not from the members of tar shards, which other tools unpickle by suffix."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as tar:
         for name, data in (
@@ -126,7 +126,7 @@ def test_an_outage_at_the_start_is_transient(hub: LoopbackHub, path, kind):
 
 
 def test_an_outage_of_listings_is_no_missing_file(hub: LoopbackHub):
-    """For a path without a pattern, the client's file system takes a 503 for a missing file."""
+    """For a path without a pattern, the client's file system reports a 503 as a missing file."""
     publish(hub, "parquet")
     hub.fault("/tree/", "status:503")
     with pytest.raises(TransientError, match="503"):

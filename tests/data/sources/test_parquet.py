@@ -104,13 +104,13 @@ def on_hub(hub: LoopbackHub, data: bytes, **options) -> HuggingFaceSource:
 
 
 def random_texts(count: int, length: int) -> list[str]:
-    """Texts that do not compress away: `length` random letters each."""
+    """Texts that do not compress: `length` random letters each."""
     rng = random.Random(0)
     return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=length)) for _ in range(count)]
 
 
 def test_a_resume_costs_the_same_at_any_depth(hub: LoopbackHub):
-    """40 groups of 250 rows of 800 bytes, with a fifth of other columns: first block after opening anew at a row."""
+    """40 groups of 250 rows of 800 bytes, with a fifth in other columns: the first block after reopening at a row."""
     wanted = random_texts(10_000, 800)
     source = on_hub(hub, parquet_bytes(wanted, 250, id=random_texts(10_000, 160)), fetch_rows=250)
     costs = {}
@@ -135,7 +135,7 @@ def test_reading_on_wastes_little(hub: LoopbackHub):
     assert texts(source.open(0, 0)) == wanted
     assert hub.count() == 8, [request.range for request in hub.log]  # 1,000 rows a request; the footer is known
     assert hub.bytes() < 1.02 * len(data)
-    # With much between the wanted chunks, they are fetched alone.
+    # If there is much between the wanted chunks, they are fetched separately.
     source = on_hub(hub, parquet_bytes(wanted[:2000], 500, id=random_texts(2000, 800)), fetch_rows=10_000)
     hub.log.clear()
     assert texts(source.open(0, 0)) == wanted[:2000]
@@ -197,7 +197,7 @@ def test_what_cannot_be_decoded_is_named_and_forgotten(hub: LoopbackHub):
     assert (caught.value.row, caught.value.file) == (300, "data/train-0.parquet of org/web")  # its group's first
     hub.log.clear()
     assert texts(source.open(0, 0)) == wanted
-    assert (hub.requests("train-0")[0].range or "").startswith("bytes=-")  # the footer was fetched anew
+    assert (hub.requests("train-0")[0].range or "").startswith("bytes=-")  # the footer was fetched again
     for data in (
         b"",
         b"PAR1",

@@ -1,4 +1,4 @@
-"""Ranges of bytes over HTTP, from disks and buckets: exactly the bytes asked for, or an error."""
+"""Ranges of bytes over HTTP, from disks and buckets: exactly the requested bytes, or an error."""
 
 import pathlib
 import random
@@ -141,7 +141,7 @@ def test_rate_limits_say_how_long(hub: LoopbackHub):
 
 
 def test_a_dripping_server_is_given_up(hub: LoopbackHub, monkeypatch):
-    """Bytes that come in time, but too slowly for the whole."""
+    """Bytes that arrive before the timeout, but too slowly for the whole."""
     monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.3)
     source = on_hub(hub)
     source.fetch(0, 1)
@@ -222,7 +222,7 @@ def test_stamps_tell_a_changed_file(hub: LoopbackHub, tmp_path):
 
 
 def test_two_addresses_of_one_name_are_refused():
-    """One of them would be lost without a word: names hold no signature."""
+    """One of them would be lost silently: names contain no signature."""
     assert list(expand(["https://a.example/x?id=1&token=1"] * 2)) == ["https://a.example/x?id=1"]
     with pytest.raises(UserError, match=r"two addresses of https://a\.example/x differ"):
         expand(["https://a.example/x?token=1", "https://a.example/x?token=2"])

@@ -1,4 +1,4 @@
-"""The WebDataset layout of the Hub: rows by key, columns by suffix; an archive that was cut short is no whole one."""
+"""The WebDataset layout of the Hub: rows by key, columns by suffix; a truncated archive is an error."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Readers of files from their beginning: side by side, and what is in their blocks."""
+"""Readers of files without random access: parallel readers, and the content of their blocks."""
 
 import pathlib
 import threading
@@ -16,7 +16,7 @@ ENCODE = {"json": jsonl_bytes, "csv": csv_bytes, "text": text_bytes}
 
 
 class Together(LocalBytes):
-    """A file none of whose reads ends before all lanes have one under way."""
+    """A file whose reads finish only when all lanes have started one."""
 
     barrier = threading.Barrier(LANES, timeout=60)
 
@@ -50,7 +50,7 @@ def test_blocks_are_small_and_come_early(tmp_path: pathlib.Path, monkeypatch: py
 
 
 class Changing(LocalBytes):
-    """A file whose first read brings some wrong bytes, as a faulty connection does."""
+    """A file whose first read returns some wrong bytes, as over a faulty connection."""
 
     reads = 0
 

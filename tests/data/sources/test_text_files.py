@@ -48,7 +48,7 @@ def test_a_line_is_a_document(folder):
         "a.txt": ["one", "two", "", "four é🜁"],
         "b/c.txt": ["no end of line"],
         "b/empty.txt": [],
-        "latin.txt": ["first", "", "third"],  # what cannot be decoded keeps its row
+        "latin.txt": ["first", "", "third"],  # a row that cannot be decoded is kept
         "windows.txt": ["one", "two"],
     }
     for file, name in enumerate(sorted(FILES)):
@@ -90,7 +90,7 @@ def test_identity(folder):
     (folder / "b/c.txt").unlink()
     with pytest.raises(UserError, match=r"1 added .*new\.txt.*, 1 removed .*c\.txt"):
         config.resolve(identity)
-    with pytest.raises(UserError, match="trained on document file, here it is line"):
+    with pytest.raises(UserError, match="trained on document file, the config has line"):
         TextFiles(patterns=config.patterns, document="line").resolve(identity)
     of_python = TextFiles().resolve().identity
     with pytest.raises(UserError, match=r"trained on the standard library of Python 3\.8\.1, the config has 3\.1"):

@@ -1,4 +1,4 @@
-"""Tar shards: every row from every row, in every packing; damage of every kind; the whole data path on them."""
+"""Tar shards: every row from every row, in every compression; damage of every kind; the whole data path on them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ ROWS = [
 
 
 def all_kinds(rows: list[str]) -> list[Member]:
-    """The rows as .json, .txt and .jsonl members, one after the other, among others that are none."""
+    """The rows as .json, .txt and .jsonl members in turn, among members that are not documents."""
     found: list[Member] = [("readme", b"no suffix"), ("sub.json/", b"")]
     for number, text in enumerate(rows[:27]):
         kind = "json" if number % 2 else "TXT"
@@ -71,10 +71,10 @@ def test_every_row_from_every_row(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "tar.bz2", "tar.zst"])
 def test_several_streams_in_one_file(tmp_path, suffix):
-    """As parallel compressors write them (pigz, pbzip2, pzstd)."""
+    """As written by parallel compressors (pigz, pbzip2, pzstd)."""
     data = tar(all_kinds(ROWS))
     pieces = [data[start : start + 30_001] for start in range(0, len(data), 30_001)]
-    path = tmp_path / "a.bin"  # what it is, its bytes say
+    path = tmp_path / "a.bin"  # its bytes show the format
     path.write_bytes(b"".join(map(COMPRESS[suffix], pieces)))
     assert texts(WebDataset(urls=(str(path),)).resolve().open(0, 0)) == ROWS
 
@@ -99,7 +99,7 @@ def read_until_broken(source) -> tuple[list[str], CorruptError | None]:
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_cut_anywhere_is_an_error_at_the_first_row_that_is_lost(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(compression, "_INPUT", 100)  # so that documents come before the cut is seen
+    monkeypatch.setattr(compression, "_INPUT", 100)  # so that documents come before the cut is noticed
     rows = documents(40, seed=3, longest=40)
     data = tar([(f"{n}.txt", text.encode()) for n, text in enumerate(rows)])
     end = len(data) - len(data) % 512
@@ -208,11 +208,11 @@ def test_what_is_no_json_is_corrupt(tmp_path, data):
     assert error is not None
     assert error.row == 1
     assert "member '1.json' is not JSON" in str(error)
-    assert texts(WebDataset(urls=(path,)).resolve().open(0, 2)) == ["y"]  # what comes before is not parsed
+    assert texts(WebDataset(urls=(path,)).resolve().open(0, 2)) == ["y"]  # the rows before are not parsed
 
 
 def test_text_that_is_none(tmp_path):
-    """Null and what is not UTF-8 keep their row; half of a surrogate pair is replaced."""
+    """Null and invalid UTF-8 keep their row; a lone surrogate is replaced."""
     lines = [b'{"text": null}', b'{"text": "\xff"}', rb'{"text": "a \ud83d b \ud83d\ude00"}', b'{"text": "\xc3\xa9"}']
     path = write(tmp_path, "tar", [("0.txt", b"\xff\xfe bad"), ("1.jsonl", b"\n".join(lines)), ("2.txt", b"")])
     source = WebDataset(urls=(path,)).resolve()
@@ -333,7 +333,7 @@ def publish(hub: LoopbackHub, shards: list[bytes], suffix: str = "tar.bz2") -> W
 
 
 def read(source, deadline: float = 60) -> list[str]:
-    """All rows of all shards, as the data path reads them."""
+    """All rows of all shards, read as the data path reads them."""
 
     def blocks(file: int):
         return retry.retrying(lambda row: source.open(file, row), 0, what=source.files[file], deadline=deadline)
@@ -362,7 +362,7 @@ def test_faults_of_the_network_change_nothing(hub: LoopbackHub, tmp_path, monkey
     assert "planted-secret" not in json.dumps(sources["cached"].identity)
     again = resolve(data, {"web": {"source": sources["cached"].identity}}, DiskCache(tmp_path, 1))["web"]
     assert read(again) == rows
-    assert hub.count("tar.bz2") == before + 3  # one look at each, and no byte of them
+    assert hub.count("tar.bz2") == before + 3  # one lookup each, and no byte of them
 
 
 def test_a_shard_that_is_broken_at_its_origin_is_named(hub: LoopbackHub, tmp_path):

@@ -1,4 +1,4 @@
-"""A teacher's cache: written by any workers, killed anywhere, it gives each token its own record in any batch."""
+"""A teacher's cache: written by any workers, killed anywhere, it returns each token's own record in any batch."""
 
 import dataclasses
 import pathlib
@@ -20,11 +20,11 @@ from jaxtrain.plan import Stage
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
 from tests.data.runs import Drop, plan_of
 
-LAYOUT = Layout(1 << 20, 1, ())  # 5 bytes, with anything in them here
+LAYOUT = Layout(1 << 20, 1, ())  # 5 bytes, with arbitrary content here
 
 
 def records_of(tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """What a record says here: the token, and the one after it. [n] each → uint8 [n, 5]"""
+    """The content of a record here: the token and the one after it. [n] each → uint8 [n, 5]"""
     both = np.stack([tokens, following], axis=-1).astype("<u2").view(np.uint8)
     return np.concatenate([both, np.full((*both.shape[:-1], 1), 7, np.uint8)], axis=-1)
 
@@ -38,7 +38,7 @@ class KilledError(Exception):
 
 
 class Killed:
-    """Scores a few times, and dies."""
+    """Scores a few times, and then dies."""
 
     def __init__(self, times: int):
         self.left = times
@@ -171,11 +171,11 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"000003-000001\.array_record is not what was written"):
+    with pytest.raises(UserError, match=r"000003-000001\.array_record does not match its checksum"):
         teacher_store.verify(str(tmp_path))
     texts = [(row, config.rows[3][row]) for row in range(16, 32) if config.rows[3][row].strip()]
     encoded = [(row, WordTokenizer().encode_batch([text])) for row, text in texts]
-    with pytest.raises((CorruptError, UserError)):  # by what lies in the middle of the file
+    with pytest.raises((CorruptError, UserError)):  # depends on what is in the middle of the file
         [records.read(3, np.array([row]), np.append(ids, 1), lengths + 1) for row, (ids, lengths) in encoded]
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"000003-000001\.array_record has"):
@@ -219,7 +219,7 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, mon
     monkeypatch.undo()
 
     class Full:
-        """ArrayRecord's writer, on a disk without room."""
+        """ArrayRecord's writer on a full disk."""
 
         def __init__(self, path: str, options: str):
             pathlib.Path(path).write_bytes(b"a part")

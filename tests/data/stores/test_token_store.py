@@ -1,4 +1,4 @@
-"""Token stores: the batches of a stream from its tokens, written by any workers, killed or not; TFDS reads them too."""
+"""Token stores: a stream's batches from its tokens, written by any workers, killed or not; TFDS reads them too."""
 
 import dataclasses
 import json
@@ -110,9 +110,21 @@ def test_one_record_for_each_row_in_order(tmp_path):
     assert store.identity == versioned(source.identity)
 
 
-def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
-    class Full:
-        """ArrayRecord's writer, on a disk without room."""
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("write() failed: No space left on device; Failed to close chunk_writer", "is full .*Finished shards are kept"),
+        ("write() failed: Disk quota exceeded; writing a", "is full .*Finished shards are kept"),
+        ("open() failed: Permission denied; opening a", "cannot be written .*Give an --output that you may write"),
+        ("open() failed: Operation not permitted; opening a", "cannot be written"),
+        ("open() failed: Read-only file system; opening a", "cannot be written"),
+        ("open() failed: Not a directory; opening a", "cannot be written"),
+        ("open() failed: No such file or directory; opening a", "cannot be written"),
+    ],
+)
+def test_a_disk_that_refuses_is_the_users_matter(tmp_path, monkeypatch, reason, said):
+    class Refusing:
+        """ArrayRecord's writer, in its own words."""
 
         def __init__(self, path: str, options: str):
             pathlib.Path(path).write_bytes(b"a part")
@@ -121,20 +133,29 @@ def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
             pass
 
         def close(self) -> None:
-            raise RuntimeError("write() failed: No space left on device; Failed to close chunk_writer")
+            raise RuntimeError(reason)
 
     source = MemorySource(rows=[documents(9, 1)])
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
-        with pytest.raises(UserError, match=r"is full .*No space left.*Finished shards are kept"):
+        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Refusing))
+        with pytest.raises(UserError, match=said):
             write(tmp_path, {"a": source})
     assert not list((tmp_path / "a").rglob("*.tmp"))
     write(tmp_path, {"a": source})
     token_store.verify(str(tmp_path / "a"))
 
 
+def test_a_removed_folder_is_the_users_matter(tmp_path):
+    """By ArrayRecord itself."""
+    source = MemorySource(rows=[documents(9, 1)])
+    one = writer._Writer(job(tmp_path, "a", source), 0, 1, token_store.exists, None)
+    path = str(tmp_path / "none" / "x")
+    with pytest.raises(UserError, match=r"cannot be written .*No such file"), one._record_writer(path, "") as to:
+        to.write(b"a")
+
+
 def test_tfds_opens_it(tmp_path):
-    """By its own parser and features, without anything of ours."""
+    """With its own parser and features, without our code."""
     tfds = pytest.importorskip("tensorflow_datasets")
     texts = [documents(40, 1, longest=300), [], documents(9, 2)]
     write(tmp_path, {"a": MemorySource(rows=texts)}, workers=2)
@@ -158,7 +179,7 @@ def test_records_are_those_that_tfds_writes():
     for dtype in (np.dtype("<u2"), np.dtype("<u4")):
         tensor = tfds.features.Tensor(shape=(None,), dtype=dtype.type, encoding="bytes")
         features = tfds.features.FeaturesDict({"tokens": tensor})
-        # Wherever a length of the nested messages takes another byte, and around.
+        # Wherever a length of the nested messages takes another byte, and nearby.
         sizes = [*range(140), *range(8160, 8200), (1 << 20) - 8, 1 << 20]
         lists = [np.arange(size).astype(dtype) for size in sizes]
         records = [token_store.encode(ids) for ids in lists]
@@ -173,7 +194,7 @@ def data_of(sources: dict[str, Any], **more: Any) -> DataConfig:
 
 
 def content(folder: pathlib.Path) -> dict[str, Any]:
-    """Every file; of the manifest all but what it says of the config, where tests put their faults."""
+    """Every file; of the manifest, all but its record of the config, where tests inject their faults."""
     found: dict[str, Any] = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     manifest = json.loads(found.pop(token_store.MANIFEST).read_text())
     del manifest["settings"], manifest["digest"]
@@ -187,7 +208,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("cut", [None, 31])
 @pytest.mark.parametrize("random_access", [True, False])
 def test_workers_and_kills_leave_no_trace(tmp_path, random_access, cut):
-    """Any number of workers, each killed at every file and begun again, write the store that one writes at once."""
+    """Any number of workers, each killed at every file and restarted, write the same store as a single one."""
     rows = [documents(size, size) for size in (9, 30, 0, 4, 17)]
 
     def source(**more: Any) -> MemorySource:
@@ -285,7 +306,7 @@ def test_a_store_of_another_run_is_refused(folder, source, said, caplog):
     with pytest.raises(UserError, match=said) as refused:
         stored(folder, data_of({"a": source}))
     assert "tools.pretokenize" in str(refused.value)
-    # "auto" says so, and streams.
+    # "auto" logs it, and streams.
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         (one,) = modes.open_sources(data_of({"a": source}, mode="auto"), TOKENIZER, str(folder)).values()
     assert one.mode == "stream"
@@ -337,7 +358,7 @@ def test_what_is_not_whole_is_refused(folder, tmp_path):
 
 
 def test_changed_bytes_are_found(folder):
-    """By the digests if somebody asks, and else by ArrayRecord's own hashes when they are read."""
+    """By the digests in a verification, otherwise by ArrayRecord's own hashes when reading."""
     shard = next((folder / "a").glob("*.array_record-00000-*"))
     data = bytearray(shard.read_bytes())
     ids = np.array(words(SOURCE.rows[0][20]), "<u4").tobytes()

@@ -1,4 +1,4 @@
-"""A student with Muon that learns from a cache of what the run of mixed.py said. Paths are relative: see README.md."""
+"""A student with Muon that learns from a cache of the outputs of mixed.py's run. Paths are relative: see README.md."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
-"""Writes everything in tests/golden/v0_1 but its Python files: `python -m tests.golden.v0_1.make`.
+"""Writes everything in tests/golden/v0_1 except its Python files: `python -m tests.golden.v0_1.make`.
 
-Only with the code of version 0.1 (commit 6504c7a). Never run it with later code: that has to reproduce these files.
+Only for the code of version 0.1 (commit 6504c7a). Never run it with later code, which must reproduce these files.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def write_files() -> None:
 
 
 def stop(place: Place, spec: str, workdir: str, after: int, before: int) -> None:
-    """Starts a run and stops it by SIGTERM after a step in that range; tries again where it was not."""
+    """Starts a run and stops it with SIGTERM after a step in that range; tries again if it missed the range."""
     run = place.read(workdir)
     while True:
         with place.popen("jaxtrain.main", f"--config={spec}", f"--workdir={workdir}") as process:

@@ -1,6 +1,6 @@
 """The folder in which the commands of make.py and tests/e2e/test_v0_1.py run, and what they compare.
 
-Files, stores and models have relative names in it, since names are part of identities: it may lie anywhere.
+Files, stores and models have relative names in it, since names are part of identities. It may be anywhere.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tests.hub import LoopbackHub
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[2]
 TOKENIZER = "mixed/tokenizer/tokenizer.model"
-# Exact, whatever program trains.
+# Exact for any program.
 EXACT = ("step", "tokens", "stage", "seq_len", "batch_size", "fingerprint", "sources")
 NUMBERS = ("loss", "ce_loss", "kd_loss", "learning_rate")
 STORE = ("--config.data.mode=pretokenized", "--config.data.token_store=tokens")
@@ -29,7 +29,7 @@ SMOKE = f"{HERE / 'smoke.py'}"
 _E2E = ROOT / "tests" / "e2e" / "configs"
 _LIVE_TEACHER = ("--config.teacher.model=mixed", "--config.teacher.dtype=float32")
 
-# Whole runs, by name: config, flags. `student` learns from what `teacher` left.
+# Whole runs, by name: config, flags. `student` learns from the output of `teacher`.
 WHOLE_RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tiny": (f"{_E2E / 'tiny.py'}:{TOKENIZER}", ()),
     "e2e_curriculum": (f"{_E2E / 'curriculum.py'}:{TOKENIZER}", ()),
@@ -71,7 +71,7 @@ class Place:
         )
 
     def command(self, module: str, *flags: str) -> str:
-        """Runs it to its end, with exit code 0, and returns what it said."""
+        """Runs it to its end, with exit code 0, and returns its output."""
         with self.popen(module, *flags) as process:
             try:
                 output, _ = process.communicate(timeout=PATIENCE)
@@ -84,14 +84,14 @@ class Place:
         return self.command("jaxtrain.main", f"--config={spec}", f"--workdir={workdir}", *flags)
 
     def whole(self, name: str) -> "Run":
-        """One of WHOLE_RUNS, from its beginning to its end."""
+        """One of WHOLE_RUNS, from beginning to end."""
         spec, flags = WHOLE_RUNS[name]
         workdir = next((flag.removeprefix("--workdir=") for flag in flags if flag.startswith("--workdir=")), name)
         self.train(spec, workdir, *(flag for flag in flags if not flag.startswith("--workdir=")))
         return self.read(workdir)
 
     def read(self, workdir: str) -> Run:
-        """For what a run has left in its work directory."""
+        """The results of a run in its work directory."""
         return Run(self.folder / workdir, "", {})
 
 
@@ -108,7 +108,7 @@ def load(name: str) -> Any:
 
 
 def hashes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Of bytes, type and shape."""
+    """Hashes of bytes, dtype and shape."""
     return {
         name: hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()[:32]
         for name, array in sorted(arrays.items())
@@ -116,11 +116,11 @@ def hashes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def ledger_of(line: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """A line's ledger with the entries that a recorded one has: later versions may add some."""
+    """A line's ledger with the entries of a recorded one: later versions may add some."""
     return {name: {key: line["sources"][name].get(key) for key in entry} for name, entry in like["sources"].items()}
 
 
 def dump(path: pathlib.Path, entries: Mapping[str, Sequence[Any]]) -> None:
-    """JSON with a line for each entry of a list."""
+    """JSON with one line per entry of a list."""
     lists = [f"{json.dumps(key)}: [\n" + ",\n".join(map(json.dumps, items)) + "\n]" for key, items in entries.items()]
     path.write_text("{\n" + ",\n".join(lists) + "\n}\n")

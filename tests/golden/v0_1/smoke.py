@@ -10,7 +10,7 @@ from jaxtrain.config import Config
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.tokenizers.sentencepiece import SentencePiece
 
-# Steps; of the curriculum, the first three stages and a step of the fourth.
+# Number of steps; for the curriculum, the first three stages and one step of the fourth.
 RUNS = {
     "quickstart": (quickstart.get_config, "", 4),
     "curriculum": (curriculum_smoke.get_config, "", 36),
