@@ -65,4 +65,4 @@ def test_a_run_that_ends_within_its_warmup_is_warned_of(flags, advice, caplog, m
     assert bool(caplog.messages) == (advice is not None)
     if advice is not None:
         assert advice in caplog.text
-        assert "ends the run within the warm-up: the learning rate reaches" in caplog.text
+        assert "ends the run within the warmup: the learning rate reaches only" in caplog.text
