@@ -67,7 +67,9 @@ def test_too_few_documents_are_refused_before_anything_is_compiled(make_run: Mak
     write(tmp_path, files=1, rows=5)
     name = "--config.data.sources.web"
     files = (f"{name}=HuggingFace", f"{name}.name=json", f"{name}.data_files={tmp_path}/part-000.jsonl.gz")
-    run = make_run()("--dry_run", *files, "--config.data.num_lanes=8", "--config.data.shuffle_window=none", code=2)
+    lanes = ("--config.data.num_lanes=8", "--config.data.shuffle_window=none")
+    all_of_them = ("--config.data.holdout=0", "--config.eval.every_steps=none")
+    run = make_run()("--dry_run", *files, *lanes, *all_of_them, code=2)
     assert "gets no document" in run.output
     assert "Set data.num_lanes=4, or use a larger source." in run.output
     assert not list((run.workdir / "cache").glob("jax/*"))
