@@ -213,7 +213,7 @@ def test_ten_stage_curriculum():
     assert 0 < plan.at(last_step(plan)).learning_rate < 2e-5
     lines = plan.table().splitlines()
     assert " ".join(lines[1].split()) == (
-        "1/10 Basic Patterns 1 to 20 8 65,536 0 to 10,485,760 1.57e-05 to 0.0006 4 math 0.05, web 0.95"
+        "1/10 Basic Patterns 1 to 20 8 65,536 0 to 10,485,760 1.57e-05 to 0.0006 concat 4 math 0.05, web 0.95"
     )
     # By hand: 763 steps of 524,288 tokens to 400M, 306 of 491,520 to 550M, 407 to 750M, 476 of 524,288 to 1B.
     assert lines[-1] == "1,952 steps, 1,000,000,000 tokens; 477,696 of the last batch's 524,288 tokens count."
