@@ -44,11 +44,7 @@ def temporary_path_class(path: epath.Path) -> Any:
 
 # Errors come from Python (OSError) and from TensorStore (ValueError with the operating system's text).
 _REFUSALS = {
-<<<<<<< HEAD
     r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk is full or over quota",
-=======
-    r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk is full, or a quota",
->>>>>>> main
     r"permission ?denied|operation not permitted|read-only file system|EACCES|EPERM|EROFS|\b403\b": (
         "writing is not allowed there"
     ),
