@@ -105,10 +105,7 @@ def generate(
     from jaxtrain.model.generate import continuation
     from jaxtrain.model.generate import generate as generate_ids
 
-    tokenizer, prompts_ids = restored.tokenizer, []
-    for prompt in prompts:
-        ids = tokenizer.encode_batch([prompt])[0].tolist()
-        prompts_ids.append([tokenizer.bos_id, *ids] if restored.add_bos else ids or [tokenizer.eos_id])
+    tokenizer, prompts_ids = restored.tokenizer, [restored.prompt_ids(prompt) for prompt in prompts]
     texts = generate_ids(
         restored.model,
         restored.params,

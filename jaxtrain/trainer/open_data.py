@@ -26,6 +26,7 @@ from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
+from jaxtrain.data.stores.record_store import Manifest
 from jaxtrain.data.tokenizing import documents_of
 from jaxtrain.distributed.consensus import broadcast, broadcast_json, on_process_0
 from jaxtrain.errors import UserError
@@ -221,30 +222,37 @@ def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config)
     lanes, start = reader.options.num_lanes, Position(0, 0, 0)
     spec = config.data.row_spec(tokenizer, config.epochs)
     reader.register(dict.fromkeys(range(lanes), start))
-    turns = collections.deque(reader.windows(lane, start, 1) for lane in range(lanes))
+    turns = collections.deque((lane, reader.windows(lane, start, 1)) for lane in range(lanes))
     rows = tokens = 0
     while turns and rows < _ROWS_OF_ESTIMATE:
-        windows = turns.popleft()
+        lane, windows = turns.popleft()
         window = next(windows, None)
         if window is None:
             continue
-        turns.append(windows)
+        turns.append((lane, windows))
         rows += window.rows
-        documents = documents_of(iter((window,)), window.start, spec)
+        # Not from the epoch's start: a first window without a token is no empty lane.
+        documents = documents_of(iter((window,)), Position(-1, 0, 0), spec, reader, lane)
         tokens += sum(int(some.lengths.sum()) for some in documents)
     reader.close()
     return tokens / rows * reader.most_rows if turns and rows else tokens
 
 
-def for_writing(config: Config, workdir: str, begun: Mapping[str, Json]) -> tuple[dict[str, Source], Tokenizer]:
+def for_writing(
+    config: Config, workdir: str, store: type[Manifest], output: str
+) -> tuple[dict[str, Source], Tokenizer]:
     """Opens sources and tokenizer for a tool that writes stores of them.
+
+    Sources are those of the work directory's checkpoint, else of the store that a worker has begun.
 
     Args:
         config: the run's config.
         workdir: the work directory.
-        begun: identities of sources already recorded by a worker. A checkpoint in the work directory takes precedence.
+        store: the kind of store.
+        output: the folder of the stores.
     """
-    known: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
+    begun = {name: store.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: {"source": manifest.source} for name, manifest in begun.items() if manifest is not None}
     if restore.is_checkpoint(workdir):
         known |= known_sources(config, restore.load_data(workdir)) or {}
     sources = pipeline.resolve(config.data, known)

@@ -54,9 +54,7 @@ class Settings:
 def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     assert config.teacher is not None
-    begun = {name: TeacherManifest.planned(os.path.join(output, name)) for name in config.data.sources}
-    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
-    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    sources, tokenizer = open_data.for_writing(config, workdir, TeacherManifest, output)
     config.data.row_spec(tokenizer, None)  # raises if add_bos is set but the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
@@ -188,9 +186,9 @@ def verify(config: Config, output: str) -> None:
 
 def _summary(folder: str) -> str:
     made = TeacherManifest.load(folder)
-    rows = sum(part.rows for parts in made.parts for part in parts)
+    rows, tokens, size = map(made.total, ("rows", "tokens", "size"))
     temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
     return (
-        f"{rows:,} documents, {made.tokens:,} tokens, {made.bytes / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
+        f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
         f"likely tokens by {made.teacher['found']}, for temperatures {temperatures}."
     )

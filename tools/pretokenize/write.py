@@ -12,9 +12,7 @@ from jaxtrain.trainer import open_data
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
-    begun = {name: TokenManifest.planned(os.path.join(output, name)) for name in config.data.sources}
-    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
-    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    sources, tokenizer = open_data.for_writing(config, workdir, TokenManifest, output)
     for name, source in sources.items():
         folder = os.path.join(output, name)
         bound = config.data.sources[name].max_samples
@@ -50,6 +48,5 @@ def verify(config: Config, output: str) -> None:
 
 
 def _summary(folder: str) -> str:
-    files = TokenManifest.load(folder).files
-    rows, tokens, size = (sum(getattr(file, field) for file in files) for field in ("rows", "tokens", "size"))
+    rows, tokens, size = map(TokenManifest.load(folder).total, ("rows", "tokens", "size"))
     return f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}."

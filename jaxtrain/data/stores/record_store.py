@@ -202,6 +202,10 @@ class Manifest:
         """(file name, shard) of every shard."""
         raise NotImplementedError
 
+    def total(self, field: str) -> int:
+        """The sum of a shard's field ("rows", "tokens" or "size") over all shards."""
+        return sum(getattr(shard, field) for _, shard in self.shards())
+
     def content(self) -> Json:
         """The manifest as JSON, without its digest."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "digest"}

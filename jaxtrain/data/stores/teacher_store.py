@@ -66,16 +66,6 @@ class TeacherManifest(record_store.Manifest):
                 yield shard_name(file, number), part
 
     @property
-    def tokens(self) -> int:
-        """Tokens in the store."""
-        return sum(part.tokens for parts in self.parts for part in parts)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(part.size for parts in self.parts for part in parts)
-
-    @property
     def identity(self) -> str:
         """The identity of the records and of how they were made."""
         return self.digest or record_store.digest_of_json(self.content())
