@@ -267,7 +267,7 @@ class FitPacker(Packer):
         """Writes and counts the planned rows, the first ones of the block."""
         made, seq_len = len(planned.left), block["tokens"].shape[1]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        fields = [(tokens, self._tokens)]
+        fields: list[tuple[np.ndarray, np.ndarray]] = [(tokens, self._tokens)]
         if self._records is not None:
             fields.append((block[RECORDS][:made].reshape(made * seq_len, -1), self._records))
         for into, _ in fields:
