@@ -134,8 +134,8 @@ def encode(
                     f"source {source!r}, file {file}, row {rows[index]}: the tokenizer's fast engine gives other ids "
                     f"than its library. From token {at} on: {found[at : at + 8].tolist()} by the engine, "
                     f"{expected[at : at + 8].tolist()} by the library. Set tokenizer.engine=tokenizers "
-                    "(--config.tokenizer.engine=tokenizers). Other documents may differ, too: to be sure, resume from a "
-                    "checkpoint from before the engine was used, or start again."
+                    "(--config.tokenizer.engine=tokenizers). Other documents may differ, too: to be sure, resume from "
+                    "a checkpoint from before the engine was used, or start again."
                 )
     return ids, lengths
 
