@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import secrets
 import sys
 import threading
@@ -182,8 +183,8 @@ class Tracker:
 def _wandb_id(workdir: Workdir) -> str:
     """The id of the work directory's W&B run, created at the first start and kept in `wandb_id.txt`."""
     path = workdir.wandb_id
-    found = path.read_text().strip() if path.exists() else ""
-    if not found:
+    found = path.read_bytes().decode("ascii", "ignore").strip() if path.exists() else ""
+    if not re.fullmatch(r"[\w-]+", found):
         found = secrets.token_hex(4)
         write_atomically(path, found + "\n")
     return found
@@ -287,7 +288,7 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (workdir.metrics.name, workdir.log.name):
             remote = self._remote / name
-            (self.folder / name).write_text(remote.read_text() if remote.exists() else "")
+            (self.folder / name).write_bytes(remote.read_bytes() if remote.exists() else b"")
         self._thread = threading.Thread(target=self._run, name="upload of logs", daemon=True)
         self._thread.start()
 

@@ -299,8 +299,12 @@ def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
     for folder, start_step in (("a", 0), ("a", 10), ("b", 0)):
         (tmp_path / folder).mkdir(exist_ok=True)
         log(tmp_path / folder, [start_step + 10], start_step=start_step, config=config)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/wandb_id.txt").write_bytes(b"\xff\xfe\0damaged")
+    log(tmp_path / "c", [10], config=config)
     assert ids[0] == ids[1] == (tmp_path / "a/wandb_id.txt").read_text().strip()
     assert ids[2] != ids[0]
+    assert re.fullmatch("[0-9a-f]{8}", ids[3])
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
@@ -434,13 +438,15 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
         monitor.log_step(Step(20, 20), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 20]
     assert list((remote / "tensorboard").iterdir())
-    # Another machine continues from the files in the bucket.
+    # Another machine continues from the files in the bucket, with bytes that are not UTF-8.
+    for name in ("metrics.jsonl", "log.txt"):
+        (remote / name).write_bytes((remote / name).read_bytes() + b"\xff\xfe\n")
     module.Workdir(tmp_path / "cache").path.rmtree()
     run = dataclasses.replace(RUN, start_step=10)
     with console_logging() as console, config.build(as_remote(), run, console) as monitor:
         monitor.log_step(Step(30, 30), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 30]
-    assert len(re.findall("^Step", (remote / "log.txt").read_text(), re.MULTILINE)) == 3
+    assert len(re.findall("^Step", (remote / "log.txt").read_text(errors="replace"), re.MULTILINE)) == 3
 
 
 class FullFile:
