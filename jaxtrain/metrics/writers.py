@@ -270,7 +270,8 @@ class _LogFile(logging.FileHandler):
 
 def log_file(path: epath.Path) -> logging.Handler:
     """Returns a handler for log.txt, which has the console's messages across restarts."""
-    handler = _LogFile(path, mode="a")
+    # Whatever the locale; a path may hold bytes that no encoding has.
+    handler = _LogFile(path, mode="a", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_Formatter())
     return handler
 

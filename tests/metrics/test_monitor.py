@@ -218,6 +218,17 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path, name):
         log(tmp_path, [10], config=MonitorConfig(watchdog_minutes=None))
 
 
+def test_the_log_takes_any_character_in_any_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda *_: "ascii")  # what `open` takes for none
+    handler = writers.log_file(tmp_path / "log.txt")
+    for message in ("Saved in runs/λ水", "Saved in latin-1 \udce9"):
+        handler.emit(logging.makeLogRecord({"msg": message, "levelno": logging.INFO}))
+    handler.close()
+    text = (tmp_path / "log.txt").read_bytes().decode("utf-8")
+    assert "runs/λ水\n" in text
+    assert "latin-1 \\udce9\n" in text
+
+
 def test_the_log_keeps_what_came_before(tmp_path):
     log(tmp_path, [10])
     log(tmp_path, [20], start_step=10)
