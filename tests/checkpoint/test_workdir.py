@@ -91,7 +91,7 @@ def lease(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(module, "_WATCH_SECONDS", 0.6)
     path = module.epath.Path(tmp_path / "lock")
-    return lambda: module._lock_file(path, is_local=False)
+    return lambda: module._Lease(path)
 
 
 def test_a_live_lease_is_refused_and_a_closed_one_is_not(lease, tmp_path):
@@ -116,7 +116,7 @@ from etils import epath
 from jaxtrain.checkpoint import workdir
 workdir._HEARTBEAT_SECONDS, workdir._WATCH_SECONDS = 0.05, 0.3
 path = epath.Path(sys.argv[1])
-with workdir._lock_file(path, is_local=False):
+with workdir._Lease(path):
     path.write_text("another")
     time.sleep(60)
 """

@@ -42,7 +42,8 @@ class Bytes(Protocol):
 
     def tail(self, count: int) -> bytes:
         """The last `count` bytes, or all if there are fewer."""
-        ...
+        size = self.size()
+        return self.fetch(max(size - count, 0), size)
 
     def stamp(self) -> Json:
         """A value that changes when the file does, as far as that is cheap to know."""
@@ -50,41 +51,28 @@ class Bytes(Protocol):
 
     def refresh(self) -> None:
         """Forgets what was learned about the file: the next read asks its origin."""
-        ...
 
 
-class LocalBytes:
-    """A local file. Implements `Bytes`."""
+class LocalBytes(Bytes):
+    """A local file."""
 
     def __init__(self, path: str):
         self.path = path
         self.what = path
 
     def size(self) -> int:
-        try:
+        with retry.classified(self.what):
             return os.path.getsize(self.path)
-        except OSError as error:
-            raise retry.classify(error, self.what) from None
 
     def fetch(self, start: int, stop: int) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
-        except OSError as error:
-            raise retry.classify(error, self.what) from None
-
-    def tail(self, count: int) -> bytes:
-        size = self.size()
-        return self.fetch(max(size - count, 0), size)
+        with retry.classified(self.what), open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def stamp(self) -> Json:
         """Size and a digest of the first and last 64 kB. Not the time: a copy on another machine is the same file."""
         ends = self.fetch(0, 65536) + self.tail(65536)
         return {"size": self.size(), "digest": hashlib.blake2b(ends, digest_size=8).hexdigest()}
-
-    def refresh(self) -> None:
-        pass
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -115,8 +103,8 @@ def ask(fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=timeout, **kwargs)
 
 
-class BucketBytes:
-    """A file in a bucket (s3://, gs://) or any other file system that fsspec knows. Implements `Bytes`."""
+class BucketBytes(Bytes):
+    """A file in a bucket (s3://, gs://) or any other file system that fsspec knows."""
 
     def __init__(self, url: str):
         self.what = unsigned(url)
@@ -137,9 +125,6 @@ class BucketBytes:
             raise TransientError(f"{self.what}: {len(data)} of {stop - start} bytes arrived")
         return data
 
-    def tail(self, count: int) -> bytes:
-        return self.fetch(max(self.size() - count, 0), self.size())
-
     def stamp(self) -> Json:
         info = self._ask("info")
         tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if name in info), None)
@@ -151,13 +136,8 @@ class BucketBytes:
 
     def _ask(self, method: str, **kwargs: Any) -> Any:
         retry.start_request()
-        try:
+        with retry.classified(self.what):
             found = ask(self.fs, method, self.path, **kwargs)
-        except Exception as error:
-            fault = retry.classify(error, self.what)
-            if fault is error:
-                raise
-            raise fault from None
         retry.end_request()
         return found
 
@@ -166,8 +146,8 @@ class _NoRangeError(TransientError):
     """A whole file in response to a range request: usually a transient fault of a proxy."""
 
 
-class HttpBytes:
-    """A file on the Hub or any other server that supports ranges (RFC 9110, section 14). Implements `Bytes`."""
+class HttpBytes(Bytes):
+    """A file on the Hub or any other server that supports ranges (RFC 9110, section 14)."""
 
     pinned = False  # whether its address names its content
 
@@ -197,7 +177,7 @@ class HttpBytes:
 
     def tail(self, count: int) -> bytes:
         if self.known_size is not None:
-            return self.fetch(max(self.known_size - count, 0), self.known_size)
+            return super().tail(count)
         data, first = self._range(f"bytes=-{count}", 0, count)
         if first != max(self.size() - count, 0) or len(data) != self.size() - first:
             raise TransientError(f"{self.what}: asked for the last {count} bytes, got {len(data)} at {first}")
@@ -248,25 +228,24 @@ class HttpBytes:
         retry.start_request()
         limiter.wait()
         timeout = min(_TIMEOUT, max(retry.time_left(), 1.0))
-        try:
-            with session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-                if url != self.url and response.status_code in (400, 401, 403, 404, 410):
-                    return None
-                if response.status_code == 416 and (total := _total(response)) is not None:
-                    self._note(total, response)
+        with (
+            retry.classified(self.what),
+            session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response,
+        ):
+            if url != self.url and response.status_code in (400, 401, 403, 404, 410):
+                return None
+            if response.status_code == 416:
+                found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", "").strip())
+                if found is not None:
+                    self._note(int(found[1]), response)
                     return b"", start
-                hf_raise_for_status(response)
-                limiter.answered()
-                first = self._check(response, start, most)
-                body = _body(response, most, timeout, self.what)
-                if url == self.url and str(response.url) != url:
-                    self.signed = str(response.url)
-                return body, first
-        except Exception as error:
-            fault = retry.classify(error, self.what)
-            if fault is error and not isinstance(fault, TransientError | UserError):
-                raise
-            raise fault from None  # the original holds the requested address
+            hf_raise_for_status(response)
+            limiter.answered()
+            first = self._check(response, start, most)
+            body = _body(response, most, timeout, self.what)
+            if url == self.url and str(response.url) != url:
+                self.signed = str(response.url)
+            return body, first
 
     def _check(self, response: Any, start: int, most: int) -> int:
         """The position of the response's first byte, if its headers match the requested range."""
@@ -369,11 +348,6 @@ def _hub_headers(url: str) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     return build_hf_headers() if url.startswith(constants.ENDPOINT + "/") else {}
-
-
-def _total(response: Any) -> int | None:
-    found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", "").strip())
-    return int(found[1]) if found else None
 
 
 def _body(response: Any, most: int, timeout: float, what: str) -> bytes:

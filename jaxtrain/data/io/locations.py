@@ -37,15 +37,10 @@ def expand(patterns: Sequence[str]) -> dict[str, str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        try:
+        with retry.classified(lasting_name(pattern)):
             # The names of local files may have braces.
             literal = [] if "://" in pattern else _expand(pattern)
             matches = {pattern: literal} if literal else {one: _expand(one) for one in spread(pattern)}
-        except Exception as error:
-            fault = retry.classify(error, lasting_name(pattern))
-            if fault is error:
-                raise
-            raise fault from None
         for one, addresses in matches.items():
             if not addresses:
                 raise UserError(f"no file matches {lasting_name(one)!r}. Check the path or the pattern.")
@@ -126,20 +121,17 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 def locate(address: str) -> Bytes:
     """The bytes of the file at an address of `expand`."""
     if address.startswith("hf://"):
+        from huggingface_hub import constants
+
         parts = _HUB.fullmatch(address)
         assert parts is not None, address
         assert parts["revision"] is not None, address
-        what = f"{parts['path']} of {parts['repo']}"
-        return _hub_bytes(f"{parts['type']}{parts['repo']}", unquote(parts["revision"]), parts["path"], what)
+        revision = quote(unquote(parts["revision"]), safe="")
+        url = f"{constants.ENDPOINT}/{parts['type']}{parts['repo']}/resolve/{revision}/{quote(parts['path'])}"
+        return HubBytes(url, f"{parts['path']} of {parts['repo']}")
     if address.startswith(("http://", "https://")):
         return HttpBytes(address)
     return BucketBytes(address) if "://" in address else LocalBytes(os.path.expanduser(address))
-
-
-def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
-    from huggingface_hub import constants
-
-    return HubBytes(f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}", what)
 
 
 def cache_key(address: str, stamp: Json | None) -> str:

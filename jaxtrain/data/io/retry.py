@@ -92,6 +92,18 @@ def classify(error: BaseException, what: str = "") -> BaseException:
     return error
 
 
+@contextlib.contextmanager
+def classified(what: str) -> Iterator[None]:
+    """Raises an error inside as what `classify` makes of it, without the original, which may hold a signed address."""
+    try:
+        yield
+    except Exception as error:
+        fault = classify(error, what)
+        if fault is error:
+            raise
+        raise fault from None
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     for _ in range(20):
         if error is None:

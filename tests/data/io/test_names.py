@@ -14,7 +14,7 @@ from jaxtrain.data.sources import text_files
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores import record_store, token_store
 from jaxtrain.data.stores.token_store import TokenManifest
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Source, SourceConfig
@@ -281,13 +281,22 @@ TOKENIZER = WordTokenizer()
 
 
 def store_of(config: SourceConfig, source: Json, settings: Json) -> TokenManifest:
-    made = TokenManifest(source, settings, source["files"], False, None, [], TOKENIZER.identity, TOKENIZER.vocab_size)
-    return token_store.manifest_from_json(made.to_json(), "there")
+    made = TokenManifest(
+        source=source,
+        settings=settings,
+        names=source["files"],
+        random_access=False,
+        max_samples=None,
+        transforms=[],
+        tokenizer=TOKENIZER.identity,
+        vocab_size=TOKENIZER.vocab_size,
+    )
+    return TokenManifest.from_json(made.to_json(), "there")
 
 
 def settings_of_0_1(config: SourceConfig) -> Json:
     said = {name: lasting_name(repr(value), 1) for name, value in vars(config).items()}
-    return {"_kind": "hugging_face", **{name: said[name] for name in token_store.settings_of(config) if name in said}}
+    return {"_kind": "hugging_face", **{name: said[name] for name in record_store.settings_of(config) if name in said}}
 
 
 SIGNATURE = "?X-Amz-Signature=x"
@@ -309,7 +318,7 @@ def test_a_store_passes_for_its_own_files_alone(case: str, naming: int) -> None:
     def identity(path: str, naming: int) -> Json:
         return {"files": [lasting_name(path, naming)], **({"naming": 2} if naming == 2 else {})}
 
-    settings = token_store.settings_of(made) if naming == 2 else settings_of_0_1(made)
+    settings = record_store.settings_of(made) if naming == 2 else settings_of_0_1(made)
     store = store_of(made, identity(path, naming), settings)
 
     def passes(config: HuggingFace, resumed: Json | None) -> bool:
