@@ -11,7 +11,7 @@ from typing import IO, Any
 from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.compression import CutShortError, DamagedError, Decoded, format_of, rest_is_sound
 
-_PIECE = 1 << 22  # bytes per request
+_REQUEST = 1 << 22  # bytes per request
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -27,7 +27,7 @@ class Archive:
     """
 
     def __init__(self, source: Bytes):
-        self._file = RangeFile(RangeBuffer(source, lambda position: position + _PIECE, keep=1))
+        self._file = RangeFile(RangeBuffer(source, lambda position: position + _REQUEST, keep=1))
         self._decoded: Decoded | None = None
 
     def is_sound(self, error: Exception) -> bool:
