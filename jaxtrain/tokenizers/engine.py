@@ -207,6 +207,7 @@ def _sequence(steps: list[Json]) -> Json:
     return {"type": "Sequence", "pretokenizers": steps}
 
 
+@functools.cache
 def _single_digits() -> str:
     """GPT-2's regex (of ByteLevel) for text whose digits stand alone. A space before a digit does not join it."""
     # Which characters those are depends on the Unicode version that the library was built with, so it is asked.
@@ -251,7 +252,7 @@ _EMOJI = (
 )
 _SPACES = (
     "a b  c   d    e\tf\t\tg \th\t i\nj\n\nk\n\n\nl \n m\n n\r\no\r\n\r\np\rq\n\rr\vs\ft\x85u\xa0v\u1680w\u2000x\u2009 "
-    "y\u2028z\u2029A\u202fB\u205fC\u3000D \u3000 E\u180eF\u200bG\ufeffH\x00I\x1c\x1d\x1e\x1fJ\x7fK   \n\n   \t1  2\n3 "
+    "y\u2028z\u2029A\u202fB\u205fC\u3000D \u3000 E  \u180eF\u200bG\ufeffH\x00I\x1c\x1d\x1e\x1fJ\x7fK   \n\n  \t1  2\n3 "
 )
 _SCRIPTS = (
     "Καλημέρα κόσμε, ΣΊΣΥΦΟΣ; Привет, мир! Ёлка ЩИ Բարեւ გამარჯობა שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก "
