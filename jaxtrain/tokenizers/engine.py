@@ -75,13 +75,14 @@ class FastEngine:
         self._spec, self._reference, self._tokens = spec, reference, tokens
         self._identity, self._workdir = identity, workdir
         self._left = _WORTH_IT
+        self._lock = threading.Lock()
 
     def note(self, characters: int) -> None:
         """Counts what the reference encodes instead, and calls `start` in the background if it is worth it."""
-        if self._left <= 0:
-            return
-        self._left -= characters
-        if self._left <= 0:
+        with self._lock:
+            begins = 0 < self._left <= characters
+            self._left -= characters
+        if begins:
             # Not a daemon: the interpreter must not be torn down while it is in the library. It ends with the main
             # thread, after the texts at hand.
             threading.Thread(target=self.start, name="jaxtrain-check", daemon=False).start()
