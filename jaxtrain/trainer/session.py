@@ -267,7 +267,8 @@ def _warn_of_warmup(config: Config, plan: Plan) -> None:
     if plan.last_step is None or plan.total_tokens == plan.horizon:
         return
     before, last = (plan.at(max(step, 1)).learning_rate for step in (plan.last_step - 1, plan.last_step))
-    if before < last or plan.last_step == 1:
+    peak = config.optimizer.learning_rate
+    if before < last < peak or (plan.last_step == 1 and last < peak / 2):
         fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
         logger.warning(
             "steps=%d ends the run within the warmup: the learning rate reaches only %.2g, since the schedule is that "
