@@ -205,8 +205,8 @@ def _estimate(cluster: Cluster, components: StepComponents, program: Program, te
     mfu = components.flops_per_token(program.seq_len) * speed / chip.flops
     least = 1 - step_time.ERROR
     logger.info(
-        f"  Estimate from the compiled program: a step takes {found.seconds:.3f} s, {speed:,.0f} tokens/s a chip, MFU "
-        f"{mfu:.1%} (a run may reach {least * mfu:.0%} to {mfu:.0%}: no chip was asked)"
+        f"  Estimate from the compiled program: a step takes {found.seconds:.3f} s, {speed:,.0f} tokens/s per chip, "
+        f"MFU {mfu:.1%} (a run may reach {least * mfu:.0%} to {mfu:.0%}: not measured on a chip)"
     )
     if not found.exact:
         logger.info("    Some loops have an unknown trip count and are counted once: the step takes longer.")

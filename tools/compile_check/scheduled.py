@@ -1,4 +1,4 @@
-"""Compiles a program for TPUs up to its schedule, in a process of its own.
+"""Compiles a program for TPUs up to its schedule, in a separate process.
 
 XLA dumps the scheduled program and its memory before it generates machine code, which takes most of the time: 130 to
 200 s of CPU for a 1B step, against 7 to 13 s until then (libtpu 0.0.42.1). No API stops there, so the process is ended.
