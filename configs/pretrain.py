@@ -18,8 +18,8 @@ SIZES = {
 def get_config(arg: str = "small") -> Config:
     if arg not in SIZES:
         raise UserError(
-            f"configs/pretrain.py:{arg}: unknown size; give one of {', '.join(SIZES)}; 80m, 1b, 2b, 4b and 8b are "
-            "configs of their own (configs/1b.py)"
+            f"configs/pretrain.py:{arg}: unknown size; give one of {', '.join(SIZES)}; 80m, 1b, 2b, 4b and 8b have "
+            "their own files (configs/1b.py)"
         )
     hidden, mlp, layers, heads, kv_heads, tokens, batch, rate, micro_batch = SIZES[arg]
     model = LlamaConfig(

@@ -105,10 +105,7 @@ def generate(
     from jaxtrain.model.generate import continuation
     from jaxtrain.model.generate import generate as generate_ids
 
-    tokenizer, prompts_ids = restored.tokenizer, []
-    for prompt in prompts:
-        ids = tokenizer.encode_batch([prompt])[0].tolist()
-        prompts_ids.append([tokenizer.bos_id, *ids] if restored.add_bos else ids or [tokenizer.eos_id])
+    tokenizer, prompts_ids = restored.tokenizer, [restored.prompt_ids(prompt) for prompt in prompts]
     texts = generate_ids(
         restored.model,
         restored.params,
@@ -164,20 +161,17 @@ def documents(
         TransientError: While iterating: an outage outlasted `retry_minutes`.
     """
     from jaxtrain.data.documents import DocumentDataset
+    from jaxtrain.data.pipeline import DataConfig
 
-    return DocumentDataset(
-        source,
-        shard=shard,
-        num_shards=num_shards,
-        name=name,
-        seed=seed,
+    config = DataConfig(
+        sources={name: source},
+        num_lanes=num_shards,
         shuffle=shuffle,
         shuffle_window=shuffle_window,
         holdout=holdout,
-        held_out=held_out,
-        epochs=epochs,
         retry_minutes=retry_minutes,
     )
+    return DocumentDataset(config, shard=shard, seed=seed, held_out=held_out, epochs=epochs)
 
 
 def batches(

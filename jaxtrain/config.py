@@ -197,7 +197,7 @@ class Config:
                 "higher, or to none"
             )
         if "" in self.sample_prompts:
-            raise UserError(f"sample_prompts={self.sample_prompts}: one is empty, and there is nothing to continue")
+            raise UserError(f"sample_prompts={self.sample_prompts}: one is empty; give texts to continue")
         if self.sample_every_tokens is not None and not self.sample_prompts:
             raise UserError(
                 f"sample_every_tokens={self.sample_every_tokens:,} needs texts to continue: set sample_prompts, for "

@@ -94,3 +94,10 @@ def test_an_evaluation_has_rows_for_each_source():
     assert list(config.eval.plans(config.plan(), config.data.num_lanes)) == [""]
     one = cli.load("configs/quickstart.py")
     assert list(one.eval.plans(one.plan(), one.data.num_lanes)) == [""]
+
+
+def test_an_evaluation_packs_rows_as_the_last_stage_unless_told():
+    config = cli.load("configs/curriculum_smoke.py", ["--config.stages[9].packing=fit", "--config.stages[9].overlap=0"])
+    assert config.eval.plan(config.plan(), config.data.num_lanes).stages[0].packing == "fit"
+    config.eval.packing = "concat"
+    assert config.eval.plan(config.plan(), config.data.num_lanes).stages[0].packing == "concat"

@@ -61,7 +61,7 @@ def main(flags: cli.Flags) -> None:
 
     found = restore(flags.workdir, flags.step)
     tokenizer = found.tokenizer
-    prompts_ids = [_ids(prompt, found) for prompt in prompts]
+    prompts_ids = [found.prompt_ids(prompt) for prompt in prompts]
     max_new_tokens = flags.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = max(min(128, found.model.config.max_seq_len - max(map(len, prompts_ids))), 1)
@@ -114,14 +114,6 @@ def _prompts(flags: cli.Flags) -> list[str]:
     if not text:
         raise UserError(f"--prompts={flags.prompts} is empty: write one prompt per line")
     return text.removesuffix("\n").split("\n")
-
-
-def _ids(prompt: str, found: Any) -> list[int]:
-    tokenizer = found.tokenizer
-    ids = tokenizer.encode_batch([prompt])[0].tolist()
-    if found.add_bos:
-        return [tokenizer.bos_id, *ids]
-    return ids or [tokenizer.eos_id]
 
 
 class _Shown:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -26,7 +27,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxtrain.cli.redaction import redact
-from jaxtrain.errors import FollowedError, TransientError, UserError
+from jaxtrain.distributed.consensus import on_process_0
+from jaxtrain.errors import TransientError, UserError
 from jaxtrain.interfaces import Json
 
 _HEARTBEAT_SECONDS = 30.0
@@ -35,10 +37,6 @@ _WATCH_SECONDS = 75.0
 _VISIBLE_SECONDS = 10.0
 
 logger = logging.getLogger("jaxtrain")
-
-
-class _ElsewhereUserError(UserError, FollowedError):
-    """Raised on the other processes when process 0 raises the UserError."""
 
 
 class Workdir:
@@ -52,7 +50,7 @@ class Workdir:
 
     def __init__(self, path: epath.PathLike):
         self.is_local = "://" not in os.fspath(path)
-        if not self.is_local and not os.fspath(path).startswith(("gs://", "s3://")):
+        if not self.is_local and not re.match(r"(gs|s3)://[^/]", os.fspath(path)):
             raise UserError(f"--workdir={path}: give a local directory, or a gs:// or s3:// URL.")
         self.path = epath.Path(path)
         if self.is_local:
@@ -69,14 +67,19 @@ class Workdir:
         self.log = self.path / "log.txt"
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id = self.path / "wandb_id.txt"
-        self.cache = self.path / "cache" if self.is_local else _local_cache(os.fspath(path))
+        # What has to be local: compiled programs, tokenizers, buffers.
+        self.cache = self.path / "cache"
+        if not self.is_local:
+            root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            digest = hashlib.blake2b(os.fspath(path).encode(), digest_size=8).hexdigest()
+            self.cache = epath.Path(root) / "jaxtrain" / digest
         # Token stores are only read from local paths.
         self.tokens = self.path / "tokens" if self.is_local else self.cache / "tokens"
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "Workdir":
         with self._lock:
-            self._lock_for_all()
+            on_process_0(self._lock_directory, f"--workdir={self.path} cannot be used: see process 0's message.")
             self._check_shared()
             try:
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -111,23 +114,25 @@ class Workdir:
                 " Give a network file system that all hosts mount, or a gs:// or s3:// URL."
             )
 
-    def _lock_for_all(self) -> None:
-        """Process 0 creates the directory and takes the lock; all raise if it cannot."""
-        refusal: Exception | None = None
-        if jax.process_index() == 0:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock.enter_context(_lock_file(self.path / "lock", self.is_local))
-            except UserError as error:
-                refusal = error
-            except FileExistsError:
-                refusal = UserError(f"--workdir={self.path} is a file; give a directory.")
-            except OSError as error:
-                refusal = _refused(self.path, error)
-            except Exception as error:  # bucket clients raise their own errors
-                refusal = _unreachable(self.path, error)
-        if int(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))):
-            raise refusal or _ElsewhereUserError(f"--workdir={self.path} cannot be used: see process 0's message.")
+    def _lock_directory(self) -> None:
+        """Creates the directory and takes its lock."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self.path / "lock"
+            self._lock.enter_context((_flocked(lock) if self.is_local else None) or _Lease(lock))
+        except UserError:
+            raise
+        except FileExistsError:
+            raise UserError(f"--workdir={self.path} is a file; give a directory.") from None
+        except OSError as error:
+            raise _refused(self.path, error) from None
+        except Exception as error:  # bucket clients raise their own errors
+            what = f"--workdir={self.path}: {type(error).__name__}: {redact(str(error)).strip()}"
+            if isinstance(error, ImportError):
+                raise UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
+            if "Credentials" in type(error).__name__:
+                raise UserError(f"{what}. Set up the bucket's credentials as for the cloud provider's tools.") from None
+            raise TransientError(what) from None
 
     def write_config(self, config: Json) -> None:
         """Writes `config.json`, on process 0."""
@@ -145,21 +150,6 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def _local_cache(url: str) -> epath.Path:
-    """The local folder of a run with a remote work directory: compiled programs, tokenizers, buffers."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return epath.Path(root) / "jaxtrain" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-
-
-def _unreachable(path: epath.Path, error: Exception) -> Exception:
-    what = f"--workdir={path}: {type(error).__name__}: {redact(str(error)).strip()}"
-    if isinstance(error, ImportError):
-        return UserError(f"{what}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].")
-    if "Credentials" in type(error).__name__:
-        return UserError(f"{what}. Set up the bucket's credentials as for the cloud provider's tools.")
-    return TransientError(what)
-
-
 def _refused(path: epath.Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written: {error}. Give a --workdir that you can write to.")
 
@@ -175,19 +165,7 @@ def _in_use(path: epath.Path, holder: str) -> UserError:
     )
 
 
-@contextlib.contextmanager
-def _lock_file(path: epath.Path, is_local: bool):
-    """Holds `path` as a lock inside the context."""
-    lock = _try_flock(path) if is_local else None
-    if lock is not None:
-        with lock:
-            yield
-    else:
-        with _Lease(path):
-            yield
-
-
-def _try_flock(path: epath.Path) -> IO[str] | None:
+def _flocked(path: epath.Path) -> IO[str] | None:
     """The locked file, which unlocks when closed; None if the file system has no locks."""
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:

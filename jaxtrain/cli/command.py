@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -22,6 +23,11 @@ from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import CorruptError, TransientError, UserError
 
 REQUIRED = object()
+# What the operating system refuses, and the user has to change.
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +163,9 @@ def parse_flags(command: Command, argv: Sequence[str]) -> Flags:
 def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[str] | None = None) -> NoReturn:
     """Parses the command line, calls `main` and exits with the code it returns (None is 0).
 
-    A UserError becomes one message and exit code 2. Ctrl-C becomes a message and 75 if the command resumes, else 130 as
-    in shells. Other exceptions propagate: Python prints the traceback and exits with 1.
+    A UserError becomes one message and exit code 2, and so does a path or disk that refuses. Ctrl-C becomes a message
+    and 75 if the command resumes, else 130 as in shells. Other exceptions propagate: Python prints the traceback and
+    exits with 1.
 
     Args:
         main: The command.
@@ -172,6 +179,13 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
         code = main(parse_flags(command, sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(redact("\n".join([f"error: {error}", *getattr(error, "__notes__", ())])), file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f": {error.filename!r}" if error.filename else ""
+        fix = "Check the path, its permissions and the space on the disk"
+        print(redact(f"error: {os.strerror(error.errno)}{where}. {fix}."), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         kept = (

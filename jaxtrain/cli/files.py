@@ -32,20 +32,6 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
         UserError: The config cannot be loaded or is invalid. The message has the cause and the fix.
     """
     tree.parse_overrides(overrides)  # checks their form before running the file, which may import JAX
-    path, argument = split_spec(spec)
-    config = _call(_run(path), path, argument)
-    tree.check_types(config)
-    config = tree.override(config, overrides)
-    tree.check(config)
-    return config
-
-
-def split_spec(spec: str) -> tuple[Path, str | None]:
-    """Splits "configs/x.py:argument" into the path and the argument (None without a colon).
-
-    Raises:
-        UserError: The file does not exist.
-    """
     match = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
     if match is None:
         raise UserError(
@@ -54,7 +40,11 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
     path = Path(match[1])
     if not path.is_file():
         raise UserError(f"--config={spec}: there is no file {path}{_near_files(path)}")
-    return path, match[2]
+    config = _call(_run(path), path, match[2])
+    tree.check_types(config)
+    config = tree.override(config, overrides)
+    tree.check(config)
+    return config
 
 
 def _near_files(path: Path) -> str:

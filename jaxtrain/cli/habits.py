@@ -1,4 +1,4 @@
-"""Names that people bring from other systems, and what to write here instead."""
+"""Flag and field names of other training systems, and their equivalents here."""
 
 # What to write → names of flags or fields elsewhere, in lower case with underscores.
 _INSTEAD = {

@@ -48,40 +48,17 @@ BUILT_IN = {
 }
 _KIND_BY_PLACE = {place: kind for kind, place in BUILT_IN.items()}
 
-# How version 0.1 named the built-ins.
-_VERSION_0_1 = {
-    "jaxtrain.config.Config": "config",
-    "jaxtrain.plan.stages.Stage": "stage",
-    "jaxtrain.data.pipeline.DataConfig": "data",
+# Where version 0.1 had the built-ins that have moved since. A built-in that moves leaves its former path here.
+_FORMER = {
     "jaxtrain.sharding.MeshConfig": "mesh",
     "jaxtrain.checkpoint.CheckpointConfig": "checkpoint",
     "jaxtrain.evaluate.EvalConfig": "eval",
     "jaxtrain.monitor.MonitorConfig": "monitor",
     "jaxtrain.teacher.Teacher": "teacher",
-    "jaxtrain.model.llama.LlamaConfig": "llama",
-    "jaxtrain.model.rope.LinearRopeScaling": "linear_rope_scaling",
-    "jaxtrain.model.rope.Llama3RopeScaling": "llama3_rope_scaling",
-    "jaxtrain.losses.cross_entropy.CrossEntropy": "cross_entropy",
-    "jaxtrain.losses.distillation.Distillation": "distillation",
-    "jaxtrain.losses.divergences.ForwardKL": "forward_kl",
-    "jaxtrain.losses.divergences.ReverseKL": "reverse_kl",
-    "jaxtrain.losses.divergences.JSD": "jsd",
-    "jaxtrain.losses.divergences.TopK": "top_k",
-    "jaxtrain.optim.adamw.AdamW": "adamw",
-    "jaxtrain.optim.muon.Muon": "muon",
     "jaxtrain.optim.schedules.Constant": "constant",
     "jaxtrain.optim.schedules.Cosine": "cosine",
     "jaxtrain.optim.schedules.Linear": "linear",
     "jaxtrain.optim.schedules.WSD": "wsd",
-    "jaxtrain.data.sources.huggingface.HuggingFace": "hugging_face",
-    "jaxtrain.data.sources.webdataset.WebDataset": "webdataset",
-    "jaxtrain.data.sources.text_files.TextFiles": "text_files",
-    "jaxtrain.data.transforms.AtLeast": "at_least",
-    "jaxtrain.data.transforms.MinLength": "min_length",
-    "jaxtrain.data.transforms.Template": "template",
-    "jaxtrain.tokenizers.sentencepiece.SentencePiece": "sentencepiece",
-    "jaxtrain.tokenizers.hf.HuggingFaceTokenizer": "hugging_face_tokenizer",
-    "jaxtrain.tokenizers.training.TrainTokenizer": "train_tokenizer",
 }
 
 
@@ -93,8 +70,8 @@ def kind_of(cls: type) -> str:
 
 def kind_of_path(path: str) -> str:
     """The kind of a class that a record of version 0.1 names "package.module.Class"."""
-    module, _, name = path.rpartition(".")
-    return _VERSION_0_1.get(path, f"{module}:{name}")
+    place = ":".join(path.rsplit(".", 1))
+    return _FORMER.get(path) or _KIND_BY_PLACE.get(place, place)
 
 
 def class_of(kind: str) -> type:

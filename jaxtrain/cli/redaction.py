@@ -57,7 +57,11 @@ def redact(text: str) -> str:
     text = re.sub(r"(\w://)[^/?#\s'\"]*@", r"\1", text)
     text = re.sub(r"\w+://[^\s'\"<>]*", lambda url: unsigned(url[0]), text)
     # Clients also log a request's target without its host: "/x.parquet?X-Amz-Signature=...".
-    text = re.sub(r"([?&])([\w%-]+)=[^\s&'\"]+", _without_value, text)
+    text = re.sub(
+        r"([?&])([\w%-]+)=[^\s&'\"]+",
+        lambda found: f"{found[1]}{found[2]}=..." if _SECRET_PARAMETER.fullmatch(unquote(found[2])) else found[0],
+        text,
+    )
     text = re.sub(r"\b(hf_(?=[A-Za-z0-9]{12})|AKIA|ASIA|ya29\.)[\w.-]{6,}", r"\1...", text)
     text = re.sub(r"(?i)\b(bearer)\s+\S+", r"\1 ...", text)
     return re.sub(r"(?i)\b(basic)\s+(\S+)", _without_credentials, text)
@@ -70,11 +74,6 @@ def _without_credentials(basic: re.Match[str]) -> str:
     except ValueError:
         hidden = False
     return f"{basic[1]} ..." if hidden else basic[0]
-
-
-def _without_value(parameter: re.Match[str]) -> str:
-    is_secret = _SECRET_PARAMETER.fullmatch(unquote(parameter[2]))
-    return f"{parameter[1]}{parameter[2]}=..." if is_secret else parameter[0]
 
 
 def redact_logs() -> None:

@@ -3,11 +3,12 @@
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtrain.cli import paths
 from jaxtrain.cli.command import Flag, Flags
+from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import UserError
 
 WORKDIR = Flag(
@@ -34,16 +35,28 @@ VOCAB_SIZE = Flag(
 
 
 def workdir_of(flags: Flags) -> str:
-    """The work directory given by `--workdir` or the config's name. Keeps the Hub client's caches inside it.
+    """The work directory given by `--workdir` or the config's name. Keeps the Hub client's caches in it, but no login.
 
     Raises:
         UserError: `--workdir=` is empty.
     """
     if flags.workdir == "":
         raise UserError("--workdir= is empty: give a directory, or leave it out for runs/<config file>")
-    workdir = flags.workdir or paths.default_workdir(flags.config or "")
-    paths.keep_caches_in(workdir)
+    workdir = flags.workdir or default_workdir(flags.config or "")
+    if sys.stderr is None or not sys.stderr.isatty():  # their progress bars would fill the log with their states
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "HF_HOME" not in os.environ and "://" not in workdir:  # the Hub's client reads it at its import
+        os.environ.setdefault("HF_TOKEN_PATH", os.path.expanduser("~/.cache/huggingface/token"))
+        os.environ["HF_HOME"] = os.path.abspath(os.path.join(os.path.expanduser(workdir), "cache", "huggingface"))
     return workdir
+
+
+def default_workdir(spec: str) -> str:
+    """runs/<config file>[-<arg>], with the credentials and the query of a URL in the argument removed."""
+    path, _, argument = spec.partition(":")
+    name, argument = pathlib.PurePath(path).stem, redact(argument).partition("?")[0]
+    return os.path.join("runs", f"{name}-{argument}".replace("/", "_") if argument else name)
 
 
 def parse_worker(text: str | None) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def parse_overrides(flags: Sequence[str]) -> list[Change]:
             )
         for other in changes:
             if len(other) > len(keys) and other[: len(keys)] == keys:
-                raise UserError(f"{flag} replaces what {changes[other].flag} changes: give it first, or leave it out")
+                raise UserError(f"{flag} replaces what {changes[other].flag} changes: give it first, or remove it")
         changes.pop(keys, None)
         changes[keys] = previous = change
     return list(changes.values())

@@ -17,53 +17,29 @@ from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.source_reader import Position, SourceReader, Window
 from jaxtrain.data.threads import DaemonPool, Prefetcher
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import SourceConfig
 
 _POSITION = tuple(field.name for field in dataclasses.fields(Position))
 
 
 class DocumentDataset(grain.IterDataset):
-    """The documents of one shard of a source: see `jaxtrain.documents`.
+    """The documents of one shard of a source: see `jaxtrain.documents`. A shard is a lane of `config`.
 
     Nothing is looked up before the first element or state is asked for, so the dataset can be pickled.
     """
 
-    def __init__(
-        self,
-        source: SourceConfig,
-        *,
-        shard: int = 0,
-        num_shards: int = 1,
-        name: str = "documents",
-        seed: int = 0,
-        shuffle: bool = True,
-        shuffle_window: int = 512,
-        holdout: float = 0.0,
-        held_out: bool = False,
-        epochs: int | None = 1,
-        retry_minutes: float = 60.0,
-    ):
+    def __init__(self, config: DataConfig, *, shard: int, seed: int, held_out: bool, epochs: int | None):
         super().__init__()
-        if not 0 <= shard < num_shards:
-            raise UserError(f"shard={shard}: give 0 to num_shards - 1 = {num_shards - 1}")
-        self.source, self.shard, self.shuffle_seed, self.held_out, self.epochs = source, shard, seed, held_out, epochs
-        self.config = DataConfig(
-            sources={name: source},
-            num_lanes=num_shards,
-            shuffle=shuffle,
-            shuffle_window=shuffle_window,
-            holdout=holdout,
-            retry_minutes=retry_minutes,
-        )
-        self.config.check()
+        if not 0 <= shard < config.num_lanes:
+            raise UserError(f"shard={shard}: give 0 to num_shards - 1 = {config.num_lanes - 1}")
+        config.check()
+        self.config, self.shard, self.shuffle_seed, self.held_out, self.epochs = config, shard, seed, held_out, epochs
 
     def __iter__(self) -> "DocumentIterator":
         return DocumentIterator(self)
 
     def open(self, revision: str | None) -> SourceReader:
         """Looks the source up. revision: the commit of a Hub dataset; None for the source's own revision."""
-        (name,) = self.config.sources
-        source = self.source
+        ((name, source),) = self.config.sources.items()
         if revision is not None:
             source = dataclasses.replace(source, revision=revision)  # type: ignore[type-var]
         config = dataclasses.replace(self.config, sources={name: source})

@@ -1,6 +1,5 @@
 """From this host's rows to arrays of the mesh, ahead of the step. The sharding determines which lanes a host reads."""
 
-import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -41,17 +40,14 @@ def lanes_of_rows(start: int, stop: int, rows_in_lane: int) -> range:
 
 
 class Feed:
-    """An iterator of a host pipeline's batches as arrays of the mesh, with `ahead` batches already on the devices."""
+    """An iterator of a host pipeline's batches as arrays of the mesh, with the next batch already on the devices."""
 
-    def __init__(
-        self, batches: Iterator[StepBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int, ahead: int
-    ):
+    def __init__(self, batches: Iterator[StepBatch], mesh: jax.sharding.Mesh, lanes: Sequence[int], num_lanes: int):
         self._batches = batches
         self._sharding = sharding.batch_sharding(mesh)
         self._place = {lane: index for index, lane in enumerate(lanes)}
         self._num_lanes = num_lanes
-        self._ahead = ahead
-        self._held: collections.deque[StepBatch] = collections.deque()
+        self._next: StepBatch | None = None
 
     def begin(self) -> None:
         """Starts reading without waiting for the first batch."""
@@ -63,16 +59,14 @@ class Feed:
         return self
 
     def __next__(self) -> StepBatch:
-        if not self._held:
-            self._hold(next(self._batches))
-        batch = self._held.popleft()
-        while len(self._held) < self._ahead and (more := next(self._batches, None)) is not None:
-            self._hold(more)
+        batch, self._next = self._next or self._on_devices(next(self._batches)), None
+        following = next(self._batches, None)
+        self._next = None if following is None else self._on_devices(following)
         return batch
 
-    def _hold(self, batch: StepBatch) -> None:
+    def _on_devices(self, batch: StepBatch) -> StepBatch:
         arrays = {name: self._array(rows) for name, rows in batch.arrays.items()}
-        self._held.append(dataclasses.replace(batch, arrays=arrays))
+        return dataclasses.replace(batch, arrays=arrays)
 
     def _array(self, rows: np.ndarray) -> jax.Array:
         """rows: [rows of this host's lanes, T, ...] → the global [B, T, ...]."""

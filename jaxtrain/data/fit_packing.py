@@ -39,9 +39,11 @@ class RowPlanner:
 
     Attributes:
         lengths: The documents' lengths.
+        pieces: Consecutive tokens of a document in a row, or in several rows that they fill: (their first place in the
+            block's R · T tokens, the document, its first token there, tokens) of each.
         left: For each row planned so far, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
         front: The first document that is not used up.
-        opened: The document that goes on in the next row, and its next token; None if there is none.
+        opened: The document that continues in the next row, and its next token; None if there is none.
     """
 
     def __init__(
@@ -57,21 +59,20 @@ class RowPlanner:
         Args:
             lengths: The documents' lengths. The first document is not used up.
             seq_len: T.
-            opened: The document that goes on in the first row, and its next token; None if there is none.
+            opened: The document that continues in the first row, and its next token; None if there is none.
             used: Documents that are used up, all before WINDOW.
-            closing: Plan only until no used or opened document comes after one that is neither, and only with
-                documents up to the last of these.
+            closing: Plan only with documents up to the last that is used up or opened. When they are used up, no gap
+                is left.
         """
+        self.pieces: list[tuple[int, int, int, int]] = []
         self.left: list[int] = []
         self.front = 0
         self.opened = opened
         self.lengths, self._seq_len = lengths, seq_len
-        self._closing = closing
         self._stop = max([0, *used, *(opened or ())[:1]]) + 1 if closing else len(lengths)
         self._used = bytearray(len(lengths))
         for document in used:
             self._used[document] = True
-        self._pieces: list[int] = []  # see `pieces`; a flat list, since one of tuples takes longer to make and convert
         self._known = 0  # documents before this one are used up, opened or in one of these two:
         # Documents that fit into a row, as ascending keys: the length, and then the older of two equals later.
         self._whole: list[int] = []
@@ -79,29 +80,14 @@ class RowPlanner:
         self._extend()
 
     @property
-    def pieces(self) -> np.ndarray:
-        """Consecutive tokens of a document in a row, or in several rows that they fill: int64 [P, 4].
-
-        Each is (where they begin in the block's R · T tokens, the document, its first token there, tokens).
-        """
-        return np.array(self._pieces, np.int64).reshape(-1, 4)
-
-    @property
     def used(self) -> list[int]:
         """Documents after `front` that are used up."""
         return [n for n in range(self.front + 1, min(self.front + WINDOW, len(self._used))) if self._used[n]]
 
-    @property
-    def has_gaps(self) -> bool:
-        """Whether a used or opened document comes after one that is neither."""
-        return (self.opened is not None and self.opened[0] > self.front) or self._used.find(1, self.front) >= 0
-
     def plan(self, rows: int) -> None:
-        """Plans `rows` more rows, or as many as the documents are enough for."""
+        """Plans `rows` more rows, or as many as the documents suffice for."""
         seq_len, end = self._seq_len, len(self.left) + rows
         while len(self.left) < end and (self.opened is not None or self.front < self._known):
-            if self._closing and not self.has_gaps:
-                return
             document, first = self.opened or self._oldest()
             rest = self.lengths[document] - first
             full = min(rest // seq_len, end - len(self.left))
@@ -121,7 +107,8 @@ class RowPlanner:
         while fits := bisect.bisect_right(whole, (end - place) << _KEY_BITS):
             key = whole.pop(fits - 1)
             count = -(-key >> _KEY_BITS)
-            self._pieces += (place, document := (count << _KEY_BITS) - key, 0, count)
+            document = (count << _KEY_BITS) - key
+            self.pieces.append((place, document, 0, count))
             self._use_up(document)
             place += count
         if place < end and self._long:
@@ -138,7 +125,7 @@ class RowPlanner:
         return self.front, 0
 
     def _place(self, place: int, document: int, first: int, count: int) -> None:
-        self._pieces += (place, document, first, count)
+        self.pieces.append((place, document, first, count))
         if first + count < self.lengths[document]:
             self.opened = document, first + count
         else:
@@ -164,15 +151,14 @@ class RowPlanner:
 
 
 class FitPacker(Packer):
-    """Packs by best fit, or cuts as any Packer. Its state adds `ahead` and `taken` to a Packer's.
+    """Packs by best fit, or cuts like a Packer. Its state adds `ahead` and `taken` to a Packer's.
 
-    The cursor's document is the oldest that is not used up. `token` is the next token of the document that goes on in
-    the next row, which is `ahead` documents after the cursor's. Bit n - 1 of `taken` says that the n-th document after
+    The cursor's document is the oldest that is not used up. `token` is the next token of the document that continues
+    in the next row, `ahead` documents after the cursor's. Bit n - 1 of `taken` is set if the n-th document after
     the cursor's is used up. With both 0, the state is a Packer's.
 
     After a change from "fit" to "concat", rows are fitted from the documents up to the last that is used up or begun,
-    until the state is a Packer's. After a change from "concat" to "fit", the tokens that overlap would repeat are left
-    out.
+    until the state is a Packer's. After a change from "concat" to "fit", tokens that overlap would repeat are dropped.
     """
 
     def __init__(
@@ -188,7 +174,7 @@ class FitPacker(Packer):
         ahead: int = 0,
         taken: int = 0,
     ):
-        """Starts at a state. ahead, taken: see the class. The others are as in Packer."""
+        """Starts at a state. ahead, taken: See the class. The others are as in Packer."""
         super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width)
         self._ahead = (ahead, token) if ahead else None
         self._used = [n for n in range(1, WINDOW) if taken >> n - 1 & 1]
@@ -208,7 +194,7 @@ class FitPacker(Packer):
         counted_R: np.ndarray | None = None,
         fit: bool = False,
     ) -> Cut:
-        """As Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
+        """Like Packer.cut. fit: Whether to pack by best fit; `stride` is then T."""
         rows, seq_len = block["tokens"].shape
         planned = self._plan(rows, seq_len, fit)
         made = len(planned.left)
@@ -224,12 +210,12 @@ class FitPacker(Packer):
         return packing.spread([(cut, np.arange(made)), (rest, np.arange(made, rows))], rows, seq_len)
 
     def addresses(self, rows: int, seq_len: int, stride: int, fit: bool = False) -> list[Spans]:
-        """As Packer.addresses. fit: as in `cut`."""
+        """Like Packer.addresses. fit: As in `cut`."""
         planned = self._plan(rows, seq_len, fit)
         if not planned.left:
             return super().addresses(rows, seq_len, stride)
         found: list[Spans] = [[] for _ in planned.left]
-        for place, document, first, count in planned.pieces.tolist():
+        for place, document, first, count in planned.pieces:
             file, file_row = self._where[document, _FILE:].tolist()
             for begin in range(0, count, seq_len):  # more than one row only if each is full
                 span = (file, file_row, first + begin, first + min(begin + seq_len, count))
@@ -250,7 +236,8 @@ class FitPacker(Packer):
             self._fill(self.seen + 1)
             self._advance(self.seen)
         lengths = self._read(rows * seq_len if fit else 0)
-        opened = self._ahead or ((0, self._token) if self._token else None)
+        begun = -int(self._starts[0]) if len(self._starts) else 0
+        opened = self._ahead or ((0, begun) if begun else None)
         planner = RowPlanner(lengths, seq_len, opened, self._used, closing=not fit)
         planner.plan(rows)
         return planner
@@ -264,7 +251,7 @@ class FitPacker(Packer):
         self._fill(tokens + 1)
         if (self._ahead or self._used) and self._where[:1, :_FILE].tolist() != [self._position]:
             assert self._may_be_skipped, f"the document at {self.cursor[0]} is gone"
-            # It is no longer known which documents are used up. Some may come again, but none is left out.
+            # It is no longer known which documents are used up. Some may come again, but none is dropped.
             self._ahead, self._used = None, []
         while True:
             have = len(self._tokens)
@@ -279,33 +266,33 @@ class FitPacker(Packer):
     def _write(self, planned: RowPlanner, block: Batch, document_mask: bool, counted_R: np.ndarray | None) -> Cut:
         """Writes and counts the planned rows, the first ones of the block."""
         made, seq_len = len(planned.left), block["tokens"].shape[1]
-        pieces, starts = planned.pieces, self._starts.tolist()
-        for name, found in (("tokens", self._tokens), (RECORDS, self._records)):
-            if found is not None:
-                into = block[name][:made].reshape(made * seq_len, *found.shape[1:])
-                into[:] = 0
-                for place, document, first, count in pieces.tolist():
-                    source = starts[document] + first
-                    into[place : place + count] = found[source : source + count]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        # A document that a row cuts goes on in the next one.
+        fields = [(tokens, self._tokens)]
+        if self._records is not None:
+            fields.append((block[RECORDS][:made].reshape(made * seq_len, -1), self._records))
+        for into, _ in fields:
+            into[:] = 0
+        starts, counts, last = self._starts.tolist(), self.counts, []
+        for place, document, first, count in planned.pieces:
+            source, length = starts[document] + first, planned.lengths[document]
+            for into, buffer in fields:
+                into[place : place + count] = buffer[source : source + count]
+            if first + count == length:
+                last.append(place + count - 1)
+            if not first and (counted_R is None or place % seq_len < counted_R[place // seq_len]):
+                counts.documents += 1
+                counts.cut += length > min(count, seq_len)
+        # A document that a row cuts continues in the next one.
         targets[:-1] = tokens[1:]
         targets[-1] = 0 if planned.opened is None else self._tokens[starts[planned.opened[0]] + planned.opened[1]]
-        place_P, document_P, first_P, count_P = pieces.T
-        length_P = np.array(planned.lengths)[document_P]
-        last = (place_P + count_P - 1)[first_P + count_P == length_P]
         left_R = np.array(planned.left)
-        there_R = np.minimum(left_R, seq_len)
         counted_R = np.full(made, seq_len) if counted_R is None else counted_R
-        given = int(np.minimum(there_R, counted_R).sum())
-        begun_P = (first_P == 0) & (place_P % seq_len < counted_R[place_P // seq_len])
-        self.counts.tokens += given
-        self.counts.unique += given
-        self.counts.padding += int(counted_R.sum()) - given
-        self.counts.documents += int(begun_P.sum())
-        self.counts.cut += int((begun_P & (length_P > np.minimum(count_P, seq_len))).sum())
-        last = last if document_mask else last[:0]
-        return Cut(made, last, left_R if (left_R <= seq_len).any() else None)
+        given = int(np.minimum(left_R, counted_R).sum())
+        counts.tokens += given
+        counts.unique += given
+        counts.padding += int(counted_R.sum()) - given
+        last = np.array(last if document_mask else (), np.int64)
+        return Cut(made, last, left_R if min(planned.left) <= seq_len else None)
 
     def _used_tokens(self, planned: RowPlanner) -> int:
         """Tokens of the buffer that lie before the cursor after the planned rows."""

@@ -5,7 +5,6 @@ the rows from each source and puts them in place, one whole block of rows per st
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,9 +51,7 @@ class SourceLane:
         # The last window of a unit may hold only a few rows, too few to hide the latency of opening the next unit.
         half = -(-reader.window // 2)
         windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
-        nothing = functools.partial(reader.refuse, lane)
-        records = rows.records.get(reader.name)
-        self._documents = Prefetcher(documents_of(windows, start, rows, nothing, records), pools.workers)
+        self._documents = Prefetcher(documents_of(windows, start, rows, reader, lane), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
         counts, skipped = Counts(documents, tokens, unique, cut, padding), bool(reader.skipped)
         self.packer = FitPacker(

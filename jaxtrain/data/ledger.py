@@ -29,25 +29,18 @@ def gather(states: Mapping[int, np.ndarray], num_lanes: int) -> np.ndarray:
     lanes_N = np.array(sorted(states), np.int64)
     states_NSF = np.stack([states[lane] for lane in lanes_N.tolist()])
     if jax.process_count() > 1:
-        lanes_N, states_NSF = _from_all(lanes_N, states_NSF)
+        # Each host sends only its own lanes, padded to the largest count of any host. If 4,096 hosts each sent a table
+        # of 16,384 lanes and 3 sources, every host would receive 16 GB.
+        most = int(np.max(multihost_utils.process_allgather(np.array([len(lanes_N)], np.uint32))))
+        mine = np.full((most, 1 + states_NSF[0].size), -1, np.int64)
+        mine[: len(lanes_N), 0] = lanes_N
+        mine[: len(lanes_N), 1:] = states_NSF.reshape(len(lanes_N), -1)
+        # As pairs of uint32: without x64 mode the gather silently truncates int64 to 32 bits.
+        pairs = multihost_utils.process_allgather(mine.view(np.uint32))
+        found = np.ascontiguousarray(pairs).view(np.int64).reshape(-1, mine.shape[1])
+        found = found[found[:, 0] >= 0]
+        lanes_N, states_NSF = found[:, 0], found[:, 1:].reshape(-1, *states_NSF.shape[1:])
     return join(lanes_N, states_NSF, num_lanes)
-
-
-def _from_all(lanes_N: np.ndarray, states_NSF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lanes of all hosts, host by host, and their states.
-
-    Each host sends only its own lanes, padded to the largest count of any host. If 4,096 hosts each sent a table of
-    16,384 lanes and 3 sources, every host would receive 16 GB.
-    """
-    most = int(np.max(multihost_utils.process_allgather(np.array([len(lanes_N)], np.uint32))))
-    mine = np.full((most, 1 + states_NSF[0].size), -1, np.int64)
-    mine[: len(lanes_N), 0] = lanes_N
-    mine[: len(lanes_N), 1:] = states_NSF.reshape(len(lanes_N), -1)
-    # As pairs of uint32: without x64 mode the gather silently truncates int64 to 32 bits.
-    pairs = multihost_utils.process_allgather(mine.view(np.uint32))
-    found = np.ascontiguousarray(pairs).view(np.int64).reshape(-1, mine.shape[1])
-    found = found[found[:, 0] >= 0]
-    return found[:, 0], found[:, 1:].reshape(-1, *states_NSF.shape[1:])
 
 
 def join(lanes_N: np.ndarray, states_NSF: np.ndarray, num_lanes: int) -> np.ndarray:

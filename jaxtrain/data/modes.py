@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
 from jaxtrain.data.stores import record_store, token_store
-from jaxtrain.data.stores.token_store import RamCache, TokenStore
+from jaxtrain.data.stores.token_store import RamCache, TokenManifest, TokenStore
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import CacheableSource, Json, Source, SourceConfig, Tokenizer
 
@@ -94,72 +94,50 @@ def open_sources(
     """
     memory = RamCache(config.ram_cache_gb * 1e9) if config.ram_cache_gb else None
     wanted = {name: config.mode if chosen is None else chosen[name] for name in config.sources}
+    streams = streams or {}
     found: dict[str, OpenedSource] = {}
     for name, mode in wanted.items():
-        known = (identities or {}).get(name)
-        store = functools.partial(_store, config, name, tokenizer, folder, known and known["source"], memory)
-        if mode == "pretokenized":
-            found[name] = OpenedSource(store(), mode, "as data.mode says")
-        elif mode == "auto":
-            record_store = _if_there(store, store_folder(config, folder, name))
-            if record_store is not None:
-                found[name] = OpenedSource(
-                    record_store, "pretokenized", f"its token store {record_store.folder} is complete"
-                )
+        where = store_folder(config, folder, name)
+        if mode == "pretokenized" or (mode == "auto" and TokenManifest.exists(where)):
+            known = (identities or {}).get(name)
+            try:
+                store = _store(config, name, tokenizer, where, known and known["source"], memory)
+            except UserError as error:
+                if mode == "pretokenized":
+                    raise
+                logger.warning("%s", error)
+            else:
+                why = "as data.mode says" if mode == "pretokenized" else f"its token store {where} is complete"
+                found[name] = OpenedSource(store, "pretokenized", why)
     missing = {name: source for name, source in config.sources.items() if name not in found}
-    resolved = _resolve(config, missing, wanted, identities, streams or {}, cache)
+    resolved, unresolved = dict(streams), [name for name in missing if name not in streams]
+    # Those to download resolve without the cache, which is attached later.
+    for through, is_download in ((None, True), (cache, False)):
+        sources = {name: missing[name] for name in unresolved if (wanted[name] == "download") == is_download}
+        if sources:
+            resolved |= pipeline.resolve(dataclasses.replace(config, sources=sources), identities, through)
     for name, source_config in missing.items():
         mode, why, source = wanted[name], "as data.mode says", resolved[name]
         if mode == "auto":
             mode, why = _choose(source_config, source, cache)
         elif mode == "download" and not _can_download(source):
             mode, why = "stream", "its files are on this machine"
-        elif mode == "download" and name in (streams or {}) and pipeline.wants_cache(source):
+        elif mode == "download" and name in streams and pipeline.wants_cache(source):
             mode, why = "stream", "through the disk cache, as for the tokenizer's training"
         found[name] = OpenedSource(source, mode, why)
     opened = {name: found[name] for name in config.sources}
     return _downloaded(config, opened, cache, ahead) if fetch else opened
 
 
-def _resolve(
-    config: DataConfig,
-    missing: Mapping[str, SourceConfig],
-    wanted: Mapping[str, str],
-    identities: Mapping[str, Json] | None,
-    streams: Mapping[str, Source],
-    cache: DiskCache | None,
-) -> dict[str, Source]:
-    """Resolves the sources without a store. Those to download resolve without the cache, which is attached later."""
-    found = dict(streams)
-    for through in (None, cache):
-        names = [name for name in missing if name not in found and (through is cache or wanted[name] == "download")]
-        sources = {name: missing[name] for name in names}
-        if sources:
-            found |= pipeline.resolve(dataclasses.replace(config, sources=sources), identities, through)
-    return found
-
-
 def _can_download(source: Source) -> bool:
     return isinstance(source, CacheableSource) and not (isinstance(source, HuggingFaceSource) and source.is_local)
 
 
-def _if_there(store: Callable[[], TokenStore], folder: str) -> TokenStore | None:
-    """The store, or None unless it is complete and belongs to this run."""
-    if not token_store.exists(folder):
-        return None
-    try:
-        return store()
-    except UserError as error:
-        logger.warning("%s", error)
-        return None
-
-
 def _store(
-    config: DataConfig, name: str, tokenizer: Tokenizer, folder: str, identity: Json | None, memory: RamCache | None
+    config: DataConfig, name: str, tokenizer: Tokenizer, where: str, identity: Json | None, memory: RamCache | None
 ) -> TokenStore:
-    where = store_folder(config, folder, name)
     try:
-        manifest = token_store.load(where)
+        manifest = TokenManifest.load(where)
         token_store.check(manifest, where, config.sources[name], tokenizer, identity)
     except UserError as error:
         raise UserError(f"source {name!r}: {error}") from None

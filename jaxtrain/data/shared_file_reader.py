@@ -7,16 +7,13 @@ neither kept nor ahead is read again.
 
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
-
-import numpy as np
+from typing import IO
 
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.units import interleave_step
@@ -49,11 +46,8 @@ class SharedFileReader:
     def __init__(
         self, open_at: Callable[[int, int], Iterator[Block]], size: int, lanes: int, scratch: str | None = None
     ):
-        self._open_at = open_at
-        self._size = size
-        self._lanes = lanes
-        self._step = interleave_step(lanes)
-        self._scratch = scratch
+        self.open_at, self.size, self.scratch = open_at, size, scratch
+        self._lanes, self._step = lanes, interleave_step(lanes)
         self._wants: dict[int, Want] = {}
         self._readers: dict[File, _Reader] = {}
         # By file number, once known. Most lanes have no window in a file of fewer than `lanes` windows, and would open
@@ -74,7 +68,7 @@ class SharedFileReader:
     def get(self, file: File, number: int, lane: int, window: int) -> Block | None:
         """Returns one of the lane's windows; None past the file's end. number: the file's number in the listing."""
         block = None
-        if window * self._size < self._rows.get(number, math.inf):
+        if window * self.size < self._rows.get(number, math.inf):
             reader = self._reader(file, number)
             block = reader.get(window)
             self._learn(number, reader)
@@ -110,13 +104,7 @@ class SharedFileReader:
         with self._lock:
             reader = self._readers.pop(file, None)
             if reader is None:
-                reader = _Reader(
-                    functools.partial(self._open_at, number),
-                    self._size,
-                    functools.partial(self._next_wanted, file),
-                    functools.partial(self._is_wanted, file),
-                    self._scratch,
-                )
+                reader = _Reader(self, file, number)
                 while len(self._readers) >= _OPEN_FILES:
                     evicted.append(self._readers.pop(next(iter(self._readers))))
             self._readers[file] = reader
@@ -124,14 +112,11 @@ class SharedFileReader:
             other.close()
         return reader
 
-    def _next_wanted(self, file: File) -> list[int]:
-        """The next window of the file for each lane of this host that still needs any."""
-        return list(self._wanted(file).values())
+    def is_wanted(self, file: File, window: int) -> bool:
+        """Whether a lane of this host still needs the window."""
+        return self.wanted(file).get((window + file[1] * self._step) % self._lanes, math.inf) <= window
 
-    def _is_wanted(self, file: File, window: int) -> bool:
-        return self._wanted(file).get((window + file[1] * self._step) % self._lanes, math.inf) <= window
-
-    def _wanted(self, file: File) -> dict[int, int]:
+    def wanted(self, file: File) -> dict[int, int]:
         """The first window of the file that each lane still needs; lanes that are past the file need none."""
         with self._lock:
             return {
@@ -142,25 +127,11 @@ class SharedFileReader:
 
 
 class _Reader:
-    """Reads a file forward in windows of `size` rows, and keeps the windows that `is_wanted` selects.
+    """Reads a file forward in windows, and keeps the windows that a lane still needs."""
 
-    `next_wanted` lists the first of them. `rows` is the file's number of rows once its end has been seen.
-    """
-
-    def __init__(
-        self,
-        open_at: Callable[[int], Iterator[Block]],
-        size: int,
-        next_wanted: Callable[[], list[int]],
-        is_wanted: Callable[[int], bool],
-        scratch: str | None,
-    ):
-        self.rows: int | None = None
-        self._scratch = scratch
-        self._open_at = open_at
-        self._size = size
-        self._next_wanted = next_wanted
-        self._is_wanted = is_wanted
+    def __init__(self, shared: SharedFileReader, file: File, number: int):
+        self.rows: int | None = None  # the file's, once its end has been seen
+        self._shared, self._file, self._number, self._size = shared, file, number, shared.size
         self._windows: Iterator[Block] | None = None
         self._next = 0  # the window that `_windows` yields next
         self._reached = 0  # a lower bound of the file's rows
@@ -177,7 +148,8 @@ class _Reader:
             if self.rows is not None and window * self._size >= self.rows:
                 return None
             if self._windows is None or window < self._next:
-                self._start(min([window, *(first for first in self._next_wanted() if first not in self._kept)]))
+                wanted = self._shared.wanted(self._file).values()
+                self._start(min([window, *(first for first in wanted if first not in self._kept)]))
             while True:
                 block = self._advance()
                 if block is None or self._next == window + 1:
@@ -221,7 +193,7 @@ class _Reader:
             self._spill = None
 
     def _start(self, window: int) -> None:
-        self._windows = regroup(self._open_at(window * self._size), self._size)
+        self._windows = regroup(self._shared.open_at(self._number, window * self._size), self._size)
         self._next = window
 
     def _advance(self) -> Block | None:
@@ -244,16 +216,17 @@ class _Reader:
         return block
 
     def _keep(self, window: int, block: Block) -> None:
-        if self._closed or window in self._kept or not self._is_wanted(window):
+        if self._closed or window in self._kept or not self._shared.is_wanted(self._file, window):
             return
         size = _size(block)
-        if self._bytes + size <= _IN_MEMORY_BYTES or not _can_be_spilled(block):
+        if self._bytes + size <= _IN_MEMORY_BYTES:
             self._kept[window] = block
             self._bytes += size
             return
         if self._spill is None:
-            self._spill = tempfile.TemporaryFile(prefix="windows-", dir=self._scratch)  # noqa: SIM115 - see `close`
-        data = _spilled(block)
+            folder = self._shared.scratch
+            self._spill = tempfile.TemporaryFile(prefix="windows-", dir=folder)  # noqa: SIM115 - see `close`
+        data = pickle.dumps(block)
         self._kept[window] = (self._spill.seek(0, os.SEEK_END), len(data))
         self._spill.write(data)
 
@@ -264,39 +237,10 @@ class _Reader:
             return kept
         assert self._spill is not None
         self._spill.seek(kept[0])
-        block = _unspilled(self._spill.read(kept[1]))
+        block = pickle.loads(self._spill.read(kept[1]))  # written above: no other process can open the file
         if all(isinstance(other, dict) for other in self._kept.values()):
             self._spill.truncate(0)
         return block
-
-
-def _can_be_spilled(block: Block) -> bool:
-    return isinstance(block["text"], TokenArrays) or _is_json(block)
-
-
-def _spilled(block: Block) -> bytes:
-    tokens = block["text"]
-    if isinstance(tokens, TokenArrays):  # a token store's; it has no other column
-        head = {"dtype": tokens.ids.dtype.str, "lengths": tokens.lengths.tolist()}
-        return b"tokens" + json.dumps(head).encode() + b"\n" + tokens.ids.tobytes()
-    return json.dumps(block).encode()  # lone surrogates are escaped, and survive
-
-
-def _unspilled(data: bytes) -> Block:
-    if not data.startswith(b"tokens"):
-        return json.loads(data)
-    text, _, ids = data.removeprefix(b"tokens").partition(b"\n")
-    head = json.loads(text)
-    return {"text": TokenArrays(np.frombuffer(ids, head["dtype"]), np.array(head["lengths"], np.int64))}
-
-
-def _is_json(value: Any) -> bool:
-    """Whether JSON preserves the value. Dates and bytes, which only some filters need, stay in memory."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(entry) for key, entry in value.items())
-    if isinstance(value, list):
-        return all(map(_is_json, value))
-    return value is None or isinstance(value, str | int | float)
 
 
 def _size(block: Block) -> int:

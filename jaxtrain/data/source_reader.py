@@ -214,7 +214,7 @@ class SourceReader:
 
     def _nothing(self, lane: int) -> str:
         options, shared = self.options, self.partition.shared
-        dealt = f"windows of {self.window} rows" if shared else f"{len(self.partition.units)} units"
+        shares = f"windows of {self.window} rows" if shared else f"{len(self.partition.units)} units"
         counts: list[int | None] = [unit.rows for unit in self.partition.units]
         if self._shared is not None:
             counts = [self._rows(number, unit) for number, unit in enumerate(self.partition.units)]
@@ -228,7 +228,7 @@ class SourceReader:
         fix = f"Set {' or '.join(fixes)}, or use" if fixes else "Use"
         return (
             f"source {self.name!r}: lane {lane} of data.num_lanes={options.num_lanes} gets no document in the first "
-            f"epoch ({dealt} are divided among the lanes, and filters and holdout={options.holdout} may drop "
+            f"epoch ({shares} are divided among the lanes, and filters and holdout={options.holdout} may drop "
             f"documents). {fix} a larger source."
         )
 

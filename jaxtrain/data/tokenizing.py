@@ -1,19 +1,24 @@
 """From a lane's windows of texts to tokenized documents, with a teacher's records if any."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.data.packing import WHERE, Documents
-from jaxtrain.data.source_reader import Position, Window
+from jaxtrain.data.source_reader import Position, SourceReader, Window
 from jaxtrain.data.token_arrays import TokenArrays
+from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Tokenizer
+from jaxtrain.plan.stable_hash import document_hash
 
 CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, few enough to finish quickly
 CHUNK_TOKENS = 50_000  # about the same, for tokens from a store
+# One document in so many is encoded twice: 1 to 2% of the time, where the reference takes 40 times as long.
+SAMPLED = 2048
+_SAMPLED_BELOW = np.uint64(2**64 // SAMPLED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +66,7 @@ class Records(Protocol):
 
 
 def documents_of(
-    windows: Iterator[Window],
-    start: Position,
-    rows: RowSpec,
-    nothing: Callable[[], object] = lambda: None,
-    records: Records | None = None,
+    windows: Iterator[Window], start: Position, rows: RowSpec, reader: SourceReader, lane: int
 ) -> Iterator[Documents]:
     """Tokenizes the documents of a lane's windows and attaches their records.
 
@@ -73,19 +74,23 @@ def documents_of(
         windows: The lane's windows.
         start: The position to start at.
         rows: How documents become rows.
-        nothing: Called if the first epoch has no document with a token. The stream ends there unless it raises.
-        records: The source's records, or None.
+        reader: The source.
+        lane: The lane, for messages.
 
     Yields:
         Chunks of documents.
+
+    Raises:
+        UserError: The first epoch has no document with a token. (Held-out documents just end there.)
     """
+    records = rows.records.get(reader.name)
     empty = start == Position(0, 0, 0)
     for window in windows:
         at = window.start
         if empty and at.epoch:
             break
         first = start.row if (at.epoch, at.unit) == (start.epoch, start.unit) else 0
-        for documents in _tokenized(window, first, rows, records is not None):
+        for documents in _tokenized(window, first, rows, reader, records is not None):
             empty = empty and not len(documents.lengths)
             if records is not None:
                 file_rows = documents.where[:, WHERE.index("file_row")]
@@ -93,10 +98,49 @@ def documents_of(
                 documents = dataclasses.replace(documents, records=found)
             yield documents
     if empty:
-        nothing()
+        reader.refuse(lane)
 
 
-def _tokenized(window: Window, first: int, rows: RowSpec, chunked: bool) -> Iterator[Documents]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], source: str, file: str, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes documents; if the tokenizer has a fast engine, one in `SAMPLED` by its reference, too.
+
+    Args:
+        tokenizer: Its attribute `reference`, if any, encodes with the library that defines its ids.
+        texts: The documents, N.
+        source: The name of their source.
+        file: The name of their file.
+        rows: Their rows in the file, [N]. The address alone decides whether a document is encoded twice.
+
+    Returns:
+        As Tokenizer.encode_batch.
+
+    Raises:
+        UserError: The two differ.
+    """
+    with gate:
+        ids, lengths = tokenizer.encode_batch(texts)
+        reference = getattr(tokenizer, "reference", None)
+        if reference is None:
+            return ids, lengths
+        ends = lengths.cumsum()
+        for index in np.flatnonzero(document_hash(source, file, rows) < _SAMPLED_BELOW).tolist():
+            found, (expected, _) = ids[ends[index] - lengths[index] : ends[index]], reference([texts[index]])
+            if not np.array_equal(found, expected):
+                pairs = zip(found.tolist(), expected.tolist(), strict=False)
+                at = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
+                raise UserError(
+                    f"source {source!r}, file {file}, row {rows[index]}: the tokenizer's fast engine gives other ids "
+                    f"than its library. From token {at} on: {found[at : at + 8].tolist()} by the engine, "
+                    f"{expected[at : at + 8].tolist()} by the library. Set tokenizer.engine=tokenizers "
+                    "(--config.tokenizer.engine=tokenizers). Other documents may differ, too: to be sure, go on from a "
+                    "checkpoint that the engine had no part in, or start again."
+                )
+    return ids, lengths
+
+
+def _tokenized(window: Window, first: int, rows: RowSpec, reader: SourceReader, chunked: bool) -> Iterator[Documents]:
     """The window's documents from row `first` on, in chunks of about `CHUNK_CHARACTERS`.
 
     chunked: Whether to split windows from a store, too, which otherwise come as one chunk.
@@ -109,9 +153,9 @@ def _tokenized(window: Window, first: int, rows: RowSpec, chunked: bool) -> Iter
             if len(of_file[chunk]):
                 yield _closed(window, np.arange(chunk.start, chunk.stop), window.tokens, of_file[chunk], rows)
         return
+    file = reader.source.files[window.file]
     for chunk in _chunks(list(map(len, window.texts)), begin, CHUNK_CHARACTERS):
-        with gate:
-            ids, lengths = rows.tokenizer.encode_batch(window.texts[chunk])
+        ids, lengths = encode(rows.tokenizer, window.texts[chunk], reader.name, file, window.file_rows[chunk])
         kept = np.flatnonzero(lengths)
         yield _closed(window, chunk.start + kept, TokenArrays(ids, lengths), kept, rows)
 

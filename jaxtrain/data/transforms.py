@@ -29,7 +29,12 @@ class AtLeast:
 
     def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
         number = document[self.column]
-        return document if number is not None and number >= self.value else None
+        try:
+            return document if number is not None and number >= self.value else None
+        except TypeError:
+            raise UserError(
+                f"column {self.column!r} holds {number!r}, which is no number to compare with {self.value:g}."
+            ) from None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,11 +72,17 @@ class Template:
         """Raises UserError if the template is not a format string or names no column."""
         try:
             names = self.columns
+            parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise UserError(f"template={self.template!r} is not a format string: {error}") from error
         if not names or not all(name.isidentifier() for name in names):
             raise UserError(f"template={self.template!r}: name columns in braces, for example '{{question}}'")
+        if any("{" in (spec or "") or conversion not in (None, "r", "s", "a") for _, _, spec, conversion in parts):
+            raise UserError(f"template={self.template!r}: a conversion is !r, !s or !a, and a format has no columns")
 
     def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
         values = {name: "" if document[name] is None else document[name] for name in self.columns}
-        return {**document, "text": self.template.format(**values)}
+        try:
+            return {**document, "text": self.template.format(**values)}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"template={self.template!r} cannot be filled from {values}: {error}.") from None

@@ -110,7 +110,7 @@ def idle_lane(
         rows: Rows of each unit; None if unknown.
         order: The epoch's order of the units.
         num_lanes: The number of lanes.
-        window: Rows that are permuted together; shared files are dealt out by it.
+        window: Rows that are permuted together; lanes take turns at shared files by window.
         keeps: (unit, row in the unit, count) → whether the holdout leaves one of these rows.
     """
     idle, left = set(range(num_lanes)), cut.limit

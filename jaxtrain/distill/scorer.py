@@ -26,8 +26,8 @@ _IN_FLIGHT = 2  # batches queued on the devices, so that they never wait for the
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """Tokens [begin, end) of a document. Earlier pieces have scored those before `first`."""
+class Window:
+    """Tokens [begin, end) of a document. Earlier windows have scored those before `first`."""
 
     document: int
     begin: int
@@ -35,7 +35,7 @@ class Piece:
     end: int
 
 
-def pieces(lengths: Sequence[int], context: int, stride: int) -> list[Piece]:
+def windows(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
     """Splits documents of these lengths into windows of at most `context` tokens, `stride` tokens apart."""
     found = []
     for document, length in enumerate(lengths):
@@ -43,23 +43,23 @@ def pieces(lengths: Sequence[int], context: int, stride: int) -> list[Piece]:
         for begin in range(0, max(length - context + stride, 1), stride):
             begin = min(begin, max(length - context, 0))
             end = min(begin + context, length)
-            found.append(Piece(document, begin, first, end))
+            found.append(Window(document, begin, first, end))
             first = end
     return found
 
 
-def rows_of(found: Sequence[Piece], context: int) -> list[list[Piece]]:
-    """Packs pieces into rows of `context` tokens, by first-fit decreasing."""
-    rows: list[list[Piece]] = []
+def rows_of(found: Sequence[Window], context: int) -> list[list[Window]]:
+    """Packs windows into rows of `context` tokens, by first-fit decreasing."""
+    rows: list[list[Window]] = []
     left: list[int] = []
-    for piece in sorted(found, key=lambda piece: piece.begin - piece.end):
-        size = piece.end - piece.begin
+    for window in sorted(found, key=lambda window: window.begin - window.end):
+        size = window.end - window.begin
         place = next((index for index, room in enumerate(left) if room >= size), None)
         if place is None:
             rows.append([])
             left.append(context)
             place = -1
-        rows[place].append(piece)
+        rows[place].append(window)
         left[place] -= size
     return rows
 
@@ -96,8 +96,8 @@ class Scorer:
 
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         found = [np.empty((len(document), self._layout.width), np.uint8) for document in documents]
-        flying: collections.deque[tuple[list[list[Piece]], jax.Array]] = collections.deque()
-        rows = rows_of(pieces([len(document) for document in documents], self._context, self._stride), self._context)
+        flying: collections.deque[tuple[list[list[Window]], jax.Array]] = collections.deque()
+        rows = rows_of(windows([len(document) for document in documents], self._context, self._stride), self._context)
         for begin in range(0, len(rows), self._rows):
             batch = rows[begin : begin + self._rows]
             flying.append((batch, self._run(self._params, *self._arrays(batch, documents))))
@@ -107,31 +107,31 @@ class Scorer:
             self._take(*flying.popleft(), found)
         return found
 
-    def _arrays(self, batch: list[list[Piece]], documents: list[np.ndarray]) -> Iterator[jax.Array]:
+    def _arrays(self, batch: list[list[Window]], documents: list[np.ndarray]) -> Iterator[jax.Array]:
         """Returns tokens, segment_ids and positions, each int32 [rows, context]."""
         tokens, segments, positions = np.zeros((3, self._rows, self._context), np.int32)
-        for row, index, place, piece in _places(batch):
-            end = place + piece.end - piece.begin
-            tokens[row, place:end] = documents[piece.document][piece.begin : piece.end]
+        for row, index, place, window in _places(batch):
+            end = place + window.end - window.begin
+            tokens[row, place:end] = documents[window.document][window.begin : window.end]
             segments[row, place:end] = index + 1
             positions[row, place:end] = np.arange(end - place)
         return (jax.device_put(array, self._where) for array in (tokens, segments, positions))
 
-    def _take(self, batch: list[list[Piece]], records: jax.Array, found: list[np.ndarray]) -> None:
+    def _take(self, batch: list[list[Window]], records: jax.Array, found: list[np.ndarray]) -> None:
         """Copies records, uint8 [rows, context, W], to their documents in `found`."""
         host = jax.device_get(records)
-        for row, _, place, piece in _places(batch):
-            skipped = place + piece.first - piece.begin
-            found[piece.document][piece.first : piece.end] = host[row, skipped : skipped + piece.end - piece.first]
+        for row, _, place, window in _places(batch):
+            skipped = place + window.first - window.begin
+            found[window.document][window.first : window.end] = host[row, skipped : skipped + window.end - window.first]
 
 
-def _places(batch: list[list[Piece]]) -> Iterator[tuple[int, int, int, Piece]]:
-    """Yields (row, index in the row, first column, piece)."""
+def _places(batch: list[list[Window]]) -> Iterator[tuple[int, int, int, Window]]:
+    """Yields (row, index in the row, first column, window)."""
     for row, side_by_side in enumerate(batch):
         place = 0
-        for index, piece in enumerate(side_by_side):
-            yield row, index, place, piece
-            place += piece.end - piece.begin
+        for index, window in enumerate(side_by_side):
+            yield row, index, place, window
+            place += window.end - window.begin
 
 
 def _records(

@@ -134,7 +134,7 @@ class Teacher:
         manifests: dict[str, TeacherManifest] = {}
         for name, config in data.sources.items():
             folder = os.path.join(self.cache, name)
-            manifests[name] = teacher_store.load(folder)
+            manifests[name] = TeacherManifest.load(folder)
             teacher_store.check(manifests[name], folder, config, resolved[name], tokenizer)
             if manifests[name].add_bos != data.add_bos:
                 raise UserError(
@@ -299,7 +299,7 @@ class Cached:
     def summary(self) -> str:
         """One line for the log."""
         some = next(iter(self._manifests.values()))
-        tokens = sum(manifest.tokens for manifest in self._manifests.values())
+        tokens = sum(manifest.total("tokens") for manifest in self._manifests.values())
         return (
             f"the {self.layout.k} most likely tokens by {self._teacher['found']} for each of {tokens:,} tokens, with "
             f"contexts of {some.context:,}, in {self.config.cache}"

@@ -5,12 +5,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxtrain.errors import FollowedError, TransientError, UserError
+
+T = TypeVar("T")
 
 # Ctrl-C in a terminal reaches the whole process group, and a launcher may forward it too: not a second Ctrl-C.
 _SAME_REQUEST_SECONDS = 1.0
@@ -142,6 +146,33 @@ def broadcast_json(value: Any) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     mine = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
+
+
+class _ElsewhereUserError(UserError, FollowedError):
+    """Process 0 raised a UserError and reports it."""
+
+
+class _ElsewhereTransientError(TransientError, FollowedError):
+    """Process 0 raised an error that a restart may fix."""
+
+
+def on_process_0(function: Callable[[], T], failed: str) -> T | None:
+    """Calls a function on process 0. Returns its result there, None elsewhere. All processes raise if it fails.
+
+    Args:
+        function: Raises whatever process 0 reports.
+        failed: What the other processes say then.
+    """
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    kind = int(broadcast([0 if failure is None else 1 if isinstance(failure, UserError) else 2])[0])
+    if kind:
+        raise failure or (_ElsewhereUserError if kind == 1 else _ElsewhereTransientError)(failed)
+    return result
 
 
 def any_process(value: bool) -> bool:

@@ -206,18 +206,18 @@ def announce_failure(message: str, code: int, is_echo: bool = False) -> None:
         is_echo: Whether the failure may only be a consequence of another process's failure.
     """
     client = _client()
-    if client is None or _Alarm.told:
+    if client is None or _Alarm.announced:
         return
-    _Alarm.told = True
+    _Alarm.announced = True
     if is_echo:
         time.sleep(_ECHO_SECONDS)
-    told = {"process": jax.process_index(), "host": socket.gethostname(), "code": code, "message": redact(message)}
+    failure = {"process": jax.process_index(), "host": socket.gethostname(), "code": code, "message": redact(message)}
     try:
-        client.key_value_set(_KEY, json.dumps(told))
+        client.key_value_set(_KEY, json.dumps(failure))
     except jax.errors.JaxRuntimeError:
         time.sleep(LEAVE_SECONDS)  # another was first, and the alarm ends this process
         return
-    _wait_until_heard(told["process"])
+    _wait_until_heard(failure["process"])
 
 
 def _wait_until_heard(failed: int) -> None:
@@ -232,9 +232,9 @@ def _wait_until_heard(failed: int) -> None:
 
 
 class _Alarm:
-    """A thread that waits for the failure of another process. told: whether this process itself has failed."""
+    """A thread that waits for the failure of another process. announced: Whether this process has announced its own."""
 
-    told = False
+    announced = False
 
     @staticmethod
     def start() -> None:
@@ -251,18 +251,18 @@ class _Alarm:
         _Alarm._end(json.loads(text))
 
     @staticmethod
-    def _end(told: dict[str, Any]) -> None:
+    def _end(failure: dict[str, Any]) -> None:
         """Ends this process at once: the main thread may be waiting for another process."""
-        index, failed = jax.process_index(), told["process"]
+        index, failed = jax.process_index(), failure["process"]
         if index == failed:
             time.sleep(LEAVE_SECONDS)
-            os._exit(told["code"])
-        where = f"process {failed} on {told['host']}"
+            os._exit(failure["code"])
+        where = f"process {failed} on {failure['host']}"
         if index == 0:
-            logger.error("%s failed: %s", where.capitalize(), told["message"])
+            logger.error("%s failed: %s", where.capitalize(), failure["message"])
             _wait_until_heard(failed)
         else:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _client().key_value_set(f"{_HEARD}{index}", "")
             logger.error("Process %d exits because %s failed: see its message, or process 0's.", index, where)
-        os._exit(told["code"])
+        os._exit(failure["code"])

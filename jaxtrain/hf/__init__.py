@@ -2,5 +2,3 @@
 
 from jaxtrain.hf.reading import commit, config, load
 from jaxtrain.hf.writing import export
-
-__all__ = ["commit", "config", "export", "load"]

@@ -1,5 +1,6 @@
 """Reads checkpoints directly onto the mesh. Each process reads only its own devices' shards, tensor by tensor."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -17,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from jaxtrain.data.io.retry import classify
+from jaxtrain.data.io.retry import classified
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
 from jaxtrain.hf.families import EMBEDDING, HEAD
@@ -113,10 +114,8 @@ def _folder(folder_or_id: str, revision: str | None, patterns: list[str]) -> Pat
     # Imported here: it takes 0.3 s, and local checkpoints do not need it.
     from huggingface_hub import snapshot_download
 
-    try:
+    with classified(f"the model {folder_or_id}"):
         return Path(snapshot_download(folder_or_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise classify(error, f"the model {folder_or_id}") from error
 
 
 def _json(path: Path) -> Json:
@@ -149,12 +148,9 @@ def _names(folder_or_id: str, folder: Path) -> Iterable[str]:
         return ()
     from huggingface_hub import errors, parse_safetensors_file_metadata
 
-    try:
+    with classified(f"the model {folder_or_id}"), contextlib.suppress(errors.EntryNotFoundError):
         return parse_safetensors_file_metadata(folder_or_id, SINGLE, revision=folder.name).tensors
-    except errors.EntryNotFoundError:
-        return ()
-    except Exception as error:
-        raise classify(error, f"the model {folder_or_id}") from error
+    return ()
 
 
 def _open(path: Path) -> Any:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from etils import epath
@@ -23,27 +23,11 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.watchdog import Watchdog
 from jaxtrain.metrics.writers import Console, JsonLines, Mirror, TensorBoard, Tracker, Writer, finite, log_file
+from jaxtrain.plan import StepPlan
 
 SPANS: tuple[str, ...] = ("start", "compile", "data", "checkpoint", "evaluation", "samples", "stage change")
 
 logger = logging.getLogger("jaxtrain")
-
-
-class StepInfo(Protocol):
-    """The fields of a `StepPlan` that the monitor reads."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def stage(self) -> int: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def tokens_after(self) -> int: ...
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -182,39 +166,42 @@ class Monitor:
         self._seconds_before = 0.0
         self._begun = False
         self._writers: list[Writer] = []
-        self._files: list[logging.Handler] = []
-        self._mirror: Mirror | None = None
+        self._open_files = contextlib.ExitStack()
         if jax.process_index() == 0:
             try:
-                self._open(config, workdir)
+                with self._open_files:
+                    self._open(config, workdir)
+                    self._open_files = self._open_files.pop_all()  # all went well: keep them open
             except OSError as error:
-                self._close_files()
                 raise UserError(
                     f"{error.filename or workdir.path} cannot be written: {error.strerror or error}. It may belong to "
                     "another user: change its owner, move it away, or give another --workdir."
                 ) from error
-            except BaseException:
-                self._close_files()
-                raise
         self._watchdog = None if config.watchdog_minutes is None else Watchdog(config.watchdog_minutes)
         self._mark(run.start_tokens)
 
     def _open(self, config: MonitorConfig, workdir: Workdir) -> None:
-        self._mirror = Mirror(workdir)
-        folder = self._folder = self._mirror.folder
+        mirror = Mirror(workdir)
+        self._open_files.callback(mirror.close)
+        folder = self._folder = mirror.folder
         file = log_file(folder / workdir.log.name)
         for record in self._console.before_log_file or ():
             file.handle(record)
         self._console.before_log_file = None
         logger.addHandler(file)
-        self._files.append(file)
+        self._open_files.callback(file.close)
+        self._open_files.callback(logger.removeHandler, file)
         lines = JsonLines(folder / workdir.metrics.name, self._run.start_step)
         self._seconds_before = lines.seconds
-        self._writers.append(lines)
+        self._add(lines)
         if config.tensorboard:
-            self._writers.append(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
+            self._add(TensorBoard(folder / workdir.tensorboard.name, self._run.start_step))
         for tracker in config.trackers:
-            self._writers.append(Tracker(tracker, config.project, workdir, self._run.config, lines.last_step))
+            self._add(Tracker(tracker, config.project, workdir, self._run.config, lines.last_step))
+
+    def _add(self, writer: Writer) -> None:
+        self._writers.append(writer)
+        self._open_files.callback(writer.close)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -240,23 +227,23 @@ class Monitor:
             self._watchdog.beat()
 
     def begin(self) -> None:
-        """Ends the start-up time. Call it just before the first step."""
+        """Ends the startup time. Call it just before the first step."""
         self._begun = True
         self._goodput.end_of_start()
         self._mark(self._run.start_tokens)
         self._console.start_bar(self._run.start_tokens, self._run.total_tokens)
         self._beat()
 
-    def stepped(self, at: StepInfo) -> None:
+    def stepped(self, at: StepPlan) -> None:
         """Records a step. Call it after dispatching the step."""
         self._beat()
         self._console.advance(at.tokens_after)
 
-    def due(self, at: StepInfo) -> bool:
+    def due(self, at: StepPlan) -> bool:
         """Whether this step is logged: the first, every `log_every`-th, and the last."""
         return at.step == 1 or at.step % self._run.log_every == 0 or at.tokens_after == self._run.total_tokens
 
-    def log_step(self, at: StepInfo, metrics: Mapping[str, Any]) -> None:
+    def log_step(self, at: StepPlan, metrics: Mapping[str, Any]) -> None:
         """Writes a step to all writers and prints its line.
 
         Args:
@@ -291,7 +278,15 @@ class Monitor:
         }
         self._write(at.step, values)
         self._console.advance(at.tokens_after, loss)
-        logger.info(console_line(at, values, self._run))
+        done = f"{at.tokens_after:,} tokens"
+        if (total := self._run.total_tokens) is not None:
+            done = f"{at.tokens_after:,}/{total:,} tokens, {100 * at.tokens_after / total:.1f}%"
+        cache = values.get("disk_cache_gb")
+        used = "" if cache is None else f" | Cache={cli.size(1e9 * cache)}"
+        logger.info(
+            f"Step {at.step}: Loss={loss:.4f}, PPL={values['perplexity']:.2f}, Tokens/sec={tokens_per_sec:.0f}, "
+            f"LR={at.learning_rate:.2e} | Stage {at.stage}/{self._run.num_stages} ({done}){used}"
+        )
 
     def log_eval(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a separate line: `eval_loss` (nats per token), `eval_bits_per_byte`, maybe `eval_by_source`."""
@@ -327,44 +322,16 @@ class Monitor:
             if isinstance(writer, Tracker) and "://" not in str(path):
                 writer.attach(path)
 
-    def message(self, text: str) -> None:
-        """Prints a line and writes it to log.txt, on process 0."""
-        logger.info(text)
-
     def close(self) -> None:
         """Reports where the time went, stops the watchdog and closes all files."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
         self._console.stop_bar()
-        if self._mirror is not None:
-            if self._begun:
-                logger.info(self._goodput.summary())
-            self._close_files()
-
-    def _close_files(self) -> None:
-        for writer in self._writers:
-            writer.close()
-        for file in self._files:
-            logger.removeHandler(file)
-            file.close()
-        if self._mirror is not None:
-            self._mirror.close()
-            self._mirror = None
-
-
-def console_line(at: StepInfo, values: Mapping[str, Any], run: Run) -> str:
-    """Formats a logged step for the console."""
-    done = f"{at.tokens_after:,} tokens"
-    if run.total_tokens is not None:
-        done = f"{at.tokens_after:,}/{run.total_tokens:,} tokens, {100 * at.tokens_after / run.total_tokens:.1f}%"
-    cache = values.get("disk_cache_gb")
-    used = "" if cache is None else f" | Cache={cli.size(1e9 * cache)}"
-    return (
-        f"Step {at.step}: Loss={values['loss']:.4f}, PPL={values['perplexity']:.2f}, "
-        f"Tokens/sec={values['tokens_per_sec']:.0f}, LR={values['learning_rate']:.2e} "
-        f"| Stage {at.stage}/{run.num_stages} ({done}){used}"
-    )
+        if self._begun and jax.process_index() == 0:
+            logger.info(self._goodput.summary())
+        self._begun = False
+        self._open_files.close()
 
 
 def perplexity(loss: float) -> float:

@@ -150,9 +150,14 @@ class Tracker:
         except ImportError as error:
             raise UserError(f"trackers=({module!r},): the package is not installed; pip install {module}.") from error
         self._name, self._project, self._last_step, self._failed = module, project, last_step, False
-        # Trackio continues a run by name, W&B by id.
-        run = {"id": _wandb_id(workdir)} if module == "wandb" else {}
-        self._call("init", project=project, name=workdir.path.name, config=config, resume="allow", **run)
+        # Trackio continues a run by name, W&B by an id that is kept in the work directory.
+        run = {}
+        if module == "wandb":
+            if not workdir.wandb_id.exists() or not workdir.wandb_id.read_text().strip():
+                write_atomically(workdir.wandb_id, secrets.token_hex(4) + "\n")
+            run = {"id": workdir.wandb_id.read_text().strip()}
+        public = {key: value for key, value in config.items() if not key.startswith("_")}  # Trackio refuses the others
+        self._call("init", project=project, name=workdir.path.name, config=public, resume="allow", **run)
 
     def write(self, step: int, values: Json) -> None:
         if step >= self._last_step:
@@ -176,16 +181,6 @@ class Tracker:
                 problem = f"{type(error).__name__}: {error}"
                 logger.warning("%s.%s failed, the run continues: %s. Reported once.", self._name, function, problem)
             self._failed = True
-
-
-def _wandb_id(workdir: Workdir) -> str:
-    """The id of the work directory's W&B run, created at the first start and kept in `wandb_id.txt`."""
-    path = workdir.wandb_id
-    found = path.read_text().strip() if path.exists() else ""
-    if not found:
-        found = secrets.token_hex(4)
-        write_atomically(path, found + "\n")
-    return found
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Axes, Mesh, Optimizer, Params, ScheduleConfig
 from jaxtrain.optim import base
 from jaxtrain.plan.schedules import Cosine
@@ -36,7 +37,13 @@ class AdamW:
     decay_embeddings: bool = False
 
     def check(self) -> None:
-        base.check_fields(self)
+        base.check_rate(self.learning_rate)
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay={self.weight_decay}: give 0 or more; 0.1 is usual.")
+        if self.epsilon <= 0:
+            raise UserError(f"epsilon={self.epsilon}: give a value above 0, or unused parameters divide by zero.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas={self.betas}: give two numbers from 0 to below 1, for example (0.9, 0.95).")
 
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
         """The optimizer, whose state is optax's ScaleByAdamState (count, mu, nu)."""

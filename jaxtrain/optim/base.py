@@ -152,14 +152,3 @@ def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: flo
 def check_rate(learning_rate: float) -> None:
     if learning_rate <= 0:
         raise UserError(f"learning_rate={learning_rate}: give a peak rate above 0, for example 3e-4.")
-
-
-def check_fields(config: Any) -> None:
-    """The rules that AdamW and Muon share. Raises UserError."""
-    check_rate(config.learning_rate)
-    if config.weight_decay < 0:
-        raise UserError(f"weight_decay={config.weight_decay}: give 0 or more; 0.1 is usual.")
-    if config.epsilon <= 0:
-        raise UserError(f"epsilon={config.epsilon}: give a value above 0, or unused parameters divide by zero.")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"betas={config.betas}: give two numbers from 0 to below 1, for example (0.9, 0.95).")

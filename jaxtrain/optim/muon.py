@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import spec
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Axes, Mesh, Optimizer, Params, ScheduleConfig
+from jaxtrain.interfaces import Axes, Mesh, Optimizer, Params
 from jaxtrain.optim import base
-from jaxtrain.plan.schedules import Cosine
+from jaxtrain.optim.adamw import AdamW
 
 # Jordan 2024, https://kellerjordan.github.io/posts/muon: chosen for the steepest slope at 0, so that five steps bring
 # every singular value into about 0.7 to 1.2 (it does not converge to 1, nor needs to).
@@ -27,7 +27,7 @@ Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Muon:
+class Muon(AdamW):
     """Momentum orthogonalized by Newton-Schulz (Jordan 2024) for hidden matrices, with Moonlight's scale and decay.
 
     A matrix [m, n] moves by learning_rate * 0.2 * sqrt(max(m, n)) times the orthogonalized Nesterov momentum, whose
@@ -35,28 +35,17 @@ class Muon:
     Layers are separate matrices, stacked or not. Embedding, output head, norms and biases use AdamW.
 
     Attributes:
-        learning_rate: The peak rate, which `schedule` scales.
-        schedule: A dataclass of plan/schedules.py.
         momentum: Decay rate of the matrices' momentum.
-        weight_decay: Of each step, as a multiple of the learning rate; on matrices and head, never norms and biases.
-        decay_embeddings: Whether the embedding decays; see AdamW.
         adam_ratio: The learning rate of AdamW's parameters, as a multiple of the matrices' rate.
-        betas, epsilon: Settings of AdamW.
-        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
+        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32". Other fields: see AdamW.
     """
 
-    learning_rate: float = 3e-4
-    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
     momentum: float = 0.95
-    weight_decay: float = 0.1
-    decay_embeddings: bool = False
     adam_ratio: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
     newton_schulz_dtype: str = "bfloat16"
 
     def check(self) -> None:
-        base.check_fields(self)
+        super().check()
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:

@@ -7,5 +7,3 @@ are batch size × sequence length, as Python integers. Never imports JAX.
 from jaxtrain.plan.build import CROSS_ENTROPY_ALONE, build_plan
 from jaxtrain.plan.plan import Plan, StagePlan, StepPlan
 from jaxtrain.plan.stages import Stage
-
-__all__ = ["CROSS_ENTROPY_ALONE", "Plan", "Stage", "StagePlan", "StepPlan", "build_plan"]

@@ -1,7 +1,7 @@
 """Every step of a run as a pure function of its number. Shapes: S sources, B rows per batch."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -153,21 +153,21 @@ class Plan:
         sources.flags.writeable = False
         return sources
 
-    def source_rows_before(self, step: int) -> np.ndarray:
-        """Rows of each source in all earlier steps, int64 [S]. `step` may be last_step + 1."""
-        return self._totals(step, [1] * len(self.stages))
-
     def source_tokens_before(self, step: int) -> np.ndarray:
         """Trained tokens of each source in all earlier steps, int64 [S]. `step` may be last_step + 1.
 
         They sum to the run's tokens before the step: rows × seq_len, minus the tokens that the last batch masks.
         """
-        tokens = self._totals(step, [stage.seq_len for stage in self.stages])
-        if self.last_step is not None and step > self.last_step:
-            last = self.at(self.last_step)
-            row_ends = np.arange(1, last.batch_size + 1, dtype=np.int64) * last.seq_len
-            masked_B = np.clip(row_ends - last.masked_from, 0, last.seq_len)
-            np.subtract.at(tokens, self.sources_of(self.last_step), masked_B)
+        until = step if self.last_step is None else min(step, self.last_step)
+        assert step >= 1, f"steps count from 1, this is {step}"
+        assert step <= until + 1, f"step {step} is past the end of the run, step {self.last_step}"
+        tokens = np.zeros(len(self.source_names), np.int64)
+        for stage in self.stages:
+            tokens[self._indices(stage)] += stage.mix.counts_after(stage.batches_before(until)) * stage.seq_len
+        if step > until:  # the last batch may be masked, and is then divided differently
+            last = self.at(until)
+            row_starts_B = np.arange(last.batch_size, dtype=np.int64) * last.seq_len
+            np.add.at(tokens, self.sources_of(until), np.clip(last.masked_from - row_starts_B, 0, last.seq_len))
         return tokens
 
     def record(self) -> Json:
@@ -238,7 +238,7 @@ class Plan:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         if self.last_step is None or self.total_tokens is None:
-            about = "" if self.horizon is None else f" About {self.horizon:,} tokens, which schedules go by."
+            about = "" if self.horizon is None else f" Schedules assume about {self.horizon:,} tokens."
             return "\n".join([*text, f"The run ends with its data: no total_tokens, no steps.{about}"])
         last = self.at(self.last_step)
         end = f"{self.last_step:,} steps, {self.total_tokens:,} tokens"
@@ -280,18 +280,6 @@ class Plan:
 
     def _indices(self, stage: StagePlan) -> list[int]:
         return [self.source_names.index(name) for name in stage.weights]
-
-    def _totals(self, step: int, row_values: Sequence[int]) -> np.ndarray:
-        """Rows of each source before the step, times a value per stage: int64 [S]."""
-        assert 1 <= step <= (step if self.last_step is None else self.last_step + 1), f"no totals before step {step}"
-        if self.last_step is not None and step > self.last_step:  # a masked last batch is divided differently
-            value = row_values[self._stage(self.last_step).index - 1]
-            last = np.bincount(self.sources_of(self.last_step), minlength=len(self.source_names))
-            return self._totals(self.last_step, row_values) + last * value
-        totals = np.zeros(len(self.source_names), np.int64)
-        for stage, value in zip(self.stages, row_values, strict=True):
-            totals[self._indices(stage)] += stage.mix.counts_after(stage.batches_before(step)) * value
-        return totals
 
 
 def _until(value: Any, field: str, step: int) -> Any:

@@ -8,7 +8,6 @@ warmup or decay therefore has the same effect for any batch size, and the rates 
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Schedule
@@ -30,80 +29,84 @@ class WarmUp:
         """Raises UserError if a value is out of range or both lengths are set."""
         _check_length("warmup", self.warmup_tokens, self.warmup_fraction)
 
-    def _after_warmup(self, shape: Callable[[int, float, int | None], float]) -> Schedule:
-        """The schedule that follows `shape(tokens, warmup tokens, total)` after the warmup."""
+    def build(self) -> Schedule:
+        """Returns schedule(tokens, total) → factor, 0 to 1. It raises UserError for a total that it cannot fit."""
 
         def schedule(tokens: int, total: int | None) -> float:
             warmup = _length("warmup", self.warmup_tokens, self.warmup_fraction, total)
-            factor = shape(tokens, warmup, total)  # first, so that a bad total fails at step 1
+            factor = self._after_warmup(tokens, warmup, total)  # first, so that a bad total fails at step 1
             return tokens / warmup if tokens < warmup else factor
 
         return schedule
+
+    def _after_warmup(self, tokens: int, warmup: float, total: int | None) -> float:
+        """The factor after the warmup of `warmup` tokens. Also called during it."""
+        raise NotImplementedError
+
+    def _end(self, total: int | None) -> int:
+        if total is None:
+            raise UserError(
+                f"the schedule {type(self).__name__} needs to know where the run ends: set total_tokens or steps, "
+                "or choose the schedule Constant"
+            )
+        return total
 
 
 @dataclasses.dataclass(kw_only=True)
 class Constant(WarmUp):
     """The peak rate until the end, and the only schedule for a run without a known end. Fields: see WarmUp."""
 
-    def build(self) -> Schedule:
-        """Returns schedule(tokens, total) → factor, 0 to 1. `total` may be None unless warmup_fraction is set."""
-        return self._after_warmup(lambda tokens, warmup, total: 1.0)
+    def _after_warmup(self, tokens: int, warmup: float, total: int | None) -> float:
+        return 1.0
 
 
 @dataclasses.dataclass(kw_only=True)
-class Cosine(WarmUp):
-    """Half a cosine from the peak to the end (Loshchilov & Hutter 2017, SGDR, equation 5, without restarts).
+class Decay(WarmUp):
+    """A decay from the end of the warmup to the end of the run, of the shape that a subclass gives.
 
     Attributes:
         final_fraction: Final rate as a fraction of the peak, 0 to 1. Other fields: see WarmUp.
     """
+
+    final_fraction: float
+
+    def check(self) -> None:
+        """Raises UserError if a value is out of range."""
+        super().check()
+        _check_share("final_fraction", self.final_fraction)
+
+    def _after_warmup(self, tokens: int, warmup: float, total: int | None) -> float:
+        end = self._end(total)
+        if warmup >= end:
+            raise UserError(
+                f"the warmup of {warmup:,.0f} tokens fills the run's {end:,}; shorten warmup_tokens, "
+                "share of the run, for example warmup_fraction=0.01"
+            )
+        return self._at(min(max((tokens - warmup) / (end - warmup), 0.0), 1.0))
+
+    def _at(self, progress: float) -> float:
+        """The factor at a progress of the decay, 0 to 1."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Cosine(Decay):
+    """Half a cosine from the peak to the end (Loshchilov & Hutter 2017, SGDR, equation 5, without restarts)."""
 
     final_fraction: float = 0.1
 
-    def check(self) -> None:
-        """Raises UserError if a value is out of range."""
-        super().check()
-        _check_share("final_fraction", self.final_fraction)
-
-    def build(self) -> Schedule:
-        """Returns schedule(tokens, total) → factor, 0 to 1.
-
-        It raises UserError without a total or if the warmup fills it.
-        """
-
-        def shape(tokens: int, warmup: float, total: int | None) -> float:
-            part = _progress(tokens, warmup, _horizon(self, total))
-            return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * part)) / 2
-
-        return self._after_warmup(shape)
+    def _at(self, progress: float) -> float:
+        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclasses.dataclass(kw_only=True)
-class Linear(WarmUp):
-    """A straight line from the peak to the end, by default to 0 (Bergsma et al. 2025, "Straight to Zero").
-
-    Attributes:
-        final_fraction: Final rate as a fraction of the peak, 0 to 1. Other fields: see WarmUp.
-    """
+class Linear(Decay):
+    """A straight line from the peak to the end, by default to 0 (Bergsma et al. 2025, "Straight to Zero")."""
 
     final_fraction: float = 0.0
 
-    def check(self) -> None:
-        """Raises UserError if a value is out of range."""
-        super().check()
-        _check_share("final_fraction", self.final_fraction)
-
-    def build(self) -> Schedule:
-        """Returns schedule(tokens, total) → factor, 0 to 1.
-
-        It raises UserError without a total or if the warmup fills it.
-        """
-
-        def shape(tokens: int, warmup: float, total: int | None) -> float:
-            part = _progress(tokens, warmup, _horizon(self, total))
-            return 1 - (1 - self.final_fraction) * part
-
-        return self._after_warmup(shape)
+    def _at(self, progress: float) -> float:
+        return 1 - (1 - self.final_fraction) * progress
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,35 +136,18 @@ class WSD(WarmUp):
             raise UserError(f'shape={self.shape!r} of the decay is neither "linear" nor "sqrt"')
         _check_share("final_fraction", self.final_fraction)
 
-    def build(self) -> Schedule:
-        """Returns schedule(tokens, total) → factor, 0 to 1.
-
-        It raises UserError without a total or if the parts exceed it.
-        """
-
-        def shape(tokens: int, warmup: float, total: int | None) -> float:
-            horizon = _horizon(self, total)
-            decay = _length("decay", self.decay_tokens, self.decay_fraction, total)
-            if warmup + decay > horizon:
-                raise UserError(
-                    f"a warmup of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's "
-                    f"{horizon:,}; shorten them, or give them as warmup_fraction and decay_fraction"
-                )
-            if tokens <= horizon - decay:
-                return 1.0
-            part = min((tokens - (horizon - decay)) / decay, 1.0)  # an estimated horizon may come too early
-            return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
-
-        return self._after_warmup(shape)
-
-
-def _horizon(config: WarmUp, total: int | None) -> int:
-    if total is None:
-        raise UserError(
-            f"the schedule {type(config).__name__} needs to know where the run ends: set total_tokens or steps, "
-            "or choose the schedule Constant"
-        )
-    return total
+    def _after_warmup(self, tokens: int, warmup: float, total: int | None) -> float:
+        end = self._end(total)
+        decay = _length("decay", self.decay_tokens, self.decay_fraction, total)
+        if warmup + decay > end:
+            raise UserError(
+                f"a warmup of {warmup:,.0f} tokens and a decay of {decay:,.0f} do not fit into the run's {end:,}; "
+                "shorten them, or give them as warmup_fraction and decay_fraction"
+            )
+        if tokens <= end - decay:
+            return 1.0
+        part = min((tokens - (end - decay)) / decay, 1.0)  # an estimated end may come too early
+        return 1 - (1 - self.final_fraction) * (math.sqrt(part) if self.shape == "sqrt" else part)
 
 
 def _length(what: str, tokens: int | None, fraction: float | None, total: int | None) -> float:
@@ -174,16 +160,6 @@ def _length(what: str, tokens: int | None, fraction: float | None, total: int | 
             f"give {what}_tokens instead, or set total_tokens or steps"
         )
     return fraction * total
-
-
-def _progress(tokens: int, warmup: float, horizon: int) -> float:
-    """Progress from the end of the warmup to the end of the run, 0 to 1 (0 during the warmup)."""
-    if warmup >= horizon:
-        raise UserError(
-            f"the warmup of {warmup:,.0f} tokens fills the run's {horizon:,}; shorten warmup_tokens, or give it as a "
-            "share of the run, for example warmup_fraction=0.01"
-        )
-    return min(max((tokens - warmup) / (horizon - warmup), 0.0), 1.0)
 
 
 def _check_length(what: str, tokens: int | None, fraction: float | None) -> None:

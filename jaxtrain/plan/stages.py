@@ -62,7 +62,7 @@ class Stage:
             raise UserError(f"packing={self.packing!r} is not known; did you mean {' or '.join(map(repr, near))}?")
         if self.packing == "fit" and self.overlap:
             raise UserError(
-                f"overlap={self.overlap} with packing='fit': rows of whole documents do not overlap, give 0"
+                f"overlap={self.overlap} with packing='fit': rows of whole documents do not overlap; give 0"
             )
         if self.weights == {}:
             raise UserError("weights={} names no source: give each one's share, summing to 1")

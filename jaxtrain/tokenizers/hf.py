@@ -13,9 +13,11 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.tokenizers import files
+from jaxtrain.tokenizers.engine import Encode, FastEngine, check_engine
 from jaxtrain.tokenizers.identity import PROBE, identity, well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
 
@@ -31,10 +33,14 @@ class HuggingFaceTokenizer:
         revision: a branch, tag or commit on the Hub; None for the newest. A resume compares the files' hash.
         eos_token: text of the token that ends a document, such as "</s>"; None for the one in the files.
         bos_token: text of the token that begins a document; None for the one in the files.
-        threads: threads that encode a batch; None for all cores of the process. Does not affect results. For
-            tokenizer.json it sizes the thread pool of the whole process, once, unless RAYON_NUM_THREADS is set.
+        threads: threads that encode a batch; None for all cores of the process, and for fastokens for one, since the
+            data path encodes several batches at a time. Does not affect results. For tokenizer.json it sizes the thread
+            pools of the whole process, once, unless RAYON_NUM_THREADS or FASTOKENS_BPE_THREADS are set.
         vocab_size: number of ids, for tools that plan offline (tools.compile_check, tools.estimate). A run uses the
             files' number and warns if it differs.
+        engine: library that encodes with a tokenizer.json. "tokenizers" defines the ids. "auto" takes fastokens where a
+            check shows that it gives the same, see engine.py; "fastokens" checks before the first text and ends the run
+            if it does not. May change at any resume.
     """
 
     name: str
@@ -43,6 +49,7 @@ class HuggingFaceTokenizer:
     bos_token: str | None = None
     threads: int | None = None
     vocab_size: int | None = None
+    engine: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "tokenizers"})
 
     def check(self) -> None:
         if not self.name:
@@ -50,24 +57,25 @@ class HuggingFaceTokenizer:
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size}: give the number of ids, or none")
         check_threads(self.threads)
+        check_engine(self.engine)
 
     def build(self, workdir: str) -> "HFTokenizer | SentencePieceTokenizer":
-        """Loads or downloads the tokenizer. `workdir` is unused.
+        """Loads or downloads the tokenizer. The results of an engine's check are kept in `workdir`, unless it is "".
 
         Raises:
             UserError: the tokenizer does not exist or cannot encode documents.
         """
         found = files.find(self.name, self.revision)
+        tokens = {"eos_token": self.eos_token, "bos_token": self.bos_token}
         if files.TOKENIZER_JSON in found.content:
-            kind = HFTokenizer
+            built = HFTokenizer(found, **tokens, threads=self.threads, engine=self.engine, workdir=workdir)
         elif files.SENTENCEPIECE_MODEL in found.content:
-            kind = SentencePieceTokenizer
+            built = SentencePieceTokenizer(found, **tokens, threads=self.threads)
         else:
             raise UserError(
                 f"{found.where}: neither {files.TOKENIZER_JSON} nor {files.SENTENCEPIECE_MODEL} there; save the "
                 "tokenizer with transformers' save_pretrained, or give another name"
             )
-        built = kind(found, eos_token=self.eos_token, bos_token=self.bos_token, threads=self.threads)
         if self.vocab_size not in (None, built.vocab_size):
             logger.warning(
                 "tokenizer.vocab_size=%d, but %s has %d ids: correct it, because compile checks and estimates use it.",
@@ -79,7 +87,7 @@ class HuggingFaceTokenizer:
 
 
 class HFTokenizer:
-    """Implements interfaces.Tokenizer with the `tokenizers` library.
+    """Implements interfaces.Tokenizer with the `tokenizers` library, or a faster one that gives the same ids.
 
     It adds no special tokens and never encodes text to one, so no document can forge its own end. It ignores
     truncation, padding and dropout settings in the files. `token_bytes` sums to the text's UTF-8 length for byte-level
@@ -93,10 +101,28 @@ class HFTokenizer:
         eos_token: str | None = None,
         bos_token: str | None = None,
         threads: int | None = None,
+        engine: str = "tokenizers",
+        workdir: epath.PathLike = "",
     ):
+        """Loads the tokenizer.
+
+        Args:
+            tokenizer_files: the tokenizer's files.
+            eos_token: as in HuggingFaceTokenizer.
+            bos_token: as in HuggingFaceTokenizer.
+            threads: as in HuggingFaceTokenizer.
+            engine: as in HuggingFaceTokenizer.
+            workdir: keeps the result of an engine's check; "" to keep none.
+
+        Raises:
+            UserError: the files are unusable, or the engine named gives other ids.
+        """
         self._files = tokenizer_files
+        self._fast: FastEngine | None = None
         if threads is not None:
             os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+        # With one thread it makes 244 MB per CPU second, with a pool of two 177.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(threads or 1))
         content = tokenizer_files.content[files.TOKENIZER_JSON]
         try:
             self._tokenizer = self._encoder = _load(content)
@@ -124,15 +150,29 @@ class HFTokenizer:
         self.bos_id = files.special_id(tokenizer_files, "bos_token", bos_token, vocabulary)
         unknown = {vocabulary.get(spec["model"].get("unk_token")), spec["model"].get("unk_id")}
         self.token_bytes = self._token_bytes(spec, vocabulary, byte_level, unknown)
-        sealed = self._seal(spec, unknown)
+        self._renamed = self._seal(spec, unknown)
         self.identity = identity(
             self,
             "tokenizer.json",
             content,
-            sealed=sealed,
+            sealed=bool(self._renamed),
             library=tokenizers.__version__,
             revision=tokenizer_files.revision,
         )
+        if engine != "tokenizers":
+            self._fast = fast = FastEngine(self._spec, self._encode, self._vocabulary_texts, self.identity, workdir)
+            if engine == "fastokens":
+                fast.start()
+                if fast.refused:
+                    raise UserError(
+                        f"{tokenizer_files.where}: engine='fastokens', but {fast.refused}; set `engine` to 'auto' or "
+                        "'tokenizers'"
+                    )
+
+    @property
+    def reference(self) -> Encode | None:
+        """Encodes as `encode_batch` with the library that defines the ids; None unless a faster one may serve."""
+        return self._encode if self._fast and self._fast.encode else None
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts; lone surrogates become U+FFFD.
@@ -144,6 +184,13 @@ class HFTokenizer:
             The ids, int32 [sum of lengths], and the lengths, int64 [N].
         """
         texts = list(texts)
+        if self._fast is not None:
+            if self._fast.encode is not None:
+                return self._fast.encode(texts)
+            self._fast.note(sum(map(len, texts)))
+        return self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
             encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
@@ -199,8 +246,16 @@ class HFTokenizer:
         count[[id for id in {self.eos_id, self.bos_id, *unknown} if id is not None]] = 0
         return count
 
-    def _seal(self, spec: Json, unknown: Collection[int | None]) -> bool:
-        """Stops the encoder from matching special tokens in text. Returns whether it had to change anything.
+    def _spec(self) -> Json:
+        """The tokenizer.json that the encoder was loaded from."""
+        spec = self._files.json(files.TOKENIZER_JSON)
+        return _without(spec, self._renamed) if self._renamed else spec
+
+    def _vocabulary_texts(self) -> list[str]:
+        return self._tokenizer.decode_batch([[id] for id in range(self.vocab_size)], skip_special_tokens=False)
+
+    def _seal(self, spec: Json, unknown: Collection[int | None]) -> set[str]:
+        """Stops the encoder from matching special tokens in text. Returns those that it had to rename.
 
         The library matches tokens added with `special: false`, and special tokens in the vocabulary of a WordLevel,
         WordPiece or Unigram model where they stand alone in the text.
@@ -224,8 +279,9 @@ class HFTokenizer:
                 "vocabulary, or choose another tokenizer"
             ) from error
         if not found:
-            return False
-        self._encoder = _load(json.dumps(_without(spec, {tokens[id] for id in found})).encode())
+            return set()
+        renamed = {tokens[id] for id in found}
+        self._encoder = _load(json.dumps(_without(spec, renamed)).encode())
         for id in ends & found:
             if not len(self.encode_batch([tokens[id]])[0]):
                 raise UserError(
@@ -237,7 +293,7 @@ class HFTokenizer:
                 f"{where}: {tokens[self.eos_id]!r} also stands for unknown text, so it cannot end a document; set "
                 "`eos_token` to another token"
             )
-        return True
+        return renamed
 
 
 def _load(content: bytes) -> tokenizers.Tokenizer:

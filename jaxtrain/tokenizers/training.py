@@ -16,10 +16,12 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan.stable_hash import philox
 from jaxtrain.tokenizers import files
+from jaxtrain.tokenizers.engine import check_engine
 from jaxtrain.tokenizers.hf import HFTokenizer
 from jaxtrain.tokenizers.identity import well_formed
 from jaxtrain.tokenizers.sentencepiece import SentencePieceTokenizer, check_threads
@@ -69,6 +71,7 @@ class TrainTokenizer:
             sentencepiece, the ids before it: 3, 4, ... for "sentencepiece", 1, 2, ... for "bpe". No text encodes to
             them.
         threads: as in HuggingFaceTokenizer; for encoding only.
+        engine: as in HuggingFaceTokenizer; for kind="bpe" only.
     """
 
     kind: str = "sentencepiece"
@@ -80,6 +83,7 @@ class TrainTokenizer:
     sample_mb: float = 64.0
     special_tokens: tuple[str, ...] = ()
     threads: int | None = None
+    engine: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "tokenizers"})
 
     def check(self) -> None:
         if self.kind not in ("sentencepiece", "bpe"):
@@ -106,6 +110,7 @@ class TrainTokenizer:
         if len(set(self.special_tokens)) < len(self.special_tokens):
             raise ValueError(f"special_tokens={self.special_tokens}: one is listed twice; give each once")
         check_threads(self.threads)
+        check_engine(self.engine)
 
     def needs_training(self, workdir: epath.PathLike) -> bool:
         """Whether `train` must run before `build`."""
@@ -141,11 +146,14 @@ class TrainTokenizer:
             raise UserError(
                 "\n".join([f"{folder} was trained with other settings; delete it, or use these settings:", *lines])
             )
-        return self._load(files.read(folder))
+        return self._load(files.read(folder), self.engine, workdir)
 
-    def _load(self, tokenizer_files: files.TokenizerFiles) -> HFTokenizer | SentencePieceTokenizer:
-        kind = HFTokenizer if self.kind == "bpe" else SentencePieceTokenizer
-        return kind(tokenizer_files, threads=self.threads)
+    def _load(
+        self, tokenizer_files: files.TokenizerFiles, engine: str = "tokenizers", workdir: epath.PathLike = ""
+    ) -> HFTokenizer | SentencePieceTokenizer:
+        if self.kind == "bpe":
+            return HFTokenizer(tokenizer_files, threads=self.threads, engine=engine, workdir=workdir)
+        return SentencePieceTokenizer(tokenizer_files, threads=self.threads)
 
     def _settings(self) -> Json:
         """The fields that determine the result."""

@@ -106,10 +106,17 @@ class BatchIterator(grain.DatasetIterator):
         Args:
             revisions: Commits of Hub datasets by source. They override the config's revisions.
         """
-        dataset, config = self._dataset, _at_commits(self._dataset.config, revisions)
+        dataset = self._dataset
+        fixed: dict[str, Any] = dict(dataset.config.data.sources)
+        for name, revision in revisions.items():
+            fixed[name] = dataclasses.replace(fixed[name], revision=revision)
+        data = dataclasses.replace(dataset.config.data, sources=fixed)
+        config = dataclasses.replace(dataset.config, data=data)
         plan = config.plan()
         workdir = Workdir(dataset.workdir or tempfile.mkdtemp(prefix="jaxtrain-batches-"))  # paths only: no lock
-        saved = _nearest(dataset.workdir, dataset.step)
+        steps = [] if dataset.workdir is None else restore.steps(dataset.workdir)
+        nearest = max((step for step in steps if step <= dataset.step), default=None)
+        saved = None if nearest is None else restore.load_data(str(dataset.workdir), nearest)
         config = compatibility.settled(config, saved)
         cache = config.data.cache(os.fspath(workdir.cache / "data"))
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
@@ -139,20 +146,6 @@ class BatchIterator(grain.DatasetIterator):
         while batches.get_state()["step"] < dataset.step:
             next(batches)
         return batches
-
-
-def _at_commits(config: Config, revisions: Mapping[str, str]) -> Config:
-    """Returns the config with its Hub datasets at these commits."""
-    sources: dict[str, Any] = dict(config.data.sources)
-    for name, revision in revisions.items():
-        sources[name] = dataclasses.replace(sources[name], revision=revision)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-
-
-def _nearest(workdir: str | None, step: int) -> Json | None:
-    """Returns the data state of the newest checkpoint up to `step`; None without one."""
-    steps = [found for found in restore.steps(workdir) if found <= step] if workdir is not None else []
-    return restore.load_data(str(workdir), max(steps)) if steps else None
 
 
 def _digest(identities: Json, lanes: range) -> str:

@@ -121,7 +121,7 @@ class Evaluator:
 
     def _measure(self, params: object, batches: Sequence[StepBatch]) -> dict[str, float | None]:
         executable, sums = self._executable(), np.zeros(3)
-        for batch in Feed(iter(batches), self._mesh, self._lanes, self._data.num_lanes, ahead=1):
+        for batch in Feed(iter(batches), self._mesh, self._lanes, self._data.num_lanes):
             measured = executable(params, batch.arrays, self._token_bytes)
             sums += [float(measured[name]) for name in ("nats", "tokens", "bytes")]
         nats, tokens, byte_count = sums.tolist()

@@ -27,7 +27,7 @@ from jaxtrain.metrics.monitor import Monitor, Run, console_logging
 from jaxtrain.plan import StepPlan
 from jaxtrain.trainer import compatibility, state
 from jaxtrain.trainer.dry_run import describe
-from jaxtrain.trainer.session import Session, configure_runtime, open_session, sample
+from jaxtrain.trainer.session import Session, configure_runtime, sample
 
 FINISHED, STOPPED = 0, 75
 # Steps dispatched ahead: the devices always have work, and few batches wait in their memory.
@@ -86,7 +86,7 @@ def _run(
             return FINISHED
     session: Session | None = None
     try:
-        session = open_session(config, workdir, checkpointer, fetch=not dry_run)
+        session = Session(config, workdir, checkpointer, fetch=not dry_run)
         if keep is not None:
             keep.append(session)
         if dry_run:
@@ -127,7 +127,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
     )
     with config.monitor.build(workdir, described, console) as monitor:
         if session.is_complete:
-            monitor.message(f"The run is complete: step {start:,}, {session.start_tokens:,} tokens. Nothing to do.")
+            logger.info(f"The run is complete: step {start:,}, {session.start_tokens:,} tokens. Nothing to do.")
             return FINISHED
         workdir.write_config(session.identities["config"])
         monitor.attach(workdir.config)
@@ -137,7 +137,7 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
             code = loop.run(train_state)
         step = checkpointer.latest_step()
         saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
-        monitor.message(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
+        logger.info(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
         return code
 
 

@@ -9,9 +9,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import jax
 from etils import epath
@@ -27,14 +26,15 @@ from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.data.source_reader import Position, SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFaceSource
+from jaxtrain.data.stores.record_store import Manifest
 from jaxtrain.data.tokenizing import documents_of
-from jaxtrain.distributed.consensus import broadcast, broadcast_json
-from jaxtrain.errors import FollowedError, TransientError, UserError
+from jaxtrain.distributed.consensus import broadcast, broadcast_json, on_process_0
+from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Source, Tokenizer
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 
-T = TypeVar("T")
+_FAILED = "process 0 could not prepare the run: see its message"
 
 _ROWS_OF_ESTIMATE = 1000
 
@@ -78,7 +78,7 @@ def open_all(
         fetch=fetch,
         ahead=not is_tool,
     )
-    opened = _on_process_0(lambda: opening(identities=known_sources(config, saved)))
+    opened = on_process_0(lambda: opening(identities=known_sources(config, saved)), _FAILED)
     if jax.process_count() > 1:
         told = {n: {"source": one.source.identity, "mode": one.mode} for n, one in (opened or {}).items()}
         told = broadcast_json(told)
@@ -104,7 +104,7 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
         saved: a checkpoint's data state, to read the same commits; None to look the sources up now.
         cache: the disk cache, if there is one.
     """
-    found = _on_process_0(lambda: pipeline.resolve(config.data, known_sources(config, saved), cache))
+    found = on_process_0(lambda: pipeline.resolve(config.data, known_sources(config, saved), cache), _FAILED)
     if jax.process_count() > 1:
         identities = broadcast_json({name: {"source": source.identity} for name, source in (found or {}).items()})
         found = found or pipeline.resolve(config.data, identities, cache)
@@ -127,7 +127,7 @@ def build(
             reader.check_lanes()
         return readers
 
-    readers = _on_process_0(cut)
+    readers = on_process_0(cut, _FAILED)
     if jax.process_count() > 1:
         footers = {name: source for name, source in resolved.items() if isinstance(source, HuggingFaceSource)}
         told = broadcast_json({name: source.known_row_groups() for name, source in footers.items()})
@@ -140,39 +140,17 @@ def build(
 
 def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, int]]:
     """Corrupt files to skip, from the work directory and the checkpoint: source → file → first row not read."""
-    found = _on_process_0(
+    found = on_process_0(
         lambda: skip_lists.union(
             skip_lists.load(epath.Path(workdir) / "skips.json"), skip_lists.saved(saved["sources"]) if saved else {}
-        )
+        ),
+        _FAILED,
     )
     found = broadcast_json(found)
     for source, files in found.items():
         for file, row in files.items():
             logger.info("Source %s: corrupt file %s is skipped from row %d on.", source, file, max(row, 0))
     return found
-
-
-class _ElsewhereUserError(UserError, FollowedError):
-    """Process 0 raised a UserError and reports it."""
-
-
-class _ElsewhereTransientError(TransientError, FollowedError):
-    """Process 0 raised an error that a restart may fix."""
-
-
-def _on_process_0(function: Callable[[], T]) -> T | None:
-    """Calls a function on process 0. Returns its result there, None elsewhere. All processes raise if it fails."""
-    result, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-    kind = int(broadcast([0 if failure is None else 1 if isinstance(failure, UserError) else 2])[0])
-    if kind:
-        text = "process 0 could not prepare the run: see its message"
-        raise failure or (_ElsewhereUserError if kind == 1 else _ElsewhereTransientError)(text)
-    return result
 
 
 def tokenizer(
@@ -198,7 +176,7 @@ def tokenizer(
                 ThreadPoolExecutor(1, "jaxtrain-tokenizer").submit(chosen.train, texts, workdir).result()
 
     if isinstance(chosen, TrainTokenizer):
-        _on_process_0(train)
+        on_process_0(train, _FAILED)
     build = functools.partial(chosen.build, os.fspath(workdir))
     return retry.attempt(build, what="tokenizer", deadline=pipeline.PATIENCE_AT_START)
 
@@ -228,8 +206,8 @@ def horizon(
                 rest = max(rest, (tokens - int(before[index])) / float(weight))
         return last.first_token + math.ceil(rest)
 
-    found = broadcast_json({"horizon": _on_process_0(estimate)})["horizon"]
-    logger.info("The sources have about %s tokens in %d epoch(s): schedules go by that.", f"{found:,}", epochs)
+    found = broadcast_json({"horizon": on_process_0(estimate, _FAILED)})["horizon"]
+    logger.info("The sources have about %s tokens in %d epoch(s): schedules assume that.", f"{found:,}", epochs)
     return found
 
 
@@ -237,37 +215,43 @@ def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config)
     """Tokens of a source's epoch, from its rows and the tokens of about the first thousand."""
     if reader.most_rows is None:
         raise UserError(
-            f"epochs={config.epochs} ends the run, and nothing says how many documents source {reader.name!r} has, so "
-            f"the schedule {type(config.optimizer.schedule).__name__} cannot know where: set total_tokens or steps, "
+            f"epochs={config.epochs} ends the run, but the number of documents of source {reader.name!r} is "
+            f"unknown, which the schedule {type(config.optimizer.schedule).__name__} needs: set total_tokens or steps, "
             f"data.sources.{reader.name}.max_samples, or optimizer.schedule=Constant with warmup_tokens"
         )
     lanes, start = reader.options.num_lanes, Position(0, 0, 0)
     spec = config.data.row_spec(tokenizer, config.epochs)
     reader.register(dict.fromkeys(range(lanes), start))
-    turns = collections.deque(reader.windows(lane, start, 1) for lane in range(lanes))
+    turns = collections.deque((lane, reader.windows(lane, start, 1)) for lane in range(lanes))
     rows = tokens = 0
     while turns and rows < _ROWS_OF_ESTIMATE:
-        windows = turns.popleft()
+        lane, windows = turns.popleft()
         window = next(windows, None)
         if window is None:
             continue
-        turns.append(windows)
+        turns.append((lane, windows))
         rows += window.rows
-        documents = documents_of(iter((window,)), window.start, spec)
+        documents = documents_of(iter((window,)), window.start, spec, reader, lane)
         tokens += sum(int(some.lengths.sum()) for some in documents)
     reader.close()
     return tokens / rows * reader.most_rows if turns and rows else tokens
 
 
-def for_writing(config: Config, workdir: str, begun: Mapping[str, Json]) -> tuple[dict[str, Source], Tokenizer]:
+def for_writing(
+    config: Config, workdir: str, store: type[Manifest], output: str
+) -> tuple[dict[str, Source], Tokenizer]:
     """Opens sources and tokenizer for a tool that writes stores of them.
+
+    Sources are those of the work directory's checkpoint, else of the store that a worker has begun.
 
     Args:
         config: the run's config.
         workdir: the work directory.
-        begun: identities of sources already recorded by a worker. A checkpoint in the work directory takes precedence.
+        store: the kind of store.
+        output: the folder of the stores.
     """
-    known: dict[str, Json] = {name: {"source": source} for name, source in begun.items()}
+    begun = {name: store.planned(os.path.join(output, name)) for name in config.data.sources}
+    known = {name: {"source": manifest.source} for name, manifest in begun.items() if manifest is not None}
     if restore.is_checkpoint(workdir):
         known |= known_sources(config, restore.load_data(workdir)) or {}
     sources = pipeline.resolve(config.data, known)

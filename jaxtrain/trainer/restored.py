@@ -28,6 +28,11 @@ class Restored:
     tokenizer: Any
     params: Params
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of a text to continue, at least one, begun as documents were in training."""
+        ids = self.tokenizer.encode_batch([prompt])[0].tolist()
+        return [self.tokenizer.bos_id, *ids] if self.add_bos else ids or [self.tokenizer.eos_id]
+
 
 def restore(workdir: str, step: int | None = None) -> Restored:
     """Restores the checkpoint of a step, by default the newest.

@@ -21,10 +21,9 @@ from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import StepBatch
-from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import AttentionModel, Json, Source, Tokenizer
+from jaxtrain.interfaces import AttentionModel
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -62,14 +61,17 @@ def configure_runtime(config: Config, workdir: Workdir) -> None:
     )
 
 
-@dataclasses.dataclass(kw_only=True)
 class Session:
     """Everything a run consists of.
 
     Attributes:
+        config: the run's config.
         plan: maps a step to stage, shapes, learning rate and the source of each row.
+        eval_plan: the plan of an evaluation; None without evaluation.
+        readers: the sources cut into units, in the plan's order.
         components: the components of a step.
         programs: the compiled steps.
+        limit: bytes that a step may use on a device; None for no limit.
         identities: what every checkpoint records about data and model (see `compatibility`).
         sources: the sources of documents, by name.
         modes: how each source is read, by name.
@@ -77,41 +79,102 @@ class Session:
         scratch: a local folder for temporary files.
         start_step: step of the restored checkpoint; 0 for a new run.
         start_tokens: tokens trained up to start_step.
-        lane_states: the position of each lane after start_step.
-        prefetch: number of batches that this host prepares ahead.
+        is_complete: whether nothing is left to train.
+        stage_ends: each source's totals at the end of every stage so far.
         evaluator: None before `train_state`, or if the config has no evaluation.
-        frozen: the teacher, if it runs during training.
-        cached: the teacher's cache, if one is read.
-        saved_teacher: the teacher recorded in the checkpoint.
     """
 
-    config: Config
-    plan: Plan
-    eval_plan: Plan | None
-    tokenizer: Tokenizer
-    readers: list[SourceReader]
-    components: StepComponents
-    programs: StagePrograms
-    limit: int | None
-    checkpointer: Checkpointer
-    identities: Json
-    threads: pipeline.Pools
-    sources: dict[str, Source]
-    modes: dict[str, str]
-    cache: DiskCache | None
-    scratch: str
-    start_step: int
-    start_tokens: int
-    is_complete: bool
-    lane_states: dict[int, np.ndarray]
-    stage_ends: ledger.StageEnds
-    skipped: dict[str, dict[str, int]]
-    prefetch: int
-    frozen: teacher.Frozen | None
-    cached: teacher.Cached | None
-    saved_teacher: Json | None
-    evaluator: Evaluator | None = None
-    teacher_params: Any = None
+    def __init__(self, config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True):
+        """Opens the data, builds the model, and finds where to continue.
+
+        Args:
+            config: the run's config.
+            workdir: the work directory.
+            checkpointer: the work directory's checkpoints.
+            fetch: whether sources of mode "download" are fetched now; otherwise they are streamed.
+
+        Raises:
+            UserError: settings conflict, or this config may not resume from the checkpoint.
+        """
+        self.plan = config.plan()
+        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if config.eval.is_on else None
+        self._checkpointer = checkpointer
+        self.start_step = checkpointer.latest_step() or 0
+        saved = checkpointer.restore_data(self.start_step) if self.start_step else None
+        self.config = config = compatibility.settled(config, saved)
+        mesh = config.mesh.build()
+        self.limit = memory.limit(mesh, config.memory_gb)
+
+        # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks
+        # for.
+        asked, alone = config.tokenizer, jax.process_count() == 1 and config.teacher is None
+        vocab_size = 0
+        if alone and isinstance(asked, TrainTokenizer) and asked.needs_training(workdir.path):
+            vocab_size = asked.vocab_size
+            self._set_components(make_components(config, vocab_size, self.plan, mesh, None, self.limit))
+            self.programs.begin(1)
+
+        # The data: tokenizer, sources and their units.
+        self.scratch = os.fspath(workdir.cache)
+        cache = config.data.cache(os.path.join(self.scratch, "data"))
+        self._skipped = open_data.skipped(workdir.path, saved)
+        self.tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
+        self.sources = {name: one.source for name, one in opened.items()}
+        self.modes = {name: one.mode for name, one in opened.items()}
+        stored = all(mode == "pretokenized" for mode in self.modes.values())
+        self._threads, (_, self._prefetch) = pipeline.pools(config.data, stored), config.data.threads(stored)
+        is_used = any(one.mode == "download" or pipeline.wants_cache(one.source) for one in opened.values())
+        self.cache = cache if is_used else None
+        if self.cache is not None:
+            _clean_up(self.cache)
+        self.readers = open_data.build(config, self.sources, self._skipped, self.scratch)
+        for reader in self.readers:
+            logger.info("Source %s", reader.summary)
+        if math.isnan(self.plan.at(1).learning_rate):  # only `epochs` ends the run
+            self.plan = config.plan(open_data.horizon(config, self.readers, self.tokenizer, self.plan, saved))
+        _warn_of_warmup(config, self.plan)
+
+        # The model and the components of its steps.
+        self._frozen: teacher.Frozen | None = None
+        self._cached: teacher.Cached | None = None
+        self._teacher_params: Any = None
+        if config.teacher is not None and config.teacher.cache is None:
+            self._frozen = config.teacher.build(self.tokenizer, mesh)
+        elif config.teacher is not None:
+            self._cached = config.teacher.open_cache(config.data, self.sources, self.tokenizer)
+        if vocab_size != self.tokenizer.vocab_size:
+            layout = self._cached and self._cached.layout
+            size = self.tokenizer.vocab_size
+            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
+        self.evaluator: Evaluator | None = None
+
+        # Where to continue.
+        self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan)
+        self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
+        self._lane_states: dict[int, np.ndarray] = {}
+        self.stage_ends = ledger.StageEnds(self.plan)
+        if saved is not None:
+            for line in compatibility.check(saved, self.identities, self.plan, self.start_step):
+                logger.info("Changed since the checkpoint: %s", line)
+            self.start_tokens = saved["tokens"]
+            self.is_complete = self.start_step == self.plan.last_step or saved["data_ended"]
+            self._lane_states = ledger.from_json(saved["lanes"], self.plan.source_names, config.data.num_lanes)
+            totals = ledger.by_source(np.stack(list(self._lane_states.values())), self.plan.source_names)
+            # The first versions recorded neither the ends of stages nor the teacher.
+            self.stage_ends.restore(saved.get("stage_ends", []), self.start_step, totals)
+            self._saved_teacher = saved.get("teacher")
+
+    def _set_components(self, components: StepComponents) -> None:
+        self.components = components
+        _report(components, self.plan, self.eval_plan)
+        self.programs = StagePrograms(
+            components,
+            self.plan,
+            self.config.micro_batch_tokens,
+            self.limit,
+            self.eval_plan and self.eval_plan.stages[0],
+            bytes_besides_params(components),
+        )
 
     @functools.cached_property
     def feed(self) -> Feed:
@@ -119,19 +182,19 @@ class Session:
         data, mesh = self.config.data, self.components.mesh
         lanes = local_lanes(mesh, data.num_lanes)
         rows = data.row_spec(self.tokenizer, self.config.epochs)
-        if self.cached is not None:
-            rows = dataclasses.replace(rows, records=self.cached.records(), width=self.cached.layout.width)
+        if self._cached is not None:
+            rows = dataclasses.replace(rows, records=self._cached.records(), width=self._cached.layout.width)
         batches = pipeline.host_batches(
             self.readers,
             self.plan,
             rows,
             lanes,
-            self.threads,
+            self._threads,
             after=self.start_step,
-            states=self.lane_states,
-            prefetch=self.prefetch,
+            states=self._lane_states,
+            prefetch=self._prefetch,
         )
-        return Feed(batches, mesh, lanes, data.num_lanes, ahead=1)
+        return Feed(batches, mesh, lanes, data.num_lanes)
 
     def gather(self, batch: StepBatch) -> np.ndarray:
         """Gathers the positions of all lanes after a batch: int64 [V, S, F]. All processes must call it."""
@@ -147,17 +210,20 @@ class Session:
         first = self.plan.at(self.start_step + 1).stage
         self.programs.begin(first)
         self.feed.begin()
-        self._load_teacher(monitor)
+        self._load_teacher()
         if self.start_step:
             with monitor.span("checkpoint"):
                 wanted = state.abstract(components.model, components.optimizer, components.mesh)
-                restored = self.checkpointer.restore(self.start_step, wanted)
-            monitor.message(f"Resumed from step {self.start_step:,} ({self.start_tokens:,} tokens).")
+                restored = self._checkpointer.restore(self.start_step, wanted)
+            logger.info(f"Resumed from step {self.start_step:,} ({self.start_tokens:,} tokens).")
         elif config.init_from:
-            restored = state.create_from(
-                _initial_params(config, components), components.model, components.optimizer, components.mesh
-            )
-            monitor.message(f"Starting with the parameters of {config.init_from}.")
+            wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
+            if restore.is_checkpoint(config.init_from):
+                params = restore.restore_params(config.init_from, wanted)
+            else:
+                params = hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+            restored = state.create_from(params, components.model, components.optimizer, components.mesh)
+            logger.info(f"Starting with the parameters of {config.init_from}.")
         else:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
@@ -167,9 +233,9 @@ class Session:
                 self.sources,
                 self.tokenizer,
                 components.mesh,
-                self.threads,
+                self._threads,
                 config.seed,
-                self.skipped,
+                self._skipped,
                 self.scratch,
                 lambda: self.programs.evaluation().executable,
             )
@@ -177,126 +243,23 @@ class Session:
             self.programs.settle(first)
         return restored
 
-    def _load_teacher(self, monitor: Monitor) -> None:
-        if self.frozen is not None:
-            self.teacher_params = self.frozen.load()
-            self.identities["teacher"] = self.frozen.identity(self.teacher_params)
-            monitor.message(f"Distilling from {self.frozen.config.model}.")
-        elif self.cached is not None:
-            self.teacher_params = ()
-            self.identities["teacher"] = self.cached.identity
-            monitor.message(f"Distilling from {self.cached.summary}.")
+    def _load_teacher(self) -> None:
+        if self._frozen is not None:
+            self._teacher_params = self._frozen.load()
+            self.identities["teacher"] = self._frozen.identity(self._teacher_params)
+            logger.info(f"Distilling from {self._frozen.config.model}.")
+        elif self._cached is not None:
+            self._teacher_params = ()
+            self.identities["teacher"] = self._cached.identity
+            logger.info(f"Distilling from {self._cached.summary}.")
         if self.start_step:
-            compatibility.check_teacher(self.saved_teacher, self.identities["teacher"], self.start_step)
+            compatibility.check_teacher(self._saved_teacher, self.identities["teacher"], self.start_step)
 
     def teaching(self, at: StepPlan) -> tuple[Teaching, ...]:
         """The step's extra argument if the run has a teacher; () otherwise."""
         if self.components.distilled is None:
             return ()
-        return ((self.teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
-
-
-def open_session(config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True) -> Session:
-    """Opens the data, builds the model, and finds where to continue.
-
-    Args:
-        config: the run's config.
-        workdir: the work directory.
-        checkpointer: the work directory's checkpoints.
-        fetch: whether sources of mode "download" are fetched now; otherwise they are streamed.
-
-    Raises:
-        UserError: settings conflict, or this config may not resume from the checkpoint.
-    """
-    plan = config.plan()
-    eval_plan = config.eval.plan(plan, config.data.num_lanes) if config.eval.is_on else None
-    start = checkpointer.latest_step() or 0
-    saved = checkpointer.restore_data(start) if start else None
-    config = compatibility.settled(config, saved)
-    mesh = config.mesh.build()
-    limit = memory.limit(mesh, config.memory_gb)
-
-    def programs_of(components: StepComponents) -> StagePrograms:
-        evaluation = None if eval_plan is None else eval_plan.stages[0]
-        _report(components, plan, eval_plan)
-        extra = bytes_besides_params(components)
-        return StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
-
-    # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks for.
-    components, programs = None, None
-    asked, alone = config.tokenizer, jax.process_count() == 1 and config.teacher is None
-    if alone and isinstance(asked, TrainTokenizer) and asked.needs_training(workdir.path):
-        components = make_components(config, asked.vocab_size, plan, mesh, None, limit)
-        programs = programs_of(components)
-        programs.begin(1)
-
-    # The data: tokenizer, sources and their units.
-    scratch = os.fspath(workdir.cache)
-    cache = config.data.cache(os.path.join(scratch, "data"))
-    skipped = open_data.skipped(workdir.path, saved)
-    tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
-    sources = {name: one.source for name, one in opened.items()}
-    stored = all(one.mode == "pretokenized" for one in opened.values())
-    if not any(one.mode == "download" or pipeline.wants_cache(one.source) for one in opened.values()):
-        cache = None
-    if cache is not None:
-        _clean_up(cache)
-    readers = open_data.build(config, sources, skipped, scratch)
-    for reader in readers:
-        logger.info("Source %s", reader.summary)
-    if math.isnan(plan.at(1).learning_rate):  # only `epochs` ends the run
-        plan = config.plan(open_data.horizon(config, readers, tokenizer, plan, saved))
-    _warn_of_warmup(config, plan)
-
-    # The model and the components of its steps.
-    frozen, cached = None, None
-    if config.teacher is not None and config.teacher.cache is None:
-        frozen = config.teacher.build(tokenizer, mesh)
-    elif config.teacher is not None:
-        cached = config.teacher.open_cache(config.data, sources, tokenizer)
-    if components is None or programs is None or tokenizer.vocab_size != components.model.vocab_size:
-        layout = cached and cached.layout
-        components = make_components(config, tokenizer.vocab_size, plan, mesh, frozen, limit, layout)
-        programs = programs_of(components)
-
-    # Where to continue.
-    identities = compatibility.identities(config, readers, tokenizer, plan)
-    lane_states: dict[int, np.ndarray] = {}
-    stage_ends = ledger.StageEnds(plan)
-    if saved is not None:
-        for line in compatibility.check(saved, identities, plan, start):
-            logger.info("Changed since the checkpoint: %s", line)
-        lane_states = ledger.from_json(saved["lanes"], plan.source_names, config.data.num_lanes)
-        totals = ledger.by_source(np.stack(list(lane_states.values())), plan.source_names)
-        # The first versions did not record the ends of stages.
-        stage_ends.restore(saved.get("stage_ends", []), start, totals)
-    return Session(
-        config=config,
-        plan=plan,
-        eval_plan=eval_plan,
-        tokenizer=tokenizer,
-        readers=readers,
-        components=components,
-        programs=programs,
-        limit=limit,
-        checkpointer=checkpointer,
-        identities=identities,
-        threads=pipeline.pools(config.data, stored),
-        sources=sources,
-        modes={name: one.mode for name, one in opened.items()},
-        cache=cache,
-        scratch=scratch,
-        start_step=start,
-        start_tokens=0 if saved is None else saved["tokens"],
-        is_complete=saved is not None and (start == plan.last_step or saved["data_ended"]),
-        lane_states=lane_states,
-        stage_ends=stage_ends,
-        skipped=skipped,
-        prefetch=config.data.threads(stored)[1],
-        frozen=frozen,
-        cached=cached,
-        saved_teacher=None if saved is None else saved.get("teacher"),  # the first versions did not record it
-    )
+        return ((self._teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
 def _warn_of_warmup(config: Config, plan: Plan) -> None:
@@ -307,7 +270,7 @@ def _warn_of_warmup(config: Config, plan: Plan) -> None:
     if before < last or plan.last_step == 1:
         fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
         logger.warning(
-            "steps=%d ends the run within the warm-up: the learning rate reaches %.2g only, since the schedule is that "
+            "steps=%d ends the run within the warmup: the learning rate reaches only %.2g, since the schedule is that "
             "of %s tokens. --config.%s fits it to these steps.",
             plan.last_step,
             last,
@@ -388,14 +351,6 @@ def _clean_up(cache: DiskCache) -> None:
     logger.info("Disk cache: at most %s in %s, %s used", cli.size(cache.limit), cache.directory, cli.size(used))
     if cache.limit - used > free:
         logger.warning("The disk of the cache has only %s free: lower data.max_disk_gb.", cli.size(free))
-
-
-def _initial_params(config: Config, components: StepComponents) -> Any:
-    """Reads the parameters of `init_from`: a jaxtrain checkpoint or a Hugging Face model."""
-    wanted = state.abstract(components.model, components.optimizer, components.mesh)["params"]
-    if restore.is_checkpoint(config.init_from):
-        return restore.restore_params(config.init_from, wanted)
-    return hf.load(config.init_from, components.model, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
 def sample(session: Session, params: Any) -> dict[str, str]:

@@ -39,7 +39,7 @@ def test_remote_paths_stay_urls(tmp_path, monkeypatch):
     assert first.cache != second.cache
 
 
-@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a"])
+@pytest.mark.parametrize("path", ["ftp://host/a", "http://host/a", "file:///a", "s3://", "gs:///a"])
 def test_other_protocols_are_refused(path):
     with pytest.raises(UserError, match=f"--workdir={path}: give a local directory, or a gs:// or s3:// URL"):
         Workdir(path)
@@ -91,7 +91,7 @@ def lease(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(module, "_WATCH_SECONDS", 0.6)
     path = module.epath.Path(tmp_path / "lock")
-    return lambda: module._lock_file(path, is_local=False)
+    return lambda: module._Lease(path)
 
 
 def test_a_live_lease_is_refused_and_a_closed_one_is_not(lease, tmp_path):
@@ -116,7 +116,7 @@ from etils import epath
 from jaxtrain.checkpoint import workdir
 workdir._HEARTBEAT_SECONDS, workdir._WATCH_SECONDS = 0.05, 0.3
 path = epath.Path(sys.argv[1])
-with workdir._lock_file(path, is_local=False):
+with workdir._Lease(path):
     path.write_text("another")
     time.sleep(60)
 """

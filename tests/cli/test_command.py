@@ -186,6 +186,9 @@ cli.run(main, command, sys.argv[1:])
         ([], "raise UserError('fix it')", 2, "error: fix it\n"),
         ([], "e = UserError('fix it'); e.add_note('in a'); raise e", 2, "error: fix it\nin a\n"),
         ([], "raise ValueError('a fault')", 1, "ValueError: a fault\n"),
+        ([], "open('/dev/null/x')", 2, "error: Not a directory: '/dev/null/x'. Check the path, its permissions"),
+        ([], "raise OSError(28, 'No space left on device')", 2, "error: No space left on device. Check the path"),
+        ([], "open('/dev/not there')", 1, "FileNotFoundError: "),  # may be a fault of ours
     ],
 )
 def test_exit_codes(tmp_path: Path, argv: list[str], body: str, code: int, error: str):

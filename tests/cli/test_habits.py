@@ -92,7 +92,7 @@ ANSWERED = [
     ("--config=configs/270m_curriculum.py --config.total_tokens=2e9", "scale_to=2000000000"),
     ("--config=1b.py", "there is no file 1b.py"),
     ("", "--config=FILE is missing"),
-    (f"{ONE} --config.data.sources.web=WebDataset --config.data.sources.web.urls=a.jsonl", "are no tar archives"),
+    (f"{ONE} --config.data.sources.web=WebDataset --config.data.sources.web.urls=a.jsonl", "are not tar archives"),
 ]
 
 

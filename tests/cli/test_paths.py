@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jaxtrain.cli import paths
+from jaxtrain.cli import shared
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from jaxtrain.cli import paths
     ],
 )
 def test_the_default_work_directory_holds_no_secret(spec: str, folder: str):
-    assert paths.default_workdir(spec) == os.path.join("runs", folder)
+    assert shared.default_workdir(spec) == os.path.join("runs", folder)

@@ -31,7 +31,7 @@ def test_one_process_reads_all_lanes_and_holds_their_rows(mesh, lanes):
     made = mesh.build()
     assert local_lanes(made, lanes) == list(range(lanes))
     given = [host_batch(step, 16 * step, 8 * step, list(range(lanes))) for step in (1, 2, 3)]
-    feed = Feed(iter(given), made, range(lanes), lanes, ahead=1)
+    feed = Feed(iter(given), made, range(lanes), lanes)
     for wanted, found in zip(given, feed, strict=True):
         assert (found.step, found.ended, found.states.keys()) == (wanted.step, wanted.ended, wanted.states.keys())
         for name in BATCH_FIELDS:
@@ -85,7 +85,7 @@ def test_a_host_with_some_lanes_gives_each_device_its_rows(lanes, monkeypatch):
             monkeypatch.setattr(feed, "_place", {0: 0, 3: 1, 2: 2})
         return rows
 
-    feed = Feed(iter(()), MESHES[0].build(), lanes, 4, ahead=1)
+    feed = Feed(iter(()), MESHES[0].build(), lanes, 4)
     monkeypatch.setattr(jax, "make_array_from_callback", callback)
     feed._array(np.concatenate([rows[4 * lane : 4 * lane + 4] for lane in lanes]))
     assert set(asked) == {(16, 5)}
@@ -94,9 +94,10 @@ def test_a_host_with_some_lanes_gives_each_device_its_rows(lanes, monkeypatch):
 def test_errors_of_the_data_reach_the_step():
     def batches():
         yield host_batch(1, 16, 8, [0])
+        yield host_batch(2, 16, 8, [0])
         raise OSError("gone")
 
-    feed = Feed(batches(), MESHES[0].build(), [0], 1, ahead=0)
+    feed = Feed(batches(), MESHES[0].build(), [0], 1)
     assert next(feed).step == 1
     with pytest.raises(OSError, match="gone"):
         next(feed)

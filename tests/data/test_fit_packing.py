@@ -144,6 +144,12 @@ def test_no_document_is_lost_when_the_oldest_is_skipped():
     found = resumed(lengths, found, skipped=1)
     tokens = {token for row in take(found, 4, 8)["tokens"].tolist() for token in row}
     assert {200, 300, 400, 500} <= tokens
+    lengths = [19, 6, 3, 2, 6]
+    found = packer(lengths)
+    take(found, 1, 8)
+    found = resumed(lengths, found, skipped=1)
+    assert take(found, 1, 8)["tokens"].tolist() == [[*range(100, 106), 300, 301]]
+    lengths = [6, 6, 3, 2, 2, 6]
     found = packer(lengths)
     take(found, 1, 8)
     gone = resumed(lengths, found)

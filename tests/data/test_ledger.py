@@ -95,7 +95,7 @@ def test_a_record_of_version_0_1_is_read():
         np.testing.assert_array_equal(state[:, :10], states(range(2))[lane][::-1, :10])
         assert not state[:, 10:].any()
     saved["fields"] = saved["fields"][:9]
-    with pytest.raises(UserError, match="go on with the version of jaxtrain that wrote it"):
+    with pytest.raises(UserError, match="continue with the version of jaxtrain that wrote it"):
         ledger.from_json(saved, "ba", 2)
 
 

@@ -14,6 +14,7 @@ from jaxtrain.data.modes import OpenedSource
 from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
+from jaxtrain.data.stores import record_store
 from jaxtrain.data.transforms import AtLeast
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Source
@@ -210,7 +211,7 @@ def test_short_names(hub: LoopbackHub, tmp_path, name, full, config_name, mode):
     # The same dataset by its full name, which a resume and a token store treat as the same.
     again = HuggingFace(name=full, config_name=config_name).resolve(one.source.identity)
     assert again.identity == one.source.identity
-    assert modes.token_store.settings_of(source) == modes.token_store.settings_of(source.full_name())
+    assert record_store.settings_of(source) == record_store.settings_of(source.full_name())
 
 
 def test_streaming_leaves_no_data_behind(case, hub: LoopbackHub, tmp_path, monkeypatch):

@@ -166,19 +166,23 @@ def test_an_empty_spill_gives_its_disk_back(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_token_ids_are_spilled_and_come_back(dtype):
-    ids = np.array([1, 65_535, 0, 10, 2], dtype)  # 10 is a line end
-    for lengths in ([2, 0, 3], [5], [0, 5, 0]):
-        back = shared_file_reader._unspilled(
-            shared_file_reader._spilled({"text": TokenArrays(ids, np.array(lengths))})
-        )["text"]
-        assert (back.ids.tolist(), back.ids.dtype, back.lengths.tolist()) == (ids.tolist(), ids.dtype, lengths)
-    texts = {"text": ["tokens", '\ud800 "', ""], "score": [1.5, None, 2]}
-    assert shared_file_reader._unspilled(shared_file_reader._spilled(texts)) == texts
+def test_token_ids_are_spilled_and_come_back(monkeypatch, dtype):
+    monkeypatch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", 0)
+    rows = TokenArrays(np.array([7, 8, 9, 1, 65_535, 0, 10, 2], dtype), np.array([1, 0, 2, 2, 0, 3, 0, 0, 0]))
+    stripes = SharedFileReader(lambda file, row: iter([{"text": rows[row:9]}]), SIZE, LANES)
+    stripes.register({1: Want((0, 0), 1), 2: Want((0, 0), 2)})
+    stripes.get((0, 0), 0, 2, 2)
+    (reader,) = stripes._readers.values()
+    assert isinstance(reader._kept[1], tuple)
+    block = stripes.get((0, 0), 0, 1, 1)
+    assert block is not None
+    back = block["text"]
+    assert (back.ids.tolist(), back.ids.dtype, back.lengths.tolist()) == ([1, 65_535, 0, 10, 2], dtype, [2, 0, 3])
+    stripes.close()
 
 
-def test_what_json_does_not_carry_stays_in_memory(monkeypatch):
-    """Other columns may contain dates, bytes and tuples; they are returned unchanged."""
+def test_other_columns_come_back_as_they_were(monkeypatch):
+    """They may contain dates, bytes and tuples."""
     monkeypatch.setattr(shared_file_reader, "_IN_MEMORY_BYTES", 0)
     when = datetime.datetime(2026, 11, 25)
     odd = [when, b"bytes", (1, 2), {"a": [when]}, {"b": 1.5}, None, float("inf"), 1 << 70, {"c": [True, "x"]}]

@@ -158,7 +158,7 @@ def test_a_lane_without_documents_is_refused_with_lanes_that_work(random_access)
         ([100_000], 64, 10_000, 32),
         ([200], 64, None, 1),
         ([140, 130], 16, None, 4),
-        ([1] * 400, 64, None, 512),  # whole files are dealt out
+        ([1] * 400, 64, None, 512),  # whole files are distributed
     ],
 )
 @pytest.mark.parametrize("holdout", [0.0, 0.1])

@@ -29,7 +29,19 @@ def test_template_names_its_columns_and_fills_them():
     assert document["text"] == "x"
 
 
-@pytest.mark.parametrize("text", ["plain", "{0}", "{a", "{a.b}"])
+def test_values_of_another_type_are_the_users_matter():
+    with pytest.raises(UserError, match="column 'int_score' holds 'high', which is no number to compare with 3"):
+        AtLeast(column="int_score", value=3)({"text": "a", "int_score": "high"})
+    template = Template(template="{score:.2f}")
+    template.check()
+    made = template({"text": "a", "score": 0.5})
+    assert made is not None
+    assert made["text"] == "0.50"
+    with pytest.raises(UserError, match=r"cannot be filled from {'score': 'high'}: Unknown format code 'f'"):
+        template({"text": "a", "score": "high"})
+
+
+@pytest.mark.parametrize("text", ["plain", "{0}", "{a", "{a.b}", "{question", "{a!z}", "{a!}", "{a:{b}}", "{}", "a}"])
 def test_template_refuses_what_names_no_column(text: str):
     with pytest.raises(UserError, match="template="):
         Template(template=text).check()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import fingerprint
-from jaxtrain.distill.scorer import Scorer, pieces, rows_of
+from jaxtrain.distill.scorer import Scorer, rows_of, windows
 from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import RECORDS
 from jaxtrain.losses.cached import Layout
@@ -40,19 +40,19 @@ def documents(lengths: Any = LENGTHS) -> list[np.ndarray]:
     return [rng.integers(0, VOCAB, length, dtype=np.int32) for length in lengths]
 
 
-def test_pieces_cover_each_token_once_and_fill_rows() -> None:
+def test_windows_cover_each_token_once_and_fill_rows() -> None:
     for context, stride in ((16, 8), (16, 16), (16, 1), (5, 3)):
-        found = pieces(LENGTHS, context, stride)
+        found = windows(LENGTHS, context, stride)
         for document, length in enumerate(LENGTHS):
-            mine = [piece for piece in found if piece.document == document]
-            assert [token for piece in mine for token in range(piece.first, piece.end)] == list(range(length))
-            for piece in mine:
-                assert piece.end - piece.begin <= context
+            mine = [window for window in found if window.document == document]
+            assert [token for window in mine for token in range(window.first, window.end)] == list(range(length))
+            for window in mine:
+                assert window.end - window.begin <= context
                 # As much context before the first new token as the stride leaves, or all there is.
-                assert piece.first - piece.begin >= min(context - stride, piece.first)
+                assert window.first - window.begin >= min(context - stride, window.first)
         rows = rows_of(found, context)
-        assert sorted(id(piece) for row in rows for piece in row) == sorted(map(id, found))
-        assert all(sum(piece.end - piece.begin for piece in row) <= context for row in rows)
+        assert sorted(id(window) for row in rows for window in row) == sorted(map(id, found))
+        assert all(sum(window.end - window.begin for window in row) <= context for row in rows)
 
 
 @pytest.mark.parametrize("shape", [(), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
@@ -72,10 +72,10 @@ def test_records_are_the_teachers(shape: tuple[int, ...]) -> None:
     for tokens, records in zip(documents(), found, strict=True):
         assert records.shape == (len(tokens), layout.width)
         wanted = np.empty((len(tokens), VOCAB))
-        for piece in pieces([len(tokens)], context, stride):
-            padded = np.resize(tokens[piece.begin : piece.end], context)
-            seen = np.asarray(log_p(padded))[: piece.end - piece.begin]
-            wanted[piece.first : piece.end] = seen[piece.first - piece.begin :]
+        for window in windows([len(tokens)], context, stride):
+            padded = np.resize(tokens[window.begin : window.end], context)
+            seen = np.asarray(log_p(padded))[: window.end - window.begin]
+            wanted[window.first : window.end] = seen[window.first - window.begin :]
         ids, scores, _ = (np.asarray(part) for part in layout.unpack(jnp.asarray(records), 0))
         # float16: half a unit in the last place, plus the effect of normalizing the sum to 1.
         np.testing.assert_allclose(scores, np.take_along_axis(wanted, ids, axis=1), rtol=2**-11, atol=3e-4)

@@ -41,7 +41,7 @@ def test_an_epoch_of_few_documents_in_many_lanes(make_run: MakeRun, tmp_path: pa
     lines = whole.steps()
     assert lines[-1]["sources"]["mine"]["documents"] == 100
     assert "Source mine: 3 files, shared by all lanes in windows of 2 rows" in whole.output
-    assert "in 1 epoch(s): schedules go by that" in whole.output
+    assert "in 1 epoch(s): schedules assume that" in whole.output
     # The estimate counts every document, so that the rate ends at about 0.
     assert lines[-1]["learning_rate"] < 0.2 * max(line["learning_rate"] for line in lines)
     parts = make_run("parts")

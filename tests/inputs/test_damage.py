@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pathlib
 import random
+import zipfile
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -188,3 +189,19 @@ def test_a_name_that_promises_another_format(
     else:
         assert isinstance(error, CorruptError)
         assert "does not begin like" in str(error)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_wrong_byte_in_a_zip_archive(tmp_path: pathlib.Path, method: int) -> None:
+    """Each method has a decoder with errors of its own."""
+    path, out = tmp_path / "data.jsonl.zip", io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("a.jsonl", jsonl(TEXTS))
+    kind, data = FORMATS["jsonl.zip"], out.getvalue()
+    path.write_bytes(data)
+    assert read(kind.config(path)) == (TEXTS, None)
+    for at in range(40, len(data) - 150, len(data) // 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        found, error = read(kind.config(path))
+        assert isinstance(error, CorruptError), at
+        assert found == TEXTS[: len(found)]

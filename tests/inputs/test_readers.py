@@ -9,6 +9,7 @@ import pytest
 
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.stores import token_store, writer
+from jaxtrain.data.stores.token_store import TokenManifest
 from jaxtrain.data.transforms import AtLeast, MinLength, Template
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Transform
@@ -60,7 +61,7 @@ def store(folder: pathlib.Path, config: HuggingFace, **identity: Any) -> token_s
     """The manifest of a store, with a different identity than it was written with."""
     job = writer.Job("web", str(folder / "store"), config, config.resolve(), TOKENIZER, 10.0)
     writer.write_tokens(job, 0, 1, lambda *_: None)
-    manifest = token_store.load(str(folder / "store"))
+    manifest = TokenManifest.load(str(folder / "store"))
     return dataclasses.replace(manifest, source={**manifest.source, **identity})
 
 

@@ -21,18 +21,29 @@ from jaxtrain.errors import UserError
 from jaxtrain.metrics import monitor as module
 from jaxtrain.metrics import writers
 from jaxtrain.metrics.monitor import Goodput, Monitor, MonitorConfig, Run, console_logging
+from jaxtrain.plan import StepPlan
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@dataclasses.dataclass
-class Step:
-    step: int
-    tokens_after: int
-    stage: int = 3
-    seq_len: int = 512
-    batch_size: int = 8
-    learning_rate: float = 6e-4
+def step_of(step: int, tokens_after: int) -> StepPlan:
+    return StepPlan(
+        step=step,
+        stage=3,
+        stage_name="",
+        seq_len=512,
+        batch_size=8,
+        overlap_tokens=0,
+        stride=512,
+        tokens_before=0,
+        tokens_after=tokens_after,
+        rows_before=0,
+        learning_rate=6e-4,
+        ce_weight=1.0,
+        kd_weight=0.0,
+        fit=False,
+        masked_from=512 * 8,
+    )
 
 
 RUN = Run(
@@ -43,7 +54,7 @@ RUN = Run(
     flops_per_token=lambda seq_len: 6e9,
     peak_flops=None,
     log_every=10,
-    config={"seed": 0},
+    config={"_kind": "config", "seed": 0},
 )
 METRICS = {"loss": 4.5421, "grad_norm": 1.0, "fingerprint": "0" * 16, "sources": {"web": {"tokens": 10}}}
 
@@ -66,14 +77,14 @@ def log(folder, steps, start_step=0, metrics=METRICS, config=None, **run):
     with console_logging() as console, config.build(Workdir(folder), run, console) as monitor:
         monitor.begin()
         for step in steps:
-            monitor.log_step(Step(step, step * 10**6), metrics)
+            monitor.log_step(step_of(step, step * 10**6), metrics)
 
 
 def test_the_console_line(clock, tmp_path, capsys):
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
         monitor.begin()
         clock[0] += 30_000_000 / 85_432
-        monitor.log_step(Step(1000, 30_000_000), METRICS)
+        monitor.log_step(step_of(1000, 30_000_000), METRICS)
     expected = (
         "Step 1000: Loss=4.5421, PPL=93.89, Tokens/sec=85432, LR=6.00e-04"
         " | Stage 3/10 (30,000,000/1,000,000,000 tokens, 3.0%)\n"
@@ -94,9 +105,9 @@ def test_the_keys_and_shares(clock, tmp_path):
         with monitor.span("checkpoint"):
             clock[0] += 7
         clock[0] += 75
-        monitor.log_step(Step(10, 4_000_000), METRICS)
+        monitor.log_step(step_of(10, 4_000_000), METRICS)
         clock[0] += 50
-        monitor.log_step(Step(20, 5_000_000), METRICS)
+        monitor.log_step(step_of(20, 5_000_000), METRICS)
         with monitor.span("evaluation"):
             clock[0] += 13
         monitor.log_eval(20, {"eval_loss": 2.0, "eval_bits_per_byte": 1.0})
@@ -227,9 +238,9 @@ def test_the_log_keeps_what_came_before(tmp_path):
 
 def test_which_steps_are_due(tmp_path):
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
-        due = [step for step in range(1, 31) if monitor.due(Step(step, step))]
+        due = [step for step in range(1, 31) if monitor.due(step_of(step, step))]
         assert due == [1, 10, 20, 30]
-        assert monitor.due(Step(33, 1_000_000_000))
+        assert monitor.due(step_of(33, 1_000_000_000))
 
 
 def test_without_a_target(tmp_path, capsys):
@@ -261,6 +272,7 @@ def test_trackers(tmp_path, monkeypatch):
     (tmp_path / "name").mkdir()
     log(tmp_path / "name", [10], config=config)
     assert not (tmp_path / "name/wandb_id.txt").exists()
+    # Trackio refuses keys such as _kind.
     assert calls == [{"project": "p", "name": "name", "config": {"seed": 0}, "resume": "allow"}, (10, 4.5421), "finish"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
@@ -345,14 +357,14 @@ SHOW = """
 import sys, time
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.metrics.monitor import *
-from tests.metrics.test_monitor import RUN, Step, METRICS
+from tests.metrics.test_monitor import RUN, step_of, METRICS
 with console_logging() as console, Monitor(MonitorConfig(tensorboard=False), Workdir(sys.argv[1]), RUN, console) as m:
     m.begin()
     for step in range(1, 31):
         time.sleep(0.02)
-        m.stepped(Step(step, step * 10_000_000))
-        if m.due(Step(step, 0)):
-            m.log_step(Step(step, step * 10_000_000), METRICS)
+        m.stepped(step_of(step, step * 10_000_000))
+        if m.due(step_of(step, 0)):
+            m.log_step(step_of(step, step * 10_000_000), METRICS)
 """
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -425,19 +437,19 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(writers.Mirror, "_upload", lambda self: (upload(self), uploads.append(1)))
     config = MonitorConfig(tensorboard=True, watchdog_minutes=None)
     with console_logging() as console, config.build(as_remote(), RUN, console) as monitor:
-        monitor.log_step(Step(10, 10), METRICS)
+        monitor.log_step(step_of(10, 10), METRICS)
         seen = len(uploads)
         while len(uploads) < seen + 2:
             module.time.sleep(0.01)
         assert [line["step"] for line in lines_of(remote)] == [10]
-        monitor.log_step(Step(20, 20), METRICS)
+        monitor.log_step(step_of(20, 20), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 20]
     assert list((remote / "tensorboard").iterdir())
     # Another machine continues from the files in the bucket.
     module.Workdir(tmp_path / "cache").path.rmtree()
     run = dataclasses.replace(RUN, start_step=10)
     with console_logging() as console, config.build(as_remote(), run, console) as monitor:
-        monitor.log_step(Step(30, 30), METRICS)
+        monitor.log_step(step_of(30, 30), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 30]
     assert len(re.findall("^Step", (remote / "log.txt").read_text(), re.MULTILINE)) == 3
 
@@ -464,7 +476,7 @@ def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
     """Neither a traceback nor a hang (tensorboardX's own writer waits forever for a thread that has ended)."""
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
         monitor.begin()
-        monitor.log_step(Step(1, 100), METRICS)
+        monitor.log_step(step_of(1, 100), METRICS)
         lines, events = monitor._writers
         if writer == 0:
             lines.close()
@@ -473,4 +485,4 @@ def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
             events.close()
             events._events._py_recordio_writer._writer = FullFile(100)  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"the metrics of step 2 cannot be written to .*No space left"):
-            monitor.log_step(Step(2, 200), METRICS)
+            monitor.log_step(step_of(2, 200), METRICS)

@@ -109,7 +109,7 @@ def test_follows_the_walk(run):
 
 
 def test_sources():
-    """Rows and tokens of every source add up, over stages, to the batches' content, including the final mask."""
+    """The tokens of every source add up, over stages, to the batches' content, including the final mask."""
     plan = plan_of(
         one(tokens=500, weights=MIX),
         one(tokens=100, seq_len=16, weights={"code": 0.5, "web": 0.5}),
@@ -117,19 +117,16 @@ def test_sources():
         one(tokens=None, batch_size=16, seq_len=32, weights=MIX),
         total_tokens=8000,
     )
-    rows, tokens = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    tokens = np.zeros(3, np.int64)
     for step in range(1, last_step(plan) + 1):
-        assert plan.source_rows_before(step).tolist() == rows.tolist()
         assert plan.source_tokens_before(step).tolist() == tokens.tolist()
         now, sources = plan.at(step), plan.sources_of(step)
         assert sources.shape == (now.batch_size,)
         assert now.tokens_before == tokens.sum()
         for row, source in enumerate(sources):
-            rows[source] += 1
             tokens[source] += min(max(now.masked_from - row * now.seq_len, 0), now.seq_len)
         if now.stage == 3:
             assert set(sources.tolist()) == {1}
-    assert plan.source_rows_before(last_step(plan) + 1).tolist() == rows.tolist()
     assert plan.source_tokens_before(last_step(plan) + 1).tolist() == tokens.tolist()
     assert tokens.sum() == 8000
     assert plan.at(last_step(plan)).masked_from < 16 * 32
@@ -159,15 +156,12 @@ def test_a_cut_last_batch_is_as_good_a_mix():
         sources = plan.sources_of(last.step)
         assert not sources.flags.writeable
         assert sorted(sources[:200].tolist()) != sources[:200].tolist()
-        assert (plan.source_rows_before(last.step) + np.bincount(sources, minlength=3)).tolist() == (
-            plan.source_rows_before(last.step + 1).tolist()
-        )
 
 
 def test_seed_moves_rows():
     plan, other = (plan_of(one(tokens=64_000, batch_size=400, weights=MIX), seed=seed) for seed in (0, 1))
     assert (plan.sources_of(3) != other.sources_of(3)).any()
-    assert (plan.source_rows_before(4) == other.source_rows_before(4)).all()
+    assert (plan.source_tokens_before(4) == other.source_tokens_before(4)).all()
 
 
 CURRICULUM = (  # name, seq_len, millions of tokens, percent of web, math, code
@@ -219,7 +213,7 @@ def test_ten_stage_curriculum():
     assert 0 < plan.at(last_step(plan)).learning_rate < 2e-5
     lines = plan.table().splitlines()
     assert " ".join(lines[1].split()) == (
-        "1/10 Basic Patterns 1 to 20 8 65,536 0 to 10,485,760 1.57e-05 to 0.0006 4 math 0.05, web 0.95"
+        "1/10 Basic Patterns 1 to 20 8 65,536 0 to 10,485,760 1.57e-05 to 0.0006 concat 4 math 0.05, web 0.95"
     )
     # By hand: 763 steps of 524,288 tokens to 400M, 306 of 491,520 to 550M, 407 to 750M, 476 of 524,288 to 1B.
     assert lines[-1] == "1,952 steps, 1,000,000,000 tokens; 477,696 of the last batch's 524,288 tokens count."
@@ -265,7 +259,7 @@ def test_unbounded():
     whole = plan_of(one(), total_tokens=3200, schedule=rising)
     assert known.at(70).learning_rate == whole.at(70).learning_rate
     assert known.at(1000).learning_rate == 0.0
-    assert known.table().endswith("no steps. About 3,200 tokens, which schedules go by.")
+    assert known.table().endswith("no steps. Schedules assume about 3,200 tokens.")
     with pytest.raises(UserError, match="fills the run's 32"):
         plan_of(one(), epochs=1, schedule=Cosine(warmup_tokens=40).build(), horizon=32)
     with pytest.raises(UserError, match=r"nothing bounds the run: set total_tokens .* steps, .*epochs"):

@@ -17,14 +17,14 @@ from jaxtrain.tokenizers.training import TrainTokenizer
 TRAINED = {
     "unigram": TrainTokenizer(vocab_size=600),
     "sentencepiece-bpe": TrainTokenizer(vocab_size=1000, model_type="bpe"),
-    "bpe": TrainTokenizer(vocab_size=1000, kind="bpe"),
+    "bpe": TrainTokenizer(vocab_size=1000, kind="bpe", engine="tokenizers"),
 }
 KINDS = (*TRAINED, "byte-fallback json")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def standard_library(size: int) -> list[str]:
-    """The first modules of the running Python, by name: so many bytes of them."""
+    """The first modules of the running Python, by name, up to this many bytes."""
     texts = []
     for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         texts.append(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def workdirs(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def json_folder(workdirs: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tokenizer.json as those of Llama 2 and Mistral are, that asks for much that training must not have."""
+    """A tokenizer.json like those of Llama 2 and Mistral, with settings that training must not have."""
     model = str(workdirs["sentencepiece-bpe"] / "tokenizer" / "tokenizer.model")
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
     vocabulary = {processor.id_to_piece(id): id for id in range(processor.vocab_size())}

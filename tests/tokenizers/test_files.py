@@ -31,7 +31,7 @@ CONFIGS = [
     ({"special_tokens_map.json": {"eos_token": {"content": "</s>", "lstrip": False}}}, 2, None),
     ({"config.json": {"eos_token_id": 2, "bos_token_id": 3}}, 2, 3),
     ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": [4, 2]}}, 4, None),
-    # The tokenizer's own word comes first, and its null for bos means none, as with Qwen 2.
+    # The tokenizer's own setting comes first, and its null for bos means none, as with Qwen 2.
     (
         {
             "tokenizer_config.json": {"eos_token": "<|im_end|>", "bos_token": None},
@@ -55,7 +55,7 @@ def test_special_tokens(configs, eos, bos, tokenizer_json, tmp_path):
         assert (tokenizer.eos_id, tokenizer.bos_id) == (eos, bos)
         assert (tokenizer.identity["eos_id"], tokenizer.identity["bos_id"]) == (eos, bos)
         assert tokenizer.token_bytes.tolist() == [0, 1, 0, 0, 0, 1]
-    # What was found in the model's configs is still known where only the tokenizer was saved.
+    # What was found in the model's configs is kept if only the tokenizer is saved.
     tokenizer.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.json").exists()
     again = HuggingFaceTokenizer(name=str(tmp_path / "saved")).build("")
@@ -111,7 +111,7 @@ def test_hub(hub: LoopbackHub, tokenizer_json):
     assert tokenizer.identity["revision"] == first
     assert tokenizer.decode(tokenizer.encode_batch(["ab"])[0]) == "a b"
     assert hub.count("safetensors", "GET") == 0
-    # The branch moves on. Another file beside the tokenizer changes nothing; another end of document does.
+    # The branch moves. Another file next to the tokenizer changes nothing; another end-of-document token does.
     second = hub.commit("org/model", {**content, "README.md": b"."}, repo_type="model")
     moved = HuggingFaceTokenizer(name="org/model").build("")
     assert moved.identity["revision"] == second

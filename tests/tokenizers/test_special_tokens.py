@@ -1,4 +1,4 @@
-"""No document can forge its end or its beginning, whatever kind of model holds the tokens; what cannot work is refused.
+"""No document can forge its end or beginning, for any kind of model; tokenizers that cannot work are refused.
 
 The library's own ids are the reference for all other text.
 """
@@ -72,7 +72,7 @@ JSON_KINDS = {
 
 
 def saved(folder: pathlib.Path, spec: Any, config: Any = None, name: str = "tokenizer_config.json") -> str:
-    """A tokenizer's folder. spec: a tokenizer, or what tokenizer.json holds."""
+    """A tokenizer's folder. spec: A tokenizer, or the content of tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     text = spec.to_str() if isinstance(spec, tokenizers.Tokenizer) else json.dumps(spec)
     (folder / "tokenizer.json").write_text(text)
@@ -216,6 +216,6 @@ def test_what_files_may_leave_out(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_unknown_token_that_byte_level_models_never_give_may_end_documents(tmp_path: pathlib.Path) -> None:
-    """As GPT-2's."""
+    """As in GPT-2."""
     folder = saved(tmp_path, bpe(unk_token=END), EOS)
     assert HuggingFaceTokenizer(name=folder).build("").eos_id == bpe().token_to_id(END)

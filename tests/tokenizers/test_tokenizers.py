@@ -43,7 +43,7 @@ def split(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
 
 
 def reference(kind: str, workdirs, json_folder, text: str) -> list[int]:
-    """The ids by the library itself, one text at a time."""
+    """The ids from the library itself, one text at a time."""
     if kind == "byte-fallback json" or kind == "bpe":
         folder = json_folder if kind != "bpe" else workdirs[kind] / "tokenizer"
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -71,7 +71,7 @@ def test_every_text_round_trips(tokenizer):
     @given(TEXTS)
     def check(texts):
         if tokenizer.identity["kind"] == "tokenizer.json" and "ByteLevel" not in str(tokenizer._tokenizer.decoder):
-            texts = [text.replace("▁", "_") for text in texts]  # lost by the tokenizer.json itself
+            texts = [text.replace("▁", "_") for text in texts]  # which tokenizer.json itself cannot preserve
         ids, lengths = tokenizer.encode_batch(texts)
         alone = [tokenizer.encode_batch([text])[0].tolist() for text in texts]
         assert split(ids, lengths) == alone
@@ -127,7 +127,7 @@ def test_threads_change_nothing(workdirs, documents):
         one, three = (SentencePiece(path=model, threads=threads).build("") for threads in (1, 3))
         np.testing.assert_array_equal(one.encode_batch(documents)[0], three.encode_batch(documents)[0])
         assert one.identity == three.identity
-    # The pool of the tokenizers library is made once in a process.
+    # The thread pool of the tokenizers library is created once per process.
     program = """
 import hashlib, os, sys
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
@@ -198,7 +198,7 @@ def test_ids_may_have_gaps(tmp_path):
 
 
 def test_models_with_their_own_rules_keep_them(documents, tmp_path):
-    """As the first Llama models: a dummy prefix, and no byte fallback here. Ids are the library's for all texts."""
+    """Like the first Llama models: a dummy prefix, and no byte fallback. Ids are the library's for all texts."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents[0].split("\n")),
         model_prefix=str(tmp_path / "m"),
@@ -259,7 +259,7 @@ def test_transformers_loads_what_was_saved(kind, workdirs, json_folder, document
         ids = tokenizer.encode_batch([text])[0].tolist()
         expected = theirs(text, add_special_tokens=False)["input_ids"]
         if kind == "unigram" and ids != expected:
-            # The libraries break ties between segmentations of one probability in their own ways.
+            # The libraries break ties between equally probable segmentations differently.
             assert len(ids) == len(expected)
             assert sum(a != b for a, b in zip(ids, expected, strict=True)) < 0.01 * len(ids) + 3
         else:

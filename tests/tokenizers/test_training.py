@@ -1,4 +1,4 @@
-"""Training: the same documents give the same tokenizer, whole or not at all, and nothing of them is dropped."""
+"""Training: the same documents give the same tokenizer, completely or not at all, and none of their text is dropped."""
 
 import dataclasses
 import itertools
@@ -83,7 +83,7 @@ def test_errors_of_the_stream_pass_through(kind, tmp_path):
 
 
 def test_a_kill_leaves_no_half_tokenizer(documents, tmp_path, monkeypatch):
-    """Stops after each number of files written, on a file system and as on an object store; then goes on."""
+    """Stops after each number of written files, on a file system and on an object store; then continues."""
     config = TrainTokenizer(**QUICK["bpe"])
     write = files.write
     for count, local in itertools.product(range(5), (True, False)):
@@ -220,7 +220,7 @@ def test_pieces_are_the_whole_document(text):
     assert all(0 < len(piece) <= training._PIECE_BYTES for piece in pieces)
     assert all(piece.decode() for piece in pieces)
     if "\n" in text:
-        # The library strips line ends at a piece's end: few may stand there.
+        # The library strips line ends at the end of its input: few pieces may have them there.
         assert sum(piece.endswith(b"\n") for piece in pieces) <= 2 or text.strip() == ""
 
 

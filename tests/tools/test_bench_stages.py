@@ -1,4 +1,4 @@
-"""The benchmarks of stages at tiny sizes: what they count, and the arithmetic of what they say."""
+"""The benchmarks of stages at tiny sizes: what they count, and the arithmetic of their reports."""
 
 import gc
 import json
@@ -43,13 +43,13 @@ def test_stages(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert [(stage["seq_len"], stage["batch_size"]) for stage in found["stages"]] == [(16, 32), (64, 8)]
     assert found["programs_compiled"] >= 2
-    # What is kept in the work directory suffices for a start.
+    # The content of the work directory suffices for a start.
     assert found["programs_compiled_at_second_start"] == 0
     assert found["programs_read_at_second_start"] >= 2
-    # While they train, the garbage collector has no business with what start-up made.
+    # While they train, the garbage collector should ignore what startup made.
     assert len(frozen) == 2
     assert min(frozen) > 10_000 > gc.get_freeze_count()
-    # The cache does not stay open: the folder is gone, and JAX would warn of each program that it cannot write there.
+    # The cache does not stay open: the folder is gone, and JAX would warn about each program that it cannot write.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         assert jax.jit(lambda x: x + 2)(1) == 3
@@ -96,14 +96,14 @@ def test_a_wrong_command_line_is_explained(line: str, said: str, capsys: pytest.
 
 
 def test_what_counts_as_a_stall() -> None:
-    """A stage of steps of 0.1 s: the median of the first five may be 0.35 s, whatever a single one takes."""
+    """A stage with steps of 0.1 s: the median of the first five may be 0.35 s, whatever a single one takes."""
     listener = _Listener()
     listener.stop()
 
     def steps(*after: float) -> list[_Step]:
         seconds = [*after, *[0.1] * 45]
         ends = [sum(seconds[: n + 1]) for n in range(len(seconds))]
-        # The first of them is the last step before the change: it ends once the first of the stage is under way.
+        # The first of them is the last step before the change: it ends once the first one of the stage is in flight.
         numbers = [1, *[2] * (len(seconds) - 1)]
         return [_Step(n, 64, 8, end, one, 0.01, 0.0) for n, end, one in zip(numbers, ends, seconds, strict=True)]
 
@@ -116,7 +116,7 @@ def test_what_counts_as_a_stall() -> None:
     assert found["while_tracing"] is None
     listener.spans["tracing"] = [(0.15, 0.25)]
     assert _of_stage(2, steps(0.1, 0.1, 0.2, 0.1, 0.1), listener)["while_tracing"] == {
-        "steps": 2,  # from 0.1 to 0.2, and to 0.4; what is before the change is another stage's
+        "steps": 2,  # from 0.1 to 0.2, and to 0.4; earlier time belongs to another stage
         "median_seconds": 0.15,
         "largest_seconds": 0.2,
     }

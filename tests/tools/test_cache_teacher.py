@@ -11,7 +11,7 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.cost import memory
-from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.teacher_store import TeacherManifest
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.distributed import sharding
 from jaxtrain.losses.cached import Layout
@@ -99,7 +99,7 @@ def test_writes_a_cache_of_all_sources(config: pathlib.Path, tmp_path: pathlib.P
     folder = tmp_path / "run" / "teacher"
     assert re.search(r"Source web: 350 documents, [\d,]+ tokens, .* the 5 most likely tokens by .* for .* 2, 1\.", out)
     assert f"--config.teacher.cache={folder} --config.distillation.divergence.k=5" in out
-    made = teacher_store.load(str(folder / "web"))
+    made = TeacherManifest.load(str(folder / "web"))
     assert (made.context, made.stride, made.max_samples, made.layout.k) == (8, 4, 350, 5)
     assert made.teacher["dtype"] == "float32"
     assert [part.rows for part in made.parts[0]] == [256, 44]

@@ -1,4 +1,4 @@
-"""The tool from its command line: on stand-in devices here (CPU ones), and for a real TPU slice where libtpu is."""
+"""The tool's command line: on stand-in (CPU) devices here, and for a real TPU slice if libtpu is installed."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def get_config(arg=""):
 
 @pytest.fixture
 def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command on 8 simulated CPU devices in place of the slice's."""
+    """The command on 8 simulated CPU devices in place of the slice's chips."""
     path = tmp_path / "tiny.py"
     path.write_text(CONFIG)
     monkeypatch.setattr(clusters, "prepare_environment", lambda: None)
@@ -62,7 +62,7 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
     (stage,) = answer["stages"]
     assert stage["needed_bytes"] > stage["held_bytes"] > answer["state_bytes"] > 12 * answer["parameters"] / 8
     assert {one["axes"] for one in stage["collectives"]} >= {"fsdp", "tensor"}
-    # Each chip gathers, at least, the layers that it computes with: half of them, less its own quarter, in bf16.
+    # Each chip gathers at least the layers that it computes with: half of them, less its own quarter, in bf16.
     layers = answer["parameters"] - 2 * 512 * 64
     assert stage["sent_links_bytes"] > 2 * layers / 2 * 3 / 4
     assert stage["sent_network_bytes"] == 0
@@ -77,7 +77,7 @@ def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) 
     code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048", "--config.data.holdout=0.01")
     assert code == 0
     assert answer["evaluation"]["fits"]
-    # Moments of AdamW stay on the chips meanwhile: two thirds of the state.
+    # AdamW's moments, two thirds of the state, stay on the chips meanwhile.
     assert answer["evaluation"]["needed_bytes"] > answer["state_bytes"]
     assert "Evaluation: 1 micro-batch of 16 x 32 tokens" in capsys.readouterr().out
 
@@ -95,7 +95,7 @@ def test_a_config_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """State and gradients would, but not what the compiler needs besides."""
+    """State and gradients would fit, but not the other memory that the compiler needs."""
     code, answer = run("--config.memory_gb=0.0003")
     assert code == 1
     assert "with one row of 32 tokens at a time a device needs" in answer["stages"][0]["error"]
@@ -126,7 +126,7 @@ def test_compilers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu-check]'")
 def test_1b_on_a_tpu_slice(tmp_path: pathlib.Path) -> None:
-    """As users call it: the real step, with the flash kernel, within 16 GB a chip."""
+    """As users call it: the real step, with the flash kernel, within 16 GB per chip."""
     flags = ["--config=configs/1b.py", "--topology=v5e:2x4", f"--json={tmp_path / 'answer.json'}"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.compile_check", *flags],
@@ -142,7 +142,7 @@ def test_1b_on_a_tpu_slice(tmp_path: pathlib.Path) -> None:
     assert (
         12 * answer["parameters"] / 8 < stage["held_bytes"] < stage["needed_bytes"] < answer["limit_bytes"] < 16 << 30
     )
-    # Layers are gathered for the forward pass, for the recomputation and for the gradients by the input, in bf16.
+    # Layers are gathered for the forward pass, the recomputation, and the gradients with respect to the input, in bf16.
     layers = answer["parameters"] - 2 * answer["vocab_size"] * 2048
     assert 2 * 2 * layers < stage["sent_links_bytes"] / stage["micro_batches"] < 2 * 8 * answer["parameters"]
     assert all(one["axes"] == "fsdp" for one in stage["collectives"])

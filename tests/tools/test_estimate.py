@@ -1,4 +1,4 @@
-"""Estimates against the arrays that a run really has, and against sums written out here."""
+"""Estimates against the arrays of a real run, and against sums written out here."""
 
 import json
 import pathlib
@@ -63,7 +63,7 @@ def test_1b(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["dollars"] == pytest.approx(2 * 8 * seconds / 3600)
     assert found["checkpoints_gb"] == pytest.approx(3 * 12 * (weights + 2 * head) / 1e9, rel=1e-6)
     assert found["token_store_gb"] == pytest.approx(40.0)
-    # The compiler for TPUs says 9.8 GB (libtpu 0.0.42), and 6.9 (0.0.52).
+    # The compiler for TPUs reports 9.8 GB (libtpu 0.0.42), and 6.9 (0.0.52).
     assert found["fits"]
     assert found["memory_gb"] == pytest.approx(9.8, rel=0.05)
     printed = capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_stages_and_what_does_not_fit(tmp_path: pathlib.Path) -> None:
     assert len(found["stages"]) == 10
     assert sum(stage["tokens"] for stage in found["stages"]) == 1_000_000_000
     assert sum(stage["hours"] for stage in found["stages"]) == pytest.approx(found["hours"])
-    assert found["token_store_gb"] == pytest.approx(1.0)  # half of each row is the row's before it
+    assert found["token_store_gb"] == pytest.approx(1.0)  # half of each row repeats the row before
     assert found["dollars"] == pytest.approx(found["hours"] * sections.PRICES["rtx4090"])
     found = numbers(tmp_path, f"--config={ROOT}/configs/8b.py", "--hardware=h100:1")
     assert not found["fits"]
@@ -106,7 +106,7 @@ def test_prices_of_all() -> None:
 
 
 def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
-    """A row that was compiled shows what the compiler said, one that was not says so; what is written above stays."""
+    """A compiled row shows the compiler's numbers, an estimated one is marked; the text above the tables stays."""
     stage = {"fits": True, "micro_batches": 8, "needed_bytes": 9.81e9, "sent_links_bytes": 62e9}
     stage |= {
         "sent_network_bytes": 0.0,
@@ -136,7 +136,7 @@ def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("chip", scale_tables.SHAPES)
 def test_memory_is_near_what_compilers_say(chip: str) -> None:
-    """Of all rows of docs/scale.json, and nothing is let fit that does not."""
+    """Of all rows of docs/scale.json, and no estimate accepts a row that does not fit."""
     compiled = json.loads((ROOT / "docs/scale.json").read_text())
     ratios = []
     for name, shape, slices in scale_tables.rows(chip):
@@ -155,7 +155,7 @@ def test_memory_is_near_what_compilers_say(chip: str) -> None:
 
 
 def test_a_teachers_cache(tmp_path: pathlib.Path) -> None:
-    """64 ids of 2 bytes, as many float16, and one float32 tail: 260 bytes for each of 10 billion tokens."""
+    """64 ids of 2 bytes, 64 float16 values, and one float32 tail: 260 bytes for each of 10 billion tokens."""
     found = numbers(tmp_path, f"--config={ROOT}/configs/distill.py:cached", "--hardware=h100:8")
     assert found["teacher_cache_bytes_per_token"] == 260
     assert found["teacher_cache_gb"] == pytest.approx(2600)

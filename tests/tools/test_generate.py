@@ -1,4 +1,4 @@
-"""tools.generate on an imported model: what it prints and writes is what the library's generate gives."""
+"""tools.generate on an imported model: it prints and writes what the library's generate returns."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""tools.inspect_stream on a Hub and local files: what it says of a step, against the files and the data path."""
+"""tools.inspect_stream on a Hub and local files: its description of a step, against the files and the data path."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ def answer(spec, tmp_path, capfd):
     def answer(*flags: str, config: str | None = None):
         path = tmp_path / "answer.json"
         path.unlink(missing_ok=True)
-        # Else that of an earlier call in the same work directory wins.
+        # Otherwise the one from an earlier call in the same work directory wins.
         given = [] if any(flag.startswith("--workdir") for flag in flags) else [f"--workdir={tmp_path / 'none'}"]
         arguments = [f"--config={config or spec}", f"--json={path}", *given, *flags]
         code = cli.exit_code(inspect_stream.main, inspect_stream.COMMAND, arguments)
@@ -70,7 +70,7 @@ def answer(spec, tmp_path, capfd):
 
 
 def text_of(source: str, file: str, row: int) -> str:
-    """A document, from what the files hold."""
+    """A document, read from the files."""
     if source == "web":
         return documents(int(file.removeprefix("data/train-").removesuffix(".parquet")), 120)[row]
     return {"wiki": WIKI, "code": documents(20, 300), "lines": LINES}[source][row]
@@ -159,7 +159,7 @@ def test_a_moved_branch_does_not_change_what_a_run_trained_on(hub, spec, answer,
 
 
 def test_sources_are_read_as_the_run_reads_them(hub, spec, answer, tmp_path):
-    """From the cache and from token stores, while a run holds the work directory; what is answered never changes."""
+    """From the cache and from token stores, while a run holds the work directory; the answer never changes."""
     workdir = tmp_path / "run"
     ask = functools.partial(answer, "--at_step=30", f"--workdir={workdir}")
     code, out, err, expected = ask()
@@ -175,7 +175,7 @@ def test_sources_are_read_as_the_run_reads_them(hub, spec, answer, tmp_path):
         downloaded, asked = sorted((workdir / "cache" / "data").iterdir()), hub.bytes("/cdn/")
         assert len(downloaded) == 6 + 1  # files, and the cache's own lock
         assert ask("--config.data.mode=download")[3] == expected
-        # Of two files the head tells that the columns are there.
+        # The footers of two files show that the columns exist.
         assert hub.bytes("/cdn/") - asked < sum(file.stat().st_size for file in downloaded) / 2
         assert sorted((workdir / "cache" / "data").iterdir()) == downloaded
         command = [f"--config={spec}", f"--workdir={workdir}", "--all"]

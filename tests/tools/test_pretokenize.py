@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.data import modes, pipeline
-from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores.token_store import TokenManifest
 from tests.hub import LoopbackHub, jsonl_bytes
 from tools.pretokenize import __main__ as pretokenize
 
@@ -56,7 +56,7 @@ def run(config: pathlib.Path, *arguments: str) -> int:
 
 
 def test_writes_what_training_reads(config, tmp_path, capsys):
-    """The tokenizer is trained where the run would train it; --verify finds a byte that has changed."""
+    """The tokenizer is trained where the run would train it; --verify finds a changed byte."""
     assert run(config, "--all", "--worker=0/2") == 0
     assert "Source web: this worker is done with its files; other workers are not." in capsys.readouterr().out
     assert run(config, "--all", "--worker=1/2") == 0
@@ -89,12 +89,12 @@ def test_goes_on_with_the_commit_that_was_begun(config, hub: LoopbackHub, tmp_pa
     assert run(config, "--all", "--worker=0/2") == 0
     hub.commit("org/web", {f"{n}.jsonl": jsonl_bytes(["other texts"] * 9) for n in (0, 1, 2)})
     assert run(config, "--all", "--worker=1/2") == 0
-    files = token_store.load(str(tmp_path / "run" / "tokens" / "web")).files
+    files = TokenManifest.load(str(tmp_path / "run" / "tokens" / "web")).files
     assert [file.rows for file in files] == [600, 600]
 
 
 def test_max_samples_bounds_it(config, tmp_path, capsys):
-    # Which file holds the last document of JSON lines, only reading tells: the first worker does it all.
+    # Which file holds the last document of JSON lines is known only by reading: the first worker writes everything.
     flag = "--config.data.sources.web.max_samples=700"
     for worker in (1, 0):
         assert run(config, flag, f"--worker={worker}/2", f"--output={tmp_path / 'out'}") == 0

@@ -71,7 +71,7 @@ def write(folder, logged, settings=None):
 
 
 class Page(html.parser.HTMLParser):
-    """charts: by title, as XML. tables: lists of rows of cells. text: all of it. tags: all elements and attributes."""
+    """charts: By title, as XML. tables: Lists of rows of cells. text: All text. tags: All elements and attributes."""
 
     def __init__(self, path):
         super().__init__()
@@ -114,13 +114,13 @@ def one(tmp_path):
 
 
 def number(text):
-    """Of an axis: 2.5K, 3e-4, 50%."""
+    """A value on an axis: 2.5K, 3e-4, 50%."""
     units = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}
     return float(text.rstrip("KMB%")) * units.get(text[-1], 1)
 
 
 def mapping(chart, axis, log=False):
-    """Value → pixel by the chart's own ticks, two of them; all the others agree."""
+    """Value → pixel from two of the chart's own ticks; all others must agree."""
     ticks = [found for found in chart.iter("text") if found.attrib.get("class") == f"tick {axis}"]
     scale = math.log if log else float
     known = [(scale(number(tick.text)), float(tick.attrib[axis])) for tick in ticks]
@@ -312,7 +312,7 @@ def test_held_out_loss_by_source_and_samples(tmp_path):
         logged.insert(place, {"step": line["step"], "eval_loss": loss, "eval_by_source": found})
         logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
     page = Page(made(write(tmp_path / "a", logged)))
-    chart = page.charts["Held-out loss by source (nats a token)"]
+    chart = page.charts["Held-out loss by source (nats per token)"]
     notes = [found.text for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
     assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
     assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]
@@ -321,7 +321,7 @@ def test_held_out_loss_by_source_and_samples(tmp_path):
 
 
 def test_time_of_several_processes_and_what_was_lost(tmp_path):
-    """The second process begins 10 s after the first one's last line: those were trained again."""
+    """The second process begins 10 s after the first one's last line: those seconds were trained again."""
     logged = [line for line in lines() if "loss" in line]
     for line in logged:
         second = line["step"] > 40
@@ -402,7 +402,7 @@ class Remote(MemoryFileSystem):
 
 
 def test_a_remote_work_directory(tmp_path, monkeypatch):
-    """Through the layer that training uses for buckets; behind it is a file system in memory."""
+    """Through the layer that training uses for buckets, backed by a file system in memory."""
     bucket = Remote()
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: bucket)
     local = write(tmp_path / "one", lines())

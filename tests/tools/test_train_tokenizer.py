@@ -39,7 +39,7 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
     assert "writes tokenizer.json, vocab.json and merges.txt." in out or kind == "bpe"
     tokenizer = HuggingFaceTokenizer(name=str(output)).build("")
     assert tokenizer.vocab_size == 700
-    # The same from the stream itself, with what the flags leave to the config.
+    # The same from the stream itself, with the config's values for flags that are not set.
     config = cli.load("configs/quickstart.py", [])
     readers = config.data.build(pipeline.resolve(config.data), seed=config.seed)
     documents = list(pipeline.texts(config.data, readers, config.plan(), 20))
@@ -50,7 +50,7 @@ def test_trains_on_the_configs_stream(kind, tmp_path, capsys):
 
 
 def test_into_the_work_directory_for_the_run(tmp_path, capsys):
-    """Where the run looks for it, if the config says the same."""
+    """The folder where the run looks for it, if the config has the same settings."""
     settings = ("--vocab_size=500", "--max_samples=9", "--model_type=bpe", "--special_tokens=<|user|>,<|tool|>")
     assert run(f"--workdir={tmp_path / 'run'}", *settings) == 0
     out = capsys.readouterr().out

@@ -8,7 +8,7 @@ from jaxtrain.trainer import compatibility
 
 @pytest.fixture(scope="module")
 def finished():
-    """(config, data of its last checkpoint), without what is recorded of its sources."""
+    """(config, data of its last checkpoint), without the sources' records."""
     config = cli.load("configs/quickstart.py")
     return config, {"config": cli.to_json(config), "plan": config.plan().record(), "data_ended": False}
 

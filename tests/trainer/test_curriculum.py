@@ -1,4 +1,4 @@
-"""The ten-stage configs: the table as it was given, shares at every step, what is a function of tokens, mistakes."""
+"""The ten-stage configs: the table as specified, shares at every step, functions of tokens, and mistakes."""
 
 import itertools
 import pathlib
@@ -75,7 +75,7 @@ def test_shares_are_within_one_row_at_every_step(path):
         rows = np.array([stage.mix.counts_after(batch) for batch in range(batches + 1)])
         shares = np.arange(batches + 1)[:, None] * stage.batch_size * weights
         assert np.abs(rows - shares).max() < 1
-        # At the stage's end by what the plan counts: in the last stage, at the place where the last batch is cut.
+        # At the stage's end by the plan's counts: in the last stage, where the last batch is cut.
         given = plan.source_tokens_before(stage.last_step + 1) - plan.source_tokens_before(stage.first_step)
         tokens = plan.at(stage.last_step).tokens_after - stage.first_token
         given = given[[plan.source_names.index(name) for name in stage.weights]]
@@ -89,7 +89,7 @@ def halved(plan_of: Config) -> Plan:
 
 
 def test_the_learning_rate_follows_tokens_not_steps(full):
-    """Half the batch sizes, twice the steps: the same rate at the same token, and the same area under it."""
+    """Half the batch sizes, twice the steps: the same rate at the same token, and the same area under the curve."""
     plans = full.plan(), halved(full)
     assert last_step(plans[1]) == pytest.approx(2 * last_step(plans[0]), abs=10)
     areas = []
@@ -97,14 +97,14 @@ def test_the_learning_rate_follows_tokens_not_steps(full):
         steps = [plan.at(step) for step in range(1, last_step(plan) + 1)]
         areas.append(sum(at.learning_rate * (at.tokens_after - at.tokens_before) for at in steps))
         peak = [at for at in steps if at.learning_rate == 6e-4]
-        # Warm-up is the first 10 million tokens, the decay the last 200.
+        # Warmup is the first 10 million tokens, the decay the last 200.
         assert peak[0].tokens_before == pytest.approx(10_000_000, abs=262_144)
         assert peak[-1].tokens_after == pytest.approx(800_000_000, abs=262_144)
     assert areas[0] == pytest.approx(areas[1], rel=1e-5)
 
 
 def test_evaluation_follows_tokens_not_steps(full):
-    """One for each 25 million tokens: at the step that reaches or passes them, wherever a run is taken up again."""
+    """One per 25 million tokens: at the step that reaches or passes them, wherever a run resumes."""
     for plan in (full.plan(), halved(full)):
         steps = [plan.at(step) for step in range(1, last_step(plan) + 1)]
         due = [at for at in steps if full.eval.due(at)]
@@ -167,7 +167,7 @@ def test_mistakes_name_the_stage_and_the_fix(flags, words):
 
 
 def test_all_configs_load():
-    """Those of the folder, with their checks and plans; `_*.py` is what they share."""
+    """The configs of the folder, with their checks and plans; `_*.py` files are shared code."""
     paths = sorted(path.as_posix() for path in pathlib.Path("configs").glob("[!_]*.py"))
     assert len(paths) >= 8
     for path in paths:

@@ -1,4 +1,4 @@
-"""Evaluation is the same in any number of micro-batches, and fits beside what training keeps on a device."""
+"""Evaluation is the same in any number of micro-batches, and fits next to what training keeps on a device."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ def evaluation(rows: int, seq_len: int) -> StagePlan:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """In place of both lowerings: 1,000 bytes of arguments, 100 for each token that a device has at once."""
+    """Replaces both lowerings: 1,000 bytes of arguments, and 100 for each token on a device at once."""
     fake = Fake()
     monkeypatch.setattr(programs, "lower_train_step", fake)
     monkeypatch.setattr(programs, "lower_eval_step", fake)
@@ -58,7 +58,7 @@ def test_any_number_of_micro_batches_gives_the_same_sums() -> None:
 
 
 def test_what_training_keeps_counts(fake: Fake) -> None:
-    """16 rows of 64 tokens need 103,400 bytes at once, 26,600 in four parts."""
+    """16 rows of 64 tokens need 103,400 bytes at once, 26,600 in four micro-batches."""
     made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64))
     assert made.evaluation().micro_batches == 4
     made = StagePrograms(make_components(), TRAINED, None, limit=30_000, evaluation=evaluation(16, 64), extra=10_000)

@@ -1,4 +1,4 @@
-"""A process that streams ends when it is told to, with the code that it was given: it never hangs and never aborts."""
+"""A process that streams ends when told to, with the requested code: it never hangs and never aborts."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.tiers import nightly_but
 
 # Ways to end, with the exit code of each.
 WAYS = {"return": 0, "close": 0, "exception": 1, "mistake": 2, "SIGTERM": 75, "SIGINT": 75, "_exit": 0}
-_SECONDS = 25.0  # that a process may take, with much else on the machine: reading is under half a second of it
+_SECONDS = 25.0  # for one process on a busy machine: reading is under half a second of it
 
 
 def end_in(hub: LoopbackHub, ways: list[str], folder: pathlib.Path) -> None:
@@ -26,7 +26,7 @@ def end_in(hub: LoopbackHub, ways: list[str], folder: pathlib.Path) -> None:
     hub.commit("org/table", {"train.csv": csv_bytes([text or "7" for text in texts[19]])})
     identities = {name: {"source": source.identity} for name, source in resolve(exiting_run.config()).items()}
     (folder / "identities.json").write_text(json.dumps(identities))
-    # So that most reads are under way at any moment.
+    # So that reads are in flight at any moment.
     hub.fault("/train", "slow", seconds=0.2, probability=0.3)
     hub.fault("/train", "latency:0.1")
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_some_ends(hub: LoopbackHub, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a hanging process is given up after a minute, and there may be many
+@pytest.mark.timeout(1800)  # a hanging process is killed after a minute, and there may be many
 @pytest.mark.parametrize("times", nightly_but([2], [2, 8]))
 def test_every_end_many_times(hub: LoopbackHub, tmp_path: pathlib.Path, times: int) -> None:
     end_in(hub, times * list(WAYS), tmp_path)

@@ -1,4 +1,4 @@
-"""Collections while a run goes on: new garbage goes, what was there before is not looked at."""
+"""Garbage collection during a run: new garbage is collected, older objects are not visited."""
 
 import gc
 import weakref

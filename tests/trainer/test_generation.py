@@ -1,4 +1,4 @@
-"""Generation within a memory limit: fewer prompts at once, the same texts."""
+"""Generation within a memory limit: fewer prompts at a time, the same texts."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""How a stage gets as many micro-batches as it needs, and what does not fit."""
+"""How a stage gets as many micro-batches as it needs, and what happens if it cannot fit."""
 
 import dataclasses
 import logging
@@ -59,7 +59,7 @@ def make_plan(*stages: tuple[str, int, int]) -> Plan:
 
 @dataclasses.dataclass
 class Fake:
-    """Stands for lowering, which is slow: 1,000 bytes of state, and 100 for each token that a device has at once."""
+    """Replaces lowering, which is slow: 1,000 bytes of state, and 100 for each token on a device at once."""
 
     compiles: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
@@ -118,7 +118,7 @@ def test_what_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
     for fix in ("model.remat=full (now none)", "smaller model", "seq_len", "mesh.fsdp, now 1"):
         assert fix in str(caught.value)
     assert stages.program(64, 8).micro_batches == 16
-    # Where a resumed run has the long stage behind it, that is nobody's concern.
+    # If a resumed run is past the long stage, its size does not matter.
     StagePrograms(make_components(), make_plan(("long", 16, 64), ("short", 64, 8)), None, limit=7_000).settle(2)
 
 
@@ -133,7 +133,7 @@ def test_processes_agree_on_the_most_that_any_needs(fake: Fake, monkeypatch: pyt
     monkeypatch.setattr(programs.consensus, "largest", lambda value: max(value, 8))  # another process needs 8
     assert stages.program(64, 8).micro_batches == 8
     assert fake.compiles[-1] == (64, 8, 8)
-    monkeypatch.setattr(programs.consensus, "largest", lambda value: 17)  # and of this it cannot have even one row
+    monkeypatch.setattr(programs.consensus, "largest", lambda value: 17)  # and it cannot fit even one row
     with pytest.raises(UserError, match="device of another process"):
         stages.program(16, 64)
 
@@ -150,7 +150,7 @@ def test_a_compiler_that_gives_up_counts_as_too_large(fake: Fake, monkeypatch: p
 
 @pytest.mark.slow
 def test_it_changes_rounding_only() -> None:
-    """The real thing: with less memory the same step, in several components."""
+    """The real program: with less memory the same step, in several micro-batches."""
     components, plan, rng = make_components(), make_plan(("only", 8, 16)), np.random.default_rng(0)
     ids = rng.integers(0, 100, (2, 8, 16)).astype(np.int32)
     batch = {

@@ -1,4 +1,4 @@
-"""The train step: the same on every mesh and however a batch is cut; its guards; against a plain loss and gradient."""
+"""The train step: the same on every mesh and for any micro-batches; its guards; against a plain loss and gradient."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ MODEL = LlamaConfig(
     remat="none",
     initializer_std=0.2,
 )
-# With so large an epsilon a moment near 0 moves a parameter little: rounding cannot decide about a whole step.
+# With such a large epsilon, a moment near 0 moves a parameter little: rounding cannot change a whole step.
 ADAMW = AdamW(learning_rate=1e-2, epsilon=1e-2)
 MUON = Muon(learning_rate=1e-2, epsilon=1e-2)
 RATE = np.float32(1e-2)
@@ -68,7 +68,7 @@ def compiled(components: StepComponents, micro_batches: int) -> Any:
 
 
 def make_batch(seed: int, masked: float = 0.3) -> dict[str, np.ndarray]:
-    """Packed documents; rows lose very different numbers of positions to the mask."""
+    """Packed documents; the mask removes very different numbers of positions per row."""
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (BATCH, SEQ)), axis=1).astype(np.int32)
     starts = np.concatenate([np.ones((BATCH, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -162,7 +162,7 @@ def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
     nightly_but([((), 4)], [((), 4), ((), 8), ((2, 2, 2), 2)], slow=[((2, 2, 2), 2)]),
 )
 def test_accumulation_changes_nothing(shape: tuple[int, ...], micro_batches: int, alone: Any) -> None:
-    """Micro-batches with very different numbers of tokens: a mean of their means would be another loss."""
+    """Micro-batches with very different numbers of tokens: a mean of their means would be a different loss."""
     counts = make_batch(1)["loss_mask"].reshape(-1, micro_batches, SEQ).sum(axis=(0, 2))
     assert counts.max() > 1.1 * counts.min()
     assert_close(run(make_components(*shape), [make_batch(1), make_batch(2)], micro_batches), alone)
@@ -197,7 +197,7 @@ def test_updates_with_non_finite_gradients_are_left_out_and_counted(alone: Any) 
 
 
 def test_clipping(alone: Any) -> None:
-    """The reported norm is the one before; a limit of almost nothing leaves only the decay."""
+    """The reported norm is from before clipping; a limit near zero leaves only the decay."""
     components = make_components(clip_norm=1e-9)
     moved, (measured,) = run(components, [make_batch(1)])
     np.testing.assert_array_equal(measured["grad_norm"], alone[1][0]["grad_norm"])
@@ -241,7 +241,7 @@ def test_a_mesh_that_does_not_divide_the_batch() -> None:
 
 
 def test_auxiliary_losses_are_added_and_reported_however_a_batch_is_cut(alone: Any) -> None:
-    """A model's own loss, a mean over its rows, counts in each micro-batch by the tokens there."""
+    """A model's own loss, a mean over its rows, is weighted by each micro-batch's tokens."""
     components = make_components()
 
     class Routed:

@@ -26,7 +26,7 @@ WEIGHTS = (np.float32(0.4), np.float32(0.6))
 
 @functools.cache
 def make_components(*shape: int) -> tuple[StepComponents, Any]:
-    """StepComponents, and the teacher's parameters: never the student's numbers, though both come from seeds."""
+    """StepComponents, and the teacher's parameters, which differ from the student's, though both come from seeds."""
     mesh = make_mesh(*shape)
     model, teacher = MODEL.build(VOCAB, mesh), TEACHER.build(VOCAB, mesh)
     layout = sharding.tree_shardings(mesh, teacher.axes)
@@ -56,7 +56,7 @@ def alone() -> Any:
 
 
 def test_loss_and_state(alone: Any) -> None:
-    """By hand: logits of both, plain softmaxes. The state has no trace of the teacher, whose arrays are untouched."""
+    """By hand: logits of both, plain softmaxes. The state has no trace of the teacher, whose arrays are unchanged."""
     components, frozen = make_components()
     assert components.distilled is not None
     batch = make_batch(1)
@@ -103,7 +103,7 @@ def test_accumulation_changes_nothing(shape: tuple[int, ...], micro_batches: int
 
 @pytest.mark.slow
 def test_nothing_of_the_teachers_forward_pass_is_kept() -> None:
-    """A teacher of 8 layers takes no more temporary memory than one of 2, and nothing flows back through it."""
+    """A teacher of 8 layers needs no more temporary memory than one of 2, and no gradient flows through it."""
 
     def temporary(num_layers: int) -> int:
         mesh = make_mesh()
@@ -121,7 +121,7 @@ def test_nothing_of_the_teachers_forward_pass_is_kept() -> None:
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    layer = BATCH * 128 * TEACHER.hidden_size * 4  # a layer's input alone
+    layer = BATCH * 128 * TEACHER.hidden_size * 4  # the input of one layer alone
     assert temporary(8) - temporary(2) < layer
 
 

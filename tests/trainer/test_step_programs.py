@@ -25,7 +25,7 @@ def program(*shape: int) -> tuple[str, StepComponents]:
 
 
 def collectives(text: str) -> dict[str, list[int]]:
-    """Kind → elements of every array that such an operation gives."""
+    """Kind → elements of every array that such an operation produces."""
     found: dict[str, list[int]] = {kind: [] for kind in COLLECTIVES}
     for line in text.splitlines():
         operation = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Run:
-    """Processes of the stand-in for a run, with the lines that each has printed so far."""
+    """Processes of the stand-in for a run, with the lines that each has printed."""
 
     def __init__(self, folder, mode, num_processes=1):
         with socket.socket() as probe:
@@ -58,7 +58,7 @@ class Run:
             time.sleep(0.02)
 
     def ends(self):
-        """Exit codes, after all that was printed has arrived."""
+        """Exit codes, after all output has arrived."""
         codes = [p.wait(60) for p in self.processes]
         for reader in self.readers:
             reader.join()
@@ -110,7 +110,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
         (process,) = run.processes
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)  # what a launcher passes on is not a second one
+        process.send_signal(signal.SIGINT)  # a forwarded signal does not count as a second one
         time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -143,7 +143,7 @@ def test_a_closed_terminal_stops_a_run_that_nohup_did_not_start(tmp_path, ignore
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_with_75_wherever_it_falls(tmp_path, number):
-    # Inside a callback of the garbage collector exceptions are printed and forgotten: so was SystemExit.
+    # Inside a callback of the garbage collector, exceptions are printed and ignored, including SystemExit.
     config = f"import gc, os\ngc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\ngc.collect()\n"
     (tmp_path / "config.py").write_text(config)
     command = [sys.executable, "-m", "jaxtrain.main", f"--config={tmp_path / 'config.py'}"]

@@ -7,6 +7,7 @@ exclude other load on the machine:
     reading      the same files through the source alone
     tokenizing   the same documents through the tokenizer alone, in chunks of the data path's size
     prepared     the data path with a tokenizer that slices precomputed arrays
+    fit          the same with rows of whole documents (packing="fit")
     cutting      that tokenizer alone, on the same documents
     machinery    prepared - reading - cutting; or, by subtraction, whole - reading - tokenizing
 
@@ -31,6 +32,7 @@ from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, Tokenizer
+from jaxtrain.plan import Plan
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.bench import corpus, data_modes, plain, stream
 from tools.bench.common import (
@@ -101,11 +103,17 @@ def _train(kind: str, flags: Flags, workdir: str) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """One epoch through the data path. `resident_mb` is the largest resident size at the end of a batch."""
+    """One epoch through the data path.
+
+    Attributes:
+        share_cut: Of the documents, those that the row in which they begin does not hold whole.
+        resident_mb: The largest resident size at the end of a batch.
+    """
 
     spent: Spent
     tokens: int
     documents: int
+    share_cut: float
     first_batch_seconds: float
     resident_mb: float | None
 
@@ -115,7 +123,10 @@ class _Measured:
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, flags: Flags):
         self._data, self._tokenizer = data, tokenizer
-        self.plan = stream.endless_plan(data, seq_len=flags.seq_len, batch_size=flags.batch_size)
+        self.plan, self._fit = (
+            stream.endless_plan(data, seq_len=flags.seq_len, batch_size=flags.batch_size, packing=packing)
+            for packing in ("concat", "fit")
+        )
         characters, tokens, _ = self._tokenize(tokenizer)
         self._characters = characters
         self._prepared = stream.Prepared(characters / tokens, tokenizer.vocab_size)
@@ -124,13 +135,15 @@ class _Measured:
         before = resident_mb()
         whole: list[_Epoch] = []
         bare: list[_Epoch] = []
+        fit: list[_Epoch] = []
         reading: list[float] = []
         tokenizing: list[float] = []
         cutting: list[float] = []
         usual: list[float] = []  # tokens per CPU second
         for number in range(1, rounds + 1):
-            whole.append(self._epoch(self._tokenizer))
-            bare.append(self._epoch(self._prepared))
+            whole.append(self._epoch(self._tokenizer, self.plan))
+            bare.append(self._epoch(self._prepared, self.plan))
+            fit.append(self._epoch(self._prepared, self._fit))
             reading.append(self._read())
             tokenizing.append(self._tokenize(self._tokenizer)[2])
             cutting.append(self._tokenize(self._prepared)[2])
@@ -156,6 +169,9 @@ class _Measured:
             "tokens_per_cpu_second": median([tokens / each for each in cpu]),
             "tokenizer_tokens_per_cpu_second": median([tokens / each for each in tokenizing]),
             "prepared_tokens_per_cpu_second": median([epoch.tokens / epoch.spent.cpu for epoch in bare]),
+            "fit_tokens_per_cpu_second": median([epoch.tokens / epoch.spent.cpu for epoch in fit]),
+            "times_fit": ratio([epoch.spent.cpu for epoch in bare], [epoch.spent.cpu for epoch in fit]),
+            "share_cut": {"concat": bare[0].share_cut, "fit": fit[0].share_cut},
             "plain_tokens_per_cpu_second": median(usual) if usual else None,
             "times_plain": ratio([tokens / each for each in cpu], usual) if usual else None,
             "share_tokenizing": _share(tokenizing, cpu),
@@ -167,12 +183,12 @@ class _Measured:
             "resident_mb": short(max(residents)) if residents else None,
         }
 
-    def _epoch(self, tokenizer: Tokenizer) -> _Epoch:
+    def _epoch(self, tokenizer: Tokenizer, plan: Plan) -> _Epoch:
         gc.collect()
         gc.freeze()  # as in a run: see trainer.loop.frozen_gc
         watch = Stopwatch()
         first, resident, states = None, 0.0, {}
-        with stream.batches(self._data, self.plan, tokenizer) as batches:
+        with stream.batches(self._data, plan, tokenizer) as batches:
             for batch in batches:
                 first, states = first or watch.spent().wall, batch.states
                 resident = max(resident, resident_mb() or 0.0)
@@ -183,8 +199,8 @@ class _Measured:
         assert first is not None
         # Each lane's state is [1, STATE_FIELDS].
         counts = np.concatenate(list(states.values())).sum(axis=0)
-        tokens, documents = (int(counts[STATE_FIELDS.index(name)]) for name in ("tokens", "documents"))
-        return _Epoch(spent, tokens, documents, first, resident or None)
+        tokens, documents, cut = (int(counts[STATE_FIELDS.index(name)]) for name in ("tokens", "documents", "cut"))
+        return _Epoch(spent, tokens, documents, short(cut / documents), first, resident or None)
 
     def _blocks(self) -> Iterator[Block]:
         (config,) = self._data.sources.values()

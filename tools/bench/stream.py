@@ -50,10 +50,10 @@ def config(addresses: Sequence[str], *, num_lanes: int, workers: int) -> DataCon
     return data
 
 
-def endless_plan(data: DataConfig, *, seq_len: int, batch_size: int) -> Plan:
+def endless_plan(data: DataConfig, *, seq_len: int, batch_size: int, packing: str = "concat") -> Plan:
     """Returns a plan with one stage, until the data ends."""
     return build_plan(
-        (Stage(seq_len=seq_len, batch_size=batch_size),),
+        (Stage(seq_len=seq_len, batch_size=batch_size, packing=packing),),
         source_names=tuple(data.sources),
         num_lanes=data.num_lanes,
         seed=0,

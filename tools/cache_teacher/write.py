@@ -10,6 +10,7 @@ from tqdm import tqdm
 from jaxtrain.config import Config
 from jaxtrain.cost import memory
 from jaxtrain.data.stores import teacher_store
+from jaxtrain.data.stores.teacher_store import TeacherManifest
 from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.distill.scorer import Scorer
 from jaxtrain.errors import UserError
@@ -53,9 +54,7 @@ class Settings:
 def write(config: Config, workdir: str, output: str, settings: Settings, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     assert config.teacher is not None
-    begun = {name: teacher_store.planned(os.path.join(output, name)) for name in config.data.sources}
-    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
-    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    sources, tokenizer = open_data.for_writing(config, workdir, TeacherManifest, output)
     config.data.row_spec(tokenizer, None)  # raises if add_bos is set but the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
@@ -68,7 +67,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     identity = frozen.identity(params)
     writers: dict[str, TeacherWriter] = {}
     for name, source in sources.items():
-        manifest = teacher_store.manifest_of(
+        manifest = TeacherManifest.of(
             source,
             config.data.sources[name],
             tokenizer,
@@ -141,7 +140,7 @@ def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: i
 
 
 def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout) -> dict[str, int | None]:
-    """Returns the remaining documents of each source; None if only reading it can tell.
+    """Returns the remaining documents of each source; None if they are known only by reading it.
 
     Raises:
         UserError: the free disk space is less than `_MARGIN` times their estimated size.
@@ -181,15 +180,15 @@ def verify(config: Config, output: str) -> None:
     """Verifies the checksums of every cache. Raises UserError if one is incomplete or damaged."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
-        teacher_store.verify(folder)
+        TeacherManifest.verify(folder)
         print(f"Source {name}: {_summary(folder)} All bytes match their checksums.", flush=True)
 
 
 def _summary(folder: str) -> str:
-    made = teacher_store.load(folder)
-    rows = sum(part.rows for parts in made.parts for part in parts)
+    made = TeacherManifest.load(folder)
+    rows, tokens, size = map(made.total, ("rows", "tokens", "size"))
     temperatures = ", ".join(f"{heat:g}" for heat in made.layout.temperatures)
     return (
-        f"{rows:,} documents, {made.tokens:,} tokens, {made.bytes / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
+        f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}: the {made.layout.k} most "
         f"likely tokens by {made.teacher['found']}, for temperatures {temperatures}."
     )

@@ -26,7 +26,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     """Compiles every stage and the evaluation, and prints the results.
 
     Returns:
-        The results; "fits" tells whether everything fits.
+        The results; "fits" is whether everything fits.
 
     Raises:
         UserError: settings conflict, for example a mesh that does not divide the model.

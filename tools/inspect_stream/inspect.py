@@ -118,7 +118,7 @@ def _stage(found: Inputs, stage: StagePlan, measured: Measurement) -> Json:
             )
     length = measured.tokens / max(measured.documents, 1)
     print(
-        f"  Speed{' (with start-up: there is one batch)' if measured.steps == 1 else ''}: "
+        f"  Speed{' (including startup: there is only one batch)' if measured.steps == 1 else ''}: "
         f"{measured.documents_per_second:,.0f} documents/s, {measured.tokens_per_second:,.0f} tokens/s; first batch "
         f"after {measured.first_batch_seconds:.2f} s; {length:,.0f} tokens per document",
         flush=True,

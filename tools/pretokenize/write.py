@@ -5,16 +5,14 @@ import os
 from tqdm import tqdm
 
 from jaxtrain.config import Config
-from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores.token_store import TokenManifest
 from jaxtrain.data.stores.writer import Job, write_tokens
 from jaxtrain.trainer import open_data
 
 
 def write(config: Config, workdir: str, output: str, worker: int, workers: int) -> None:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
-    begun = {name: token_store.planned(os.path.join(output, name)) for name in config.data.sources}
-    known = {name: manifest.source for name, manifest in begun.items() if manifest is not None}
-    sources, tokenizer = open_data.for_writing(config, workdir, known)
+    sources, tokenizer = open_data.for_writing(config, workdir, TokenManifest, output)
     for name, source in sources.items():
         folder = os.path.join(output, name)
         bound = config.data.sources[name].max_samples
@@ -45,11 +43,10 @@ def verify(config: Config, output: str) -> None:
     """Verifies the checksums of every store. Raises UserError if one is incomplete or damaged."""
     for name in config.data.sources:
         folder = os.path.join(output, name)
-        token_store.verify(folder)
+        TokenManifest.verify(folder)
         print(f"Source {name}: {_summary(folder)} All bytes match their checksums.", flush=True)
 
 
 def _summary(folder: str) -> str:
-    files = token_store.load(folder).files
-    rows, tokens, size = (sum(getattr(file, field) for file in files) for field in ("rows", "tokens", "size"))
+    rows, tokens, size = map(TokenManifest.load(folder).total, ("rows", "tokens", "size"))
     return f"{rows:,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB in {folder}."

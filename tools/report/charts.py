@@ -121,7 +121,7 @@ def by_source(run: RunLog, with_name: bool) -> Figure | None:
     """Charts the held-out loss of each source. None without evaluations by source."""
     if not run.by_source:
         return None
-    title = "Held-out loss by source (nats a token)" + (f", {run.name}" if with_name else "")
+    title = "Held-out loss by source (nats per token)" + (f", {run.name}" if with_name else "")
     curves = []
     for index, (name, found) in enumerate(run.by_source.items()):
         notes = [f"{name}, step {step:,} ({x:,} tokens): {y:.4f}" for x, y, step in found]

@@ -11,13 +11,14 @@ The client libraries are imported on first use: they read HF_HOME and HF_ENDPOIN
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from jaxtrain.cli.redaction import unsigned
+from jaxtrain.cli.redaction import redact, unsigned
 from jaxtrain.data.io import rate_limit, retry
 from jaxtrain.data.io.exit_guard import gate
 from jaxtrain.errors import TransientError, UserError
@@ -41,7 +42,8 @@ class Bytes(Protocol):
 
     def tail(self, count: int) -> bytes:
         """The last `count` bytes, or all if there are fewer."""
-        ...
+        size = self.size()
+        return self.fetch(max(size - count, 0), size)
 
     def stamp(self) -> Json:
         """A value that changes when the file does, as far as that is cheap to know."""
@@ -49,41 +51,28 @@ class Bytes(Protocol):
 
     def refresh(self) -> None:
         """Forgets what was learned about the file: the next read asks its origin."""
-        ...
 
 
-class LocalBytes:
-    """A local file. Implements `Bytes`."""
+class LocalBytes(Bytes):
+    """A local file."""
 
     def __init__(self, path: str):
         self.path = path
         self.what = path
 
     def size(self) -> int:
-        try:
+        with retry.classified(self.what):
             return os.path.getsize(self.path)
-        except OSError as error:
-            raise retry.classify(error, self.what) from None
 
     def fetch(self, start: int, stop: int) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
-        except OSError as error:
-            raise retry.classify(error, self.what) from None
-
-    def tail(self, count: int) -> bytes:
-        size = self.size()
-        return self.fetch(max(size - count, 0), size)
+        with retry.classified(self.what), open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def stamp(self) -> Json:
         """Size and a digest of the first and last 64 kB. Not the time: a copy on another machine is the same file."""
         ends = self.fetch(0, 65536) + self.tail(65536)
         return {"size": self.size(), "digest": hashlib.blake2b(ends, digest_size=8).hexdigest()}
-
-    def refresh(self) -> None:
-        pass
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -100,8 +89,22 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{unsigned(url)}: {error}. For s3 and gs install jaxtrain[s3] or jaxtrain[gcs].") from None
 
 
-class BucketBytes:
-    """A file in a bucket (s3://, gs://) or any other file system that fsspec knows. Implements `Bytes`."""
+def ask(fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of a file system, which is given up at the deadline of the attempt under way.
+
+    s3fs and gcsfs retry within each call: 25 requests of a minute each to a server that hangs.
+    """
+    if not fs.async_impl:
+        return getattr(fs, method)(*args, **kwargs)
+    from fsspec.asyn import sync
+
+    left = retry.time_left()
+    timeout = None if math.isinf(left) else max(left, 1.0)
+    return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=timeout, **kwargs)
+
+
+class BucketBytes(Bytes):
+    """A file in a bucket (s3://, gs://) or any other file system that fsspec knows."""
 
     def __init__(self, url: str):
         self.what = unsigned(url)
@@ -110,23 +113,20 @@ class BucketBytes:
 
     def size(self) -> int:
         if self.known_size is None:
-            self.known_size = int(self._try(lambda: self.fs.info(self.path))["size"])
+            self.known_size = int(self._ask("info")["size"])
         return self.known_size
 
     def fetch(self, start: int, stop: int) -> bytes:
         stop = min(stop, self.size())
         if start >= stop:
             return b""
-        data = self._try(lambda: self.fs.cat_file(self.path, start=start, end=stop))
+        data = self._ask("cat_file", start=start, end=stop)
         if len(data) != stop - start:
             raise TransientError(f"{self.what}: {len(data)} of {stop - start} bytes arrived")
         return data
 
-    def tail(self, count: int) -> bytes:
-        return self.fetch(max(self.size() - count, 0), self.size())
-
     def stamp(self) -> Json:
-        info = self._try(lambda: self.fs.info(self.path))
+        info = self._ask("info")
         tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if name in info), None)
         return {"size": int(info["size"]), "etag": str(tag).strip('"') if tag else None}
 
@@ -134,23 +134,20 @@ class BucketBytes:
         self.known_size = None
         self.fs.invalidate_cache(self.path)
 
-    def _try(self, function: Callable[[], Any]) -> Any:
+    def _ask(self, method: str, **kwargs: Any) -> Any:
         retry.start_request()
-        try:
-            return function()
-        except Exception as error:
-            fault = retry.classify(error, self.what)
-            if fault is error:
-                raise
-            raise fault from None
+        with retry.classified(self.what):
+            found = ask(self.fs, method, self.path, **kwargs)
+        retry.end_request()
+        return found
 
 
 class _NoRangeError(TransientError):
     """A whole file in response to a range request: usually a transient fault of a proxy."""
 
 
-class HttpBytes:
-    """A file on the Hub or any other server that supports ranges (RFC 9110, section 14). Implements `Bytes`."""
+class HttpBytes(Bytes):
+    """A file on the Hub or any other server that supports ranges (RFC 9110, section 14)."""
 
     pinned = False  # whether its address names its content
 
@@ -180,7 +177,7 @@ class HttpBytes:
 
     def tail(self, count: int) -> bytes:
         if self.known_size is not None:
-            return self.fetch(max(self.known_size - count, 0), self.known_size)
+            return super().tail(count)
         data, first = self._range(f"bytes=-{count}", 0, count)
         if first != max(self.size() - count, 0) or len(data) != self.size() - first:
             raise TransientError(f"{self.what}: asked for the last {count} bytes, got {len(data)} at {first}")
@@ -231,27 +228,24 @@ class HttpBytes:
         retry.start_request()
         limiter.wait()
         timeout = min(_TIMEOUT, max(retry.time_left(), 1.0))
-        try:
-            with _session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-                if url != self.url and response.status_code in (400, 401, 403, 404, 410):
-                    return None
-                if response.status_code == 416 and (total := _total(response)) is not None:
-                    self._note(total, response)
+        with (
+            retry.classified(self.what),
+            session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response,
+        ):
+            if url != self.url and response.status_code in (400, 401, 403, 404, 410):
+                return None
+            if response.status_code == 416:
+                found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", "").strip())
+                if found is not None:
+                    self._note(int(found[1]), response)
                     return b"", start
-                if response.status_code == 429:
-                    limiter.refused(retry.retry_after(response.headers))
-                hf_raise_for_status(response)
-                limiter.answered()
-                first = self._check(response, start, most)
-                body = _body(response, most, timeout, self.what)
-                if url == self.url and str(response.url) != url:
-                    self.signed = str(response.url)
-                return body, first
-        except Exception as error:
-            fault = retry.classify(error, self.what)
-            if fault is error and not isinstance(fault, TransientError | UserError):
-                raise
-            raise fault from None  # the original holds the requested address
+            hf_raise_for_status(response)
+            limiter.answered()
+            first = self._check(response, start, most)
+            body = _body(response, most, timeout, self.what)
+            if url == self.url and str(response.url) != url:
+                self.signed = str(response.url)
+            return body, first
 
     def _check(self, response: Any, start: int, most: int) -> int:
         """The position of the response's first byte, if its headers match the requested range."""
@@ -288,19 +282,64 @@ class HubBytes(HttpBytes):
         return {}
 
 
-@functools.cache
-def _session_guarded() -> None:
-    # At exit the client's own handler closes its connections, and a thread that waits for one waits for the whole
-    # timeout: the gate must close first.
-    gate.close_first()
+def session() -> Any:
+    """The HTTP session of the Hub's client.
 
+    Raises:
+        UserError: HF_ENDPOINT is no address.
+    """
+    try:
+        from huggingface_hub import get_session
 
-def _session() -> Any:
-    """The client's HTTP session."""
-    from huggingface_hub import get_session
-
-    _session_guarded()
+        _obey_deadlines()
+    except ValueError as error:  # the client parses it when it is imported
+        raise UserError(f"HF_ENDPOINT={redact(os.environ.get('HF_ENDPOINT', ''))!r}: {error}.") from None
     return get_session()
+
+
+@functools.cache
+def _obey_deadlines() -> None:
+    """Makes every request of the Hub's client keep the deadline of the attempt under way in its thread.
+
+    The client sets no time-out for most requests. For some it retries five times, which took 400 s of a Hub that hangs,
+    or for as long as a 429 says.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    # At exit the client's own handler closes its connections, and a thread that waits for one then waits for the whole
+    # time-out: the gate must close first.
+    gate.close_first()
+    make = _http._GLOBAL_CLIENT_FACTORY
+
+    def client() -> Any:
+        made = make()
+        made.event_hooks["request"].append(_before_request)
+        made.event_hooks["response"].append(_after_response)
+        return made
+
+    set_client_factory(client)
+
+
+def _before_request(request: Any) -> None:
+    if not retry.send_request():
+        raise TransientError(f"{request.url.host} gave no good answer in time")
+    limits = request.extensions.get("timeout", {})
+    for name in ("connect", "read", "write", "pool"):
+        limits[name] = min(limits.get(name) or _TIMEOUT, max(retry.time_left(), 1.0))
+    request.extensions["timeout"] = limits
+
+
+def _after_response(response: Any) -> None:
+    status = response.status_code
+    if status != 429 and status < 500:
+        retry.end_request()
+        return
+    wait = retry.retry_after(response.headers)
+    if status == 429:
+        rate_limit.limiter_of(str(response.url)).refused(wait)
+    if wait is not None and not math.isinf(retry.time_left()):
+        raise TransientError(f"the server answered {status}", wait)
 
 
 def _hub_headers(url: str) -> dict[str, str]:
@@ -309,11 +348,6 @@ def _hub_headers(url: str) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     return build_hf_headers() if url.startswith(constants.ENDPOINT + "/") else {}
-
-
-def _total(response: Any) -> int | None:
-    found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", "").strip())
-    return int(found[1]) if found else None
 
 
 def _body(response: Any, most: int, timeout: float, what: str) -> bytes:

@@ -18,12 +18,8 @@ from jaxtrain.interfaces import Json
 _REQUEST = 1 << 23  # bytes: 8 MB, at 200 ms a request 40 MB/s for each file
 
 
-class CachedBytes:
-    """The bytes of another `Bytes`, through a DiskCache. Implements `Bytes`; thread-safe.
-
-    Attributes:
-        what: Names the file in messages.
-    """
+class CachedBytes(Bytes):
+    """The bytes of another `Bytes`, through a DiskCache."""
 
     def __init__(self, inner: Bytes, key: str, cache: DiskCache, retry_seconds: float):
         """Makes no request.
@@ -63,9 +59,6 @@ class CachedBytes:
             return data
         with self._cache.open(self._key, size, self._bring, self.what) as file:
             return self._read(file, start, stop)
-
-    def tail(self, count: int) -> bytes:
-        return self.fetch(max(self.size() - count, 0), self.size())
 
     def stamp(self) -> Json:
         return self._inner.stamp()

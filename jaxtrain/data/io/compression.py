@@ -129,7 +129,7 @@ class _Member(io.RawIOBase):
         data = b""
         try:
             data = data if self._failed else self._member.read(len(buffer))
-        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError, OSError) as error:  # OSError: bzip2's
             self._failed = DamagedError(f"a member of the zip archive is damaged ({error})")
         if self._failed:
             raise self._failed

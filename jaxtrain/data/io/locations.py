@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from urllib.parse import quote, unquote
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, file_system
+from jaxtrain.data.io.byte_ranges import BucketBytes, Bytes, HttpBytes, HubBytes, LocalBytes, ask, file_system, session
 from jaxtrain.data.io.names import lasting_name, named
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
@@ -37,15 +37,10 @@ def expand(patterns: Sequence[str]) -> dict[str, str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        try:
+        with retry.classified(lasting_name(pattern)):
             # The names of local files may have braces.
             literal = [] if "://" in pattern else _expand(pattern)
             matches = {pattern: literal} if literal else {one: _expand(one) for one in spread(pattern)}
-        except Exception as error:
-            fault = retry.classify(error, lasting_name(pattern))
-            if fault is error:
-                raise
-            raise fault from None
         for one, addresses in matches.items():
             if not addresses:
                 raise UserError(f"no file matches {lasting_name(one)!r}. Check the path or the pattern.")
@@ -60,8 +55,9 @@ def _expand(pattern: str) -> list[str]:
         return _expand_hub(pattern)
     if "://" in pattern:
         fs, path = file_system(pattern)
-        return [str(fs.unstrip_protocol(one)) for one in sorted(fs.glob(path))]
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        return [str(fs.unstrip_protocol(one)) for one in sorted(ask(fs, "glob", path))]
+    path = os.path.expanduser(pattern)
+    matches = glob.glob(path, recursive=True) or [path]  # a name with brackets does not match itself
     return sorted(path.replace(os.sep, "/") for path in matches if os.path.isfile(path))
 
 
@@ -74,7 +70,8 @@ def _expand_hub(pattern: str) -> list[str]:
         raise UserError(f"{pattern!r} is not of the form hf://datasets/ORG/NAME[@REVISION]/PATH.")
     revision = unquote(parts["revision"]) if parts["revision"] else None
     kind = parts["type"].rstrip("s/") or "model"
-    sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision, timeout=30).sha
+    session()
+    sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision).sha
     root = f"{parts['type']}{parts['repo']}@{sha}"
     files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
     return [f"hf://{path}" for path in sorted(str(path) for path in files)]
@@ -124,20 +121,17 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 def locate(address: str) -> Bytes:
     """The bytes of the file at an address of `expand`."""
     if address.startswith("hf://"):
+        from huggingface_hub import constants
+
         parts = _HUB.fullmatch(address)
         assert parts is not None, address
         assert parts["revision"] is not None, address
-        what = f"{parts['path']} of {parts['repo']}"
-        return _hub_bytes(f"{parts['type']}{parts['repo']}", unquote(parts["revision"]), parts["path"], what)
+        revision = quote(unquote(parts["revision"]), safe="")
+        url = f"{constants.ENDPOINT}/{parts['type']}{parts['repo']}/resolve/{revision}/{quote(parts['path'])}"
+        return HubBytes(url, f"{parts['path']} of {parts['repo']}")
     if address.startswith(("http://", "https://")):
         return HttpBytes(address)
     return BucketBytes(address) if "://" in address else LocalBytes(os.path.expanduser(address))
-
-
-def _hub_bytes(repo: str, revision: str, path: str, what: str) -> HubBytes:
-    from huggingface_hub import constants
-
-    return HubBytes(f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}", what)
 
 
 def cache_key(address: str, stamp: Json | None) -> str:

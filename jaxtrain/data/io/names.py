@@ -36,7 +36,7 @@ def named(addresses: Iterable[str], naming: int = NAMING) -> dict[str, str]:
         name = lasting_name(address, naming)
         if found.setdefault(name, address) != address:
             if naming < NAMING:
-                raise UserError(_not_told_apart([name]))
+                raise UserError(_ambiguous([name]))
             raise UserError(
                 f"two addresses of {name} differ only in credentials or signatures, which a name must not contain. "
                 "Give each file a distinct address."
@@ -62,7 +62,7 @@ def addresses(identity: Json, candidates: Iterable[str], root: str = "") -> list
     names: Sequence[str] = identity["files"]
     shared = [name for name in names if len(found.get(name, ())) > 1]
     if shared:
-        raise UserError(_not_told_apart(shared))
+        raise UserError(_ambiguous(shared))
     return [next(iter(found[name])) if name in found else name if "://" in name else root + name for name in names]
 
 
@@ -79,10 +79,10 @@ def comparable(identity: Json) -> Json:
 
 def inexact(identity: Json) -> list[str]:
     """Error lines for a store whose names do not distinguish its files from others; none for most stores."""
-    return [] if is_exact(identity) else [f"  source files: {_not_told_apart(identity['files'])}"]
+    return [] if is_exact(identity) else [f"  source files: {_ambiguous(identity['files'])}"]
 
 
-def _not_told_apart(names: Sequence[str]) -> str:
+def _ambiguous(names: Sequence[str]) -> str:
     few = ", ".join(list(dict.fromkeys(names))[:3])
     return (
         f"version 0.1 gave several files the same name ({few}). Shuffle and holdout depend on the name, so the run "

@@ -92,6 +92,18 @@ def classify(error: BaseException, what: str = "") -> BaseException:
     return error
 
 
+@contextlib.contextmanager
+def classified(what: str) -> Iterator[None]:
+    """Raises an error inside as what `classify` makes of it, without the original, which may hold a signed address."""
+    try:
+        yield
+    except Exception as error:
+        fault = classify(error, what)
+        if fault is error:
+            raise
+        raise fault from None
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     for _ in range(20):
         if error is None:
@@ -293,6 +305,7 @@ class Backoff:
         self.limit = limit
         self.rng = random.Random(seed)
         self.attempts = 0  # failed attempts in this outage
+        self.is_asking = self.was_sent = False  # a request that has no good answer yet
         self.since = time.monotonic()
         self.slept = 0.0
 
@@ -305,6 +318,7 @@ class Backoff:
     def running(self) -> Iterator[None]:
         """The context of one attempt: code that it calls in this thread can use `time_left`."""
         token = _running.set(self)
+        self.is_asking = self.was_sent = False
         self.start()
         try:
             yield
@@ -360,9 +374,25 @@ _running: contextvars.ContextVar[Backoff | None] = contextvars.ContextVar("runni
 
 
 def start_request() -> None:
-    """Call when a request starts: until one fails, the deadline of the current attempt counts from here."""
-    if (backoff := _running.get()) is not None:
+    """Call when a request starts or restarts. Until one fails, the deadline of the current attempt counts from here."""
+    if (backoff := _running.get()) is not None and not backoff.is_asking:
+        backoff.is_asking = True
         backoff.start()
+
+
+def send_request() -> bool:
+    """A client sends the request that started. Returns whether it may: not again after the deadline."""
+    start_request()
+    if (backoff := _running.get()) is None:
+        return True
+    is_repeated, backoff.was_sent = backoff.was_sent, True
+    return not is_repeated or backoff.left() > 0
+
+
+def end_request() -> None:
+    """A request was answered: what is done until the next one is no waiting."""
+    if (backoff := _running.get()) is not None:
+        backoff.is_asking = backoff.was_sent = False
 
 
 def time_left() -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.io import retry
-from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes
+from jaxtrain.data.io.byte_ranges import Bytes, LocalBytes, session
 from jaxtrain.data.io.locations import cache_key, check_unchanged, expand, locate, spread, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.sources.parquet import ParquetFiles, check_columns
@@ -29,7 +29,6 @@ SHORT_NAMES = {
     "pg19": ("emozilla/pg19", None),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-_TIMEOUT = 30.0  # seconds; the Hub's client sets no timeout, so a stalled listing would hang forever
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,15 +104,16 @@ class HuggingFace:
             UserError: the dataset or a file does not exist, is not accessible, has changed, or lacks the column.
             TransientError: the network or a server failed; the caller may retry.
         """
-        _bound_client()
+        session()  # what the Hub's client does keeps the deadline from here on
         if self.name in SHORT_NAMES:
             return self.full_name().resolve(identity)
         if identity is not None:
             return self._resume(identity)
-        found = self._look_up_files() if self.name in BUILDERS else self._look_up_dataset()
-        source = HuggingFaceSource(self, found.identity, found.addresses, found.files)
-        source.check_schema(found.features)
-        return source
+        if self.name in BUILDERS:
+            found = expand(self.data_files)
+            kwargs = BUILDER_KWARGS.get(self.name, {})
+            return self._found(list(found), list(found.values()), None, self.name, kwargs, None)
+        return self._look_up_dataset()
 
     def _about(self) -> Json:
         """The part of the identity that comes from the config alone."""
@@ -125,22 +125,7 @@ class HuggingFace:
             "column": self.column,
         }
 
-    def _look_up_files(self) -> "_Found":
-        files = expand(self.data_files)
-        located = [locate(address) for address in files.values()]
-        identity = {
-            **self._about(),
-            "naming": NAMING,
-            "revision": None,
-            "files": list(files),
-            "stamps": stamps(list(files), located),
-            "reader": reader_version(self.name, list(files)),
-            "builder": self.name,
-            "builder_kwargs": BUILDER_KWARGS.get(self.name, {}),
-        }
-        return _Found(identity, list(files.values()), located, None)
-
-    def _look_up_dataset(self) -> "_Found":
+    def _look_up_dataset(self) -> "HuggingFaceSource":
         sha = self._sha()
         builder = self._builder(sha)
         if builder.name not in BUILDERS:
@@ -150,21 +135,28 @@ class HuggingFace:
             )
         addresses = self._split(builder)
         named(addresses)  # raises if two files share a name
-        files = [locate(address) for address in addresses]
         names = [lasting_name(address).removeprefix(self._root(sha)) for address in addresses]
-        features = builder.config.features if hasattr(builder.config, "features") else None
-        features = features or builder.info.features
+        features = getattr(builder.config, "features", None) or builder.info.features
+        return self._found(names, addresses, sha, builder.name, _builder_kwargs(builder, features), features)
+
+    def _found(
+        self, names: list[str], addresses: list[str], sha: str | None, builder: str, kwargs: Json, features: Any
+    ) -> "HuggingFaceSource":
+        """The source of these files, its columns checked. features: datasets.Features, if the card declares them."""
+        files = [locate(address) for address in addresses]
         identity = {
             **self._about(),
             "naming": NAMING,
             "revision": sha,
             "files": names,
             "stamps": stamps(names, files),
-            "reader": reader_version(builder.name, names),
-            "builder": builder.name,
-            "builder_kwargs": _builder_kwargs(builder, features),
+            "reader": reader_version(builder, names),
+            "builder": builder,
+            "builder_kwargs": kwargs,
         }
-        return _Found(identity, addresses, files, features)
+        source = HuggingFaceSource(self, identity, addresses, files)
+        source.check_schema(features)
+        return source
 
     def _root(self, sha: str) -> str:
         """The address prefix of the dataset's own files."""
@@ -185,7 +177,7 @@ class HuggingFace:
 
         what = f"dataset {self.name}"
         try:
-            sha = HfApi().dataset_info(self.name, revision=self.revision, timeout=_TIMEOUT).sha
+            sha = HfApi().dataset_info(self.name, revision=self.revision).sha
         except RevisionNotFoundError:
             raise UserError(f"{what} has no revision {self.revision!r}. {self._branches()}") from None
         except Exception as error:
@@ -198,6 +190,7 @@ class HuggingFace:
 
     def _builder(self, sha: str) -> Any:
         import datasets
+        from huggingface_hub import HfApi
 
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
@@ -214,19 +207,12 @@ class HuggingFace:
                 # missing file. Look at the hidden exception, and check that listing works at all.
                 hidden = retry.classify(error.__context__ or error, what)
                 fault = hidden if isinstance(hidden, TransientError) else fault
-                self._list(sha)
+                with retry.classified(f"dataset {self.name}"):
+                    next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
             raise _as_fault(fault, error, what) from None
         if builder.name == "cache":
             raise TransientError(f"{what}: the Hub cannot be reached (a prepared copy is in the datasets cache)")
         return builder
-
-    def _list(self, sha: str) -> None:
-        from huggingface_hub import HfApi
-
-        try:
-            next(iter(HfApi().list_repo_tree(self.name, revision=sha, repo_type="dataset")), None)
-        except Exception as error:
-            raise retry.classify(error, f"dataset {self.name}") from None
 
     def _similar(self) -> list[str]:
         """Names of Hub datasets similar to the one given."""
@@ -278,7 +264,7 @@ class HuggingFace:
 
         what = f"dataset {self.name}"
         try:
-            info = HfApi().dataset_info(self.name, revision=sha, timeout=_TIMEOUT)
+            info = HfApi().dataset_info(self.name, revision=sha)
             return [file.rfilename for file in info.siblings or ()]
         except RevisionNotFoundError:
             raise UserError(
@@ -287,14 +273,6 @@ class HuggingFace:
             ) from None
         except Exception as error:
             raise _as_fault(retry.classify(error, what), error, what) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    identity: Json
-    addresses: list[str]
-    files: list[Bytes]
-    features: Any  # datasets.Features, if the dataset card declares them
 
 
 class HuggingFaceSource:
@@ -374,7 +352,7 @@ class HuggingFaceSource:
         if self.identity["revision"] is None:
             return None
         sha, wanted = self.identity["revision"], set(self.files)
-        info = HfApi().dataset_info(self.identity["name"], revision=sha, files_metadata=True, timeout=_TIMEOUT)
+        info = HfApi().dataset_info(self.identity["name"], revision=sha, files_metadata=True)
         sizes = {one.rfilename: one.size for one in info.siblings or ()}
         found = [sizes.get(name) for name in wanted]
         return None if None in found else sum(size or 0 for size in found)
@@ -391,18 +369,12 @@ class HuggingFaceSource:
             UserError: a column is missing.
         """
         with contextlib.suppress(CorruptError):
-            self._check_schema(features)
-
-    def _check_schema(self, features: Any) -> None:
-        if self.random_access:
-            schema = self._parquet.schema(0)
-        elif features is not None:
-            schema = features.arrow_schema
-        else:
-            # The columns are known only from the rows. Reading the first block checks them.
-            next(self.open(0, 0), None)
-            return
-        check_columns(schema, self.text, self.columns, self._files[0].what)
+            if self.random_access or features is not None:
+                schema = self._parquet.schema(0) if self.random_access else features.arrow_schema
+                check_columns(schema, self.text, self.columns, self._files[0].what)
+            else:
+                # The columns are known only from the rows. Reading the first block checks them.
+                next(self.open(0, 0), None)
 
 
 def _builder_kwargs(builder: Any, features: Any) -> Json:
@@ -430,12 +402,3 @@ def _as_fault(fault: BaseException, error: BaseException, what: str) -> BaseExce
     if "scripts are no longer supported" in text:
         text += ". jaxtrain runs no code of datasets: try its parquet files with revision='refs/convert/parquet'."
     return UserError(f"{what}: {text}")
-
-
-def _bound_client() -> None:
-    """Sets a default timeout on the Hub's HTTP client, for calls that pass none."""
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if session.timeout.read is None:
-        session.timeout = _TIMEOUT

@@ -39,7 +39,13 @@ def _rows(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterato
         if number == 0 and text not in sample:
             has = ", ".join(map(repr, sample))
             raise UserError(f"{source.what} has no column {text!r}. Its first row has {has}.")
-        yield {**dict.fromkeys(columns), **sample, "text": _text(sample, text)}
+        value = sample.get(text)
+        if not isinstance(value, str | None):
+            raise RowError(
+                f"column {text!r} holds {kind_of(value)}, not text. For texts inside .json members use the source "
+                "WebDataset, whose column names their key."
+            )
+        yield {**dict.fromkeys(columns), **sample, "text": clean(value or "")}
 
 
 def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -70,13 +76,3 @@ def _decoded(column: str, data: bytes) -> Any:
         return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
     except ValueError as error:
         raise DamagedError(f"column {column!r} cannot be decoded ({error})") from None
-
-
-def _text(sample: dict[str, Any], column: str) -> str:
-    text = sample.get(column)
-    if isinstance(text, str | None):
-        return clean(text or "")
-    raise RowError(
-        f"column {column!r} holds {kind_of(text)}, not text. For texts inside .json members use the source "
-        "WebDataset, whose column names their key."
-    )

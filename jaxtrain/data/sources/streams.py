@@ -97,7 +97,7 @@ def stream_blocks(
     def rows() -> Iterator[Json]:
         try:
             if builder == "arrow":
-                yield from _arrow_rows(RangeFile(pieces), text, columns, source.what)
+                yield from _arrow_rows(pieces, text, columns, source.what)
                 return
             for stream in streams(RangeFile(pieces), name):
                 opened[:] = [stream]
@@ -156,45 +156,31 @@ def _paragraphs(file: IO[str]) -> Iterator[str]:
         yield rest
 
 
-class _Counted(io.RawIOBase):
+class _EndNoticed(RangeFile):
     """A file that records whether a read has reached its end."""
 
-    def __init__(self, file: RangeFile):
-        self.file = file
-        self.found_end = False
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
+    found_end = False
 
     def read(self, size: int | None = -1) -> bytes:
-        data = self.file.read(size)
+        data = super().read(size)
         self.found_end |= size is not None and len(data) < size
         return data
 
 
-def _arrow_rows(file: RangeFile, text: str, columns: Sequence[str], what: str) -> Iterator[Json]:
+def _arrow_rows(buffer: RangeBuffer, text: str, columns: Sequence[str], what: str) -> Iterator[Json]:
     """The rows of an Arrow file, or of a stream, which must end with its end marker.
 
     The specification also lets a stream end with its file. No common writer does that, and a file truncated between two
     batches looks the same.
     """
-    for batch in guarded(_batches(_Counted(file), text, columns, what)):
+    for batch in guarded(_batches(_EndNoticed(buffer), text, columns, what)):
         block = to_block(batch, text, columns)
         names = list(block)
         for values in zip(*block.values(), strict=True):
             yield dict(zip(names, values, strict=True))
 
 
-def _batches(file: _Counted, text: str, columns: Sequence[str], what: str) -> Any:
+def _batches(file: _EndNoticed, text: str, columns: Sequence[str], what: str) -> Any:
     names = list(dict.fromkeys((text, *columns)))
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)

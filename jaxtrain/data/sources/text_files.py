@@ -103,22 +103,19 @@ class TextFilesSource:
         return [1]
 
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
-        try:
-            with open(self.paths[file], "rb") as lines:
-                if (kind := format_of(lines.peek(16))) is not None:
-                    raise UserError(
-                        f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, "
-                        "or read its lines with HuggingFace(name='text', data_files=...)."
-                    )
-                if self.random_access:
-                    if row == 0:
-                        yield {"text": [self._decode(lines.read())]}
-                    return
-                rest = itertools.islice(lines, row, None)
-                while some := list(itertools.islice(rest, _BLOCK_ROWS)):
-                    yield {"text": [self._decode(line.removesuffix(b"\n").removesuffix(b"\r")) for line in some]}
-        except OSError as error:
-            raise retry.classify(error, self.paths[file]) from None
+        with retry.classified(self.paths[file]), open(self.paths[file], "rb") as lines:
+            if (kind := format_of(lines.peek(16))) is not None:
+                raise UserError(
+                    f"{self.paths[file]} is compressed ({kind}), and TextFiles reads plain files. Decompress it, "
+                    "or read its lines with HuggingFace(name='text', data_files=...)."
+                )
+            if self.random_access:
+                if row == 0:
+                    yield {"text": [self._decode(lines.read())]}
+                return
+            rest = itertools.islice(lines, row, None)
+            while some := list(itertools.islice(rest, _BLOCK_ROWS)):
+                yield {"text": [self._decode(line.removesuffix(b"\n").removesuffix(b"\r")) for line in some]}
 
     def _decode(self, data: bytes) -> str:
         try:

@@ -58,7 +58,7 @@ class WebDataset:
         for url in self.urls:
             if re.search(r"\.(jsonl?|parquet|csv|txt|arrow)(\.\w+)?$", braces(url)[-1]):
                 raise UserError(
-                    f"urls={url!r} are no tar archives: read them by HuggingFace, with name='json' (or parquet, csv, "
+                    f"urls={url!r} are not tar archives: read them with HuggingFace and name='json' (or parquet, csv, "
                     "text, arrow) and these files in data_files"
                 )
 

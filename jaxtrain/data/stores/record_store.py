@@ -6,27 +6,28 @@ The manifest is JSON with a digest of itself, written last: its presence means t
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
 import json
 import os
-import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self
 
 from jaxtrain import cli
-from jaxtrain.data.io import retry
+from jaxtrain.data.io import names, retry
 from jaxtrain.data.source_reader import describe
+from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.errors import CorruptError, UserError
-from jaxtrain.interfaces import Json, SourceConfig, Tokenizer
+from jaxtrain.interfaces import Json, Source, SourceConfig, Tokenizer
 from jaxtrain.tokenizers.identity import mismatch
 
 FORMAT = 1
 WORK = "work"
 _IDLE = 32  # idle open files to keep; up to 1 MB each
-_T = TypeVar("_T")
+_FREE = ("max_samples", "transforms", "fetch_rows")  # settings; the first two are compared separately
 
 
 def array_records() -> Any:
@@ -127,80 +128,202 @@ def digest_of_json(content: Json) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def sealed(content: Json) -> str:
-    """A manifest's text, with its digest."""
-    return json.dumps({"format": FORMAT, "digest": digest_of_json(content), **content})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of a store.
 
-
-def unsealed(text: str, where: str, tool: str) -> tuple[Json, str]:
-    """Parses what `sealed` wrote.
-
-    Args:
-        text: The manifest's text.
-        where: Its path, for error messages.
-        tool: The tool that writes such manifests, for error messages.
-
-    Returns:
-        The content, upgraded to current names, and its digest.
-
-    Raises:
-        UserError: The manifest is damaged or has another format.
+    Attributes:
+        rows: Rows stored.
+        tokens: Tokens stored.
+        size: Its bytes.
+        digest: The digest of its content.
     """
-    content: Json = {}
-    try:
-        content = json.loads(text)
-        found, digest = content.pop("format"), content.pop("digest")
-    except (ValueError, KeyError):
-        found, digest = FORMAT, None
-    if found != FORMAT:
-        raise UserError(f"{where} has format {found}, this version reads {FORMAT}: use the version that wrote it.")
-    if digest is None or digest != digest_of_json(content):
-        raise UserError(f"{where} is damaged. Remove its folder and write it again with {tool}.")
-    return cli.upgrade(content), digest
+
+    rows: int
+    tokens: int
+    size: int
+    digest: str
 
 
-class Described(Protocol):
-    """The part of a manifest that describes what the rows were made from."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds and what it was made from. Each kind of store derives its own.
 
-    @property
-    def max_samples(self) -> int | None: ...
-    @property
-    def transforms(self) -> list[Json]: ...
-    @property
-    def tokenizer(self) -> Json: ...
-
-
-def differences(
-    which: str, made: Described, has: Json, wanted: Json, config: SourceConfig, tokenizer: Tokenizer
-) -> list[str]:
-    """Compares a store with what `config` reads with `tokenizer`.
-
-    Args:
-        which: The store's name in the result.
-        made: The store's manifest.
-        has: The source identity or settings that the store was made from.
-        wanted: The source identity or settings of the run.
-        config: The run's source config.
-        tokenizer: The run's tokenizer.
-
-    Returns:
-        Lines that show both sides of each difference; empty if there is none.
+    Attributes:
+        source: The identity of the resolved source.
+        settings: The settings of its config (`settings_of`).
+        names: The names of its files.
+        max_samples: The store holds this many first rows; None for all.
+        transforms: The descriptions of the transforms, in order.
+        tokenizer: The tokenizer's identity.
+        digest: The digest of the text it was parsed from, perhaps by an earlier version; None otherwise.
     """
-    lines = [
-        f"  source {name}: the {which} has {_short(has.get(name))}, expected {_short(wanted.get(name))}"
-        for name in sorted(wanted.keys() | has.keys())
-        if wanted.get(name) != has.get(name)
-    ]
-    transforms = [describe(transform) for transform in config.transforms]
-    if transforms != made.transforms:
-        lines.append(f"  transforms: the {which} has {made.transforms}, the config {transforms}")
-    if made.max_samples is not None and (config.max_samples is None or config.max_samples > made.max_samples):
-        lines.append(f"  max_samples: the {which} has {made.max_samples}, the config {config.max_samples}")
-    if made.tokenizer != tokenizer.identity:
-        different = mismatch(made.tokenizer, tokenizer.identity)
-        if different is not None:
+
+    FILE: ClassVar[str]  # the manifest's file name
+    STORE: ClassVar[str]  # what messages call a store
+    TOOL: ClassVar[str]  # what writes it
+    INSTEAD: ClassVar[str]  # what a run can do without it
+
+    source: Json
+    settings: Json
+    names: list[str]
+    max_samples: int | None
+    transforms: list[Json]
+    tokenizer: Json
+    # Not compared: the text may come from an earlier version.
+    digest: str | None = dataclasses.field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, source: Source, config: SourceConfig, tokenizer: Tokenizer, **others: Any) -> Self:
+        """The manifest of a store to be written, without its shards.
+
+        Args:
+            source: The resolved source.
+            config: Its config.
+            tokenizer: The run's tokenizer.
+            others: The fields of this kind of store.
+        """
+        return cls(
+            source=source.identity,
+            settings=settings_of(config),
+            names=list(source.files),
+            max_samples=config.max_samples,
+            transforms=[describe(transform) for transform in config.transforms],
+            tokenizer=tokenizer.identity,
+            **others,
+        )
+
+    @classmethod
+    def from_content(cls, content: Json) -> Self:
+        """The manifest with this content, in current names."""
+        raise NotImplementedError
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """(file name, shard) of every shard."""
+        raise NotImplementedError
+
+    def total(self, field: str) -> int:
+        """The sum of a shard's field ("rows", "tokens" or "size") over all shards."""
+        return sum(getattr(shard, field) for _, shard in self.shards())
+
+    def content(self) -> Json:
+        """The manifest as JSON, without its digest."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "digest"}
+
+    def to_json(self) -> str:
+        """The manifest's text, with its digest."""
+        content = self.content()
+        return json.dumps({"format": FORMAT, "digest": digest_of_json(content), **content})
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Parses a manifest of this version or an earlier one.
+
+        Args:
+            text: What `to_json` returned.
+            where: Its path, for error messages.
+
+        Raises:
+            UserError: The manifest is damaged or has another format.
+        """
+        content: Json = {}
+        try:
+            content = json.loads(text)
+            found, digest = content.pop("format"), content.pop("digest")
+        except (ValueError, KeyError):
+            found, digest = FORMAT, None
+        if found != FORMAT:
+            raise UserError(f"{where} has format {found}, this version reads {FORMAT}: use the version that wrote it.")
+        if digest is None or digest != digest_of_json(content):
+            raise UserError(f"{where} is damaged. Remove its folder and write it again with {cls.TOOL}.")
+        return cls.from_content({**cli.upgrade(content), "digest": digest})
+
+    @classmethod
+    def exists(cls, folder: str) -> bool:
+        """Whether the folder holds a complete store."""
+        return os.path.exists(os.path.join(folder, cls.FILE))
+
+    @classmethod
+    def planned(cls, folder: str) -> Self | None:
+        """The manifest of a finished store or the plan of one in progress; None if there is neither."""
+        for path in (os.path.join(folder, cls.FILE), os.path.join(folder, WORK, "plan.json")):
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                return cls.from_json(file.read(), path)
+        return None
+
+    def begun(self, folder: str) -> Self:
+        """The store's plan: the first worker's, which all workers use. Writes this one if there is none yet."""
+        found = self.planned(folder)
+        if found is None:
+            work = os.path.join(folder, WORK)
+            os.makedirs(work, exist_ok=True)
+            mine = os.path.join(work, f"plan-{os.getpid()}-{id(self)}.tmp")
+            write_text(mine, self.to_json())
+            # Unlike a rename, a link fails if another worker was first.
+            with contextlib.suppress(FileExistsError):
+                os.link(mine, os.path.join(work, "plan.json"))
+            os.unlink(mine)
+            found = self.planned(folder)
+            assert found is not None
+        return found
+
+    @classmethod
+    def load(cls, folder: str) -> Self:
+        """The manifest of a complete store. Raises UserError if the store or one of its shards is missing."""
+        path = os.path.join(folder, cls.FILE)
+        try:
+            with open(path, encoding="utf-8") as file:
+                manifest = cls.from_json(file.read(), path)
+        except FileNotFoundError:
+            raise UserError(
+                f"the {cls.STORE} {folder} is not finished: run {cls.TOOL} again to continue where it stopped."
+                if os.path.isdir(folder)
+                else f"there is no {cls.STORE} {folder}. Write one with {cls.TOOL}, or {cls.INSTEAD}."
+            ) from None
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        for name, shard in manifest.shards():
+            if sizes.get(name) != shard.size:
+                has = f"has {sizes[name]:,} bytes, not {shard.size:,}" if name in sizes else "is missing"
+                raise UserError(f"{cls.STORE} {folder}: {name} {has}. Remove the folder and write it again.")
+        return manifest
+
+    @classmethod
+    def verify(cls, folder: str) -> Self:
+        """Like `load`, but also reads every shard and compares its digest."""
+        manifest = cls.load(folder)
+        for name, shard in manifest.shards():
+            if digest_of(os.path.join(folder, name)) != shard.digest:
+                raise UserError(
+                    f"{cls.STORE} {folder}: {name} does not match its checksum. Remove the folder and write it again."
+                )
+        return manifest
+
+    def differences(self, has: Json, wanted: Json, config: SourceConfig, tokenizer: Tokenizer) -> list[str]:
+        """Compares the store with what `config` reads with `tokenizer`.
+
+        Args:
+            has: The source identity or settings that the store was made from.
+            wanted: The source identity or settings of the run.
+            config: The run's source config.
+            tokenizer: The run's tokenizer.
+
+        Returns:
+            Lines that show both sides of each difference; empty if there is none.
+        """
+        which = self.STORE.split()[-1]
+        lines = [
+            f"  source {name}: the {which} has {_short(has.get(name))}, expected {_short(wanted.get(name))}"
+            for name in sorted(wanted.keys() | has.keys())
+            if wanted.get(name) != has.get(name)
+        ]
+        transforms = [describe(transform) for transform in config.transforms]
+        if transforms != self.transforms:
+            lines.append(f"  transforms: the {which} has {self.transforms}, the config {transforms}")
+        if self.max_samples is not None and (config.max_samples is None or config.max_samples > self.max_samples):
+            lines.append(f"  max_samples: the {which} has {self.max_samples}, the config {config.max_samples}")
+        if self.tokenizer != tokenizer.identity and (different := mismatch(self.tokenizer, tokenizer.identity)):
             lines.append(f"  tokenizer: {different}")
-    return lines
+        return lines + names.inexact(self.source)
 
 
 def _short(value: Any) -> str:
@@ -208,32 +331,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def planned(folder: str, manifest: str, parse: Callable[[str, str], _T]) -> _T | None:
-    """The manifest of a finished store or the plan of one in progress; None if there is neither.
-
-    Args:
-        folder: The store's folder.
-        manifest: The manifest's file name.
-        parse: (text, path) → the parsed manifest.
-    """
-    for path in (os.path.join(folder, manifest), os.path.join(folder, WORK, "plan.json")):
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            return parse(file.read(), path)
-    return None
+def settings_of(config: SourceConfig) -> Json:
+    """The settings of a source's config that determine which documents it has, without credentials."""
+    full = config.full_name() if isinstance(config, HuggingFace) else config
+    assert dataclasses.is_dataclass(full)
+    said = {field.name: getattr(full, field.name) for field in dataclasses.fields(full) if field.name not in _FREE}
+    return {cli.KIND: cli.kind_of(type(full)), **{name: repr(_public(name, value)) for name, value in said.items()}}
 
 
-def begin(folder: str, plan: str) -> None:
-    """Writes the plan unless another worker has written one: all workers use the first plan."""
-    work = os.path.join(folder, WORK)
-    os.makedirs(work, exist_ok=True)
-    path, mine = os.path.join(work, "plan.json"), os.path.join(work, f"plan-{os.getpid()}-{id(plan)}.tmp")
-    write_text(mine, plan)
-    try:
-        os.link(mine, path)  # unlike a rename, it fails if another worker was first
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(mine)
+def _public(name: str, value: Any) -> Any:
+    return tuple(_public(name, item) for item in value) if isinstance(value, tuple) else cli.public(name, value)
 
 
 def write_text(path: str, text: str) -> None:
@@ -242,12 +349,3 @@ def write_text(path: str, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def remove_half_written(folder: str, ending: str) -> None:
-    """Removes what a killed worker left half-written: files with its ending."""
-    os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if name.endswith(ending):
-            # A failed writer of this process may still be cleaning up.
-            pathlib.Path(folder, name).unlink(missing_ok=True)

@@ -12,23 +12,21 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from jaxtrain import cli
 from jaxtrain.data.io import names
-from jaxtrain.data.source_reader import describe
 from jaxtrain.data.sources.huggingface import HuggingFace
-from jaxtrain.data.sources.streams import misread_reason, read_now
+from jaxtrain.data.sources.streams import misread_reason
 from jaxtrain.data.stores import record_store
-from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords
+from jaxtrain.data.stores.record_store import ArrayRecord, ArrayRecords, Shard
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.transforms import AtLeast, MinLength
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Block, Json, Source, SourceConfig, Tokenizer, versioned
+from jaxtrain.interfaces import Block, Json, SourceConfig, Tokenizer, versioned
 
-MANIFEST = "store.json"
 # Readahead speeds up reading ranges of records (735 M tokens/s instead of 95 to 214). One thread is enough, since every
 # lane has its own reader.
 _READER = "readahead_buffer_size:1M,max_parallelism:0"
@@ -87,103 +85,46 @@ def dtype_of(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredFile:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredFile(Shard):
     """One file of the source.
 
     Attributes:
-        rows: Rows stored.
-        tokens: Tokens stored.
         row_groups: The source's row groups; None if it has none.
-        shard: The name of its ArrayRecord; None for a file without rows.
-        size: Bytes of the shard.
-        digest: Digest of the shard.
+        shard: The name of its ArrayRecord; None for a file without rows. Other attributes: see Shard.
     """
 
-    rows: int
-    tokens: int
     row_groups: list[int] | None
     shard: str | None
-    size: int
-    digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenManifest:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenManifest(record_store.Manifest):
     """The manifest of a token store.
 
     Attributes:
-        source: The identity of the resolved source.
-        settings: The settings of its config (`settings_of`).
-        names: The names of its files.
         random_access: Whether the source can be read from any row.
-        max_samples: The store holds this many first rows; None for all.
-        transforms: The descriptions of the transforms, in order.
-        tokenizer: The tokenizer's identity.
         vocab_size: Size of the vocabulary.
-        files: The files that rows were taken from, in order.
+        files: The files that rows were taken from, in order. Other attributes: see Manifest.
     """
 
-    source: Json
-    settings: Json
-    names: list[str]
+    FILE = "store.json"
+    STORE = "token store"
+    TOOL = "tools.pretokenize"
+    INSTEAD = "set data.token_store"
+
     random_access: bool
-    max_samples: int | None
-    transforms: list[Json]
-    tokenizer: Json
     vocab_size: int
     files: list[StoredFile] = dataclasses.field(default_factory=list)
 
-    def to_json(self) -> str:
-        """The manifest's text, with its digest."""
-        return record_store.sealed(dataclasses.asdict(self))
+    @classmethod
+    def from_content(cls, content: Json) -> Self:
+        return cls(**{**content, "files": [StoredFile(**file) for file in content["files"]]})
+
+    def shards(self) -> Iterator[tuple[str, StoredFile]]:
+        return ((file.shard, file) for file in self.files if file.shard is not None)
 
 
-def manifest_from_json(text: str, where: str) -> TokenManifest:
-    """Parses a manifest. Raises UserError if it is damaged or has another format."""
-    content, _ = record_store.unsealed(text, where, "tools.pretokenize")
-    files = [StoredFile(**file) for file in content.pop("files")]
-    return TokenManifest(**content, files=files)
-
-
-def manifest_of(source: Source, config: SourceConfig, tokenizer: Tokenizer) -> TokenManifest:
-    """The manifest of a store to be written, without files.
-
-    Args:
-        source: The resolved source.
-        config: Its config.
-        tokenizer: The run's tokenizer.
-    """
-    return TokenManifest(
-        source=read_now(source.identity),
-        settings=settings_of(config),
-        names=list(source.files),
-        random_access=source.random_access,
-        max_samples=config.max_samples,
-        transforms=[describe(transform) for transform in config.transforms],
-        tokenizer=tokenizer.identity,
-        vocab_size=tokenizer.vocab_size,
-    )
-
-
-def planned(folder: str) -> TokenManifest | None:
-    """The manifest of a finished store or the plan of one in progress; None if there is neither."""
-    return record_store.planned(folder, MANIFEST, manifest_from_json)
-
-
-def settings_of(config: SourceConfig) -> Json:
-    """The settings of a source's config that determine which documents it has, without credentials."""
-    full = config.full_name() if isinstance(config, HuggingFace) else config
-    assert dataclasses.is_dataclass(full)
-    said = {field.name: getattr(full, field.name) for field in dataclasses.fields(full) if field.name not in _FREE}
-    return {cli.KIND: cli.kind_of(type(full)), **{name: repr(_public(name, value)) for name, value in said.items()}}
-
-
-def _public(name: str, value: Any) -> Any:
-    return tuple(_public(name, item) for item in value) if isinstance(value, tuple) else cli.public(name, value)
-
-
-_FREE = ("max_samples", "transforms", "fetch_rows")  # the first two are compared separately
 _PATTERNS = ("data_files", "urls", "patterns")  # settings that select files
 
 
@@ -276,46 +217,6 @@ class TokenStore:
         return found
 
 
-def exists(folder: str) -> bool:
-    """Whether the folder holds a complete store."""
-    return os.path.exists(os.path.join(folder, MANIFEST))
-
-
-def load(folder: str) -> TokenManifest:
-    """The manifest of a complete store. Raises UserError if the store or one of its shards is missing."""
-    path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = manifest_from_json(file.read(), path)
-    except FileNotFoundError:
-        unfinished = os.path.isdir(folder)
-        raise UserError(
-            f"the token store {folder} is not finished: run tools.pretokenize again to continue where it stopped."
-            if unfinished
-            else f"there is no token store {folder}. Write one with tools.pretokenize, or set data.token_store."
-        ) from None
-    for file in manifest.files:
-        if file.shard is None:
-            continue
-        shard = os.path.join(folder, file.shard)
-        size = os.path.getsize(shard) if os.path.exists(shard) else None
-        if size != file.size:
-            has = "is missing" if size is None else f"has {size:,} bytes, not {file.size:,}"
-            raise UserError(f"token store {folder}: {file.shard} {has}. Remove the store and write it again.")
-    return manifest
-
-
-def verify(folder: str) -> TokenManifest:
-    """Like `load`, but also reads every shard and compares its digest."""
-    manifest = load(folder)
-    for file in manifest.files:
-        if file.shard is not None and record_store.digest_of(os.path.join(folder, file.shard)) != file.digest:
-            raise UserError(
-                f"token store {folder}: {file.shard} does not match its checksum. Remove it and write it again."
-            )
-    return manifest
-
-
 def check(
     manifest: TokenManifest, folder: str, config: SourceConfig, tokenizer: Tokenizer, identity: Json | None
 ) -> None:
@@ -332,7 +233,7 @@ def check(
         UserError: The store holds something else; the message shows both sides.
     """
     # Version 0.1 redacted its settings, so settings with a redacted part differ from the current ones.
-    wanted, has = settings_of(config), manifest.settings
+    wanted, has = record_store.settings_of(config), manifest.settings
     if identity is None:
         before = cli.complete({cli.KIND: wanted[cli.KIND]})
         wanted = {name: text for name, text in wanted.items() if name in has or text != repr(before.get(name))}
@@ -341,8 +242,7 @@ def check(
         wanted = {**names.comparable(identity), **{f"config's {name}": wanted.get(name) for name in patterns}}
         has = {**names.comparable(manifest.source), **{f"config's {name}": has[name] for name in patterns}}
     has, wanted = ({name: value for name, value in one.items() if name != "reader"} for one in (has, wanted))
-    lines = record_store.differences("store", manifest, has, wanted, config, tokenizer)
-    lines += names.inexact(manifest.source)
+    lines = manifest.differences(has, wanted, config, tokenizer)
     if not lines and (reason := _misread_reason(manifest, folder, config, tokenizer)):
         lines.append(f"  source: version 0.1 read its files; {reason}")
     if lines:

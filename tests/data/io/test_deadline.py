@@ -1,11 +1,14 @@
 """The config's deadline covers all waiting (responses, the rate limit, backoff), in any thread."""
 
+import asyncio
 import functools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from jaxtrain.data.io import byte_ranges, rate_limit, retry
 from jaxtrain.data.io.locations import stamps
@@ -95,4 +98,45 @@ def test_a_sick_server(hub: LoopbackHub, kind: str) -> None:
     begun = time.monotonic()
     with pytest.raises(TransientError, match="Gave up after"):
         list(retry.retrying(functools.partial(source.open, 0), 0, what="x", deadline=1.5))
+    assert time.monotonic() - begun < 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"), [("latency:30", 0), ("latency:30", 1), ("status:429", 1), ("status:503", 2)]
+)
+def test_a_sick_server_at_the_look_up(hub: LoopbackHub, kind: str, after: int) -> None:
+    """The Hub's client would retry for 400 s, or wait as long as the answer says."""
+    hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
+    hub.fault("web", kind, after=after, retry_after=60.0)
+    begun = time.monotonic()
+    with pytest.raises(TransientError, match="Gave up after"):
+        retry.attempt(HuggingFace(name="org/web").resolve, what="x", deadline=1.5)
+    assert time.monotonic() - begun < 6
+
+
+def test_time_between_the_requests_of_a_look_up_does_not_count(hub: LoopbackHub, clock: list[float]) -> None:
+    hub.commit("org/web", {"a.jsonl": jsonl_bytes(["text"] * 5)})
+
+    def look_up() -> int:
+        size = byte_ranges.HttpBytes(f"{hub.endpoint}/datasets/org/web/resolve/main/a.jsonl").size()
+        clock[0] += 1000.0
+        assert byte_ranges.session().get(f"{hub.endpoint}/api/datasets/org/web").status_code == 200
+        return size
+
+    assert retry.attempt(look_up, what="x", deadline=18.0) > 0
+
+
+class HungBucket(AsyncFileSystem):
+    protocol = "hung"
+    cachable = False
+
+    async def _info(self, path: str, **_: Any) -> Any:
+        await asyncio.sleep(3600)
+
+
+def test_a_bucket_whose_client_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_ranges, "file_system", lambda url: (HungBucket(), url))
+    begun = time.monotonic()
+    with pytest.raises(TransientError, match=r"hung://bucket/a: FSTimeoutError.* Gave up after 1 attempt"):
+        retry.attempt(byte_ranges.BucketBytes("hung://bucket/a").size, what="x", deadline=1.0)
     assert time.monotonic() - begun < 6

@@ -1,5 +1,6 @@
 """File names: exact, unique, without secrets; and version 0.1's names, if they are unambiguous."""
 
+import dataclasses
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from jaxtrain.data.sources import text_files
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.data.stores import token_store
+from jaxtrain.data.stores import record_store, token_store
 from jaxtrain.data.stores.token_store import TokenManifest
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Source, SourceConfig
@@ -125,6 +126,16 @@ def test_local_files_are_all_read_and_resumed(
     assert sorted(read(source)) == sorted(expected)
     again = LOCAL[kind].resolve(source.identity)
     assert (again.files, read(again)) == (source.files, read(source))
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_brackets_in_a_path(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is there is a path, though as a pattern it matches another one, or none."""
+    monkeypatch.chdir(tmp_path)
+    expected = write(tmp_path, [f"a[x]/b[12].{kind}"], kind)
+    (place,) = (name for name in ("data_files", "urls", "patterns") if hasattr(LOCAL[kind], name))
+    source = dataclasses.replace(LOCAL[kind], **{place: (f"a[x]/b[12].{kind}",)}).resolve()  # pyright: ignore[reportArgumentType, reportCallIssue] - a protocol
+    assert read(source) == expected
 
 
 def test_files_of_the_hub_are_told_apart(hub: LoopbackHub) -> None:
@@ -270,13 +281,22 @@ TOKENIZER = WordTokenizer()
 
 
 def store_of(config: SourceConfig, source: Json, settings: Json) -> TokenManifest:
-    made = TokenManifest(source, settings, source["files"], False, None, [], TOKENIZER.identity, TOKENIZER.vocab_size)
-    return token_store.manifest_from_json(made.to_json(), "there")
+    made = TokenManifest(
+        source=source,
+        settings=settings,
+        names=source["files"],
+        random_access=False,
+        max_samples=None,
+        transforms=[],
+        tokenizer=TOKENIZER.identity,
+        vocab_size=TOKENIZER.vocab_size,
+    )
+    return TokenManifest.from_json(made.to_json(), "there")
 
 
 def settings_of_0_1(config: SourceConfig) -> Json:
     said = {name: lasting_name(repr(value), 1) for name, value in vars(config).items()}
-    return {"_kind": "hugging_face", **{name: said[name] for name in token_store.settings_of(config) if name in said}}
+    return {"_kind": "hugging_face", **{name: said[name] for name in record_store.settings_of(config) if name in said}}
 
 
 SIGNATURE = "?X-Amz-Signature=x"
@@ -298,7 +318,7 @@ def test_a_store_passes_for_its_own_files_alone(case: str, naming: int) -> None:
     def identity(path: str, naming: int) -> Json:
         return {"files": [lasting_name(path, naming)], **({"naming": 2} if naming == 2 else {})}
 
-    settings = token_store.settings_of(made) if naming == 2 else settings_of_0_1(made)
+    settings = record_store.settings_of(made) if naming == 2 else settings_of_0_1(made)
     store = store_of(made, identity(path, naming), settings)
 
     def passes(config: HuggingFace, resumed: Json | None) -> bool:

@@ -18,8 +18,8 @@ import zstandard
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.data.sources.webdataset import WebDataset
-from jaxtrain.data.stores import token_store, writer
-from jaxtrain.data.stores.token_store import TokenStore
+from jaxtrain.data.stores import writer
+from jaxtrain.data.stores.token_store import TokenManifest, TokenStore
 from jaxtrain.interfaces import BATCH_FIELDS, Json, SourceConfig, Transform
 from tests.data.sources.battery import SCENARIOS, Battery, ByteTokenizer, FileTexts, Write, assert_batches
 from tests.data.sources.tars import COMPRESS, Member, tar
@@ -111,12 +111,12 @@ class Stored:
 
     def resolve(self, identity: Json | None = None) -> TokenStore:
         assert identity is None
-        if not token_store.exists(str(self.folder)):
+        if not TokenManifest.exists(str(self.folder)):
             inner = dataclasses.replace(self.inner, max_samples=self.max_samples if self.is_cut else None)  # type: ignore[type-var]
             job = writer.Job("web", str(self.folder), inner, inner.resolve(), ByteTokenizer(), 10.0)
             for worker in (1, 0):
                 writer.write_tokens(job, worker, 2, lambda *_: None)
-        return TokenStore(str(self.folder), token_store.load(str(self.folder)))
+        return TokenStore(str(self.folder), TokenManifest.load(str(self.folder)))
 
 
 def stored(write_inner: Write, is_cut: bool) -> Write:

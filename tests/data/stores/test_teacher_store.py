@@ -57,7 +57,7 @@ def source(seed: int = 0, **options: Any) -> MemorySource:
 
 def job(config: MemorySource, folder: pathlib.Path, **changes: Any) -> tuple[Job, TeacherManifest]:
     said = {"add_bos": False, "teacher": {"found": "x"}, "layout": LAYOUT, "context": 8, "stride": 4, "part_rows": 16}
-    made = teacher_store.manifest_of(config, config, WordTokenizer(), **(said | changes))
+    made = TeacherManifest.of(config, config, WordTokenizer(), **(said | changes))
     return Job("a", str(folder), config, config, WordTokenizer(), 5.0), made
 
 
@@ -97,23 +97,24 @@ def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib
             ends = write(job(config, folder), workers=3, score=Killed(times % 3))
         except KilledError:
             with pytest.raises(UserError, match="is not finished"):
-                teacher_store.load(str(folder))
+                TeacherManifest.load(str(folder))
             continue
         break
     assert ends == [False, False, True]  # pyright: ignore[reportPossiblyUnboundVariable]
     assert stored(folder) == wanted
     assert all(TeacherWriter(*job(config, folder), worker, 3).complete for worker in range(3))
-    made = teacher_store.verify(str(folder))
+    made = TeacherManifest.verify(str(folder))
     parts = [part for file in made.parts for part in file]
     rows = sum(part.rows for part in parts)
     assert rows == (164 if config.max_samples is None else 70)
-    assert made.bytes <= teacher_store.size_of(made.tokens, rows, len(parts), LAYOUT) <= 1.2 * made.bytes
+    estimate = teacher_store.size_of(made.total("tokens"), rows, len(parts), LAYOUT)
+    assert made.total("size") <= estimate <= 1.2 * made.total("size")
 
 
 def batches(
     config: MemorySource, folder: pathlib.Path, data: DataConfig, stages: Sequence[Stage], tokenizer: Any
 ) -> Iterator[Any]:
-    records = TeacherStore(str(folder), teacher_store.load(str(folder)))
+    records = TeacherStore(str(folder), TeacherManifest.load(str(folder)))
     rows = dataclasses.replace(data.row_spec(tokenizer, 2), records={"a": records}, width=LAYOUT.width)
     readers = data.build({"a": config}, seed=3)
     plan, threads = plan_of(data, stages, 3), pools(data)
@@ -164,7 +165,7 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
         UserError, match=r"tokens for row \d+ of file-\d, but the run reads \d+ there, or different ones"
     ):
         list(batches(config, tmp_path, data, stages, Shifted()))
-    records = TeacherStore(str(tmp_path), teacher_store.load(str(tmp_path)))
+    records = TeacherStore(str(tmp_path), TeacherManifest.load(str(tmp_path)))
     with pytest.raises(UserError, match="no row 40 of file-0: the file has grown"):
         records.read(0, np.array([40]), np.zeros(1, np.int32), np.array([1]))
     path = tmp_path / teacher_store.shard_name(3, 1)
@@ -172,14 +173,14 @@ def test_other_tokens_and_rows_are_refused(tmp_path: pathlib.Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"000003-000001\.array_record does not match its checksum"):
-        teacher_store.verify(str(tmp_path))
+        TeacherManifest.verify(str(tmp_path))
     texts = [(row, config.rows[3][row]) for row in range(16, 32) if config.rows[3][row].strip()]
     encoded = [(row, WordTokenizer().encode_batch([text])) for row, text in texts]
     with pytest.raises((CorruptError, UserError)):  # depends on what is in the middle of the file
         [records.read(3, np.array([row]), np.append(ids, 1), lengths + 1) for row, (ids, lengths) in encoded]
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"000003-000001\.array_record has"):
-        teacher_store.load(str(tmp_path))
+        TeacherManifest.load(str(tmp_path))
 
 
 def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
@@ -187,7 +188,7 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     write(job(config, tmp_path))
     with pytest.raises(UserError, match=r"holds a different cache.*\n.*context: the cache has 8, expected 16"):
         TeacherWriter(*job(config, tmp_path, context=16), 0, 1)
-    made, tokenizer = teacher_store.load(str(tmp_path)), WordTokenizer()
+    made, tokenizer = TeacherManifest.load(str(tmp_path)), WordTokenizer()
     teacher_store.check(made, str(tmp_path), source(max_samples=50), config, tokenizer)
     other = source(max_samples=71, transforms=(Drop(3),), name="b")
     tokenizer.identity = {"kind": "words", "hash": "new", "vocab_size": 1, "eos_id": 1, "bos_id": 0, "probe": [1]}
@@ -197,10 +198,10 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     for part in ("source files: the cache has ['file-0'", "transforms:", "max_samples: the cache has 70", "tokenizer:"):
         assert part in str(refused.value)
     with pytest.raises(UserError, match="there is no teacher's cache"):
-        teacher_store.load(str(tmp_path / "nowhere"))
+        TeacherManifest.load(str(tmp_path / "nowhere"))
     (tmp_path / "cache.json").write_text((tmp_path / "cache.json").read_text().replace('"stride": 4', '"stride": 3'))
     with pytest.raises(UserError, match="is damaged"):
-        teacher_store.planned(str(tmp_path))
+        TeacherManifest.planned(str(tmp_path))
 
 
 def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from jaxtrain.data import modes
 from jaxtrain.data.io import retry
 from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.data.stores import token_store, writer
-from jaxtrain.data.stores.token_store import RamCache, TokenStore
+from jaxtrain.data.stores.token_store import RamCache, TokenManifest, TokenStore
 from jaxtrain.data.stores.writer import Job
 from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.errors import CorruptError, TransientError, UserError
@@ -98,7 +98,7 @@ def test_one_record_for_each_row_in_order(tmp_path):
     texts = [documents(70, 1, longest=40), [], documents(3, 2), ["", "", ""]]
     source = MemorySource(rows=texts, transforms=(Drop(5),))
     write(tmp_path, {"a": source})
-    found = token_store.load(str(tmp_path / "a"))
+    found = TokenManifest.load(str(tmp_path / "a"))
     assert [file.rows for file in found.files] == [70, 0, 3, 3]
     assert [file.shard is None for file in found.files] == [False, True, False, False]
     (store,) = stored(tmp_path, data_of({"a": source})).values()
@@ -110,9 +110,21 @@ def test_one_record_for_each_row_in_order(tmp_path):
     assert store.identity == versioned(source.identity)
 
 
-def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
-    class Full:
-        """ArrayRecord's writer on a full disk."""
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("write() failed: No space left on device; Failed to close chunk_writer", "is full .*Finished shards are kept"),
+        ("write() failed: Disk quota exceeded; writing a", "is full .*Finished shards are kept"),
+        ("open() failed: Permission denied; opening a", "cannot be written .*Give an --output that you may write"),
+        ("open() failed: Operation not permitted; opening a", "cannot be written"),
+        ("open() failed: Read-only file system; opening a", "cannot be written"),
+        ("open() failed: Not a directory; opening a", "cannot be written"),
+        ("open() failed: No such file or directory; opening a", "cannot be written"),
+    ],
+)
+def test_a_disk_that_refuses_is_the_users_matter(tmp_path, monkeypatch, reason, said):
+    class Refusing:
+        """ArrayRecord's writer, in its own words."""
 
         def __init__(self, path: str, options: str):
             pathlib.Path(path).write_bytes(b"a part")
@@ -121,16 +133,25 @@ def test_a_full_disk_is_the_users_matter(tmp_path, monkeypatch):
             pass
 
         def close(self) -> None:
-            raise RuntimeError("write() failed: No space left on device; Failed to close chunk_writer")
+            raise RuntimeError(reason)
 
     source = MemorySource(rows=[documents(9, 1)])
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Full))
-        with pytest.raises(UserError, match=r"is full .*No space left.*Finished shards are kept"):
+        patched.setattr(writer, "array_records", lambda: SimpleNamespace(ArrayRecordWriter=Refusing))
+        with pytest.raises(UserError, match=said):
             write(tmp_path, {"a": source})
     assert not list((tmp_path / "a").rglob("*.tmp"))
     write(tmp_path, {"a": source})
-    token_store.verify(str(tmp_path / "a"))
+    TokenManifest.verify(str(tmp_path / "a"))
+
+
+def test_a_removed_folder_is_the_users_matter(tmp_path):
+    """By ArrayRecord itself."""
+    source = MemorySource(rows=[documents(9, 1)])
+    one = writer._Writer(job(tmp_path, "a", source), 0, 1, token_store.exists, None)
+    path = str(tmp_path / "none" / "x")
+    with pytest.raises(UserError, match=r"cannot be written .*No such file"), one._record_writer(path, "") as to:
+        to.write(b"a")
 
 
 def test_tfds_opens_it(tmp_path):
@@ -175,9 +196,9 @@ def data_of(sources: dict[str, Any], **more: Any) -> DataConfig:
 def content(folder: pathlib.Path) -> dict[str, Any]:
     """Every file; of the manifest, all but its record of the config, where tests inject their faults."""
     found: dict[str, Any] = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    manifest = json.loads(found.pop(token_store.MANIFEST).read_text())
+    manifest = json.loads(found.pop(TokenManifest.FILE).read_text())
     del manifest["settings"], manifest["digest"]
-    return {**{name: path.read_bytes() for name, path in found.items()}, token_store.MANIFEST: manifest}
+    return {**{name: path.read_bytes() for name, path in found.items()}, TokenManifest.FILE: manifest}
 
 
 class Killed(BaseException):
@@ -294,7 +315,7 @@ def test_a_store_of_another_run_is_refused(folder, source, said, caplog):
 
 def test_another_tokenizer_or_commit_is_refused(folder, monkeypatch):
     saved = dict.fromkeys(OtherTokenizer.identity, 1)
-    manifest = dataclasses.replace(token_store.load(str(folder / "a")), tokenizer=saved)
+    manifest = dataclasses.replace(TokenManifest.load(str(folder / "a")), tokenizer=saved)
     with pytest.raises(UserError, match=r"(?s)tokenizer has changed.*hash: was 1, is 0"):
         token_store.check(manifest, "there", SOURCE, OtherTokenizer(), None)
     data = data_of({"a": SOURCE}, mode="pretokenized")
@@ -322,8 +343,8 @@ def test_what_is_not_whole_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"00001-of-00002 is missing"):
         stored(folder, data)
     shard.write_bytes(whole)
-    token_store.verify(str(folder / "a"))
-    manifest = folder / "a" / token_store.MANIFEST
+    TokenManifest.verify(str(folder / "a"))
+    manifest = folder / "a" / TokenManifest.FILE
     text = manifest.read_text()
     manifest.write_text(text.replace('"rows": 30', '"rows": 31'))
     with pytest.raises(UserError, match=r"store.json is damaged"):
@@ -348,7 +369,7 @@ def test_changed_bytes_are_found(folder):
     with pytest.raises(CorruptError, match="00000-of-00002 is damaged"):
         ids_of(store, 0)
     with pytest.raises(UserError, match="does not match its checksum"):
-        token_store.verify(str(folder / "a"))
+        TokenManifest.verify(str(folder / "a"))
 
 
 def test_auto_takes_what_is_there_for_each_source(folder, caplog):
