@@ -299,7 +299,7 @@ def _write_records(records: np.ndarray, stride: int, block: np.ndarray) -> None:
 def _last_tokens(starts: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:
     """Indices into R · T of documents' last tokens. starts: where documents begin, ascending, int64 [N]."""
     if stride == seq_len:
-        return starts[1 : starts.searchsorted(rows * seq_len, side="right")] - 1  # the first one begins at 0 or before
+        return starts[starts.searchsorted(0, side="right") : starts.searchsorted(rows * seq_len, side="right")] - 1
     begins_R = np.arange(rows) * stride
     first_R = starts.searchsorted(begins_R, side="right")
     count_R = starts.searchsorted(begins_R + seq_len, side="right") - first_R
