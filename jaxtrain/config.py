@@ -137,6 +137,8 @@ class Config:
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
         deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
+        compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of
+            trainer/compiler_options.py or in their place: --config.compiler_options.xla_NAME=VALUE.
         sample_prompts: Texts to continue at the end of the run.
         sample_every_tokens: Also continue them every N trained tokens, after the step that reaches them; None for the
             end only.
@@ -166,6 +168,7 @@ class Config:
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
+    compiler_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     sample_prompts: tuple[str, ...] = ()
     sample_every_tokens: int | None = None
 

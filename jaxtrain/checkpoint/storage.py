@@ -44,7 +44,7 @@ def temporary_path_class(path: epath.Path) -> Any:
 
 # Errors come from Python (OSError) and from TensorStore (ValueError with the operating system's text).
 _REFUSALS = {
-    r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk or a quota is full",
+    r"no space left|ENOSPC|quota exceeded|EDQUOT|file too large|EFBIG": "the disk is full or over quota",
     r"permission ?denied|operation not permitted|read-only file system|EACCES|EPERM|EROFS|\b403\b": (
         "writing is not allowed there"
     ),

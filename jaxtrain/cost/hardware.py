@@ -21,6 +21,7 @@ class Chip:
         flops: dense bf16 FLOP/s with fp32 accumulation.
         bandwidth: of its memory, bytes/s.
         links: bytes/s that a chip sends within its slice (TPU) or host (GPU), all links together, one direction.
+        ring: of those, what one collective can use. A TPU's ring goes both ways around, over two links.
         network: bytes/s that a chip sends to other slices or hosts, one direction. For GPUs it depends on the cluster;
             these are usual: 400 Gb/s for a Hopper, 200 for an A100, a host's 100 Gb/s shared by 8 for the others.
         compute_capability: of an NVIDIA GPU.
@@ -33,12 +34,15 @@ class Chip:
     flops: float
     bandwidth: float
     links: float
+    ring: float
     network: float
     compute_capability: tuple[int, int] | None = None
 
 
-def _tpu(name: str, kinds: tuple[str, ...], gib: int, tflops: float, gbps: float, ici: float, dcn: float) -> Chip:
-    """ici, dcn: GB/s in one direction."""
+def _tpu(
+    name: str, kinds: tuple[str, ...], gib: int, tflops: float, gbps: float, ici: float, link: float, dcn: float
+) -> Chip:
+    """ici (all links), link, dcn: GB/s in one direction."""
     return Chip(
         name=name,
         kinds=kinds,
@@ -47,6 +51,7 @@ def _tpu(name: str, kinds: tuple[str, ...], gib: int, tflops: float, gbps: float
         flops=tflops * 1e12,
         bandwidth=gbps * 1e9,
         links=ici * 1e9,
+        ring=2 * link * 1e9,
         network=dcn * 1e9,
     )
 
@@ -70,6 +75,7 @@ def _gpu(
         flops=tflops * 1e12,
         bandwidth=gbps * 1e9,
         links=nvlink * 1e9,
+        ring=nvlink * 1e9,
         network=network * 1e9,
         compute_capability=capability,
     )
@@ -77,10 +83,10 @@ def _gpu(
 
 # The first match counts: "TPU v5 lite" is a v5e, "TPU v5" a v5p.
 CHIPS = (
-    _tpu("v4", ("TPU v4",), 32, 275.0, 1228, 300, 6.25),
-    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 819, 200, 3.125),
-    _tpu("v5p", ("TPU v5p", "TPU v5"), 95, 459.0, 2765, 600, 6.25),
-    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 1640, 400, 12.5),
+    _tpu("v4", ("TPU v4",), 32, 275.0, 1228, 300, 45, 6.25),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 819, 200, 45, 3.125),
+    _tpu("v5p", ("TPU v5p", "TPU v5"), 95, 459.0, 2765, 600, 90, 6.25),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 1640, 400, 90, 12.5),
     _gpu("a100-40gb", "A100-SXM4-40GB", 39.4, 312.0, 1555, 300, 25, (8, 0)),
     _gpu("a100", "A100", 79.1, 312.0, 2039, 300, 25, (8, 0)),
     _gpu("h100-pcie", "H100 PCIe", 79.1, 756.0, 2039, 64, 12.5, (9, 0)),

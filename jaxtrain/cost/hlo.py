@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its HLO text: kind, bytes, devices, and how often each runs.
+"""A compiled program, read from its HLO text: instructions, source lines, and collectives with how often each runs.
 
 XLA's own cost analysis counts a loop's body once. Here it counts once per iteration: by the compiler's
 `known_trip_count`, or else by the loop's condition (`i < constant`), start and step, as JAX's scans compile for TPUs.
@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +61,10 @@ class Collective:
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
     """Collectives among several devices, of a program's text (`executable.as_text()`)."""
-    program = _Program(text)
+    program = Program(text)
     found = [
-        _collective(instruction, times, exact, num_devices) for instruction, times, exact in program.walk(program.entry)
+        collective_of(instruction, times, exact, num_devices)
+        for instruction, times, exact in program.walk(program.entry)
     ]
     return [one for one in found if one.ways > 1]
 
@@ -72,10 +74,19 @@ def custom_calls(text: str) -> set[str]:
     return set(re.findall(r'custom_call_target="([^"]+)"', text))
 
 
-class _Program:
+class Program:
+    """A program's text, parsed.
+
+    Attributes:
+        computations: Instructions by name of each computation by name, in the order of their schedule.
+        entry: Name of the computation that the program starts with.
+        sources: "function file:line" by stack frame: the innermost line of jaxtrain, or else the innermost line.
+    """
+
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        self.sources = _sources(text)
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -92,14 +103,17 @@ class _Program:
             if _communicates(instruction):
                 yield instruction, times, exact
             elif instruction.opcode == "while":
-                count = self._iterations(name, instruction)
-                body = _attribute(instruction, "body")
+                count = self.iterations(name, instruction)
+                body = attribute(instruction, "body")
                 yield from self.walk(body, times * (1 if count is None else count), exact and count is not None)
             elif instruction.opcode == "conditional":
                 yield from self._largest_branch(instruction, times, exact)
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 for called in _CALLS.findall(instruction.attributes):
                     for one, often, known in self.walk(called, times, exact):
+                        if called.startswith("all-reduce-scatter") and one.opcode == "all-reduce":
+                            # A TPU's form of a reduce-scatter: an all-reduce whose result is cut at once.
+                            one = dataclasses.replace(one, opcode="all-reduce-scatter")
                         # TPUs spread a collective over several fusions to overlap it: each holds a copy.
                         channel = re.search(r"channel_id=(\d+)", one.attributes)
                         key = (one.opcode, channel[1] if channel else one.name)
@@ -107,25 +121,40 @@ class _Program:
                             seen.add(key)
                             yield one, often, known
 
-    def _largest_branch(self, instruction: Instruction, times: int, exact: bool) -> list[tuple[Instruction, int, bool]]:
-        named = _BRANCHES.search(instruction.attributes)
-        names = re.findall(r"[\w.\-]+", named[1]) if named else _CALLS.findall(instruction.attributes)
-        branches = [list(self.walk(branch, times, exact)) for branch in names]
-        return max(branches, key=lambda found: sum(_bytes(one.shape) * often for one, often, _ in found))
+    def source(self, computation: str, name: str, depth: int = 6) -> str:
+        """The source line of an instruction: its own, or of a fusion's inside, or of an operand; "" if unknown."""
+        instruction = self.computations[computation].get(name)
+        if instruction is None or depth == 0:
+            return ""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        if frame and frame[1] in self.sources:
+            return self.sources[frame[1]]
+        if instruction.opcode == "fusion":
+            called = attribute(instruction, "calls")
+            for inner in reversed(self.computations[called].values()):
+                frame = re.search(r"stack_frame_id=(\d+)", inner.attributes)
+                if frame and frame[1] in self.sources:
+                    return self.sources[frame[1]]
+        found = (self.source(computation, operand, depth - 1) for operand in instruction.operands)
+        return next((source for source in found if source), "")
 
-    def _iterations(self, parent: str, loop: Instruction) -> int | None:
+    def _largest_branch(self, instruction: Instruction, times: int, exact: bool) -> list[tuple[Instruction, int, bool]]:
+        branches = [list(self.walk(branch, times, exact)) for branch in branches_of(instruction)]
+        return max(branches, key=lambda found: sum(num_bytes(one.shape) * often for one, often, _ in found))
+
+    def iterations(self, parent: str, loop: Instruction) -> int | None:
         """Iterations of a while loop; None if they cannot be determined."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = self.computations[_attribute(loop, "condition")]
+        condition = self.computations[attribute(loop, "condition")]
         root = next(instruction for instruction in condition.values() if instruction.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
         counter, bound = condition.get(root.operands[0]), self._constant(condition, root.operands[1])
         if counter is None or counter.opcode != "get-tuple-element" or bound is None:
             return None
-        index = int(_attribute(counter, "index"))
-        body = self.computations[_attribute(loop, "body")]
+        index = int(attribute(counter, "index"))
+        body = self.computations[attribute(loop, "body")]
         last = next(instruction for instruction in body.values() if instruction.is_root)
         added = body.get(last.operands[index]) if last.opcode == "tuple" else None
         step = None
@@ -146,6 +175,44 @@ class _Program:
             return None
         value = re.search(r" constant\((-?\d+)\)", instruction.text)
         return int(value[1]) if value else None
+
+
+def branches_of(conditional: Instruction) -> list[str]:
+    """Names of the computations of a conditional."""
+    named = _BRANCHES.search(conditional.attributes)
+    return re.findall(r"[\w.\-]+", named[1]) if named else _CALLS.findall(conditional.attributes)
+
+
+def _sources(text: str) -> dict[str, str]:
+    """Reads the text's tables of files, functions, locations and stack frames."""
+    tables: dict[str, dict[str, Any]] = {}
+    table: dict[str, Any] = {}
+    for line in text.splitlines():
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables.setdefault(line, {})
+        elif entry := re.match(r"(\d+) (.*)$", line):
+            known = re.findall(r"(\w+)=(\d+)", entry[2]) if entry[2].startswith("{") else entry[2].strip('"')
+            table[entry[1]] = dict(known) if isinstance(known, list) else known
+        elif line.startswith(("%", "ENTRY")):
+            break
+    frames = tables.get("StackFrames", {})
+    # A frame without a parent names 0 or, in newer texts, where numbers are one higher, 1: itself if it is the first.
+    shift = int(frames["1"].get("parent_frame_id", 0)) if "1" in frames else 0
+    found = {}
+    for first in frames:
+        lines, frame = [], first
+        while frame in frames:
+            place = tables["FileLocations"][frames[frame]["file_location_id"]]
+            function = tables["FunctionNames"][place["function_name_id"]].replace("<locals>.", "")
+            lines.append((tables["FileNames"][place["file_name_id"]], f"{function} ", f":{place['line']}"))
+            frame = str(min(int(frames[frame].get("parent_frame_id", 0)) - shift, int(frame) - 1))
+        path, function, line = next((line for line in lines if _is_ours(line[0])), lines[0])
+        found[first] = function + path.rpartition("/jaxtrain/")[2].rpartition("/site-packages/")[2] + line
+    return found
+
+
+def _is_ours(path: str) -> bool:
+    return "/jaxtrain/" in path and "/site-packages/" not in path.rpartition("/jaxtrain/")[2]
 
 
 def _communicates(instruction: Instruction) -> bool:
@@ -177,13 +244,15 @@ def _closing(text: str, start: int) -> int:
     raise AssertionError(text)
 
 
-def _attribute(instruction: Instruction, name: str) -> str:
+def attribute(instruction: Instruction, name: str) -> str:
+    """The name that an attribute such as `calls` gives."""
     found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
     assert found is not None, (name, instruction.text)
     return found[1]
 
 
-def _bytes(shape: str) -> int:
+def num_bytes(shape: str) -> int:
+    """Bytes of an array or of all arrays of a tuple."""
     return sum(
         math.prod(int(side) for side in sides.split(",") if side)
         * (1 if dtype.startswith("f8") else _BYTES.get(dtype, 4))
@@ -191,7 +260,7 @@ def _bytes(shape: str) -> int:
     )
 
 
-def _elements(shape: str) -> list[str]:
+def elements(shape: str) -> list[str]:
     """The elements of a tuple's shape."""
     parts, depth, begin = [], 0, 1
     for index, sign in enumerate(shape):
@@ -202,18 +271,20 @@ def _elements(shape: str) -> list[str]:
     return parts
 
 
-def _collective(instruction: Instruction, times: int, exact: bool, num_devices: int) -> Collective:
+def collective_of(instruction: Instruction, times: int, exact: bool, num_devices: int) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
     shape = instruction.shape
+    if kind == "all-reduce-scatter":
+        return Collective("reduce-scatter", num_bytes(shape), _groups(instruction, num_devices), times, exact)
     if kind == "send":
-        return Collective(kind, _bytes(_elements(shape)[0]), (), times, exact)
+        return Collective(kind, num_bytes(elements(shape)[0]), (), times, exact)
     if instruction.opcode != kind and kind != "all-reduce" and shape.startswith("("):
-        shape = _elements(shape)[1]  # (operands, results, ...)
+        shape = elements(shape)[1]  # (operands, results, ...)
     if kind == "collective-permute":
         groups = _nested(re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes))
     else:
         groups = _groups(instruction, num_devices)
-    size = _bytes(shape) * (len(groups[0]) if kind == "reduce-scatter" else 1)
+    size = num_bytes(shape) * (len(groups[0]) if kind == "reduce-scatter" else 1)
     return Collective(kind, size, groups, times, exact)
 
 

@@ -39,7 +39,7 @@ class RowPlanner:
 
     Attributes:
         lengths: The documents' lengths.
-        pieces: Consecutive tokens of a document in a row, or in several rows that they fill: (their first place in the
+        spans: Consecutive tokens of a document in a row, or in several rows that they fill: (their first place in the
             block's R · T tokens, the document, its first token there, tokens) of each.
         left: For each row planned so far, its tokens if its last document ends in it, else T + 1; as in `Cut.left`.
         front: The first document that is not used up.
@@ -64,7 +64,7 @@ class RowPlanner:
             closing: Plan only with documents up to the last that is used up or opened. When they are used up, no gap
                 is left.
         """
-        self.pieces: list[tuple[int, int, int, int]] = []
+        self.spans: list[tuple[int, int, int, int]] = []
         self.left: list[int] = []
         self.front = 0
         self.opened = opened
@@ -108,7 +108,7 @@ class RowPlanner:
             key = whole.pop(fits - 1)
             count = -(-key >> _KEY_BITS)
             document = (count << _KEY_BITS) - key
-            self.pieces.append((place, document, 0, count))
+            self.spans.append((place, document, 0, count))
             self._use_up(document)
             place += count
         if place < end and self._long:
@@ -125,7 +125,7 @@ class RowPlanner:
         return self.front, 0
 
     def _place(self, place: int, document: int, first: int, count: int) -> None:
-        self.pieces.append((place, document, first, count))
+        self.spans.append((place, document, first, count))
         if first + count < self.lengths[document]:
             self.opened = document, first + count
         else:
@@ -215,7 +215,7 @@ class FitPacker(Packer):
         if not planned.left:
             return super().addresses(rows, seq_len, stride)
         found: list[Spans] = [[] for _ in planned.left]
-        for place, document, first, count in planned.pieces:
+        for place, document, first, count in planned.spans:
             file, file_row = self._where[document, _FILE:].tolist()
             for begin in range(0, count, seq_len):  # more than one row only if each is full
                 span = (file, file_row, first + begin, first + min(begin + seq_len, count))
@@ -267,13 +267,13 @@ class FitPacker(Packer):
         """Writes and counts the planned rows, the first ones of the block."""
         made, seq_len = len(planned.left), block["tokens"].shape[1]
         tokens, targets = (block[name][:made].reshape(-1) for name in ("tokens", "targets"))
-        fields = [(tokens, self._tokens)]
+        fields: list[tuple[np.ndarray, np.ndarray]] = [(tokens, self._tokens)]
         if self._records is not None:
             fields.append((block[RECORDS][:made].reshape(made * seq_len, -1), self._records))
         for into, _ in fields:
             into[:] = 0
         starts, counts, last = self._starts.tolist(), self.counts, []
-        for place, document, first, count in planned.pieces:
+        for place, document, first, count in planned.spans:
             source, length = starts[document] + first, planned.lengths[document]
             for into, buffer in fields:
                 into[place : place + count] = buffer[source : source + count]

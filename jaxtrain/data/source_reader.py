@@ -244,9 +244,13 @@ class SourceReader:
         return []
 
     def _counts(self) -> list[int | None]:
-        """Rows of each unit. Small shared files without footers are counted by reading them; None for others."""
-        cut, sizes = self.partition, getattr(self.source, "file_bytes", None)
-        if cut.shared and cut.units[0].rows is None and sizes and sum(sizes) <= _COUNTED_BYTES:
+        """Rows of each unit. Small shared files without footers are counted by reading them; None for others.
+
+        What is small follows from the identity, which token stores have too: every mode counts the same.
+        """
+        cut, stamps = self.partition, self.source.identity.get("stamps", {})
+        sizes = [stamps.get(name, {}).get("size", math.inf) for name in self.source.files]
+        if cut.shared and cut.units[0].rows is None and sum(sizes) <= _COUNTED_BYTES:
             with contextlib.suppress(CorruptError):
                 return [self._count(unit.file) for unit in cut.units]
         return [unit.rows for unit in cut.units]

@@ -16,7 +16,7 @@ from jaxtrain.plan.stable_hash import document_hash
 
 CHUNK_CHARACTERS = 200_000  # tokenized together: enough for threads to share, few enough to finish quickly
 CHUNK_TOKENS = 50_000  # about the same, for tokens from a store
-# One document in so many is encoded twice: 1 to 2% of the time, where the reference takes 40 times as long.
+# One document in this many is encoded twice: 1 to 2% of the time, where the reference takes 40 times as long.
 SAMPLED = 2048
 _SAMPLED_BELOW = np.uint64(2**64 // SAMPLED)
 
@@ -134,8 +134,8 @@ def encode(
                     f"source {source!r}, file {file}, row {rows[index]}: the tokenizer's fast engine gives other ids "
                     f"than its library. From token {at} on: {found[at : at + 8].tolist()} by the engine, "
                     f"{expected[at : at + 8].tolist()} by the library. Set tokenizer.engine=tokenizers "
-                    "(--config.tokenizer.engine=tokenizers). Other documents may differ, too: to be sure, go on from a "
-                    "checkpoint that the engine had no part in, or start again."
+                    "(--config.tokenizer.engine=tokenizers). Other documents may differ, too: to be sure, resume from "
+                    "a checkpoint from before the engine was used, or start again."
                 )
     return ids, lengths
 

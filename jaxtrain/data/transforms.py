@@ -33,7 +33,7 @@ class AtLeast:
             return document if number is not None and number >= self.value else None
         except TypeError:
             raise UserError(
-                f"column {self.column!r} holds {number!r}, which is no number to compare with {self.value:g}."
+                f"column {self.column!r} holds {number!r}, which cannot be compared with {self.value:g}."
             ) from None
 
 
@@ -78,7 +78,9 @@ class Template:
         if not names or not all(name.isidentifier() for name in names):
             raise UserError(f"template={self.template!r}: name columns in braces, for example '{{question}}'")
         if any("{" in (spec or "") or conversion not in (None, "r", "s", "a") for _, _, spec, conversion in parts):
-            raise UserError(f"template={self.template!r}: a conversion is !r, !s or !a, and a format has no columns")
+            raise UserError(
+                f"template={self.template!r}: conversions are !r, !s or !a, and formats cannot name columns"
+            )
 
     def __call__(self, document: dict[str, Any]) -> dict[str, Any] | None:
         values = {name: "" if document[name] is None else document[name] for name in self.columns}

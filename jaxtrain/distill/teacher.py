@@ -80,41 +80,29 @@ class Teacher:
             UserError: The model does not exist, is not supported, has another tokenizer, or does not fit the mesh.
             TransientError: The network is down.
         """
+        fixed, where = self, f"teacher.model={self.model}"
         if not self.is_checkpoint:
             # Tokenizer, config and weights come from one commit, which the checkpoint records.
             commit = self._attempt(lambda: hf.commit(self.model, self.revision))
-            return dataclasses.replace(self, revision=commit)._build(tokenizer, mesh)
-        return self._build(tokenizer, mesh)
-
-    def _build(self, tokenizer: Tokenizer, mesh: Mesh) -> "Frozen":
-        where = f"teacher.model={self.model}"
-        config, vocab_size = self._attempt(self._shape)
+            fixed = dataclasses.replace(self, revision=commit)
+        config, vocab_size = self._attempt(fixed._shape)
         if vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{where} has a vocabulary of {vocab_size:,}, the run's tokenizer has {tokenizer.vocab_size:,} ids: "
                 "student and teacher must share a tokenizer. Set `tokenizer` to the teacher's."
             )
-        problem = self._attempt(lambda: self._other_tokenizer(tokenizer))
+        problem = self._attempt(lambda: fixed._other_tokenizer(tokenizer))
         if problem is not None:
             raise UserError(
                 f"{where} has a different tokenizer than the run, so its probabilities refer to other tokens:\n"
                 f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
                 "or choose a teacher with the run's."
             )
-        return self._frozen(config, tokenizer.vocab_size, mesh)
+        return Frozen(fixed, config, tokenizer.vocab_size, mesh)
 
     def outline(self, vocab_size: int, mesh: Mesh) -> "Frozen":
         """Builds the teacher from its config alone, for compiling, without comparing tokenizers. Raises as `build`."""
-        return self._frozen(self._shape()[0], vocab_size, mesh)
-
-    def _frozen(self, config: ModelConfig, vocab_size: int, mesh: Mesh) -> "Frozen":
-        how = {"dtype": self.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
-        fields = {field.name for field in dataclasses.fields(config)}
-        config = dataclasses.replace(config, **{name: value for name, value in how.items() if name in fields})
-        try:
-            return Frozen(self, config.build(vocab_size, mesh), mesh)
-        except UserError as error:
-            raise UserError(f"teacher.model={self.model}: {error}") from None
+        return Frozen(self, self._shape()[0], vocab_size, mesh)
 
     def _attempt(self, function: Callable[[], T]) -> T:
         return retry.attempt(function, what=f"the teacher {self.model}", deadline=PATIENCE_AT_START)
@@ -202,13 +190,20 @@ class Frozen:
         abstract: Shapes, types and shardings of its parameters.
     """
 
-    def __init__(self, config: Teacher, model: Model, mesh: Mesh):
+    def __init__(self, config: Teacher, shape: ModelConfig, vocab_size: int, mesh: Mesh):
+        """Builds the model of a config. Raises UserError if it does not fit the mesh."""
         self.config = config
-        self.model = model
+        how = {"dtype": config.dtype, "remat": "none", "scan_layers": True, "attention": "auto"}
+        fields = {field.name for field in dataclasses.fields(shape)}
+        shape = dataclasses.replace(shape, **{name: value for name, value in how.items() if name in fields})
+        try:
+            self.model: Model = shape.build(vocab_size, mesh)
+        except UserError as error:
+            raise UserError(f"teacher.model={config.model}: {error}") from None
         self.abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place),
-            model.shapes,
-            sharding.tree_shardings(mesh, model.axes),
+            self.model.shapes,
+            sharding.tree_shardings(mesh, self.model.axes),
         )
 
     def check_stages(self, plan: Plan) -> None:

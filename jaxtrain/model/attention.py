@@ -204,7 +204,8 @@ def _kernel(implementation: str, mesh: Mesh | None) -> Any:
     if implementation == "splash":
         from jaxtrain.model.attention_splash import attend_splash
 
-        return functools.partial(attend_splash, interpret=platform_of(mesh) != "tpu")
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        return functools.partial(attend_splash, device_kind=device.device_kind, interpret=platform_of(mesh) != "tpu")
     if implementation == "cudnn":
         from jaxtrain.model.attention_cudnn import attend_cudnn
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+SAVED = "attention"  # the checkpoint name of what the backward pass needs
 # Query rows per block. At T=512 on 2 cores 64, 128 and 256 are within 15% of each other.
 BLOCK = 128
 # More block rows than this are grouped, which keeps compile time flat and computes at most 1 / MAX_GROUPS more scores.
@@ -61,8 +63,9 @@ def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window):
         (out, lse), _ = _over_rows(block_row, start, stop, ())
         outs.append(_ungrouped_rows(out, q_BKGTh.shape[2]))
         lses.append(_ungrouped_rows(lse, q_BKGTh.shape[2]))
-    x_BTHh = _ungrouped(jnp.concatenate(outs, 3), q_BTHh.shape[1])
-    return x_BTHh, (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, jnp.concatenate(lses, 3))
+    x_BTHh = checkpoint_name(_ungrouped(jnp.concatenate(outs, 3), q_BTHh.shape[1]), SAVED)
+    lse_BKGT = checkpoint_name(jnp.concatenate(lses, 3), SAVED)
+    return x_BTHh, (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, lse_BKGT)
 
 
 def _backward(sliding_window, residuals, dx_BTHh):

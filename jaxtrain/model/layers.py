@@ -48,10 +48,32 @@ class Linear(nnx.Module):
         self.mesh = mesh
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Cast before the FSDP all-gather, which halves its size.
-        kernel = constrain(self.kernel[...].astype(x.dtype), self.mesh, self.axes)
-        y = x @ kernel
+        y = x @ self.weight(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel in `dtype`. The cast comes before the FSDP all-gather and halves its size."""
+        return constrain(self.kernel[...].astype(dtype), self.mesh, self.axes)
+
+    def to_heads(self, x: jax.Array, shape_BT: tuple[int, ...], head_dim: int) -> jax.Array:
+        """Projects [B, T, D], or [B * T, D], to [B, T, H, h].
+
+        From [B, T, D] the product has the shape of heads itself: as a reshape of [B, T, H * h] it would be a copy in a
+        TPU's tiled layout.
+        """
+        if x.ndim == 2:
+            return self(x).reshape(*shape_BT, -1, head_dim)
+        y = jnp.einsum("btd,dkh->btkh", x, self.weight(x.dtype).reshape(x.shape[-1], -1, head_dim))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(1, 1, -1, head_dim)
+
+    def from_heads(self, x_BTHh: jax.Array, ndim: int) -> jax.Array:
+        """Projects [B, T, H, h] to [B, T, D], or to [B * T, D] if ndim is 2."""
+        batch, seq_len, heads, head_dim = x_BTHh.shape
+        if ndim == 2:
+            return self(x_BTHh.reshape(batch * seq_len, -1))
+        kernel = self.weight(x_BTHh.dtype).reshape(heads, head_dim, -1)
+        y = jnp.einsum("bthk,hkd->btd", x_BTHh, kernel)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype).reshape(1, 1, -1)
 
 
 class Attention(nnx.Module):
@@ -72,11 +94,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         shape_BT = rope[0].shape[:2]
-        q_BTHh, k_BTKh, v_BTKh = (p(x).reshape(*shape_BT, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
         y_BTHh, extra = attend(rotate(q_BTHh, *rope), rotate(k_BTKh, *rope), v_BTKh)
-        return self.o(y_BTHh.reshape(*x.shape[:-1], -1)), extra
+        return self.o.from_heads(y_BTHh, x.ndim), extra
 
 
 class MLP(nnx.Module):

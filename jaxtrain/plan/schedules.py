@@ -79,8 +79,8 @@ class Decay(WarmUp):
         end = self._end(total)
         if warmup >= end:
             raise UserError(
-                f"the warmup of {warmup:,.0f} tokens fills the run's {end:,}; shorten warmup_tokens, "
-                "share of the run, for example warmup_fraction=0.01"
+                f"the warmup of {warmup:,.0f} tokens fills the run's {end:,}; shorten warmup_tokens, or give "
+                "a share of the run, for example warmup_fraction=0.01"
             )
         return self._at(min(max((tokens - warmup) / (end - warmup), 0.0), 1.0))
 

@@ -124,7 +124,7 @@ class FastEngine:
         if "refused" in found:
             self._refuse(f"fastokens {version} {found['refused']}")
         else:
-            logger.info("Tokenizer: encoding with fastokens %s, which gives the ids of tokenizers.", version)
+            logger.info("Tokenizer: encoding with fastokens %s, which gives the same ids as tokenizers.", version)
 
     def _check(
         self, pre_tokenizer: Json | None, load: Callable[[Json | None], Encode], points: Container[int]
@@ -265,7 +265,7 @@ HARD_TEXTS = (PROBE, _CONTRACTIONS, _DIGITS, _MARKS, _EMOJI, _SPACES, _SCRIPTS, 
 
 
 def check_texts(tokens: Sequence[str], points: Container[int]) -> Iterator[list[str]]:
-    """Yields batches of texts that show whether two libraries encode alike, those that tell most first.
+    """Yields batches of texts that show whether two libraries encode identically, the most revealing first.
 
     Args:
         tokens: texts of the vocabulary.
@@ -286,7 +286,7 @@ def check_texts(tokens: Sequence[str], points: Container[int]) -> Iterator[list[
         yield ["".join(some[first : first + 100]) for first in range(0, len(some), 100)]
         yield [f"{a}{b} {a} {b}\n" for a, b in zip(some[::2], some[1::2], strict=False)]
     # Characters of the first two planes may be of any kind. Elsewhere, and in the large blocks of ideographs, Hangul
-    # and private use, all of a block are alike, and a space before each tells most. The cost is that of the tokens.
+    # and private use, a block behaves uniformly, and a space before each reveals most. The cost is that of the tokens.
     texts: list[str] = []
     for first in range(0, 0x110000, 256):
         block = [chr(point) for point in _valid(range(first, first + 256)) if point in points]

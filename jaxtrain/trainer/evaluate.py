@@ -38,7 +38,7 @@ def lower_eval_step(components: StepComponents, batch_size: int, seq_len: int, m
         found = jax.lax.map(lambda part: step(params, part, token_bytes_V), split_batch(batch, micro_batches, mesh))
         return {name: values.sum(dtype=values.dtype) for name, values in found.items()}
 
-    options = model.compiler_options(batch_size // micro_batches, seq_len)
+    options = components.compiler_options(batch_size // micro_batches, seq_len)
     function = jax.jit(sums, out_shardings=whole, compiler_options=options)
     params = abstract(model, components.optimizer, mesh)["params"]
     token_bytes = jax.ShapeDtypeStruct((model.vocab_size,), jnp.int32, sharding=whole)

@@ -231,7 +231,8 @@ def _tokens_of_epoch(reader: SourceReader, tokenizer: Tokenizer, config: Config)
             continue
         turns.append((lane, windows))
         rows += window.rows
-        documents = documents_of(iter((window,)), window.start, spec, reader, lane)
+        # Not from the epoch's start: a first window without a token is no empty lane.
+        documents = documents_of(iter((window,)), Position(-1, 0, 0), spec, reader, lane)
         tokens += sum(int(some.lengths.sum()) for some in documents)
     reader.close()
     return tokens / rows * reader.most_rows if turns and rows else tokens

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -57,10 +58,18 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Key:
+class Key:
+    """A program of a run: of a train step's shape, or of the evaluation."""
+
     batch_size: int
     seq_len: int
     evaluates: bool = False
+
+
+def lower(components: StepComponents, key: Key, micro_batches: int) -> Any:
+    """Traces a program; `.compile()` returns the executable."""
+    lower_one = lower_eval_step if key.evaluates else lower_train_step
+    return lower_one(components, key.batch_size, key.seq_len, micro_batches)
 
 
 class StagePrograms:
@@ -76,6 +85,7 @@ class StagePrograms:
         limit: bytes that a step may use on a device; micro-batches shrink until it fits. None for no limit.
         evaluation: the evaluation's stage; None without evaluation.
         extra: bytes that training keeps on a device during an evaluation, besides the parameters.
+        compile: (key, micro-batches) → executable; by default `lower` and XLA.
 
     Raises:
         UserError: the mesh does not divide a stage's batch.
@@ -89,19 +99,21 @@ class StagePrograms:
         limit: int | None = None,
         evaluation: StagePlan | None = None,
         extra: int = 0,
+        compile: Callable[[Key, int], Any] | None = None,
     ):
         self.limit = limit
         self._components = components
         self._extra = extra
+        self._compile = compile or (lambda key, count: lower(components, key, count).compile())
         self._stages = [] if plan is None else [stage for stage in plan.stages if stage.has_steps]
-        self._evaluation = evaluation and _Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
-        keys = [_Key(stage.batch_size, stage.seq_len) for stage in self._stages]
+        self._evaluation = evaluation and Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
+        keys = [Key(stage.batch_size, stage.seq_len) for stage in self._stages]
         self._fewest = {
             key: accumulation(components.mesh, key.batch_size, key.seq_len, micro_batch_tokens)
             for key in (*keys, *((self._evaluation,) if self._evaluation else ()))
         }
-        self._compiling: dict[_Key, Future[Program]] = {}
-        self._programs: dict[_Key, Program] = {}
+        self._compiling: dict[Key, Future[Program]] = {}
+        self._programs: dict[Key, Program] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxtrain-compile")
         self._lock = threading.Lock()
 
@@ -122,7 +134,7 @@ class StagePrograms:
         """Starts compiling the `stage`-th stage (1-based). Does not wait. Does nothing past the last stage."""
         for found in self._stages:
             if found.index >= stage:
-                self._submit(_Key(found.batch_size, found.seq_len))
+                self._submit(Key(found.batch_size, found.seq_len))
                 return
 
     def settle(self, stage: int) -> None:
@@ -141,7 +153,7 @@ class StagePrograms:
 
     def ready(self, batch_size: int, seq_len: int) -> bool:
         """Whether the executable has been compiled."""
-        future = self._compiling.get(_Key(batch_size, seq_len))
+        future = self._compiling.get(Key(batch_size, seq_len))
         return future is not None and future.done()
 
     def get(self, batch_size: int, seq_len: int) -> Any:
@@ -150,18 +162,18 @@ class StagePrograms:
 
     def program(self, batch_size: int, seq_len: int) -> Program:
         """Returns the train step for a shape, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
-        return self._program(_Key(batch_size, seq_len))
+        return self._program(Key(batch_size, seq_len))
 
     def evaluation(self) -> Program:
         """Returns the evaluation step, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
         assert self._evaluation is not None
         return self._program(self._evaluation)
 
-    def _longest(self, stage: int) -> _Key:
+    def _longest(self, stage: int) -> Key:
         seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
-        return _Key(batch_size, seq_len)
+        return Key(batch_size, seq_len)
 
-    def _program(self, key: _Key) -> Program:
+    def _program(self, key: Key) -> Program:
         """Returns the program that fits on all processes."""
         if key in self._programs:
             return self._programs[key]
@@ -183,13 +195,13 @@ class StagePrograms:
         self._programs[key] = program
         return program
 
-    def _submit(self, key: _Key) -> Future[Program]:
+    def _submit(self, key: Key) -> Future[Program]:
         with self._lock:
             if key not in self._compiling:
                 self._compiling[key] = self._compiler.submit(self._fitting, key)
             return self._compiling[key]
 
-    def _fitting(self, key: _Key) -> Program:
+    def _fitting(self, key: Key) -> Program:
         """Returns the program with the fewest micro-batches that fits on this process's devices."""
         extra = self._extra if key.evaluates else 0
         try:
@@ -198,21 +210,17 @@ class StagePrograms:
             raise DoesNotFitError(self._misfit(key, error.needs)) from None
         return Program(executable, count, key.batch_size, key.seq_len, extra)
 
-    def _compile(self, key: _Key, count: int) -> Any:
-        lower = lower_eval_step if key.evaluates else lower_train_step
-        return lower(self._components, key.batch_size, key.seq_len, count).compile()
-
-    def _compiled(self, key: _Key, count: int) -> Program:
+    def _compiled(self, key: Key, count: int) -> Program:
         extra = self._extra if key.evaluates else 0
         return Program(self._compile(key, count), count, key.batch_size, key.seq_len, extra)
 
-    def _counts(self, key: _Key) -> list[int]:
+    def _counts(self, key: Key) -> list[int]:
         """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
         mesh = self._components.mesh
         rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
         return [count for count in sharding.divisors(rows) if count >= self._fewest[key]]
 
-    def _name(self, key: _Key) -> str:
+    def _name(self, key: Key) -> str:
         if key.evaluates:
             return "Evaluation"
         named = [
@@ -220,7 +228,7 @@ class StagePrograms:
         ]
         return f"Stage{'s' * (len(named) > 1)} {', '.join(named)}"
 
-    def _misfit(self, key: _Key, needs: str) -> str:
+    def _misfit(self, key: Key, needs: str) -> str:
         assert self.limit is not None
         mesh = self._components.mesh
         fixes = ["a smaller model", f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})"]

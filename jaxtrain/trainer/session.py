@@ -29,7 +29,7 @@ from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.trainer import compatibility, open_data, state
+from jaxtrain.trainer import compatibility, compiler_options, open_data, state
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import StagePrograms
@@ -267,7 +267,8 @@ def _warn_of_warmup(config: Config, plan: Plan) -> None:
     if plan.last_step is None or plan.total_tokens == plan.horizon:
         return
     before, last = (plan.at(max(step, 1)).learning_rate for step in (plan.last_step - 1, plan.last_step))
-    if before < last or plan.last_step == 1:
+    peak = config.optimizer.learning_rate
+    if before < last < peak or (plan.last_step == 1 and last < peak / 2):
         fix = "total_tokens=none" if config.stages[-1].tokens is None else f"scale_to={plan.total_tokens}"
         logger.warning(
             "steps=%d ends the run within the warmup: the learning rate reaches only %.2g, since the schedule is that "
@@ -311,7 +312,8 @@ def make_components(
     elif layout is not None:
         divergence = config.distillation.build_cached(layout, mesh, config.loss)
         distilled = Distilled(None, (), divergence, layout.width)
-    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled)
+    options = compiler_options.resolve(mesh, config.compiler_options)
+    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled, options)
 
 
 def bytes_besides_params(components: StepComponents) -> int:

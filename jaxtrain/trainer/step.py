@@ -62,6 +62,7 @@ class StepComponents:
     Attributes:
         clip_norm: Maximum global norm of the gradient; None for no clipping.
         distilled: None for training without a teacher. Evaluation never uses it.
+        options: XLA options for all programs.
     """
 
     model: Model
@@ -70,6 +71,7 @@ class StepComponents:
     mesh: Mesh
     clip_norm: float | None
     distilled: Distilled | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs per token of training the model, plus the teacher's forward pass (a third of its training FLOPs)."""
@@ -83,11 +85,11 @@ class StepComponents:
         """Bytes of a teacher's record per token of a batch; 0 without records."""
         return 0 if self.distilled is None else self.distilled.width
 
-    def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        """XLA options for a step with micro-batches of this shape."""
+    def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, Any]:
+        """XLA options for a step with micro-batches of this shape. The models' own come last: they need those."""
         teacher = None if self.distilled is None else self.distilled.teacher
         options = {} if teacher is None else teacher.compiler_options(batch_size, seq_len)
-        return options | self.model.compiler_options(batch_size, seq_len)
+        return {**self.options, **options, **self.model.compiler_options(batch_size, seq_len)}
 
 
 def train_step(components: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:

@@ -42,7 +42,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(byte_ranges, "_TIMEOUT", 0.5)
     monkeypatch.setattr(parquet, "_SMALLEST", 1500)
     monkeypatch.setattr(parquet, "_FIRST_TAIL", 600)
-    monkeypatch.setattr(streams, "_PIECE", 1500)
+    monkeypatch.setattr(streams, "_REQUEST", 1500)
     return slept
 
 

@@ -30,7 +30,7 @@ def test_template_names_its_columns_and_fills_them():
 
 
 def test_values_of_another_type_are_the_users_matter():
-    with pytest.raises(UserError, match="column 'int_score' holds 'high', which is no number to compare with 3"):
+    with pytest.raises(UserError, match="column 'int_score' holds 'high', which cannot be compared with 3"):
         AtLeast(column="int_score", value=3)({"text": "a", "int_score": "high"})
     template = Template(template="{score:.2f}")
     template.check()

@@ -206,7 +206,7 @@ def test_the_same_tokens_in_another_file_are_the_same_tokenizer(
     )
     assert swapped != file.read_text()
     file.write_text(swapped)
-    assert "another tokenizer" in refusal(exported, tokenizer, str(tmp_path))
+    assert "a different tokenizer" in refusal(exported, tokenizer, str(tmp_path))
 
 
 def test_what_is_missing_is_named(tokenizer: Any, exported: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -3,10 +3,13 @@
 import gzip
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from tests.e2e.conftest import MakeRun
+from tests.e2e.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +52,13 @@ def test_an_epoch_of_few_documents_in_many_lanes(make_run: MakeRun, tmp_path: pa
     parts(*flags)
     assert [line["fingerprint"] for line in parts.steps()] == [line["fingerprint"] for line in lines]
     assert [line["learning_rate"] for line in parts.steps()] == [line["learning_rate"] for line in lines]
+    # A token store counts the same rows and tokens.
+    stored = make_run("stored")
+    command = [sys.executable, "-m", "tools.pretokenize", f"--config={stored.spec}", f"--workdir={stored.workdir}"]
+    subprocess.run([*command, "--all", *flags], cwd=ROOT, env=stored.env, check=True, capture_output=True)
+    stored(*flags, "--config.data.mode=pretokenized")
+    for name in ("fingerprint", "learning_rate"):
+        assert [line[name] for line in stored.steps()] == [line[name] for line in lines]
     parts(*flags, "--config.data.shuffle_window=5", code=2)
     assert "data.shuffle_window  null  ->  5" in parts.output
 
@@ -57,7 +67,9 @@ def test_too_few_documents_are_refused_before_anything_is_compiled(make_run: Mak
     write(tmp_path, files=1, rows=5)
     name = "--config.data.sources.web"
     files = (f"{name}=HuggingFace", f"{name}.name=json", f"{name}.data_files={tmp_path}/part-000.jsonl.gz")
-    run = make_run()("--dry_run", *files, "--config.data.num_lanes=8", "--config.data.shuffle_window=none", code=2)
+    lanes = ("--config.data.num_lanes=8", "--config.data.shuffle_window=none")
+    all_of_them = ("--config.data.holdout=0", "--config.eval.every_steps=none")
+    run = make_run()("--dry_run", *files, *lanes, *all_of_them, code=2)
     assert "gets no document" in run.output
     assert "Set data.num_lanes=4, or use a larger source." in run.output
     assert not list((run.workdir / "cache").glob("jax/*"))

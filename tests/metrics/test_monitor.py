@@ -91,6 +91,12 @@ def test_the_console_line(clock, tmp_path, capsys):
     )
     assert capsys.readouterr().out.splitlines(keepends=True)[0] == expected
     assert (tmp_path / "log.txt").read_text().startswith(expected)
+    values = {"loss": 1.0, "perplexity": 2.0, "tokens_per_sec": 3.0, "learning_rate": 4.0}
+    lines = {
+        size: module.console_line(step_of(1, 10), {**values, "disk_cache_gb": size}, RUN).rpartition(" | ")[2]
+        for size in (0.0031, 1.2)
+    }
+    assert lines == {0.0031: "Cache=3.1 MB", 1.2: "Cache=1.20 GB"}
 
 
 def test_the_keys_and_shares(clock, tmp_path):

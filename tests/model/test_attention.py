@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
-from jaxtrain.model import attention, attention_cudnn, attention_xla, llama
+from jaxtrain.model import attention, attention_cudnn, attention_splash, attention_xla, llama
 from jaxtrain.model.attention import Shape, attend, choose
 from jaxtrain.model.llama import LlamaConfig
 from tests.model import reference
@@ -62,6 +63,43 @@ def test_interpreted_splash_is_the_float64_reference(shape):
     got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="splash", sliding_window=window)
     want = reference.attention(arrays, segments, window, dx)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
+def test_splash_with_two_backward_kernels_is_the_float64_reference(monkeypatch):
+    monkeypatch.setattr(attention_splash, "block_sizes", lambda length, kind: (128, False))
+    arrays, segments, dx = problem(1, 256, 2, 1, 8)
+    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="splash")
+    want = reference.attention(arrays, segments, None, dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
+@pytest.mark.parametrize(
+    ("length", "kind", "expected"),
+    [
+        (128, "TPU v5 lite", (128, True)),
+        (768, "TPU v5 lite", (256, True)),
+        (2048, "TPU v6 lite", (512, True)),
+        (4096, "TPU v5", (1024, True)),
+        (8192, "TPU v5", (1024, False)),
+        (8192, "TPU v6 lite", (2048, True)),
+    ],
+)
+def test_splash_blocks_follow_the_table(length, kind, expected):
+    assert attention_splash.block_sizes(length, kind) == expected
+
+
+@pytest.mark.parametrize("implementation", ["splash", "xla"])
+@pytest.mark.parametrize(("policy", "saves"), [("full", False), ("dots", True)])
+def test_dots_saves_attention(implementation, policy, saves, capsys):
+    (q, k, v), segments, _ = problem(1, 128, 2, 1, 8)
+
+    def loss(q, k, v):
+        return attend(q * 2, k, v, jnp.asarray(segments), mesh=None, implementation=implementation).sum()
+
+    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy, implementation)), q, k, v)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
+    # The output and the log-sum-exp of each query, besides q, k and v.
+    assert len([line for line in kept if "from the argument" not in line]) == (2 if saves else 0)
 
 
 def test_splash_on_a_mesh_gives_what_one_device_gives():

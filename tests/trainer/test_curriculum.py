@@ -146,7 +146,7 @@ def test_evaluation_follows_tokens_not_steps(full):
         ),
         (
             ["stages[3].tokens=41000000"],
-            "=1,000,000,000, but the stages' tokens sum to 1,001,000,000: set total_tokens=",
+            "=1,000,000,000, but the stages' tokens sum to 1,001,000,000: give scale_to=1000000000 instead",
         ),
         (
             ["total_tokens=none", "stages[2].tokens=15000", "stages[1].batch_size=8192"],

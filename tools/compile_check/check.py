@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtrain import cli
 from jaxtrain.config import Config
-from jaxtrain.cost import clusters, hlo, memory, roofline
+from jaxtrain.cost import clusters, hlo, memory, roofline, step_time
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed import sharding
@@ -17,7 +17,9 @@ from jaxtrain.interfaces import AttentionModel, Json
 from jaxtrain.trainer import offline, session, state
 from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
 from jaxtrain.trainer.step import StepComponents
-from tools.compile_check import advice
+from tools.compile_check import advice, scheduled
+
+_WASTES = 8  # source lines shown
 
 logger = logging.getLogger("jaxtrain")
 
@@ -39,7 +41,10 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     components = offline.components(config, vocab_size, mesh, limit)
     evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
     extra = session.bytes_besides_params(components)
-    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra)
+    # A TPU's machine code takes minutes, and nothing here needs it.
+    stops = mesh.devices.flat[0].platform == "tpu"
+    compile = scheduled.Compiler(config, cluster, vocab_size, components) if stops else None
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra, compile)
     _describe(components, cluster, limit, vocab_size, source)
     answer: Json = {
         "cluster": str(cluster),
@@ -135,6 +140,7 @@ def _stage(config: Config, cluster: Cluster, components: StepComponents, stages:
     islands = _islands(cluster, components.mesh)
     traffic = roofline.traffic(moved, islands)
     found |= _speed(config, cluster, components, program, traffic)
+    found["estimate"] = _estimate(cluster, components, program, text, islands)
     found["collectives"] = _collectives(moved, islands, components.mesh.devices.shape)
     needed, held = memory.needed(program.executable), memory.held(program.executable)
     return found | {
@@ -188,6 +194,40 @@ def _speed(
         "roofline_mfu": best.mfu,
         "roofline_seconds": best.seconds,
         "bound_by": best.bound_by,
+    }
+
+
+def _estimate(cluster: Cluster, components: StepComponents, program: Program, text: str, islands: list[int]) -> Json:
+    """Prints and returns the step's estimated time, by part and by source line."""
+    chip, chips, tokens = cluster.chip, components.mesh.size, program.batch_size * program.seq_len
+    found = step_time.estimate(text, chip, islands, components.model.padded_vocab_size)
+    speed = tokens / found.seconds / chips
+    mfu = components.flops_per_token(program.seq_len) * speed / chip.flops
+    least = 1 - step_time.ERROR
+    logger.info(
+        f"  Estimate from the compiled program: a step takes {found.seconds:.3f} s, {speed:,.0f} tokens/s per chip, "
+        f"MFU {mfu:.1%} (a run may reach {least * mfu:.0%} to {mfu:.0%}: not measured on a chip)"
+    )
+    if not found.exact:
+        logger.info("    Some loops have an unknown trip count and are counted once: the step takes longer.")
+    rows = [("part", "ms", "share")]
+    for part, seconds in found.parts().items():
+        if seconds >= 0.002 * found.seconds:
+            rows.append((part, f"{1e3 * seconds:,.1f}", f"{seconds / found.seconds:.1%}"))
+    logger.info("  " + cli.table(rows).replace("\n", "\n  "))
+    hidden = sum(one.seconds - one.exposed for one in found.communication)
+    logger.info(f"  Collectives that kernels hide: {1e3 * hidden:,.1f} ms. The most besides products and attention:")
+    rows = [("ms", "GB", "source line")]
+    for source, seconds, moved in found.wastes()[:_WASTES]:
+        rows.append((f"{1e3 * seconds:,.1f}", f"{moved / 1e9:,.1f}", source or "unknown"))
+    logger.info("  " + cli.table(rows).replace("\n", "\n  "))
+    return {
+        "seconds": found.seconds,
+        "mfu": mfu,
+        "tokens_per_sec_per_chip": speed,
+        "parts": found.parts(),
+        "hidden_seconds": hidden,
+        "exact": found.exact,
     }
 
 

@@ -203,8 +203,9 @@ class RunLog:
     def total_tokens(self) -> int | None:
         """The target number of tokens; None if there is none or `steps` defines it."""
         config = self.config or {}
-        if config.get("total_tokens") is not None:
-            return config["total_tokens"]
+        for field in ("scale_to", "total_tokens"):
+            if config.get(field) is not None:
+                return config[field]
         tokens = [stage["tokens"] for stage in config.get("stages") or []]
         return sum(tokens) if tokens and all(tokens) and config.get("steps") is None else None
 

@@ -90,7 +90,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def ask(fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls a method of a file system, which is given up at the deadline of the attempt under way.
+    """Calls a method of a file system, and abandons it at the deadline of the current attempt.
 
     s3fs and gcsfs retry within each call: 25 requests of a minute each to a server that hangs.
     """
@@ -323,7 +323,7 @@ def _obey_deadlines() -> None:
 
 def _before_request(request: Any) -> None:
     if not retry.send_request():
-        raise TransientError(f"{request.url.host} gave no good answer in time")
+        raise TransientError(f"{request.url.host} gave no valid response in time")
     limits = request.extensions.get("timeout", {})
     for name in ("connect", "read", "write", "pool"):
         limits[name] = min(limits.get(name) or _TIMEOUT, max(retry.time_left(), 1.0))

@@ -88,18 +88,18 @@ def braces(pattern: str) -> list[str]:
     Raises:
         UserError: The braces have another form, or expand to a million addresses or more.
     """
-    pieces: list[list[str]] = []
+    choices: list[list[str]] = []
     count = 1
     for literal, inside in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
-        pieces.append([literal])
+        choices.append([literal])
         if inside:
-            pieces.append(_alternatives(inside, pattern))
-            count *= len(pieces[-1])
+            choices.append(_alternatives(inside, pattern))
+            count *= len(choices[-1])
     if re.sub(r"\{[^{}]+\}", "", pattern).count("{") + re.sub(r"\{[^{}]+\}", "", pattern).count("}"):
         raise UserError(f"{lasting_name(pattern)!r}: its braces are unbalanced or nested.")
     if count >= _MOST_FILES:
         raise UserError(f"{lasting_name(pattern)!r} expands to {count:,} files; check its range.")
-    return ["".join(parts) for parts in itertools.product(*pieces)]
+    return ["".join(parts) for parts in itertools.product(*choices)]
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:

@@ -305,7 +305,7 @@ class Backoff:
         self.limit = limit
         self.rng = random.Random(seed)
         self.attempts = 0  # failed attempts in this outage
-        self.is_asking = self.was_sent = False  # a request that has no good answer yet
+        self.is_asking = self.was_sent = False  # a request without a valid response so far
         self.since = time.monotonic()
         self.slept = 0.0
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from jaxtrain.data.io.byte_ranges import Bytes, RangeBuffer, RangeFile
 from jaxtrain.data.io.compression import DamagedError, Decoded, format_of
 
-_PIECE = 1 << 22  # bytes per request
+_REQUEST = 1 << 22  # bytes per request
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -28,7 +28,7 @@ def members(source: Bytes) -> Iterator[tuple[str, IO[bytes]]]:
         tarfile.TarError, DamagedError: The archive is damaged or truncated. Reads of the content raise these too.
         TransientError, UserError: From `source`, unchanged.
     """
-    file = RangeFile(RangeBuffer(source, lambda position: position + _PIECE, keep=1))
+    file = RangeFile(RangeBuffer(source, lambda position: position + _REQUEST, keep=1))
     kind = format_of(file.read(16))
     file.seek(0)
     stream: Any = file if kind is None else Decoded(file, kind)

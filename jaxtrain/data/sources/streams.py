@@ -20,7 +20,7 @@ from jaxtrain.data.sources.rows import blocks_of, has_surrogates
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json
 
-_PIECE = 1 << 22  # bytes per request: 4 MB, at 200 ms per request 20 MB/s of compressed text per reader
+_REQUEST = 1 << 22  # bytes per request: 4 MB, at 200 ms per request 20 MB/s of compressed text per reader
 _KEPT = 2
 _READ = 1 << 20
 _LOOKED_AT = 1 << 26  # bytes decompressed after an error, to see whether the compressed data is damaged
@@ -91,15 +91,15 @@ def stream_blocks(
         UserError: A row or a file is intact but cannot become documents.
         TransientError: From the source, unchanged.
     """
-    pieces = RangeBuffer(source, lambda position: position + _PIECE, _KEPT)
+    ranges = RangeBuffer(source, lambda position: position + _REQUEST, _KEPT)
     opened: list[io.BufferedReader] = []
 
     def rows() -> Iterator[Json]:
         try:
             if builder == "arrow":
-                yield from _arrow_rows(pieces, text, columns, source.what)
+                yield from _arrow_rows(ranges, text, columns, source.what)
                 return
-            for stream in streams(RangeFile(pieces), name):
+            for stream in streams(RangeFile(ranges), name):
                 opened[:] = [stream]
                 if builder == "json":
                     yield from json_rows(stream, text, columns, kwargs, source.what)
@@ -116,7 +116,7 @@ def stream_blocks(
             return True
         if not opened or isinstance(opened[0].raw, RangeFile):
             source.refresh()
-            return all(source.fetch(start, start + len(data)) == data for start, data in pieces.held)
+            return all(source.fetch(start, start + len(data)) == data for start, data in ranges.held)
         try:
             return all(opened[0].read1(_READ) is not None for _ in range(_LOOKED_AT // _READ))
         except DamagedError:

@@ -344,7 +344,7 @@ def read(source, deadline: float = 60) -> list[str]:
 def test_faults_of_the_network_change_nothing(hub: LoopbackHub, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     monkeypatch.setattr("jaxtrain.data.io.cached_files._REQUEST", 5000)
-    monkeypatch.setattr(tar_reader, "_PIECE", 3000)
+    monkeypatch.setattr(tar_reader, "_REQUEST", 3000)
     rows = documents(200, longest=40)
     data = DataConfig(sources={"web": publish(hub, [shard(rows[:100]), shard([]), shard(rows[100:])])})
     cache = DiskCache(tmp_path, 1)

@@ -115,7 +115,7 @@ def test_one_record_for_each_row_in_order(tmp_path):
     [
         ("write() failed: No space left on device; Failed to close chunk_writer", "is full .*Finished shards are kept"),
         ("write() failed: Disk quota exceeded; writing a", "is full .*Finished shards are kept"),
-        ("open() failed: Permission denied; opening a", "cannot be written .*Give an --output that you may write"),
+        ("open() failed: Permission denied; opening a", "cannot be written .*Give an --output that you can write to"),
         ("open() failed: Operation not permitted; opening a", "cannot be written"),
         ("open() failed: Read-only file system; opening a", "cannot be written"),
         ("open() failed: Not a directory; opening a", "cannot be written"),
