@@ -101,16 +101,6 @@ def test_data(numbers):
         assert 2 * measured["tokens"] < modes["store_bytes"] < 3.5 * measured["tokens"]
 
 
-@pytest.mark.slow  # the engine is checked first
-def test_engines(numbers):
-    pytest.importorskip("fastokens")
-    found = numbers("engines --megabytes=0.5 --vocab_size=600 --families=gpt2 --rounds=1")["gpt2"]
-    assert {"fastokens", "fastokens_rows_of_8", "fastokens_alone", "reading_alone", "tokenizers"} <= found[
-        "ns_per_token"
-    ].keys()
-    assert min(found["ns_per_token"].values()) > 0
-
-
 def test_the_data_benchmark_counts_the_tokens_of_its_tokenizer(tmp_path):
     trainer = TrainTokenizer(kind="bpe", vocab_size=400)
     tokenizer = trainer.train(corpus.documents(0.1), tmp_path / "run", progress=False)

@@ -11,7 +11,6 @@ from jaxtrain.errors import UserError
 
 BENCHMARKS = {
     "data": "the data path on one core: tokens/s, and the share that is neither reading nor tokenizing",
-    "engines": "the data path with both engines of four families of BPE, and the usual pipeline",
     "latency": "how much of a slow network the data path hides by reading ahead",
     "step": "a train step, against the same model in torch where that is installed",
     "stages": "what a stage change costs in a run: steps and waits around it, and programs compiled at a restart",
