@@ -259,7 +259,7 @@ class Packer:
             # The first row that holds the document's first token.
             row_N = np.maximum((self._starts[first:stop] + stride - seq_len) // stride, 0)
             self.counts.documents += stop - first
-            self.counts.cut += np.count_nonzero(ends_N > row_N * stride + seq_len)
+            self.counts.cut += int((ends_N > row_N * stride + seq_len).sum())
         self.seen = end
 
     def _advance(self, count: int) -> None:

@@ -29,7 +29,7 @@ def philox(*key: Part) -> np.random.Philox:
     for part in key:
         encoded = f"{type(part).__name__[0]}{part}".encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return np.random.Philox(_Key(digest.digest()))
+    return np.random.Philox(_Key(digest.digest()))  # type: ignore[arg-type] - NumPy takes any ISeedSequence
 
 
 def permutation(n: int, *key: Part) -> np.ndarray:
