@@ -5,7 +5,8 @@
   checkpoint is written under its final name, as in gs:// buckets, where a rename is a copy; it counts once Orbax's
   commit file exists.
 * Local paths with `*`, `?`, `[` (Orbax looks for its own files with a glob, finds none and commits a checkpoint without
-  arrays) or a backslash (a slash to TensorStore). They get a symbolic link under a plain name.
+  arrays), a backslash (a slash to TensorStore), or bytes that are not UTF-8 or that the locale reads otherwise
+  (TensorStore takes UTF-8). They get a symbolic link under a plain name.
 """
 
 import atexit
@@ -32,7 +33,7 @@ def for_orbax(path: epath.Path) -> epath.Path:
     """
     if _is_s3(path):
         _describe_s3()
-    elif "://" not in str(path) and re.search(r"[*?\[\\]", str(path)):
+    elif "://" not in str(path) and _is_misread(os.fspath(path)):
         return epath.Path(_link(os.fspath(path.parent))) / path.name
     return path
 
@@ -57,6 +58,10 @@ def refusal(error: BaseException) -> str | None:
     """Why the storage refused a write, in words; None if something else went wrong."""
     text = str(error)
     return next((words for pattern, words in _REFUSALS.items() if re.search(pattern, text, re.IGNORECASE)), None)
+
+
+def _is_misread(path: str) -> bool:
+    return bool(re.search(r"[*?\[\\]", path)) or os.fsencode(path) != path.encode(errors="replace")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import secrets
 import sys
 import threading
@@ -153,9 +154,9 @@ class Tracker:
         # Trackio continues a run by name, W&B by an id that is kept in the work directory.
         run = {}
         if module == "wandb":
-            if not workdir.wandb_id.exists() or not workdir.wandb_id.read_text().strip():
-                write_atomically(workdir.wandb_id, secrets.token_hex(4) + "\n")
-            run = {"id": workdir.wandb_id.read_text().strip()}
+            kept = workdir.wandb_id.read_bytes().decode("ascii", "replace").strip() if workdir.wandb_id.exists() else ""
+            run = {"id": kept if re.fullmatch(r"[\w-]+", kept, re.ASCII) else secrets.token_hex(4)}
+            write_atomically(workdir.wandb_id, run["id"] + "\n")
         public = {key: value for key, value in config.items() if not key.startswith("_")}  # Trackio refuses the others
         self._call("init", project=project, name=workdir.path.name, config=public, resume="allow", **run)
 
@@ -263,7 +264,8 @@ class _LogFile(logging.FileHandler):
 
 def log_file(path: epath.Path) -> logging.Handler:
     """Returns a handler for log.txt, which has the console's messages across restarts."""
-    handler = _LogFile(path, mode="a")
+    # Whatever the locale; a path may hold bytes that no encoding has.
+    handler = _LogFile(path, mode="a", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_Formatter())
     return handler
 
@@ -281,7 +283,7 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (workdir.metrics.name, workdir.log.name):
             remote = self._remote / name
-            (self.folder / name).write_text(remote.read_text() if remote.exists() else "")
+            (self.folder / name).write_bytes(remote.read_bytes() if remote.exists() else b"")
         self._thread = threading.Thread(target=self._run, name="upload of logs", daemon=True)
         self._thread.start()
 

@@ -367,7 +367,7 @@ def test_processes_share_listing_and_verifying(tmp_path):
 # Places.
 
 
-@pytest.mark.parametrize("name", ["a[x]", "a[12]", "back\\slash", "wh?t", "st*r"])
+@pytest.mark.parametrize("name", ["a[x]", "a[12]", "back\\slash", "wh?t", "st*r", "latin-1 \udce9"])
 def test_paths_that_orbax_and_tensorstore_misread(tmp_path, name):
     (tmp_path / "star/checkpoints").mkdir(parents=True)  # what "st*r" matches
     state = state_on(mesh_of(1, 1))

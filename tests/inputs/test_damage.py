@@ -1,6 +1,7 @@
 """Every format, damaged in every way at every place: the loss is reported, and nothing is lost silently."""
 
 import dataclasses
+import gzip
 import io
 import pathlib
 import random
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from jaxtrain.errors import CorruptError
+from tests.data.sources.tars import shard
 from tests.inputs.formats import FORMATS, PACK, Format, jsonl, read
 
 # Of many lengths and scripts; without line ends, since text files have none within a document.
@@ -205,3 +207,15 @@ def test_a_wrong_byte_in_a_zip_archive(tmp_path: pathlib.Path, method: int) -> N
         found, error = read(kind.config(path))
         assert isinstance(error, CorruptError), at
         assert found == TEXTS[: len(found)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "tar.gz"])
+def test_wrong_documents_before_one_that_is_broken(tmp_path: pathlib.Path, suffix: str) -> None:
+    """The checksum comes far after both, and none of them is given."""
+    kind, path, texts = FORMATS[suffix], tmp_path / f"data.{suffix}", [f"document {n:04}" for n in range(900)]
+    right = jsonl([text + " " * 900 for text in texts]) if "jsonl" in suffix else shard(texts)
+    wrong = right.replace(b"document 0010", b"doCument 0010").replace(b'"document 0020', b"xdocument 0020")
+    path.write_bytes(gzip.compress(wrong, 0)[:-8] + gzip.compress(right, 0)[-8:])
+    found, error = read(kind.config(path))
+    assert isinstance(error, CorruptError)
+    assert (found, error.row) == ([], 0)

@@ -93,13 +93,45 @@ def test_stores_by_format(tmp_path: pathlib.Path, suffix: str, reason: str | Non
             check(tmp_path, config, old)
 
 
+@pytest.mark.parametrize(
+    ("ends", "is_refused"),
+    [
+        ([json.dumps(text) for text in TEXTS], True),
+        ([json.dumps('He said "no".\nThen\t"yes".')], True),
+        ([json.dumps("text"), "", "123", "null", '{"a": 1}'], True),  # what was no text comes as it is
+        (["plain"], False),
+        (['"Who is there?"', "a plain one at the end"], False),
+        (['"To be," he said, "or not to be"'], False),
+        (['{"a": "every text of the file is JSON"}'], False),
+        (["123", ""], False),
+    ],
+)
+def test_a_store_of_json_whose_texts_became_json(tmp_path: pathlib.Path, ends: list[str], is_refused: bool) -> None:
+    """As 0.1 wrote them, from the block with a text that is a number to the end of the file."""
+    config = source_of(tmp_path, "jsonl", [*TEXTS[:5], *ends])
+    manifest = store(tmp_path, config)
+    check(tmp_path, config, manifest)
+    old = dataclasses.replace(manifest, source={**manifest.source, "reader": 1})
+    if is_refused:
+        with pytest.raises(
+            UserError, match=r"a text in .*data\.jsonl that is not a string turned later texts into JSON"
+        ):
+            check(tmp_path, config, old)
+    else:
+        check(tmp_path, config, old)
+
+
 @pytest.mark.slow
-def test_a_store_of_json_whose_texts_became_json(tmp_path: pathlib.Path) -> None:
-    """As 0.1 wrote them after a text that is a number."""
-    config = source_of(tmp_path, "jsonl", [*TEXTS, *(json.dumps(text) for text in TEXTS)])
-    check(tmp_path, config, store(tmp_path, config))
-    with pytest.raises(UserError, match=r"a text in .*data\.jsonl that is not a string turned later texts into JSON"):
-        check(tmp_path, config, store(tmp_path, config, reader=1))
+def test_a_store_of_json_by_a_tokenizer_without_quotes(tmp_path: pathlib.Path) -> None:
+    class WithoutQuotes(ByteTokenizer):
+        def decode(self, ids: Any) -> str:
+            return super().decode(ids).replace('"', "")
+
+    config = source_of(tmp_path, "jsonl", TEXTS)
+    old = store(tmp_path, config, reader=1)
+    check(tmp_path, config, old)
+    with pytest.raises(UserError, match="the tokenizer hides whether one did"):
+        token_store.check(old, str(tmp_path / "store"), config, WithoutQuotes(), None)
 
 
 @pytest.mark.slow

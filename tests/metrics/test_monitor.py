@@ -85,18 +85,16 @@ def test_the_console_line(clock, tmp_path, capsys):
         monitor.begin()
         clock[0] += 30_000_000 / 85_432
         monitor.log_step(step_of(1000, 30_000_000), METRICS)
+        for size in (0.0031, 1.2):
+            monitor.log_step(step_of(1010, 30_000_010), {**METRICS, "disk_cache_gb": size})
     expected = (
         "Step 1000: Loss=4.5421, PPL=93.89, Tokens/sec=85432, LR=6.00e-04"
         " | Stage 3/10 (30,000,000/1,000,000,000 tokens, 3.0%)\n"
     )
-    assert capsys.readouterr().out.splitlines(keepends=True)[0] == expected
+    first, *others = capsys.readouterr().out.splitlines(keepends=True)
+    assert first == expected
+    assert [line.rpartition(" | ")[2] for line in others[:2]] == ["Cache=3.1 MB\n", "Cache=1.20 GB\n"]
     assert (tmp_path / "log.txt").read_text().startswith(expected)
-    values = {"loss": 1.0, "perplexity": 2.0, "tokens_per_sec": 3.0, "learning_rate": 4.0}
-    lines = {
-        size: module.console_line(step_of(1, 10), {**values, "disk_cache_gb": size}, RUN).rpartition(" | ")[2]
-        for size in (0.0031, 1.2)
-    }
-    assert lines == {0.0031: "Cache=3.1 MB", 1.2: "Cache=1.20 GB"}
 
 
 def test_the_keys_and_shares(clock, tmp_path):
@@ -235,6 +233,17 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path, name):
         log(tmp_path, [10], config=MonitorConfig(watchdog_minutes=None))
 
 
+def test_the_log_takes_any_character_in_any_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda given, *_: given or "ascii")  # what `open` uses
+    handler = writers.log_file(tmp_path / "log.txt")
+    for message in ("Saved in runs/λ水", "Saved in latin-1 \udce9"):
+        handler.emit(logging.makeLogRecord({"msg": message, "levelno": logging.INFO}))
+    handler.close()
+    text = (tmp_path / "log.txt").read_bytes().decode("utf-8")
+    assert "runs/λ水\n" in text
+    assert "latin-1 \\udce9\n" in text
+
+
 def test_the_log_keeps_what_came_before(tmp_path):
     log(tmp_path, [10])
     log(tmp_path, [20], start_step=10)
@@ -316,8 +325,12 @@ def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
     for folder, start_step in (("a", 0), ("a", 10), ("b", 0)):
         (tmp_path / folder).mkdir(exist_ok=True)
         log(tmp_path / folder, [start_step + 10], start_step=start_step, config=config)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/wandb_id.txt").write_bytes(b"\xff\xfe\0damaged")
+    log(tmp_path / "c", [10], config=config)
     assert ids[0] == ids[1] == (tmp_path / "a/wandb_id.txt").read_text().strip()
     assert ids[2] != ids[0]
+    assert re.fullmatch("[0-9a-f]{8}", ids[3])
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
@@ -451,13 +464,15 @@ def test_remote_files_are_uploaded_and_continued(tmp_path, monkeypatch):
         monitor.log_step(step_of(20, 20), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 20]
     assert list((remote / "tensorboard").iterdir())
-    # Another machine continues from the files in the bucket.
+    # Another machine continues from the files in the bucket, with bytes that are not UTF-8.
+    for name in ("metrics.jsonl", "log.txt"):
+        (remote / name).write_bytes((remote / name).read_bytes() + b"\xff\xfe\n")
     module.Workdir(tmp_path / "cache").path.rmtree()
     run = dataclasses.replace(RUN, start_step=10)
     with console_logging() as console, config.build(as_remote(), run, console) as monitor:
         monitor.log_step(step_of(30, 30), METRICS)
     assert [line["step"] for line in lines_of(remote)] == [10, 30]
-    assert len(re.findall("^Step", (remote / "log.txt").read_text(), re.MULTILINE)) == 3
+    assert len(re.findall("^Step", (remote / "log.txt").read_text(errors="replace"), re.MULTILINE)) == 3
 
 
 class FullFile:

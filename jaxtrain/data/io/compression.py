@@ -16,6 +16,7 @@ from typing import IO, Any
 from jaxtrain.errors import UserError
 
 _INPUT = 1 << 12  # compressed bytes decoded at a time: small, to return all data before damage and to bound memory
+_LOOK = 1 << 26  # decoded bytes to look at after an error
 _ZSTD_WINDOW = 1 << 31  # required by `zstd --long=31`; the library's default limit is 128 MB
 
 # Suffix → format, as in the datasets library.
@@ -200,6 +201,17 @@ class Decoded(io.RawIOBase):
 
     def _is_padding(self, data: bytes) -> bool:
         return bool(data) and self._streams > 0 and self._kind in _PADDED and not data.strip(b"\0")
+
+
+def rest_is_sound(stream: Any) -> bool:
+    """Whether a compressed stream goes on without damage for 64 MB. If not, what was read may be wrong, too."""
+    left = _LOOK
+    try:
+        while left > 0 and (data := stream.read(_INPUT)):
+            left -= len(data)
+    except DamagedError:
+        return False
+    return True
 
 
 def _maker(kind: str) -> Callable[[], Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtrain.data.io.byte_ranges import Bytes
 from jaxtrain.data.io.compression import DamagedError
-from jaxtrain.data.io.tar import members
+from jaxtrain.data.io.tar import Archive
 from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block
@@ -31,14 +31,16 @@ def sample_blocks(source: Bytes, row: int, text: str, columns: Sequence[str]) ->
         TransientError, UserError: From `source`, unchanged.
         CorruptError: The archive is damaged; its row is the first that cannot be read.
     """
-    return blocks_of(_rows(source, row, text, columns), source, columns, first=row, row=row)
+    archive = Archive(source)
+    rows = _rows(archive, source.what, row, text, columns)
+    return blocks_of(rows, source, columns, first=row, row=row, is_sound=archive.is_sound)
 
 
-def _rows(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for number, sample in enumerate(_samples(source, row, (text, *columns)), row):
+def _rows(archive: Archive, what: str, row: int, text: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for number, sample in enumerate(_samples(archive, row, (text, *columns)), row):
         if number == 0 and text not in sample:
             has = ", ".join(map(repr, sample))
-            raise UserError(f"{source.what} has no column {text!r}. Its first row has {has}.")
+            raise UserError(f"{what} has no column {text!r}. Its first row has {has}.")
         value = sample.get(text)
         if not isinstance(value, str | None):
             raise RowError(
@@ -48,11 +50,11 @@ def _rows(source: Bytes, row: int, text: str, columns: Sequence[str]) -> Iterato
         yield {**dict.fromkeys(columns), **sample, "text": clean(value or "")}
 
 
-def _samples(source: Bytes, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _samples(archive: Archive, skip: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields the rows after the first `skip`, which are not read. Unwanted columns have the value None."""
     key: str | None = None
     sample: dict[str, Any] = {}
-    for path, content in members(source):
+    for path, content in archive.members():
         folder, _, name = path.rpartition("/")
         stem, dot, column = name.partition(".")
         if not stem or not dot:

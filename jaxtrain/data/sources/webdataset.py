@@ -15,7 +15,7 @@ from typing import IO
 from jaxtrain.data.io.byte_ranges import Bytes
 from jaxtrain.data.io.locations import braces, cache_key, check_unchanged, expand, locate, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
-from jaxtrain.data.io.tar import BrokenError, members
+from jaxtrain.data.io.tar import Archive, BrokenError
 from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
@@ -144,12 +144,14 @@ class WebDatasetSource:
     def open(self, file: int, row: int, stop: int | None = None) -> Iterator[Block]:
         """Yields blocks of up to 512 rows: "text" and the keys that the transforms need."""
         source = self._files[file]
-        return blocks_of(self._documents(source, row), source, self._columns, first=row, row=row)
+        archive = Archive(source)
+        rows = self._documents(archive, source.what, row)
+        return blocks_of(rows, source, self._columns, first=row, row=row, is_sound=archive.is_sound)
 
-    def _documents(self, source: Bytes, skip: int) -> Iterator[Json]:
+    def _documents(self, archive: Archive, what: str, skip: int) -> Iterator[Json]:
         """Yields the documents of a shard after the first `skip`, which are not parsed."""
         seen: collections.Counter[str] = collections.Counter()
-        for name, content in members(source):
+        for name, content in archive.members():
             base = name.rsplit("/", 1)[-1]
             kind = base.rsplit(".", 1)[-1].lower() if "." in base else ""
             if base.startswith("."):
@@ -171,7 +173,7 @@ class WebDatasetSource:
         if seen and not any(kind in seen for kind in self._config.members):
             has = ", ".join(f"{count:,} x {f'.{kind}' if kind else 'no suffix'}" for kind, count in seen.most_common(8))
             wanted = " or ".join(f".{kind}" for kind in self._config.members)
-            raise UserError(f"{source.what} has no {wanted} members. It has {has}.")
+            raise UserError(f"{what} has no {wanted} members. It has {has}.")
 
     def _from_text(self, content: IO[bytes]) -> Json:
         try:

@@ -9,7 +9,11 @@ layout follows from its length, so parsing it needs no library.
 
 import collections
 import dataclasses
+<<<<<<< HEAD
 import functools
+=======
+import json
+>>>>>>> main
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -263,14 +267,35 @@ def _misread_reason(manifest: TokenManifest, folder: str, config: SourceConfig, 
         return misread_reason(source, config.columns() if isinstance(config, HuggingFace) else (), is_stored=True)
     if not all(isinstance(transform, AtLeast | MinLength) for transform in config.transforms):
         return "a text that is not a string turned later texts into JSON, and transforms hide whether one did"
-    # Version 0.1 misread everything from such a text to the file's end, so the last rows show it.
+    if _decoded(tokenizer, tokenizer.encode_batch(['"a"'])[0]) != '"a"':
+        return "a text that is not a string turned later texts into JSON, and the tokenizer hides whether one did"
+    # Version 0.1 misread everything from such a text to the file's end, so the last text shows it. A healthy file whose
+    # last text is a string of JSON is refused, too: nothing tells the two apart.
     store = TokenStore(folder, manifest)
     for number, file in enumerate(manifest.files):
         if file.shard is None or not os.path.exists(os.path.join(folder, file.shard)):
             continue
-        for block in store.open(number, max(file.rows - _LOOKED_AT_ROWS, 0)):
-            for row in range(len(block["text"])):
-                text = tokenizer.decode(block["text"][row : row + 1].ids.tolist()).strip()
-                if len(text) > 1 and text[0] == text[-1] == '"':
-                    return f"a text in {manifest.names[number]} that is not a string turned later texts into JSON"
+        texts = [
+            _decoded(tokenizer, block["text"][row : row + 1].ids)
+            for block in store.open(number, max(file.rows - _LOOKED_AT_ROWS, 0))
+            for row in range(len(block["text"]))
+        ]
+        if _ends_in_json(texts):
+            return f"a text in {manifest.names[number]} that is not a string turned later texts into JSON"
     return misread_reason(source, (), is_stored=True)
+
+
+def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    return tokenizer.decode(ids.tolist()).strip()
+
+
+def _ends_in_json(texts: Sequence[str]) -> bool:
+    """Whether the last text that is neither empty nor another value of JSON is a string of JSON."""
+    for text in reversed(texts):
+        try:
+            if isinstance(json.loads(text), str):
+                return True
+        except ValueError:
+            if text:
+                return False
+    return False
