@@ -36,6 +36,7 @@ FENCES = {
     "absl": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "array_record": ("jaxtrain/data/",),
     "datasets": ("jaxtrain/data/", "tools/bench/plain.py"),  # the latter benchmarks it for comparison
+    "fastokens": ("jaxtrain/tokenizers/engine.py",),
     "ml_collections": ("jaxtrain/cli/", "jaxtrain/main.py", "tools/"),
     "orbax": ("jaxtrain/checkpoint/",),
     "safetensors": ("jaxtrain/hf/",),

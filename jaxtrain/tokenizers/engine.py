@@ -75,13 +75,14 @@ class FastEngine:
         self._spec, self._reference, self._tokens = spec, reference, tokens
         self._identity, self._workdir = identity, workdir
         self._left = _WORTH_IT
+        self._lock = threading.Lock()
 
     def note(self, characters: int) -> None:
         """Counts what the reference encodes instead, and calls `start` in the background if it is worth it."""
-        if self._left <= 0:
-            return
-        self._left -= characters
-        if self._left <= 0:
+        with self._lock:
+            begins = 0 < self._left <= characters
+            self._left -= characters
+        if begins:
             # Not a daemon: the interpreter must not be torn down while it is in the library. It ends with the main
             # thread, after the texts at hand.
             threading.Thread(target=self.start, name="jaxtrain-check", daemon=False).start()
@@ -207,6 +208,7 @@ def _sequence(steps: list[Json]) -> Json:
     return {"type": "Sequence", "pretokenizers": steps}
 
 
+@functools.cache
 def _single_digits() -> str:
     """GPT-2's regex (of ByteLevel) for text whose digits stand alone. A space before a digit does not join it."""
     # Which characters those are depends on the Unicode version that the library was built with, so it is asked.
@@ -251,7 +253,7 @@ _EMOJI = (
 )
 _SPACES = (
     "a b  c   d    e\tf\t\tg \th\t i\nj\n\nk\n\n\nl \n m\n n\r\no\r\n\r\np\rq\n\rr\vs\ft\x85u\xa0v\u1680w\u2000x\u2009 "
-    "y\u2028z\u2029A\u202fB\u205fC\u3000D \u3000 E\u180eF\u200bG\ufeffH\x00I\x1c\x1d\x1e\x1fJ\x7fK   \n\n   \t1  2\n3 "
+    "y\u2028z\u2029A\u202fB\u205fC\u3000D \u3000 E  \u180eF\u200bG\ufeffH\x00I\x1c\x1d\x1e\x1fJ\x7fK   \n\n  \t1  2\n3 "
 )
 _SCRIPTS = (
     "Καλημέρα κόσμε, ΣΊΣΥΦΟΣ; Привет, мир! Ёлка ЩИ Բարեւ გამარჯობა שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก "

@@ -28,8 +28,8 @@ FIXED = (
     "model",
     f"optimizer.{cli.KIND}",
 )
-# Fields that affect how the model is computed, not what it computes.
-_FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len")
+# Fields that affect how the model or the ids are computed, not what they are.
+_FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_len", "tokenizer.engine")
 
 
 def settled(config: Config, saved: Json | None) -> Config:
@@ -65,7 +65,8 @@ def is_complete(saved: Json, config: Config, plan: Plan, step: int) -> bool:
     if step != plan.last_step and not saved["data_ended"]:
         return False
     changed = cli.differences(cli.complete(saved["config"]), cli.to_json(config))
-    fixed = any(_is_fixed(path) or _is_below(path, ("data.sources", "tokenizer", "teacher")) for path, _, _ in changed)
+    decisive = (*FIXED, "data.sources", "tokenizer", "teacher")
+    fixed = any(_is_below(path, decisive) and not _is_below(path, _FREE) for path, _, _ in changed)
     return not fixed and not plan.differences(saved["plan"], step)
 
 

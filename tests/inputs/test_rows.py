@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -444,3 +445,17 @@ def test_members_of_tars(tmp_path: pathlib.Path, suffix: str) -> None:
     found, error = documents(b'{"text": ')
     assert isinstance(error, CorruptError)
     assert (found, error.row) == (["zero"], 1)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_tar_are_named(tmp_path: pathlib.Path, kind: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """GNU tar writes one for each further name of a file. A stream cannot go back to what it links to."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("0.txt", b"zero"), ("1.txt", b""), ("2.txt", b"two")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name == "1.txt":
+                info.type, info.linkname = kind, "0.txt"
+            archive.addfile(info, io.BytesIO(data))
+    assert read(FORMATS["tar"].config(tmp_path / "a.tar")) == (["zero", "two"], None)
+    assert "a.tar: skipped 1 link(s)" in caplog.text

@@ -68,7 +68,10 @@ def test_every_benchmark_has_help_with_an_example(run):
         ("loss --dtype=int8", "--dtype=int8"),
         ("step --baselines=tensorflow", "'tensorflow' is not known; give some of torch_eager, torch_compiled"),
         ("step --vocab_size=1000", "give a multiple of 128"),
-        ("data --tokenizers=bpe,wordpiece", "--tokenizers=bpe,wordpiece: give one or both of sentencepiece, bpe"),
+        (
+            "data --tokenizers=bpe,wordpiece",
+            "--tokenizers=bpe,wordpiece: give sentencepiece, bpe, or tokenizers' folders",
+        ),
         ("gpu --parts=losses", "there is no part 'losses'; the parts are device, attention"),
     ],
 )

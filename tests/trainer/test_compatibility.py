@@ -21,6 +21,8 @@ def test_a_run_is_complete_whatever_became_of_its_files(finished):
     assert compatibility.is_complete(saved, config, plan, plan.last_step)
     logged = dataclasses.replace(config, log_every=config.log_every + 1)
     assert compatibility.is_complete(saved, logged, plan, plan.last_step)
+    engine = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, engine="tokenizers"))
+    assert compatibility.is_complete(saved, engine, plan, plan.last_step)
     assert not compatibility.is_complete(saved, config, plan, plan.last_step - 1)
     assert compatibility.is_complete({**saved, "data_ended": True}, config, plan, plan.last_step - 1)
 

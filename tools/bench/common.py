@@ -28,6 +28,7 @@ _PACKAGES = (
     "pyarrow",
     "sentencepiece",
     "tokenizers",
+    "fastokens",
     "huggingface-hub",
     "torch",
 )

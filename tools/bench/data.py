@@ -4,6 +4,7 @@ All measurements cover the same whole epoch: nothing is read before it or past i
 exclude other load on the machine:
 
     whole        the data path: read, tokenize, pack, batch
+    library      the same without the tokenizer's fast engine, if it has one
     reading      the same files through the source alone
     tokenizing   the same documents through the tokenizer alone, in chunks of the data path's size
     prepared     the data path with a tokenizer that slices precomputed arrays
@@ -33,6 +34,7 @@ from jaxtrain.data.tokenizing import CHUNK_CHARACTERS
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Json, Tokenizer
 from jaxtrain.plan import Plan
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.bench import corpus, data_modes, plain, stream
 from tools.bench.common import (
@@ -63,7 +65,12 @@ COMMAND = Command(
         Flag(name="seq_len", type=int, default=2048, help="tokens of a row"),
         Flag(name="batch_size", type=int, default=32, help="rows of a batch, a multiple of num_lanes"),
         Flag(name="num_lanes", type=int, default=8, help="lanes read in parallel"),
-        Flag(name="tokenizers", type=tuple[str, ...], default=_KINDS, help="the tokenizers to measure; BPE is slower"),
+        Flag(
+            name="tokenizers",
+            type=tuple[str, ...],
+            default=_KINDS,
+            help="sentencepiece and bpe are trained first; a folder with a tokenizer.json is taken as it is",
+        ),
         rounds_flag(3),
     ),
     config="none",
@@ -75,30 +82,38 @@ _FILES = 4
 
 def measure(flags: Flags) -> Json:
     at_least_one(rounds=flags.rounds, num_lanes=flags.num_lanes)
-    if not flags.tokenizers or set(flags.tokenizers) - set(_KINDS):
-        raise UserError(f"--tokenizers={','.join(flags.tokenizers)}: give one or both of {', '.join(_KINDS)}")
+    if not flags.tokenizers or any(name not in _KINDS and not os.path.isdir(name) for name in flags.tokenizers):
+        raise UserError(f"--tokenizers={','.join(flags.tokenizers)}: give {', '.join(_KINDS)}, or tokenizers' folders")
     with tempfile.TemporaryDirectory() as folder, one_core() as pinned:
         paths = corpus.write(folder, flags.megabytes, files=_FILES, groups=_GROUPS_PER_LANE * flags.num_lanes)
         data = stream.config(paths, num_lanes=flags.num_lanes, workers=1)
         found: Json = {"one_core": pinned, "settings": {flag.name: getattr(flags, flag.name) for flag in COMMAND.flags}}
         for kind in flags.tokenizers:
             begun = time.perf_counter()
-            tokenizer = _train(kind, flags, f"{folder}/{kind}")
-            progress(f"{kind}: trained {tokenizer.vocab_size:,} tokens in {time.perf_counter() - begun:.0f} s")
-            measured = _Measured(data, tokenizer, flags)
+            workdir = f"{folder}/{os.path.basename(kind)}"
+            tokenizer, library = _load(kind, flags, workdir)
+            progress(f"{kind}: {tokenizer.vocab_size:,} tokens, ready in {time.perf_counter() - begun:.0f} s")
+            measured = _Measured(data, tokenizer, library, flags)
             found[kind] = measured.numbers(kind, flags.rounds)
             tokens = found[kind]["tokens"]
             found[kind]["modes"] = data_modes.measure(
-                paths, data, measured.plan, tokenizer, tokens, f"{folder}/{kind}", flags.rounds
+                paths, data, measured.plan, tokenizer, tokens, workdir, flags.rounds
             )
     return result("data", found, device=False)
 
 
-def _train(kind: str, flags: Flags, workdir: str) -> Tokenizer:
-    trainer = TrainTokenizer(kind=kind, vocab_size=flags.vocab_size, sample_mb=flags.train_megabytes)
-    trainer.check()
-    trainer.train(corpus.documents(flags.train_megabytes), workdir, progress=False)
-    return trainer.build(workdir)
+def _load(kind: str, flags: Flags, workdir: str) -> tuple[Tokenizer, Tokenizer | None]:
+    """Returns the tokenizer, and where a fast engine encodes for it, the same without one."""
+    if kind not in _KINDS:
+        config = HuggingFaceTokenizer(name=kind, engine="fastokens")
+    else:
+        engine = "fastokens" if kind == "bpe" else "auto"
+        config = TrainTokenizer(kind=kind, vocab_size=flags.vocab_size, sample_mb=flags.train_megabytes, engine=engine)
+        config.check()
+        config.train(corpus.documents(flags.train_megabytes), workdir, progress=False)
+    tokenizer = config.build(workdir)
+    has_fast = getattr(tokenizer, "reference", None) is not None
+    return tokenizer, dataclasses.replace(config, engine="tokenizers").build(workdir) if has_fast else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +136,8 @@ class _Epoch:
 class _Measured:
     """Measures the parts of the data path with one tokenizer, interleaved."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, flags: Flags):
-        self._data, self._tokenizer = data, tokenizer
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, library: Tokenizer | None, flags: Flags):
+        self._data, self._tokenizer, self._library = data, tokenizer, library
         self.plan, self._fit = (
             stream.endless_plan(data, seq_len=flags.seq_len, batch_size=flags.batch_size, packing=packing)
             for packing in ("concat", "fit")
@@ -134,6 +149,7 @@ class _Measured:
     def numbers(self, kind: str, rounds: int) -> Json:
         before = resident_mb()
         whole: list[_Epoch] = []
+        by_library: list[_Epoch] = []
         bare: list[_Epoch] = []
         fit: list[_Epoch] = []
         reading: list[float] = []
@@ -142,6 +158,8 @@ class _Measured:
         usual: list[float] = []  # tokens per CPU second
         for number in range(1, rounds + 1):
             whole.append(self._epoch(self._tokenizer, self.plan))
+            if self._library is not None:
+                by_library.append(self._epoch(self._library, self.plan))
             bare.append(self._epoch(self._prepared, self.plan))
             fit.append(self._epoch(self._prepared, self._fit))
             reading.append(self._read())
@@ -167,6 +185,10 @@ class _Measured:
             "characters_per_token": short(self._characters / tokens),
             "tokens_per_second": median([tokens / epoch.spent.wall for epoch in whole]),
             "tokens_per_cpu_second": median([tokens / each for each in cpu]),
+            "library_tokens_per_cpu_second": median([tokens / epoch.spent.cpu for epoch in by_library])
+            if by_library
+            else None,
+            "times_library": ratio([epoch.spent.cpu for epoch in by_library], cpu) if by_library else None,
             "tokenizer_tokens_per_cpu_second": median([tokens / each for each in tokenizing]),
             "prepared_tokens_per_cpu_second": median([epoch.tokens / epoch.spent.cpu for epoch in bare]),
             "fit_tokens_per_cpu_second": median([epoch.tokens / epoch.spent.cpu for epoch in fit]),

@@ -4,6 +4,7 @@ Python's tarfile silently ends a stream at a damaged header or a missing end mar
 truncated tail. Here all of these raise. Members are only read, never extracted to disk.
 """
 
+import logging
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -13,6 +14,8 @@ from jaxtrain.data.io.compression import CutShortError, DamagedError, Decoded, f
 
 _REQUEST = 1 << 22  # bytes per request
 _BLOCK = tarfile.BLOCKSIZE
+
+logger = logging.getLogger("jaxtrain")
 
 
 class BrokenError(tarfile.TarError, DamagedError):
@@ -29,6 +32,7 @@ class Archive:
     def __init__(self, source: Bytes):
         self._file = RangeFile(RangeBuffer(source, lambda position: position + _REQUEST, keep=1))
         self._decoded: Decoded | None = None
+        self._what = source.what
 
     def is_sound(self, error: Exception) -> bool:
         """Whether what was read before an error is right, by the checksums of the compression."""
@@ -47,15 +51,21 @@ class Archive:
         self._file.seek(0)
         self._decoded = None if kind is None else Decoded(self._file, kind)
         stream: Any = self._decoded or self._file
+        links = 0
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Info) as tar:
             while (member := tar.next()) is not None:
                 if member.isreg():
                     content = tar.extractfile(member)
                     assert content is not None
                     yield member.name, content
+                elif member.issym() or member.islnk():
+                    links += 1
                 # tarfile keeps every member: 100 MB for a shard of 100,000 members.
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - typeshed covers only documented names
             _check_end(tar.fileobj)
+        if links:
+            # Their content may be in another place of the archive, which was read already.
+            logger.warning("%s: skipped %d link(s). Archive files, not links to them.", self._what, links)
 
 
 class _Info(tarfile.TarInfo):
