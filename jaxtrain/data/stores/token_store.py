@@ -9,11 +9,8 @@ layout follows from its length, so parsing it needs no library.
 
 import collections
 import dataclasses
-<<<<<<< HEAD
 import functools
-=======
 import json
->>>>>>> main
 import os
 import threading
 from collections.abc import Iterator, Sequence
