@@ -185,9 +185,10 @@ class HFTokenizer:
         """
         texts = list(texts)
         if self._fast is not None:
+            if self._fast.encode is None:
+                self._fast.note(sum(map(len, texts)))
             if self._fast.encode is not None:
                 return self._fast.encode(texts)
-            self._fast.note(sum(map(len, texts)))
         return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
