@@ -95,6 +95,7 @@ def test_data(numbers):
         # The comparison is the benchmark's job: a measurement of a second on a busy machine is noise.
         for name in ("share_tokenizing", "share_reading", "tokens_per_cpu_second", "first_batch_seconds"):
             assert measured[name] > 0
+        assert measured["ns_per_token"]["whole"] > measured["ns_per_token"]["reading"] > 0
         assert 0 < measured["share_cut"]["fit"] < measured["share_cut"]["concat"]
         assert measured["resident_mb"] > 50
         modes = measured["modes"]

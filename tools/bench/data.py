@@ -166,7 +166,7 @@ class _Measured:
             tokenizing.append(self._tokenize(self._tokenizer)[2])
             cutting.append(self._tokenize(self._prepared)[2])
             if plain.is_installed():
-                spent, tokens = plain.epoch(self._paths(), self._tokenizer, self.plan.stages[0])
+                spent, tokens = plain.epoch(self._paths(), self._library or self._tokenizer, self.plan.stages[0])
                 usual.append(tokens / spent.cpu)
             progress(
                 f"{kind}, round {number} of {rounds}: {whole[-1].tokens / whole[-1].spent.wall:,.0f} tokens/s; CPU "
@@ -196,6 +196,10 @@ class _Measured:
             "share_cut": {"concat": bare[0].share_cut, "fit": fit[0].share_cut},
             "plain_tokens_per_cpu_second": median(usual) if usual else None,
             "times_plain": ratio([tokens / each for each in cpu], usual) if usual else None,
+            "ns_per_token": {
+                name: median([1e9 * each / tokens for each in spent])
+                for name, spent in (("whole", cpu), ("reading", reading), ("tokenizing", tokenizing), ("rest", left))
+            },
             "share_tokenizing": _share(tokenizing, cpu),
             "share_reading": _share(reading, cpu),
             "share_machinery": _share(machinery, cpu),
