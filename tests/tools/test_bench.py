@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain.data import units
 from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.tokenizers.engine import FastEngine
 from jaxtrain.tokenizers.sentencepiece import available_cores
 from jaxtrain.tokenizers.training import TrainTokenizer
 from tools.bench import __main__ as bench
@@ -81,7 +82,9 @@ def test_a_wrong_command_line_is_explained(run, line, said):
     assert said in errors
 
 
-def test_data(numbers):
+def test_data(numbers, monkeypatch):
+    # A check of all code points takes 7 CPU seconds.
+    monkeypatch.setattr(FastEngine.start, "__defaults__", (range(0x100),))
     cores = available_cores()
     found = numbers("data --megabytes=1 --train_megabytes=0.3 --vocab_size=700 --num_lanes=2 --rounds=1")
     assert found["one_core"] == hasattr(os, "sched_setaffinity")
@@ -95,6 +98,7 @@ def test_data(numbers):
         # The comparison is the benchmark's job: a measurement of a second on a busy machine is noise.
         for name in ("share_tokenizing", "share_reading", "tokens_per_cpu_second", "first_batch_seconds"):
             assert measured[name] > 0
+        assert (measured["times_library"] is not None) == (kind == "bpe")
         assert 0 < measured["share_cut"]["fit"] < measured["share_cut"]["concat"]
         assert measured["resident_mb"] > 50
         modes = measured["modes"]
