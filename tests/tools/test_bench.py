@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import units
+from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.tokenizers.engine import FastEngine
 from jaxtrain.tokenizers.sentencepiece import available_cores
@@ -353,8 +354,8 @@ def test_simulate(numbers):
     assert lanes == {1: [24, 24], 5: [5, 6], 24: [1, 1], 48: [1, 1]}
     assert [each["lanes_read_by_lanes"] for each in found["hosts"]] == [1, 1.167, 1, 2]
     assert found["mix"]["rows_from_share"] < 1
-    assert found["state"]["raw_mb"] == pytest.approx(24 * 3 * 80 / 1e6, rel=1e-3)
-    assert 50 < found["state"]["json_bytes_a_lane_and_source"] < 130
+    assert found["state"]["raw_mb"] == pytest.approx(24 * 3 * 8 * len(STATE_FIELDS) / 1e6, rel=1e-3)
+    assert 50 < found["state"]["json_bytes_a_lane_and_source"] < 13 * len(STATE_FIELDS)
 
 
 def test_the_simulation_notices_units_that_are_read_twice_or_never(monkeypatch):
