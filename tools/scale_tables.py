@@ -17,7 +17,7 @@ COMMAND = cli.Command(
     name="python -m tools.scale_tables",
     description=(
         "Writes the tables of docs/scale.md: 1B, 4B and 8B on 8 to 512 chips of each kind. Compiled rows are kept in a "
-        "file of results; --compile adds missing ones (minutes each for TPUs), and may be stopped and restarted. The "
+        "file of results; --compile adds missing ones, and may be stopped and restarted. The "
         "other rows are estimates and are marked as such."
     ),
     examples=(

@@ -292,12 +292,12 @@ class Llama(BaseModel):
         return frame.norm(x).reshape(*tokens_BT.shape, -1), extras_L
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """Returns [B, T, D], or on CPU [B * T, D], which is faster there, unless `context` splits T.
+        """Returns [B, T, D] on TPU. Elsewhere [B * T, D], which is faster there, unless `context` splits T.
 
         The lookup is in fp32: the gradient of a frequent token sums thousands of rows, more than bf16 can resolve.
         """
         split = self.mesh is not None and self.mesh.shape["context"] > 1 and tokens_BT.shape[1] > 1
-        flat = attention.platform_of(self.mesh) == "cpu" and not split
+        flat = attention.platform_of(self.mesh) != "tpu" and not split
         x = embedding_VD[tokens_BT]
         if self.mesh is not None:
             # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each

@@ -132,7 +132,7 @@ def test_dry_run(make_run: MakeRun, tmp_path: pathlib.Path) -> None:
         r"Parameters: 43,168 \(18,592 without embeddings\)",
         r"Stage 3 \(long\): 4 micro-batches of 2 x 64 tokens: 0\.\d+ GB per device \(state and batch ",
         r"web: [\d,]+ tokens, about [\d,]+ documents .* epochs of 480 documents",
-        r"Disk: a checkpoint has 0.00 GB",
+        r"Disk: a checkpoint has 0.518 MB",
     ):
         assert re.search(wanted, run.output), f"{wanted} is not in\n{run.output}"
     assert not run.steps()

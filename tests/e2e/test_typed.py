@@ -47,8 +47,9 @@ def test_an_epoch_of_few_documents_in_many_lanes(make_run: MakeRun, tmp_path: pa
     assert "in 1 epoch(s): schedules assume that" in whole.output
     # The estimate counts every document, so that the rate ends at about 0.
     assert lines[-1]["learning_rate"] < 0.2 * max(line["learning_rate"] for line in lines)
-    parts = make_run("parts")
-    parts(*flags, f"--config.steps={len(lines) // 2}")
+    parts = make_run("parts").start(*flags)
+    parts.wait_for_step(len(lines) // 2)
+    parts.kill()
     parts(*flags)
     assert [line["fingerprint"] for line in parts.steps()] == [line["fingerprint"] for line in lines]
     assert [line["learning_rate"] for line in parts.steps()] == [line["learning_rate"] for line in lines]

@@ -5,15 +5,17 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
 import pytest
 
 from jaxtrain import cli
-from jaxtrain.cost import clusters
+from jaxtrain.cost import clusters, memory
 from jaxtrain.errors import UserError
 from tools.compile_check import __main__ as compile_check
+from tools.compile_check import scheduled
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -114,6 +116,20 @@ def test_a_step_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) 
 def test_mistakes(run: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str) -> None:
     assert run(*flags)[0] == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_program_for_tpus_is_taken_from_the_dump(tmp_path: pathlib.Path) -> None:
+    """The compiler's process writes text and memory, or its error."""
+    ended = types.SimpleNamespace(is_alive=lambda: False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="died"):
+        scheduled._wait(ended, tmp_path)
+    (tmp_path / "error").write_text("RESOURCE_EXHAUSTED: Used 24.9G of 15.7G hbm.")
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        scheduled._wait(ended, tmp_path)
+    assert memory.is_exhausted(caught.value)
+    (tmp_path / "module_0.jit_step.cl_9.after_optimizations_after_buffer_assignment.txt").write_text("HloModule")
+    (tmp_path / "module_0.jit_step.cl_9.after_optimizations-memory-usage-report.txt").write_text("Total bytes: 9 (9B)")
+    assert scheduled._wait(ended, tmp_path) == ("HloModule", "Total bytes: 9 (9B)")
 
 
 def test_compilers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

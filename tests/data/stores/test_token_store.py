@@ -148,9 +148,7 @@ def test_a_disk_that_refuses_is_the_users_matter(tmp_path, monkeypatch, reason, 
 def test_a_removed_folder_is_the_users_matter(tmp_path):
     """By ArrayRecord itself."""
     source = MemorySource(rows=[documents(9, 1)])
-    given = job(tmp_path, "a", source)
-    made = TokenManifest.of(source, source, given.tokenizer, random_access=True, vocab_size=1000)
-    one = writer._Writer(given, made, 0, 1)
+    one = writer._Writer(job(tmp_path, "a", source), TokenManifest, 0, 1)
     path = str(tmp_path / "none" / "x")
     with pytest.raises(UserError, match=r"cannot be written .*No such file"), one._record_writer(path, "") as to:
         to.write(b"a")
