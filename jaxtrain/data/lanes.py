@@ -63,11 +63,6 @@ class SourceLane:
         """Starts tokenizing without waiting. Workers block on windows, so start all readers first."""
         self._documents.start()
 
-    @property
-    def state(self) -> np.ndarray:
-        """int64 [STATE_FIELDS]."""
-        return np.array(self.packer.state, np.int64)
-
 
 @dataclasses.dataclass(frozen=True)
 class LaneStep:
@@ -239,7 +234,7 @@ class LaneIterator(grain.DatasetIterator):
     def _cut(self, index: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
         source = self._source(index)
         cut = source.packer.cut(block, at.stride, self._dataset.rows.document_mask, counted_R, at.fit)
-        self._states[index] = source.state
+        self._states[index] = source.packer.state
         return cut
 
     def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:

@@ -252,12 +252,14 @@ class Packer:
         self.counts.unique += end - self.seen
         # A document that starts before `seen` has already been counted.
         first, stop = self._starts.searchsorted((self.seen, end)).tolist()
-        begins_N = self._starts[first:stop]
-        ends_N = np.append(self._starts[first + 1 : stop + 1], len(self._tokens))[: stop - first]
-        # The first row that holds the document's first token.
-        row_N = np.maximum(-((seq_len - 1 - begins_N) // stride), 0)
-        self.counts.documents += stop - first
-        self.counts.cut += int((ends_N > row_N * stride + seq_len).sum())
+        if stop > first:
+            ends_N = self._starts[first + 1 : stop + 1]
+            if stop == len(self._starts):
+                ends_N = np.append(ends_N, len(self._tokens))
+            # The first row that holds the document's first token.
+            row_N = np.maximum((self._starts[first:stop] + stride - seq_len) // stride, 0)
+            self.counts.documents += stop - first
+            self.counts.cut += int((ends_N > row_N * stride + seq_len).sum())
         self.seen = end
 
     def _advance(self, count: int) -> None:
@@ -346,14 +348,22 @@ def finish(block: Batch, cuts: Sequence[Cut]) -> Batch:
         first += cut.rows
     assert first == rows, f"cuts of {first} rows for a block of {rows}"
     last_N = np.concatenate(last)
-    inner = last_N + 1
-    # A document that starts at a row's start adds no segment.
-    begin_P = np.concatenate([np.arange(0, rows * seq_len, seq_len), inner[inner % seq_len != 0]])
-    begin_P.sort()
-    row_P = begin_P // seq_len
-    segment_P = (np.arange(1, len(begin_P) + 1) - row_P.searchsorted(row_P)).astype(np.int32)
-    length_P = np.diff(begin_P, append=rows * seq_len)
-    positions = begin_P.astype(np.int32).repeat(length_P)
+    # A document that starts at a row's start adds no segment to that of the row's start.
+    inner_M = last_N[last_N % seq_len != seq_len - 1] + 1
+    inner_M.sort()
+    inner_row_M = inner_M // seq_len
+    count_R = np.bincount(inner_row_M, minlength=rows)
+    # Where the segments of row starts and the others are among all P, in order.
+    outer_R = np.arange(rows) + count_R.cumsum() - count_R
+    inner_P = inner_row_M + np.arange(1, len(inner_M) + 1)
+    begin_P = np.empty(rows + len(inner_M) + 1, np.int64)
+    begin_P[outer_R] = np.arange(0, rows * seq_len, seq_len)
+    begin_P[inner_P] = inner_M
+    begin_P[-1] = rows * seq_len
+    segment_P = np.ones(rows + len(inner_M), np.int32)
+    segment_P[inner_P] += (inner_P - outer_R[inner_row_M]).astype(np.int32)
+    length_P = begin_P[1:] - begin_P[:-1]
+    positions = begin_P[:-1].astype(np.int32).repeat(length_P)
     np.subtract(_up_to(rows * seq_len), positions, out=positions)
     loss_mask = np.ones(rows * seq_len, bool)
     loss_mask[last_N] = False

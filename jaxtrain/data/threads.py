@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -16,47 +17,50 @@ class DaemonPool(Executor):
 
     The interpreter joins ThreadPoolExecutor's threads at exit: a reader waiting out an outage would keep a process that
     was told to stop, and has saved, alive for data.retry_minutes.
+
+    The thread that went idle last works next. What it used is still in the processor's caches, and allocators and
+    tokenizers keep memory for each thread: if all threads took turns, each would touch memory of its own.
     """
 
     def __init__(self, size: int, name: str):
         self._size, self._name = size, name
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._queued: collections.deque[_Work] = collections.deque()  # while no thread is idle
+        self._idle: list[queue.SimpleQueue[_Work | None]] = []  # what each idle thread waits for
         self._threads: list[threading.Thread] = []
-        self._idle = 0  # threads waiting for work, minus queued work
         self._lock = threading.Lock()
         self._closed = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+        work = Future[Any](), functools.partial(fn, *args, **kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"pool {self._name} is shut down")
-            self._work.put((future, lambda: fn(*args, **kwargs)))
-            self._idle -= 1
-            if self._idle < 0 and len(self._threads) < self._size:
-                self._idle += 1
-                thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-        return future
+            if self._idle:
+                self._idle.pop().put(work)
+            elif len(self._threads) < self._size:
+                name = f"{self._name}-{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._run, args=(work,), name=name, daemon=True))
+                self._threads[-1].start()
+            else:
+                self._queued.append(work)
+        return work[0]
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Refuses new work; finishes (or cancels) queued work. wait: Whether to wait until all of it is done."""
         with self._lock:
             self._closed = True
-            while cancel_futures and not self._work.empty():
-                item = self._work.get()
-                if item is not None:
-                    item[0].cancel()
-            for _ in self._threads:
-                self._work.put(None)
+            while cancel_futures and self._queued:
+                self._queued.popleft()[0].cancel()
+            while self._idle:
+                self._idle.pop().put(None)
         if wait:
             for thread in self._threads:
                 thread.join()
 
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            future, function = item
+    def _run(self, work: "_Work | None") -> None:
+        mine: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        while work is not None:
+            future, function = work
             if future.set_running_or_notify_cancel():
                 try:
                     result = function()
@@ -65,10 +69,21 @@ class DaemonPool(Executor):
                 else:
                     future.set_result(result)
                     del result
-            # Otherwise the result stays alive until the next item arrives.
-            del item, future, function
-            with self._lock:
-                self._idle += 1
+            # Otherwise the result stays alive until the next work arrives.
+            del work, future, function
+            work = self._next(mine)
+
+    def _next(self, mine: "queue.SimpleQueue[_Work | None]") -> "_Work | None":
+        with self._lock:
+            if self._queued:
+                return self._queued.popleft()
+            if self._closed:
+                return None
+            self._idle.append(mine)
+        return mine.get()
+
+
+_Work = tuple[Future[Any], Callable[[], Any]]
 
 
 @dataclasses.dataclass(frozen=True)

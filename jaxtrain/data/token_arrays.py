@@ -67,22 +67,14 @@ class TokenArrays:
         closed = lengths + (1 if bos_id is None else 2)
         if lengths.sum() < _SHORT * len(rows):
             return self._gathered(lengths, begins, closed, eos_id, bos_id), closed
-        if bos_id is None and len(rows) == len(self) and (rows[1:] > rows[:-1]).all():
-            return self._all_closed(eos_id), closed
-        between = np.array([eos_id] if bos_id is None else [eos_id, bos_id], np.int32)
-        slices = [between[1:]]
-        for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True):
-            slices += (self.ids[begin:end], between)
-        slices[-1] = between[:1]
-        return np.concatenate(slices, dtype=np.int32, casting="unsafe"), closed
-
-    def _all_closed(self, eos_id: int) -> np.ndarray:
-        """`closed` for all documents in order, without bos_id: the case right after tokenizing. Takes half the time."""
-        tokens = np.full(len(self.ids) + len(self), eos_id, np.int32)
-        own = np.ones(len(tokens), bool)
-        own[self.starts[1:] + np.arange(len(self))] = False
-        tokens[own] = self.ids
-        return tokens
+        # Joining bytes takes half as long as np.concatenate, and less than one array operation on all tokens.
+        ids, size = np.ascontiguousarray(self.ids).data.cast("B"), self.ids.itemsize
+        between = np.array([eos_id] if bos_id is None else [eos_id, bos_id], self.ids.dtype).tobytes()
+        pieces: list[bytes | memoryview] = [between[size:]]
+        for begin, end in zip((size * begins).tolist(), (size * (begins + lengths)).tolist(), strict=True):
+            pieces += (ids[begin:end], between)
+        pieces[-1] = between[:size]
+        return np.frombuffer(b"".join(pieces), self.ids.dtype).astype(np.int32, copy=False), closed
 
     def _gathered(
         self, lengths: np.ndarray, begins: np.ndarray, closed: np.ndarray, eos_id: int, bos_id: int | None

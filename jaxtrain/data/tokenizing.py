@@ -145,36 +145,31 @@ def _tokenized(window: Window, first: int, rows: RowSpec, reader: SourceReader, 
 
     chunked: Whether to split windows from a store, too, which otherwise come as one chunk.
     """
-    kept = np.flatnonzero(window.positions >= first)
+    begin = int(window.positions.searchsorted(first))  # the positions ascend
     if window.tokens is not None:
-        of_file = window.file_rows[kept] - window.first
-        chunks = _chunks(window.tokens.lengths[of_file], CHUNK_TOKENS) if chunked else [slice(None)]
-        for chunk in chunks:
-            if len(kept[chunk]):
-                yield _closed(window, kept[chunk], window.tokens, of_file[chunk], rows)
+        of_file = window.file_rows - window.first
+        end = slice(begin, len(of_file))
+        for chunk in _chunks(window.tokens.lengths[of_file].tolist(), begin, CHUNK_TOKENS) if chunked else [end]:
+            if len(of_file[chunk]):
+                yield _closed(window, np.arange(chunk.start, chunk.stop), window.tokens, of_file[chunk], rows)
         return
-    indices = kept.tolist()
-    for chunk in _chunks([len(window.texts[index]) for index in indices], CHUNK_CHARACTERS):
-        yield _encode(window, indices[chunk], rows, reader)
+    file = reader.source.files[window.file]
+    for chunk in _chunks(list(map(len, window.texts)), begin, CHUNK_CHARACTERS):
+        ids, lengths = encode(rows.tokenizer, window.texts[chunk], reader.name, file, window.file_rows[chunk])
+        kept = np.flatnonzero(lengths)
+        yield _closed(window, chunk.start + kept, TokenArrays(ids, lengths), kept, rows)
 
 
-def _chunks(sizes: Sequence[int] | np.ndarray, enough: int) -> Iterator[slice]:
-    """Slices whose sizes add up to at least `enough`, except perhaps the last."""
-    begin = held = 0
-    for index, size in enumerate(sizes):
-        held += size
+def _chunks(sizes: Sequence[int], begin: int, enough: int) -> Iterator[slice]:
+    """Slices from `begin` on whose sizes add up to at least `enough`, except perhaps the last."""
+    held = 0
+    for index in range(begin, len(sizes)):
+        held += sizes[index]
         if held >= enough:
             yield slice(begin, index + 1)
             begin, held = index + 1, 0
     if begin < len(sizes):
         yield slice(begin, len(sizes))
-
-
-def _encode(window: Window, chunk: Sequence[int], rows: RowSpec, reader: SourceReader) -> Documents:
-    texts, file = [window.texts[index] for index in chunk], reader.source.files[window.file]
-    ids, lengths = encode(rows.tokenizer, texts, reader.name, file, window.file_rows[np.asarray(chunk)])
-    kept = np.flatnonzero(lengths)
-    return _closed(window, np.asarray(chunk)[kept], TokenArrays(ids, lengths), kept, rows)
 
 
 def _closed(window: Window, of_window: np.ndarray, tokens: TokenArrays, which: np.ndarray, rows: RowSpec) -> Documents:

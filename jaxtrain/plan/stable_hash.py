@@ -8,8 +8,19 @@ values are the same on every machine and in every version; tests pin golden valu
 import hashlib
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 Part = str | int
+
+
+class _Key(ISeedSequence):
+    """Gives Philox its key. With `key=`, NumPy also draws a seed from the system, which takes longer than the rest."""
+
+    def __init__(self, key: bytes):
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:
+        return np.frombuffer(self._key, "<u8").astype(np.uint64)
 
 
 def philox(*key: Part) -> np.random.Philox:
@@ -18,7 +29,7 @@ def philox(*key: Part) -> np.random.Philox:
     for part in key:
         encoded = f"{type(part).__name__[0]}{part}".encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return np.random.Philox(key=int.from_bytes(digest.digest(), "little"))
+    return np.random.Philox(_Key(digest.digest()))  # type: ignore[arg-type] - NumPy takes any ISeedSequence
 
 
 def permutation(n: int, *key: Part) -> np.ndarray:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -102,11 +103,17 @@ def test_pool_runs_all_work_on_at_most_its_threads():
     assert not any(thread.is_alive() for thread in pool._threads)
 
 
-def test_pool_starts_threads_for_work_that_waits():
+def test_pool_starts_threads_for_work_that_waits_and_then_uses_few():
     pool = DaemonPool(4, "test")
     both = threading.Barrier(4, timeout=20)
     for future in [pool.submit(both.wait) for _ in range(4)]:
         future.result()
+    used = set()
+    for _ in range(20):
+        while len(pool._idle) < 4:
+            time.sleep(0.001)
+        used.add(pool.submit(threading.get_ident).result())
+    assert len(used) == 1  # the thread that went idle last: else all would touch memory and caches of their own
     pool.shutdown()
 
 

@@ -1,7 +1,4 @@
-"""Distillation from a cache written by several workers, one of them killed: exact across kills and meshes.
-
-The last stage packs whole documents.
-"""
+"""Distillation from a cache written by several workers, one of them killed: exact across kills and meshes."""
 
 import pathlib
 import random
@@ -16,11 +13,8 @@ from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, assert_equal, environment
 from tests.hub import LoopbackHub
 
 DISTILL = "tests/e2e/configs/distill.py"
-SETTINGS = [
-    "--config.stages[2].packing=fit",
-    "--config.data.sources.web.max_samples=200",
-    "--config.data.sources.wiki.max_samples=250",
-    "--config.data.sources.code.max_samples=250",
+SAMPLES = [
+    f"--config.data.sources.{name}.max_samples={count}" for name, count in (("web", 200), ("wiki", 250), ("code", 250))
 ]
 
 
@@ -59,7 +53,7 @@ def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: Run, cache: pathlib.Path) -> None:
-    flags = (f"--config.teacher.cache={cache}", *SETTINGS)
+    flags = (f"--config.teacher.cache={cache}", *SAMPLES)
     whole = make_run("whole", config=DISTILL)(*flags)
     lines = whole.steps()
     assert lines[-1]["kd_loss"] < 0.9 * lines[0]["kd_loss"]
@@ -73,7 +67,7 @@ def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: 
     if run.wait_for_step(run.last_step() + 2):
         run.signal(signal.SIGTERM)
         assert run.wait() == STOPPED, run.output
-        live = (f"--config.teacher.model={reference.workdir}", "--config.teacher.dtype=float32", *SETTINGS)
+        live = (f"--config.teacher.model={reference.workdir}", "--config.teacher.dtype=float32", *SAMPLES)
         run(*live, code=2)
         assert "the teacher was a cache, is the model itself" in run.output
         run(*flags)

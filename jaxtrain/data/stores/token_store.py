@@ -9,6 +9,7 @@ layout follows from its length, so parsing it needs no library.
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import threading
@@ -47,6 +48,7 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
+@functools.lru_cache(maxsize=1 << 14)  # 3 microseconds each otherwise
 def header(size: int) -> bytes:
     """The bytes of a record that precede `size` bytes of ids."""
     head = b""
