@@ -77,6 +77,7 @@ class FastEngine:
         self._spec, self._reference, self._tokens = spec, reference, tokens
         self._identity, self._workdir = identity, workdir
         self._left = _WORTH_IT
+        self._looked = False  # for an earlier check's result
         self._lock = threading.Lock()
 
     def note(self, characters: int) -> None:
@@ -86,9 +87,11 @@ class FastEngine:
         reference takes for that batch.
         """
         with self._lock:
-            if self._left == _WORTH_IT and characters >= _MANY and self._is_checked():
-                self._left = 0
-                self.start()
+            if characters >= _MANY and self._left > 0 and not self._looked:
+                self._looked = True
+                if self._is_checked():
+                    self._left = 0
+                    self.start()
             begins = 0 < self._left <= characters
             self._left -= characters
         if begins:
