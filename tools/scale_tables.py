@@ -64,6 +64,11 @@ def rows(chip: str) -> list[tuple[str, str, int]]:
     return [(config, shape, slices) for config in CONFIGS for shape, slices in SHAPES[chip]]
 
 
+def overrides(slices: int) -> tuple[str, ...]:
+    """What the tables change in a config: all sizes recompute whole layers, which takes the least memory."""
+    return (f"--config.mesh.data={slices}", "--config.model.remat=full")
+
+
 def key_of(config: str, chip: str, shape: str, slices: int) -> str:
     return f"{config} {chip}:{shape}" + (f" x{slices}" if slices > 1 else "")
 
@@ -74,7 +79,7 @@ def compiled(config: str, topology: str, slices: int) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
         command = [sys.executable, "-m", "tools.compile_check", f"--config=configs/{config}.py", f"--json={answer}"]
-        command += [f"--topology={topology}", f"--slices={slices}", f"--config.mesh.data={slices}"]
+        command += [f"--topology={topology}", f"--slices={slices}", *overrides(slices)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not os.path.exists(answer):
             raise UserError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -123,7 +128,7 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
     from tools.estimate import estimate
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-    loaded: Any = cli.load(f"configs/{config}.py", (f"--config.mesh.data={slices}",))
+    loaded: Any = cli.load(f"configs/{config}.py", overrides(slices))
     outlook = estimate.make_outlook(loaded, cluster, None, 1.0, 0.0)
     (stage,) = outlook.plan.stages
     memory = estimate.memory(outlook).numbers

@@ -35,7 +35,7 @@ def lane_documents(
     cut = partition(source, data.num_lanes)
     shuffle = data.shuffle and cut.limit is None
     order = units.order(len(cut.units), seed=seed, source=name, epoch=epoch, shuffle=shuffle).tolist()
-    size, found, before = data.shuffle_window, [], 0
+    size, found, before = data.shuffle_window or 512, [], 0
     for position, index in enumerate(order):
         unit = cut.units[index]
         rows = source.rows[unit.file]

@@ -64,7 +64,7 @@ def test_what_cannot_fit_is_refused(shards: tuple[str, int], tokenizer: pathlib.
     assert "more than the disk cache in" in small.output
     assert "Traceback" not in small.output
     dry = Run(tmp_path / "dry", f"{CONFIG}:{tokenizer}|{pattern}|1000000", environment({}))("--dry_run")
-    assert re.search(r"disk cache: at most [\d.]+ MB, 0\.00 GB used", dry.output)  # the size of all shards
+    assert re.search(r"disk cache: at most [\d.]+ MB, [\d.]+ MB used", dry.output)  # the size of all shards
     with pytest.raises(UserError, match=r"GB free, both need 1000000000\.00 GB: lower data\.max_disk_gb, or give"):
         dry_run._check_free(str(tmp_path), 10**18, "both need", "data.max_disk_gb")
 

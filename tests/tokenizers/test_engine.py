@@ -238,6 +238,7 @@ def test_the_result_is_kept_for_the_versions_it_was_found_with(styles, tmp_path,
 def test_a_kept_result_is_used_from_the_first_batch_of_documents_on(styles, tmp_path, brief):
     checked(styles["GPT-2"], workdir=tmp_path)
     tokenizer = HuggingFaceTokenizer(name=styles["GPT-2"]).build(str(tmp_path))
+    assert isinstance(tokenizer, HFTokenizer)
     tokenizer.encode_batch(["a prompt"])
     assert tokenizer.reference is None
     tokenizer.encode_batch(["a b " * 13_000])

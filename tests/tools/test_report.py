@@ -313,7 +313,7 @@ def test_held_out_loss_by_source_and_samples(tmp_path):
         logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
     page = Page(made(write(tmp_path / "a", logged)))
     chart = page.charts["Held-out loss by source (nats per token)"]
-    notes = [found.text for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
+    notes = [found.text or "" for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
     assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
     assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]
     assert page.text.index("def f<3.25>") < page.text.index("def f<3.5>")  # the newest first, as text
