@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtrain.distributed.sharding import Axes, constrain
+from jaxtrain.model.attention import platform_of
 from jaxtrain.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Attention(nnx.Module):
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
-        y_BTHh, extra = attend(rotate(q_BTHh, *rope), rotate(k_BTKh, *rope), v_BTKh)
+        platform = platform_of(self.q.mesh)
+        y_BTHh, extra = attend(rotate(q_BTHh, *rope, platform), rotate(k_BTKh, *rope, platform), v_BTKh)
         return self.o.from_heads(y_BTHh, x.ndim), extra
 
 
