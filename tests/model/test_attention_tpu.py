@@ -32,5 +32,5 @@ def test_splash_compiles_for_a_tpu_mesh(window, monkeypatch):
         return x.astype(jnp.float32).sum()
 
     text = str(jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segment_ids).compile().as_text())
-    assert text.count("tpu_custom_call") >= 3  # forward, dq, dk and dv
+    assert text.count("tpu_custom_call") == 2  # forward, and one kernel backward for dq, dk and dv
     assert "all-gather" not in text
