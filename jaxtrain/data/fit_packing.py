@@ -171,9 +171,9 @@ class FitPacker(Packer):
         end: Position | None = None,
         may_be_skipped: bool = False,
         width: int = 0,
-        forgets: Forgets | None = None,
         ahead: int = 0,
         taken: int = 0,
+        forgets: Forgets | None = None,
     ):
         """Starts at a state. ahead, taken: See the class. The others are as in Packer."""
         super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width, forgets)
@@ -182,7 +182,7 @@ class FitPacker(Packer):
 
     @property
     def state(self) -> list[int]:
-        """The state, in the order of lanes.STATE_FIELDS."""
+        """The state, in the order of lanes.STATE_FIELDS, of which it lacks the last."""
         epoch, unit, row, token, *rest = super().state
         ahead, token = self._ahead or (0, token)
         return [epoch, unit, row, token, *rest, ahead, sum(1 << n - 1 for n in self._used)]

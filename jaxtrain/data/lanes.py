@@ -61,7 +61,7 @@ class SourceLane:
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
         counts, skipped = Counts(documents, tokens, unique, cut, padding), bool(reader.skipped)
         self.packer = FitPacker(
-            self._documents, start, token, seen, counts, end, skipped, rows.width, forgets, ahead, taken
+            self._documents, start, token, seen, counts, end, skipped, rows.width, ahead, taken, forgets
         )
         windows.start()
 
