@@ -160,7 +160,7 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
@@ -226,9 +226,11 @@ class Llama(BaseModel):
         self, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ) -> Hidden:
         implementation = self.attention_choice(*tokens_BT.shape).name
+        shape = self._attention_shape(*tokens_BT.shape)
+        documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
         def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-            return self._attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, implementation), None
+            return self._attend(q_BTHh, k_BTKh, v_BTKh, documents, implementation), None
 
         policy = remat_policy(self.config.remat, implementation) if self.config.remat != "none" else None
         return Hidden(self._decode(params, tokens_BT, positions_BT, lambda _: attend, None, policy)[0])
@@ -322,13 +324,13 @@ class Llama(BaseModel):
     # ---- Attention
 
     def _attend(
-        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, implementation: str
+        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, documents: Any, implementation: str
     ) -> jax.Array:
         return attention.attend(
             q_BTHh,
             k_BTKh,
             v_BTKh,
-            segment_ids_BT,
+            documents,
             mesh=self.mesh,
             implementation=implementation,
             sliding_window=self.config.sliding_window,
@@ -365,6 +367,13 @@ class Llama(BaseModel):
             failed = consensus.any_process(problem is not None)
             self._verdicts[key] = problem or ("it fails on another process" if failed else None)
         return self._verdicts[key]
+
+    def most_documents(self, batch_size: int, seq_len: int) -> tuple[int, int] | None:
+        shape = self._attention_shape(batch_size, seq_len)
+        return attention.most_documents(self.attention_choice(batch_size, seq_len).name, shape)
+
+    def unbounded(self) -> "Llama":
+        return dataclasses.replace(self.config, attention="xla").build(self.vocab_size, self.mesh)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
