@@ -89,15 +89,25 @@ def test_splash_blocks_follow_the_table(length, kind, expected):
     assert attention_splash.block_sizes(length, kind) == expected
 
 
-@pytest.mark.parametrize("implementation", ["splash", "xla"])
+@pytest.fixture
+def hopper(monkeypatch):
+    """JAX's wrapper of cuDNN believes that there is a Hopper GPU."""
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(attention_cudnn.cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "xla", "cudnn"])
 @pytest.mark.parametrize(("policy", "saves"), [("full", False), ("dots", True)])
-def test_dots_saves_attention(implementation, policy, saves, capsys):
+def test_dots_saves_attention(implementation, policy, saves, capsys, hopper):
     (q, k, v), segments, _ = problem(1, 128, 2, 1, 8)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    documents = attention.documents(jnp.asarray(segments), None, implementation, SMALL)
 
     def loss(q, k, v):
-        return attend(q * 2, k, v, jnp.asarray(segments), mesh=None, implementation=implementation).sum()
+        return attend(q * 2, k, v, documents, mesh=None, implementation=implementation).sum()
 
-    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy, implementation)), q, k, v)
+    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy)), q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
     # The output and the log-sum-exp of each query, besides q, k and v.
     assert len([line for line in kept if "from the argument" not in line]) == (2 if saves else 0)
@@ -237,10 +247,8 @@ def test_documents_are_what_jax_passes_to_cudnn():
     np.testing.assert_array_equal(found.starts * 4 * 8, q_offsets)
 
 
-def test_cudnn_lowers_for_gpus(monkeypatch):
+def test_cudnn_lowers_for_gpus(hopper):
     """Forward and backward become cuDNN's packed custom calls: the private function exists and still fits."""
-    monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
     arrays, segments, _ = problem(2, 256, 4, 2, 64)
     halves = tuple(jnp.asarray(a, jnp.bfloat16) for a in arrays)
 
