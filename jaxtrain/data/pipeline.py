@@ -211,12 +211,15 @@ class StepBatch:
             lane; after `Feed`, global jax.Arrays [B, T].
         states: Lane → int64 [S, STATE_FIELDS], after the step.
         ended: Whether no lane of this host has a token left for any later step.
+        documents: The documents in each of this host's rows, whole or in part, padding counted as one: int64,
+            descending.
     """
 
     step: int
     arrays: Mapping[str, Any]
     states: dict[int, np.ndarray]
     ended: bool
+    documents: np.ndarray
 
 
 class HostDataset(grain.IterDataset):
@@ -309,7 +312,9 @@ class HostIterator(grain.DatasetIterator):
         batch = packing.finish(block, cuts)
         self._step += 1
         self._states = np.array([lane.states for lane in self._lanes])
-        return StepBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
+        documents = 1 + np.count_nonzero(np.diff(batch["segment_ids"], axis=1), axis=1)
+        states = dict(zip(self._numbers, self._states, strict=True))
+        return StepBatch(self._step, batch, states, ended, -np.sort(-documents))
 
 
 def host_dataset(

@@ -239,7 +239,7 @@ class Session:
                 config.seed,
                 self._skipped,
                 self.scratch,
-                lambda: self.programs.evaluation().executable,
+                lambda documents: self.programs.evaluation(documents).executable,
             )
         with monitor.span("compile"):
             self.programs.settle(first)
