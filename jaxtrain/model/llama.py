@@ -35,21 +35,22 @@ MOST_LAYERS = 1 << 16  # absurd numbers end in a message, not in an error of Num
 REMAT = ("none", "full", "dots")
 
 
-def remat_policy(remat: str, implementation: str) -> Any:
+def remat_policy(remat: str) -> Any:
     """Returns what the backward pass keeps of each layer, besides its input, as a policy for `jax.checkpoint`.
 
     Args:
         remat: "full" or "dots".
-        implementation: Of attention. cuDNN's output is not kept: its statistics, [B * 64, H, T] in fp32, are as large
-            as the queries, and both are copied out of the `cond` (1B on an H200: 13.7 s a step instead of 13.4).
     """
     if remat == "full":
         return None
     policies = jax.checkpoint_policies
-    dots = policies.dots_with_no_batch_dims_saveable
-    if implementation == "cudnn":
-        return dots
-    return policies.save_from_both_policies(dots, policies.save_only_these_names(SAVED))
+    named = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    # cuDNN's output and statistics have no name: they belong to JAX's function.
+    return lambda primitive, *args, **params: (
+        primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,7 +80,7 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights and its attention; with cuDNN, attention as well.
+            weights and its attention.
         scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
@@ -162,7 +163,7 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
@@ -228,11 +229,13 @@ class Llama(BaseModel):
         self, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ) -> Hidden:
         implementation = self.attention_choice(*tokens_BT.shape).name
+        shape = self._attention_shape(*tokens_BT.shape)
+        documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
         def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-            return self._attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, implementation), None
+            return self._attend(q_BTHh, k_BTKh, v_BTKh, documents, implementation), None
 
-        policy = remat_policy(self.config.remat, implementation) if self.config.remat != "none" else None
+        policy = remat_policy(self.config.remat) if self.config.remat != "none" else None
         return Hidden(self._decode(params, tokens_BT, positions_BT, lambda _: attend, None, policy)[0])
 
     def head(self, params: Params) -> jax.Array:
@@ -324,13 +327,13 @@ class Llama(BaseModel):
     # ---- Attention
 
     def _attend(
-        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, implementation: str
+        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, documents: Any, implementation: str
     ) -> jax.Array:
         return attention.attend(
             q_BTHh,
             k_BTKh,
             v_BTKh,
-            segment_ids_BT,
+            documents,
             mesh=self.mesh,
             implementation=implementation,
             sliding_window=self.config.sliding_window,
@@ -367,6 +370,13 @@ class Llama(BaseModel):
             failed = consensus.any_process(problem is not None)
             self._verdicts[key] = problem or ("it fails on another process" if failed else None)
         return self._verdicts[key]
+
+    def most_documents(self, batch_size: int, seq_len: int) -> tuple[int, int] | None:
+        shape = self._attention_shape(batch_size, seq_len)
+        return attention.most_documents(self.attention_choice(batch_size, seq_len).name, shape)
+
+    def unbounded(self) -> "Llama":
+        return dataclasses.replace(self.config, attention="xla").build(self.vocab_size, self.mesh)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
