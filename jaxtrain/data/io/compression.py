@@ -170,14 +170,14 @@ class Decoded(io.RawIOBase):
         try:
             while self._at == len(self._decoded):
                 self._input = self._input or self._file.read(_INPUT)
-                if self._decoder is None and self._is_padding(self._input):
-                    self._input = b""
-                    continue
                 if not self._input:
-                    if self._decoder is not None or not self._streams:
+                    if self._decoder is not None:
                         raise CutShortError("its compressed data is truncated")
                     return b""
-                self._decode()
+                if self._decoder is None and self._streams and self._kind in _PADDED:
+                    self._input = self._input.lstrip(b"\0")
+                if self._input:
+                    self._decode()
         except DamagedError as error:
             self._failed = error
             raise
@@ -196,11 +196,6 @@ class Decoded(io.RawIOBase):
         if self._decoder.eof:
             self._input, self._decoder = self._decoder.unused_data, None
             self._streams += 1
-            if self._kind in _PADDED:
-                self._input = self._input.lstrip(b"\0")
-
-    def _is_padding(self, data: bytes) -> bool:
-        return bool(data) and self._streams > 0 and self._kind in _PADDED and not data.strip(b"\0")
 
 
 def rest_is_sound(stream: Any) -> bool:
