@@ -96,19 +96,20 @@ def streams(file: Any, name: str = "") -> Iterator[io.BufferedReader]:
 def _members(file: Any) -> Iterator[io.BufferedReader]:
     """Yields zip members in the datasets library's order: a folder's files first, then its subfolders."""
 
-    def order(path: str) -> list[tuple[bool, str]]:
-        *folders, name = path.split("/")
+    def order(member: zipfile.ZipInfo) -> list[tuple[bool, str]]:
+        *folders, name = member.filename.split("/")
         return [*((True, folder) for folder in folders), (False, name)]
 
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise DamagedError(f"it is not a complete zip archive ({error})") from None
-    for path in sorted(archive.namelist(), key=order):
+    for info in sorted(archive.infolist(), key=order):  # by their entries: two members may have one name
+        path = info.filename
         if path.endswith("/") or any(part.startswith((".", "__")) for part in path.split("/")):
             continue
         try:
-            member = archive.open(path)
+            member = archive.open(info)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"the zip archive's member {path} is damaged ({error})") from None
         except (NotImplementedError, RuntimeError) as error:  # an unsupported method or a password

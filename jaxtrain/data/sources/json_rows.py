@@ -18,6 +18,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
 _READ = 1 << 18  # bytes read at a time
+_TOO_DEEP = "nests objects or lists too deeply for Python to parse."
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 # An error this close to the end of the data read so far may be a word, a number or an escape that is not complete.
@@ -77,6 +78,27 @@ def _records(values: "_Values", field: str) -> Iterator[Any]:
         if not isinstance(value, dict) or not isinstance(value.get(field), list):
             raise RowError(f"the file holds no list in its field {field!r}.")
         yield from value[field]
+
+
+def parsed(data: bytes) -> Any:
+    """The only JSON value of some bytes. Integers may have any number of digits.
+
+    Raises:
+        RowError: It nests too deeply.
+        ValueError: The bytes are not JSON.
+    """
+    try:
+        return json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # an integer of more than 4,300 digits
+        return json.loads(data, parse_int=_any_integer)
+    except RecursionError:
+        raise RowError(_TOO_DEEP) from None
+
+
+def _any_integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)
 
 
 class _Values:
@@ -161,7 +183,7 @@ class _Values:
             except ValueError:  # an integer of more than 4,300 digits
                 value, end = _ANY_INTEGER.raw_decode(self._buffer, self._at)
             except RecursionError:
-                raise RowError("nests objects or lists too deeply for Python to parse.") from None
+                raise RowError(_TOO_DEEP) from None
             self.characters += end - self._at
             self._begin, self._at = self._at, end
             return value
@@ -180,4 +202,4 @@ class _Values:
 
 
 _PLAIN = json.JSONDecoder()
-_ANY_INTEGER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits))
+_ANY_INTEGER = json.JSONDecoder(parse_int=_any_integer)

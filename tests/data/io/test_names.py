@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxtrain.data.io.locations import cache_key, expand
 from jaxtrain.data.io.names import NAMING, addresses, comparable, is_exact, lasting_name, named
@@ -84,6 +85,24 @@ def test_a_file_whose_name_has_braces(tmp_path: pathlib.Path) -> None:
     for number in range(2):
         (tmp_path / f"x{number}.jsonl").write_bytes(b"")
     assert list(expand([pattern])) == [str(tmp_path / f"x{number}.jsonl") for number in range(2)]
+
+
+def test_folders_in_a_bucket_are_no_files() -> None:
+    """A glob of fsspec finds them too, and a folder would be a file without rows."""
+    files = MemoryFileSystem()
+    for path in ("/names/a.jsonl", "/names/more/b.jsonl"):
+        files.pipe_file(path, b"")
+    assert list(expand(["memory://names/*"])) == ["memory:///names/a.jsonl"]
+    with pytest.raises(UserError, match="no file matches 'memory://names/more'"):
+        expand(["memory://names/more"])
+    files.rm("/names", recursive=True)
+
+
+def test_folders_on_the_hub_are_no_files(hub: LoopbackHub) -> None:
+    hub.commit("org/web", {"data/a.jsonl": b"", "data/more/b.jsonl": b""})
+    assert [name.rsplit("/", 1)[1] for name in expand(["hf://datasets/org/web/data/*"])] == ["a.jsonl"]
+    with pytest.raises(UserError, match="no file matches"):
+        expand(["hf://datasets/org/web/data/more"])
 
 
 def test_two_files_of_one_name_are_refused() -> None:
