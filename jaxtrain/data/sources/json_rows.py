@@ -18,7 +18,6 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 
 _READ = 1 << 18  # bytes read at a time
-_TOO_DEEP = "nests objects or lists too deeply for Python to parse."
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 # An error this close to the end of the data read so far may be a word, a number or an escape that is not complete.
@@ -84,8 +83,8 @@ def parsed(data: bytes) -> Any:
     """The only JSON value of some bytes. Integers may have any number of digits.
 
     Raises:
-        RowError: It nests too deeply.
         ValueError: The bytes are not JSON.
+        RecursionError: It nests too deeply for Python.
     """
     try:
         return json.loads(data)
@@ -93,8 +92,6 @@ def parsed(data: bytes) -> Any:
         raise
     except ValueError:  # an integer of more than 4,300 digits
         return json.loads(data, parse_int=_any_integer)
-    except RecursionError:
-        raise RowError(_TOO_DEEP) from None
 
 
 def _any_integer(digits: str) -> int | float:
@@ -183,7 +180,7 @@ class _Values:
             except ValueError:  # an integer of more than 4,300 digits
                 value, end = _ANY_INTEGER.raw_decode(self._buffer, self._at)
             except RecursionError:
-                raise RowError(_TOO_DEEP) from None
+                raise RowError("nests objects or lists too deeply for Python to parse.") from None
             self.characters += end - self._at
             self._begin, self._at = self._at, end
             return value

@@ -76,5 +76,5 @@ def _decoded(column: str, data: bytes) -> Any:
     """Decodes by suffix, as the webdataset tools do: json is parsed, everything else is text."""
     try:
         return parsed(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"column {column!r} cannot be decoded ({error})") from None

@@ -187,7 +187,7 @@ class WebDatasetSource:
             document = parsed(data)
         except UnicodeDecodeError:
             return {**dict.fromkeys(self._columns), "text": ""}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenError(f"member {name!r} is not JSON ({error})") from None
         column = self._config.column
         if not isinstance(document, dict) or column not in document:
