@@ -40,7 +40,7 @@ def state_bytes(model: Model, optimizer: Any, mesh: Mapping[str, int]) -> float:
 
 
 def temporary_bytes(
-    model: Model, chip: Chip, mesh: Mapping[str, int], loss_chunk: int, tokens: float, micro_batches: int
+    model: Model, chip: Chip | None, mesh: Mapping[str, int], loss_chunk: int, tokens: float, micro_batches: int
 ) -> float:
     """Bytes that a step needs on a chip besides its arguments.
 
@@ -49,6 +49,7 @@ def temporary_bytes(
     the inside of one layer.
 
     Args:
+        chip: None for CPUs.
         loss_chunk: tokens whose logits exist at once.
         tokens: tokens on a chip in one micro-batch.
     """
@@ -66,7 +67,7 @@ def temporary_bytes(
     inside = tokens * itemsize * 2 * sum(a + b for a, b in matrices) / num_layers / tensor
     total = gradients * (2 if micro_batches > 1 else 1) + (gradients / 4 + 2 * layer) * itemsize
     total += head * (itemsize + 4) + logits * (8 + itemsize) + kept + inside
-    if math.prod(mesh.values()) == 1:
+    if math.prod(mesh.values()) == 1 or chip is None:
         return total
     # On several chips the compiled programs of docs/scale.json need more than that.
     if chip.platform == "tpu":
