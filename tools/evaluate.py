@@ -85,7 +85,7 @@ def _measure(config: Any, saved: Json, found: Any, plans: dict[str, Plan], workd
             config.seed,
             open_data.skipped(workdir, saved),
             scratch,
-            lambda: programs.evaluation().executable,
+            lambda documents: programs.evaluation(documents).executable,
         )
         values = evaluator.run(found.params)
     by_source = values.pop("eval_by_source", {})

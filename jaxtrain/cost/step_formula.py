@@ -39,7 +39,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
         shape: The step.
         loss_chunk: Positions whose logits a chip computes at once.
     """
-    model, chip, rates, tensor = parts.model, cluster.chip, step_time.rates(cluster.chip), shape.mesh["tensor"]
+    model, rates, tensor = parts.model, step_time.rates(cluster.chip), shape.mesh["tensor"]
     size, remat, turns = roofline.itemsize(model), roofline.remat(model), shape.micro_batches
     tokens = shape.chip_tokens / turns  # of a micro-batch
 
@@ -55,8 +55,9 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
 
     weights = 6.0 * (model.num_params_non_embedding + model.vocab_size * roofline.width(model))
     attention = (model.flops_per_token(shape.seq_len) - weights) * tokens / tensor
-    again = 2 if remat == "full" or (remat == "dots" and chip.platform == "gpu") else 1
-    attention = again * attention / 3 / rates.attention[0] + 5 / 6 * attention / rates.attention[1]
+    attention = (2 if remat == "full" else 1) * attention / 3 / rates.attention[
+        0
+    ] + 5 / 6 * attention / rates.attention[1]
 
     ends = sum(a + b for a, b in matrices) / tensor
     elementwise = _PASSES * ends * size * tokens * (3 if remat == "none" else 4)

@@ -228,8 +228,8 @@ class Loop:
         programs = self._session.programs
         if not programs.ready(at.batch_size, at.seq_len, at.step):
             with self._monitor.span("compile"):
-                programs.get(at.batch_size, at.seq_len, at.step)
-        executable = programs.get(at.batch_size, at.seq_len, at.step)
+                programs.get(at.batch_size, at.seq_len, step=at.step)
+        executable = programs.get(at.batch_size, at.seq_len, batch.documents, at.step)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
         self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
         programs.start(at.stage, at.step)  # after dispatching: tracing holds the GIL

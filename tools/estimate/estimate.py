@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 
 from jaxtrain import cli
@@ -14,7 +13,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory import limit_of_chip
 from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.stores import token_store
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
@@ -82,7 +81,7 @@ def make_outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: 
     ids, _ = offline.vocabulary(config, vocab_size)
     if isinstance(config.mesh, sharding.AutoMesh):
         config = session.with_mesh(config, config.plan(), cluster, limit_of_chip(cluster.chip, config.memory_gb))
-    one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
+    one = sharding.MeshConfig(fsdp=1).build(processes.devices()[:1])
     return Outlook(
         config=config,
         plan=config.plan(),
