@@ -142,11 +142,12 @@ def islands(cluster: Cluster, devices: Sequence[Any]) -> list[int]:
     if cluster.chip.platform != "gpu":
         return [getattr(device, "slice_index", 0) or 0 for device in devices]
 
-    def place(device: Any) -> tuple[int, int, int]:
+    def place(index: int) -> tuple[int, int, int]:
+        device = devices[index]
         return getattr(device, "slice_index", 0) or 0, device.process_index, device.id
 
-    order = {device: index for index, device in enumerate(sorted(devices, key=place))}
-    return [order[device] // cluster.chips_per_island for device in devices]
+    order = sorted(range(len(devices)), key=place)
+    return [order.index(index) // cluster.chips_per_island for index in range(len(devices))]
 
 
 def prepare_environment() -> None:

@@ -9,15 +9,13 @@ import math
 
 from jaxtrain.cost import roofline, step_time
 from jaxtrain.cost.clusters import Cluster
+from jaxtrain.cost.memory_formula import OUTPUTS_KEPT
 from jaxtrain.cost.roofline import Components, Shape
 from jaxtrain.interfaces import Model
 
 # Passes over a layer's activations by norms, rotary positions, SwiGLU and layouts, in reads and writes of the ends of
 # its products: 0.8 s of a 1B step on a v5e (docs/benchmarks.md).
 _PASSES = 0.55
-# How many bytes the backward pass keeps without remat, in those that products write: norms, rotary positions and the
-# softmax keep theirs in fp32.
-KEPT_WITHOUT_REMAT = 3.0
 # The share of a step that collectives of parameters hide behind.
 _HIDING = 0.8
 
@@ -26,8 +24,8 @@ def kept_bytes(model: Model, tensor: int) -> float:
     """Bytes per token that the backward pass reads again, of all layers."""
     layers = getattr(model.config, "num_layers", 1)
     outputs = sum(b for _, b in roofline.matrices(model)) / tensor
-    kept = {"full": 0.0, "dots": outputs, "none": KEPT_WITHOUT_REMAT * outputs}[roofline.remat(model)]
-    return (roofline.width(model) * layers + kept) * roofline.itemsize(model)
+    kept = roofline.width(model) * layers + OUTPUTS_KEPT[roofline.remat(model)] * outputs
+    return kept * roofline.itemsize(model)
 
 
 def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) -> float:
