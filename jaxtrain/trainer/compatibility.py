@@ -43,8 +43,8 @@ def settled(config: Config, saved: Json | None) -> Config:
     if saved is None:
         return config
     then: Any = cli.complete(saved["config"])
-    if config.data.shuffle_window is None:
-        window = then["data"]["shuffle_window"]
+    window = then["data"]["shuffle_window"]
+    if config.data.shuffle_window is None and window is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
     if saved.get("programs") is None:
         model, loss = _as_then(config.model, then["model"]), _as_then(config.loss, then["loss"])

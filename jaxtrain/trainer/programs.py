@@ -322,7 +322,7 @@ class StagePrograms:
         """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
         mesh = self._components.mesh
         rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-        fewest = self._fewest[dataclasses.replace(key, crowded=False)]
+        fewest = self._fewest[dataclasses.replace(key, crowded=False, later=False)]
         return [count for count in sharding.divisors(rows) if count >= fewest]
 
     def _name(self, key: Key) -> str:
