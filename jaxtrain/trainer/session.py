@@ -23,7 +23,8 @@ from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import AttentionModel
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import AttentionModel, EightBitModel
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -301,6 +302,10 @@ def make_components(
         layout: layout of the records in each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
+    if config.precision == "fp8":
+        if not isinstance(model, EightBitModel):
+            raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
+        model = model.in_fp8()
     optimizer = config.optimizer.build(model.axes, mesh)
     loss = config.loss.build(vocab_size, mesh)
     distilled = None
