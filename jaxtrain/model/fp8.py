@@ -18,7 +18,7 @@ Rounded = tuple[Array, Array]  # 8-bit values, and their scale
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 # XLA's pass that makes Triton kernels of products comes first, and does not see the 8 bits (jax 0.10.2).
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": "false"}
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": "False"}
 _SMALLEST = -100  # the exponent of a scale: smaller ones would be subnormal in fp32, which XLA flushes to zero
 
 
