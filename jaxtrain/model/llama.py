@@ -31,6 +31,7 @@ logger = logging.getLogger("jaxtrain")
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
+MOST_LAYERS = 1 << 16  # absurd numbers end in a message, not in an error of NumPy or of the memory
 REMAT = ("none", "full", "dots")
 
 
@@ -108,9 +109,13 @@ class LlamaConfig:
     attention: str = "auto"
 
     def check(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        positions = ("max_seq_len", "sliding_window", "no_rope_every")
+        most = {**dict.fromkeys(widths, 1 << 24), "num_layers": MOST_LAYERS, **dict.fromkeys(positions, (1 << 31) - 1)}
+        for name, limit in most.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= limit:
+                raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: each key head "
@@ -123,9 +128,6 @@ class LlamaConfig:
             )
         if self.resolved_head_dim < 2 or self.resolved_head_dim % 2:
             raise UserError(f"A head of width {self.resolved_head_dim}: rotary positions need an even one, at least 2.")
-        for name in ("sliding_window", "no_rope_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1, or none.")
         for name in ("rope_theta", "norm_eps", "initializer_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be above 0.")
