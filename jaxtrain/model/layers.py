@@ -60,16 +60,18 @@ class Linear(nnx.Module):
         self.fp8 = fp8
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.fp8:
-            gathered = tuple(None if axis == "embed" else axis for axis in self.axes)
-            y = eight_bits.matmul(x, self.weight(x.dtype), functools.partial(constrain, mesh=self.mesh, axes=gathered))
-        else:
-            y = x @ self.weight(x.dtype)
+        kernel = self.weight(x.dtype)
+        y: jax.Array = eight_bits.matmul(x, kernel, self._gather) if self.fp8 else x @ kernel  # type: ignore[assignment]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """The kernel in `dtype`. The cast comes before the FSDP all-gather and halves its size."""
         return constrain(self.kernel[...].astype(dtype), self.mesh, self.axes)
+
+    def _gather(self, kernel_DF: jax.Array) -> jax.Array:
+        """Gathers the shards of fsdp. Pinned on both sides, or XLA would gather before the rounding to 8 bits."""
+        gathered = tuple(None if axis == "embed" else axis for axis in self.axes)
+        return constrain(constrain(kernel_DF, self.mesh, self.axes), self.mesh, gathered)
 
     def to_heads(self, x: jax.Array, shape_BT: tuple[int, ...], head_dim: int) -> jax.Array:
         """Projects [B, T, D], or [B * T, D], to [B, T, H, h].

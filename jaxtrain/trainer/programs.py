@@ -132,10 +132,8 @@ class StagePrograms:
     def begin(self, stage: int) -> None:
         """Starts compiling what a run needs before its first step, in the `stage`-th stage. Does not wait."""
         self.start(stage)
-        if self.limit is not None:
-            self._submit(self._longest(stage))
-            if self._evaluation is not None:
-                self._submit(self._evaluation)
+        for key in self._before_first_step(stage):
+            self._submit(key)
 
     def start(self, stage: int) -> None:
         """Starts compiling the `stage`-th stage (1-based). Does not wait. Does nothing past the last stage."""
@@ -147,16 +145,11 @@ class StagePrograms:
     def settle(self, stage: int) -> None:
         """Checks before the first step that the `stage`-th and all later stages, and evaluations, fit in memory.
 
-        Micro-batches can be as small as one row per device, so only the length of rows decides whether a stage fits:
-        the longest rows are tried. Without a limit, nothing is compiled for this check.
-
         Raises:
             DoesNotFitError: a stage or the evaluation cannot fit.
         """
-        if self.limit is not None:
-            self._program(self._longest(stage))
-            if self._evaluation is not None:
-                self.evaluation()
+        for key in self._before_first_step(stage):
+            self._program(key)
 
     def ready(self, batch_size: int, seq_len: int) -> bool:
         """Whether the executable has been compiled."""
@@ -198,9 +191,19 @@ class StagePrograms:
         too_many = any(documents[:rows].sum() > most for rows, most in bounds)
         return dataclasses.replace(key, crowded=True) if bounds and consensus.any_process(too_many) else key
 
-    def _longest(self, stage: int) -> Key:
-        seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
-        return Key(batch_size, seq_len)
+    def _before_first_step(self, stage: int) -> list[Key]:
+        """The programs that are compiled before the first step of the `stage`-th stage.
+
+        On GPUs all: autotuning takes XLA's lock on the device exclusively, for which steps wait (GetGpuMutex in
+        gpu_executable.cc), measures kernels that should be alone on it, and needs memory that training has taken.
+
+        Elsewhere those that may not fit. Micro-batches can be as small as one row per device, so only the length of
+        rows decides: the longest rows are tried. Without a limit, nothing has to be.
+        """
+        keys = list(dict.fromkeys(Key(s.batch_size, s.seq_len) for s in self._stages if s.index >= stage))
+        if self._components.mesh.devices.flat[0].platform != "gpu":
+            keys = [] if self.limit is None else [max(keys, key=lambda key: (key.seq_len, key.batch_size))]
+        return [*keys, *((self._evaluation,) if self._evaluation and keys else ())]
 
     def _program(self, key: Key) -> Program:
         """Returns the program that fits on all processes."""

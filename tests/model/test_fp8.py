@@ -116,7 +116,14 @@ def test_the_products_are_of_8_bit_values_and_those_alone():
     assert "f8E5M2" in text
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
+        *(pytest.param({"fsdp": 2, axis: 2}, marks=pytest.mark.nightly) for axis in ("tensor", "context")),
+    ],
+    ids=str,
+)
 def test_a_mesh_changes_rounding_only(mesh):
     """Scales are of whole arrays, so that the values of 8 bits are equal on every mesh."""
     config = dataclasses.replace(MODEL, dtype="float32")
