@@ -270,7 +270,7 @@ class StagePrograms:
             fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
-            fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
+            fixes.append("a larger share for XLA (XLA_CLIENT_MEM_FRACTION=0.95; 0.92 unless set)")
         return (
             f"{self._name(key)} does not fit: even with one row of {key.seq_len:,} tokens at a time a device needs "
             f"{needs}, and may use {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). "
