@@ -1,4 +1,4 @@
-"""The run's executables: one per stage shape and one for evaluation, compiled ahead of time from shapes alone.
+"""The run's executables: one per stage shape, one for evaluation and one for tasks, compiled ahead of time.
 
 While a stage trains, the next one compiles. The number of micro-batches is chosen here, from the memory that the
 compiler reports.
@@ -19,6 +19,7 @@ from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
 from jaxtrain.trainer.evaluate import lower_eval_step
 from jaxtrain.trainer.step import StepComponents, accumulation, lower_train_step
+from jaxtrain.trainer.tasks import lower_task_step
 
 logger = logging.getLogger("jaxtrain")
 
@@ -33,7 +34,7 @@ class Program:
 
     Attributes:
         executable: (state, batch, learning_rate, rows_before[, teaching]) → (state, metrics), or for evaluation
-            (params, batch, token_bytes) → sums.
+            (params, batch, token_bytes) → sums, or for tasks (params, batch) → scores.
         extra: bytes in use on a device that are not its arguments.
     """
 
@@ -59,24 +60,25 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A program of a run: of a train step's shape, or of the evaluation."""
+    """A program of a run: of a train step's shape, or of the evaluation, or of its tasks."""
 
     batch_size: int
     seq_len: int
     evaluates: bool = False
+    asks: bool = False  # tasks; such a program evaluates, too
 
 
 def lower(components: StepComponents, key: Key, micro_batches: int) -> Any:
     """Traces a program; `.compile()` returns the executable."""
-    lower_one = lower_eval_step if key.evaluates else lower_train_step
+    lower_one = lower_task_step if key.asks else lower_eval_step if key.evaluates else lower_train_step
     return lower_one(components, key.batch_size, key.seq_len, micro_batches)
 
 
 class StagePrograms:
     """Executables by shape; stages of one shape share one.
 
-    They compile in a thread. Call `get`, `program`, `evaluation` and `settle` from the main thread, on all processes at
-    the same step: processes agree on the number of micro-batches.
+    They compile in a thread. Call `get`, `program`, `evaluation`, `tasks` and `settle` from the main thread, on all
+    processes at the same step: processes agree on the number of micro-batches.
 
     Args:
         components: the components of a step.
@@ -107,15 +109,28 @@ class StagePrograms:
         self._compile = compile or (lambda key, count: lower(components, key, count).compile())
         self._stages = [] if plan is None else [stage for stage in plan.stages if stage.has_steps]
         self._evaluation = evaluation and Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
-        keys = [Key(stage.batch_size, stage.seq_len) for stage in self._stages]
-        self._fewest = {
-            key: accumulation(components.mesh, key.batch_size, key.seq_len, micro_batch_tokens)
-            for key in (*keys, *((self._evaluation,) if self._evaluation else ()))
-        }
+        self._tasks: Key | None = None
+        self._micro_batch_tokens = micro_batch_tokens
+        self._fewest: dict[Key, int] = {}
+        for stage in self._stages:
+            self._add(Key(stage.batch_size, stage.seq_len))
+        if self._evaluation:
+            self._add(self._evaluation)
         self._compiling: dict[Key, Future[Program]] = {}
         self._programs: dict[Key, Program] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxtrain-compile")
         self._lock = threading.Lock()
+
+    def _add(self, key: Key) -> None:
+        tokens = self._micro_batch_tokens
+        self._fewest[key] = accumulation(self._components.mesh, key.batch_size, key.seq_len, tokens)
+
+    def add_tasks(self, batch_size: int, seq_len: int) -> None:
+        """Adds the program of the tasks. Call it before `settle`. Raises UserError if the mesh does not divide it."""
+        self._tasks = Key(batch_size, seq_len, evaluates=True, asks=True)
+        self._add(self._tasks)
+        if self.limit is not None:
+            self._submit(self._tasks)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -150,6 +165,8 @@ class StagePrograms:
             self._program(self._longest(stage))
             if self._evaluation is not None:
                 self.evaluation()
+            if self._tasks is not None:
+                self.tasks()
 
     def ready(self, batch_size: int, seq_len: int) -> bool:
         """Whether the executable has been compiled."""
@@ -168,6 +185,11 @@ class StagePrograms:
         """Returns the evaluation step, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
         assert self._evaluation is not None
         return self._program(self._evaluation)
+
+    def tasks(self) -> Program:
+        """Returns the program of the tasks, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
+        assert self._tasks is not None
+        return self._program(self._tasks)
 
     def _longest(self, stage: int) -> Key:
         seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
@@ -222,7 +244,7 @@ class StagePrograms:
 
     def _name(self, key: Key) -> str:
         if key.evaluates:
-            return "Evaluation"
+            return "The program of eval.tasks" if key.asks else "Evaluation"
         named = [
             f"{s.index} ({s.name})" for s in self._stages if (s.batch_size, s.seq_len) == (key.batch_size, key.seq_len)
         ]
@@ -231,7 +253,9 @@ class StagePrograms:
     def _misfit(self, key: Key, needs: str) -> str:
         assert self.limit is not None
         mesh = self._components.mesh
-        fixes = ["a smaller model", f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})"]
+        fixes = ["a smaller model"]
+        if not key.asks:
+            fixes.append(f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})")
         if not key.evaluates:
             fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")

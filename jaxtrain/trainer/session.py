@@ -34,6 +34,7 @@ from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import StagePrograms
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
+from jaxtrain.trainer.tasks import TaskEvaluator
 
 _SAMPLE_TOKENS = 64
 
@@ -67,7 +68,7 @@ class Session:
     Attributes:
         config: the run's config.
         plan: maps a step to stage, shapes, learning rate and the source of each row.
-        eval_plan: the plan of an evaluation; None without evaluation.
+        eval_plan: the plan of an evaluation; None without held-out documents or evaluation.
         readers: the sources cut into units, in the plan's order.
         components: the components of a step.
         programs: the compiled steps.
@@ -81,7 +82,7 @@ class Session:
         start_tokens: tokens trained up to start_step.
         is_complete: whether nothing is left to train.
         stage_ends: each source's totals at the end of every stage so far.
-        evaluator: None before `train_state`, or if the config has no evaluation.
+        evaluators: of held-out documents and of tasks; empty before `train_state`, or if the config has no evaluation.
     """
 
     def __init__(self, config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True):
@@ -97,7 +98,8 @@ class Session:
             UserError: settings conflict, or this config may not resume from the checkpoint.
         """
         self.plan = config.plan()
-        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if config.eval.is_on else None
+        evaluates = config.eval.is_on and config.data.holdout > 0
+        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if evaluates else None
         self._checkpointer = checkpointer
         self.start_step = checkpointer.latest_step() or 0
         saved = checkpointer.restore_data(self.start_step) if self.start_step else None
@@ -116,6 +118,7 @@ class Session:
 
         # The data: tokenizer, sources and their units.
         self.scratch = os.fspath(workdir.cache)
+        self._tasks_folder = workdir.tasks
         cache = config.data.cache(os.path.join(self.scratch, "data"))
         self._skipped = open_data.skipped(workdir.path, saved)
         self.tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
@@ -146,7 +149,7 @@ class Session:
             layout = self._cached and self._cached.layout
             size = self.tokenizer.vocab_size
             self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
-        self.evaluator: Evaluator | None = None
+        self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
         self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan)
@@ -227,7 +230,7 @@ class Session:
         else:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
-            self.evaluator = Evaluator(
+            held_out = Evaluator(
                 config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
@@ -239,6 +242,20 @@ class Session:
                 self.scratch,
                 lambda: self.programs.evaluation().executable,
             )
+            self.evaluators.append(held_out)
+        if config.eval.tasks:
+            tasks = TaskEvaluator(
+                config.eval.tasks,
+                config.eval.task_limit,
+                self._tasks_folder,
+                self.tokenizer,
+                config.data.add_bos,
+                components,
+                (self.eval_plan or self.plan).stages[-1].batch_size,
+                lambda: self.programs.tasks().executable,
+            )
+            self.evaluators.append(tasks)
+            self.programs.add_tasks(*tasks.shape)
         with monitor.span("compile"):
             self.programs.settle(first)
         return restored
