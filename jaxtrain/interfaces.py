@@ -149,6 +149,20 @@ class AttentionModel(Protocol):
 
 
 @runtime_checkable
+class BoundedModel(Protocol):
+    """A model with a bound on the number of documents in a batch. A batch with more runs through `unbounded()`."""
+
+    def most_documents(self, batch_size: int, seq_len: int) -> tuple[int, int] | None:
+        """(rows, documents): any `rows` of a batch of this shape may contain that many documents together. A document's
+        part in a row counts as one, and so does a row's padding. None: there is no bound."""
+        ...
+
+    def unbounded(self) -> Model:
+        """The same model, with the same parameters, for any number of documents."""
+        ...
+
+
+@runtime_checkable
 class CachingModel(Protocol):
     """A model that generates with a key/value cache. For any other, each new token recomputes the whole text.
 

@@ -109,7 +109,7 @@ def _ask(flags: cli.Flags) -> Json:
         found.add_bos,
         components,
         _ROWS,
-        lambda: programs.tasks().executable,
+        lambda documents: programs.tasks(documents).executable,
     )
     programs.add_tasks(*evaluator.shape)
     numbers = evaluator.run(found.params)["eval_tasks"]
@@ -146,7 +146,7 @@ def _measure(config: Any, saved: Json, found: Any, plans: dict[str, Plan], workd
             config.seed,
             open_data.skipped(workdir, saved),
             scratch,
-            lambda: programs.evaluation().executable,
+            lambda documents: programs.evaluation(documents).executable,
         )
         values = evaluator.run(found.params)
     by_source = values.pop("eval_by_source", {})

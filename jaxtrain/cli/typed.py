@@ -10,6 +10,7 @@ import decimal
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from typing import Any, Literal, Protocol
@@ -85,7 +86,8 @@ def element_hint(hint: Any) -> Any:
 def fits(value: Any, hint: Any) -> bool:
     """Whether the value's own type is right, ignoring its elements, entries and fields.
 
-    An int fits float, as in Python's typing; a bool fits neither. NaN and infinities do not fit: JSON has none.
+    An int fits float, as in Python's typing; a bool fits neither. NaN and infinities do not fit: JSON has none. Nor do
+    ints beyond the range of float.
     """
     if len(options(hint)) > 1:
         return any(fits(value, option) for option in options(hint))
@@ -96,7 +98,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(value == literal and type(value) is type(literal) for literal in typing.get_args(hint))
     if origin in (int, float):
         accepted = int if origin is int else (int, float)
-        return isinstance(value, accepted) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, accepted) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if origin in (tuple, collections.abc.Sequence):
         arguments = typing.get_args(hint) or (Any, ...)
         return isinstance(value, tuple) and (

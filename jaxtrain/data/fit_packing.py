@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxtrain.data import packing
-from jaxtrain.data.packing import WHERE, Counts, Cut, Documents, Packer, Spans
+from jaxtrain.data.packing import WHERE, Counts, Cut, Documents, Forgets, Packer, Spans
 from jaxtrain.data.source_reader import Position
 from jaxtrain.interfaces import RECORDS, Batch
 
@@ -173,15 +173,16 @@ class FitPacker(Packer):
         width: int = 0,
         ahead: int = 0,
         taken: int = 0,
+        forgets: Forgets | None = None,
     ):
         """Starts at a state. ahead, taken: See the class. The others are as in Packer."""
-        super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width)
+        super().__init__(documents, position, 0 if ahead else token, seen, counts, end, may_be_skipped, width, forgets)
         self._ahead = (ahead, token) if ahead else None
         self._used = [n for n in range(1, WINDOW) if taken >> n - 1 & 1]
 
     @property
     def state(self) -> list[int]:
-        """The state, in the order of lanes.STATE_FIELDS."""
+        """The state, in the order of lanes.STATE_FIELDS, of which it lacks the last."""
         epoch, unit, row, token, *rest = super().state
         ahead, token = self._ahead or (0, token)
         return [epoch, unit, row, token, *rest, ahead, sum(1 << n - 1 for n in self._used)]
@@ -230,6 +231,7 @@ class FitPacker(Packer):
 
     def _plan(self, rows: int, seq_len: int, fit: bool) -> RowPlanner:
         """Plans the next rows that are packed by best fit."""
+        self._fill(1)  # may change the state: see `_forget`
         if not fit and self._ahead is None and not self._used:
             return RowPlanner([], seq_len)
         if self.seen:
@@ -241,6 +243,25 @@ class FitPacker(Packer):
         planner = RowPlanner(lengths, seq_len, opened, self._used, closing=not fit)
         planner.plan(rows)
         return planner
+
+    def _forget(self, forgets: Forgets) -> None:
+        """See Packer. Documents that are used up are removed, too, as far as the oldest that remains."""
+        ahead, begun = self._ahead or (0, 0)
+        self._fill(self.seen + 1)
+        while len(self._starts) <= max([ahead, *self._used]):
+            have = len(self._tokens)
+            self._fill(have + 1)
+            assert len(self._tokens) > have, f"documents after {self.cursor[0]} are gone"
+        gone = forgets(*self._where[:, _FILE:].T)
+        left = [n for n in np.flatnonzero(~gone).tolist() if n not in self._used]
+        gone[[n for n in self._used if not left or n < left[0]]] = True
+        number = (~gone).cumsum() - 1
+        self._used = [int(number[n]) for n in self._used if not gone[n]]
+        self._ahead = (int(number[ahead]), begun) if ahead and not gone[ahead] else None
+        self._remove(gone)
+        if self._ahead is not None and not self._ahead[0]:
+            self._ahead = None
+            self._advance(begun)
 
     def _read(self, tokens: int) -> list[int]:
         """Reads every document that can be in the window before `tokens` more tokens are used up.

@@ -21,10 +21,10 @@ from jaxtrain.interfaces import Batch
 from jaxtrain.plan import Plan, StepPlan
 
 # Fields of a lane's state in one source, int64: the cursor, the counts of the packer and the ledger, and what version
-# 0.1 did not have. A field that is missing in a record is 0.
+# 0.1 did not have, such as the last step that drew from the source. A field that is missing in a record is 0.
 STATE_FIELDS = (
     *("epoch", "unit", "row", "token", "base", "seen", "documents", "tokens", "unique", "ended"),
-    *("cut", "padding", "ahead", "taken"),
+    *("cut", "padding", "ahead", "taken", "drawn"),
 )
 _ENDED = STATE_FIELDS.index("ended")
 # A source opens this many steps before the stage that needs it, or this many tokens if that is earlier: 16 short steps
@@ -39,23 +39,29 @@ def position_of(state: np.ndarray) -> Position:
 
 
 class SourceLane:
-    """One lane in one source: reads ahead, packs, and reports its state.
+    """One lane in one source from a step on: reads ahead, packs, and reports its state.
 
     Attributes:
         packer: Cuts the source's documents into rows.
+        step: The first step it reads for.
     """
 
-    def __init__(self, reader: SourceReader, lane: int, rows: RowSpec, pools: Pools, state: np.ndarray):
-        _, _, _, token, _, seen, documents, tokens, unique, _, cut, padding, ahead, taken = state.tolist()
-        start = position_of(state)
+    def __init__(self, reader: SourceReader, lane: int, rows: RowSpec, pools: Pools, state: np.ndarray, step: int):
+        _, _, _, token, _, seen, documents, tokens, unique, _, cut, padding, ahead, taken, drawn = state.tolist()
+        start, self.step = position_of(state), step
+        # A state that counts documents counts those that have been forgotten since: the packer removes them.
+        forgets = reader.forgets(drawn, step) if token or seen or ahead or taken else None
+        without = step if forgets is None else drawn
         # The last window of a unit may hold only a few rows, too few to hide the latency of opening the next unit.
         half = -(-reader.window // 2)
-        windows = Prefetcher(reader.windows(lane, start, rows.epochs), pools.readers, lambda window: window.rows, half)
+        windows = Prefetcher(
+            reader.windows(lane, start, rows.epochs, without), pools.readers, lambda window: window.rows, half
+        )
         self._documents = Prefetcher(documents_of(windows, start, rows, reader, lane), pools.workers)
         end = None if rows.epochs is None else Position(rows.epochs, 0, 0)
         counts, skipped = Counts(documents, tokens, unique, cut, padding), bool(reader.skipped)
         self.packer = FitPacker(
-            self._documents, start, token, seen, counts, end, skipped, rows.width, ahead=ahead, taken=taken
+            self._documents, start, token, seen, counts, end, skipped, rows.width, ahead, taken, forgets
         )
         windows.start()
 
@@ -132,12 +138,14 @@ class LaneDataset(grain.IterDataset):
         readers: One per source, in the plan's order, shared by the lanes of this host.
         rows: How documents become rows.
         pools: The thread pools to read with.
+        forgets_from: The steps from which documents of any source are forgotten.
     """
 
     def __init__(self, lane: int, shares: LaneSchedule, readers: Sequence[SourceReader], rows: RowSpec, pools: Pools):
         super().__init__()
         self.lane, self.shares = lane, shares
         self.readers, self.rows, self.pools = readers, rows, pools
+        self.forgets_from = frozenset[int]().union(*(reader.forgets_from for reader in readers))
 
     def __iter__(self) -> "LaneIterator":
         return LaneIterator(self)
@@ -173,7 +181,12 @@ class LaneIterator(grain.DatasetIterator):
 
     def open(self) -> None:
         """Starts reading, without waiting, what the next step needs and what the steps soon after it need first."""
-        shares = self._dataset.shares
+        shares, step = self._dataset.shares, self._step + 1
+        if step in self._dataset.forgets_from:
+            # What has been read ahead has the documents that are forgotten from this step on.
+            for index, source in list(self._sources.items()):
+                if source.step < step and step in self._dataset.readers[index].forgets_from:
+                    del self._sources[index]
         if shares.plan.last_step is None or self._step < shares.plan.last_step:
             for index in shares.at(self._step + 1).opened:
                 self._source(index)
@@ -234,7 +247,7 @@ class LaneIterator(grain.DatasetIterator):
     def _cut(self, index: int, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
         source = self._source(index)
         cut = source.packer.cut(block, at.stride, self._dataset.rows.document_mask, counted_R, at.fit)
-        self._states[index] = source.packer.state
+        self._states[index] = [*source.packer.state, self._step]
         return cut
 
     def _mixed(self, sources_R: np.ndarray, at: StepPlan, counted_R: np.ndarray | None, block: Batch) -> Cut:
@@ -257,7 +270,7 @@ class LaneIterator(grain.DatasetIterator):
         if index not in self._sources:
             data = self._dataset
             self._sources[index] = SourceLane(
-                data.readers[index], data.lane, data.rows, data.pools, self._states[index]
+                data.readers[index], data.lane, data.rows, data.pools, self._states[index], self._step + 1
             )
         return self._sources[index]
 

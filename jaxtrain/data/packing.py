@@ -9,7 +9,7 @@ bytes per record.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -37,6 +37,9 @@ class Documents:
 # The documents in a row: (file, row in the file, first token, end token) of each. Tokens count from the document's
 # first.
 Spans = list[tuple[int, int, int, int]]
+
+# (files, rows in them), int64 [N] each → which of these documents to leave out, bool [N].
+Forgets = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Columns of `Documents.where`: the fields of the document's Position, its file (index in the listing), its row there.
 WHERE = ("epoch", "unit", "row", "base", "file", "file_row")
@@ -115,6 +118,7 @@ class Packer:
         end: Position | None = None,
         may_be_skipped: bool = False,
         width: int = 0,
+        forgets: Forgets | None = None,
     ):
         """Starts at a cursor.
 
@@ -128,8 +132,10 @@ class Packer:
             may_be_skipped: Whether the cursor's document may have been skipped since (skipped_files.py), so that the
                 next one follows.
             width: W, bytes per record; 0 without records.
+            forgets: Documents to leave out that the cursor and `seen` still count, if there are any.
         """
         self._documents = documents
+        self._forgets = forgets
         self._skip = token  # tokens to drop from the next document read
         self._tokens = np.empty(0, np.int32)
         # Offset of each document's first token in the buffer; negative if the buffer starts within the first document.
@@ -159,6 +165,10 @@ class Packer:
 
     def _fill(self, needed: int) -> None:
         """Reads until the buffer holds `needed` tokens, or all that remain."""
+        if self._forgets is not None:
+            forgets, self._forgets = self._forgets, None
+            self._forget(forgets)
+            self._documents = _without(self._documents, forgets)
         have = len(self._tokens)
         if have >= needed:
             return
@@ -188,6 +198,27 @@ class Packer:
             self._where = np.concatenate(where)
             if self._records is not None:
                 self._records = np.concatenate([some for some in records if some is not None])
+
+    def _forget(self, forgets: Forgets) -> None:
+        """Removes documents from what the state refers to."""
+        self._fill(self.seen + 1)
+        self._remove(forgets(*self._where[:, _POSITION:].T))
+
+    def _remove(self, gone: np.ndarray) -> None:
+        """Removes documents of the buffer. gone: bool [documents]."""
+        if not gone.any():
+            return
+        begins = np.maximum(self._starts, 0)
+        lengths = np.diff(begins, append=len(self._tokens))
+        kept = (~gone).repeat(lengths)
+        self.seen = int(kept[: self.seen].sum())
+        self._tokens, self._where = self._tokens[kept], self._where[~gone]
+        self._records = None if self._records is None else self._records[kept]
+        begun = 0 if gone[0] else int(self._starts[0])
+        self._starts = lengths[~gone].cumsum() - lengths[~gone]
+        if len(self._starts):
+            self._starts[0] = begun
+            self._position, self._token = self._where[0, :_POSITION].tolist(), -begun
 
     def cut(self, block: Batch, stride: int, document_mask: bool, counted_R: np.ndarray | None = None) -> Cut:
         """Writes the next rows to `block`, padded past the end of the stream. `finish` makes the other fields.
@@ -280,6 +311,16 @@ class Packer:
         )
         self._records = None if self._records is None else self._records[count:]
         self._position, self._token = self._where[0, :_POSITION].tolist(), -int(self._starts[0])
+
+
+def _without(documents: Iterator[Documents], forgets: Forgets) -> Iterator[Documents]:
+    for some in documents:
+        gone = forgets(*some.where[:, _POSITION:].T)
+        if gone.any():
+            kept = (~gone).repeat(some.lengths)
+            records = None if some.records is None else some.records[kept]
+            some = Documents(some.tokens[kept], some.lengths[~gone], some.where[~gone], records)
+        yield some
 
 
 def _rows(tokens: np.ndarray, rows: int, seq_len: int, stride: int) -> np.ndarray:

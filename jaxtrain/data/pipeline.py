@@ -31,6 +31,7 @@ import grain
 import numpy as np
 
 from jaxtrain.data import packing
+from jaxtrain.data.forgotten import Documents
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.cached_files import CachedBytes
 from jaxtrain.data.io.disk_cache import DiskCache
@@ -78,6 +79,8 @@ class DataConfig:
         add_bos: Begin each document with the tokenizer's beginning-of-document token.
         workers: Tokenizing threads per host. None: 4, or 8 if all data comes from token stores.
         prefetch: Batches prepared ahead per host. None: 2, or 4 if all data comes from token stores.
+        forget: A file with documents that are not trained on, see data/forgotten.py; "" for none. They are left out
+            from the first step after the start (or resume) that finds them in the file.
         retry_minutes: How long an outage of a source may last before the run stops (exit code 1).
         on_corrupt: What happens when a file cannot be decoded. "stop" ends the run (exit code 1). "skip" skips the
             file's rows from the first bad one on for good, records this in skips.json, and exits with code 75 to be
@@ -97,6 +100,7 @@ class DataConfig:
     add_bos: bool = False
     workers: int | None = None
     prefetch: int | None = None
+    forget: str = ""
     retry_minutes: float = 60.0
     on_corrupt: str = "stop"
 
@@ -149,6 +153,7 @@ class DataConfig:
         seed: int,
         held_out: bool = False,
         skipped: SkippedFiles | None = None,
+        forgotten: Documents | None = None,
         scratch: str | None = None,
     ) -> list[SourceReader]:
         """Divides the sources into units for all lanes.
@@ -158,6 +163,7 @@ class DataConfig:
             seed: The run's seed.
             held_out: Whether to read the held-out documents instead of the training documents.
             skipped: Corrupt files to skip, if any.
+            forgotten: Documents to leave out, if any.
             scratch: Folder for data that slow lanes have not yet consumed, if it does not fit into memory. None: the
                 system's folder for temporary files.
 
@@ -173,6 +179,7 @@ class DataConfig:
                 options,
                 retry_seconds=seconds,
                 skipped=(skipped or {}).get(name),
+                forgotten=(forgotten or {}).get(name),
                 scratch=scratch,
             )
             for name, config in self.sources.items()
@@ -204,12 +211,15 @@ class StepBatch:
             lane; after `Feed`, global jax.Arrays [B, T].
         states: Lane → int64 [S, STATE_FIELDS], after the step.
         ended: Whether no lane of this host has a token left for any later step.
+        documents: The documents in each of this host's rows, whole or in part, padding counted as one: int64,
+            descending.
     """
 
     step: int
     arrays: Mapping[str, Any]
     states: dict[int, np.ndarray]
     ended: bool
+    documents: np.ndarray
 
 
 class HostDataset(grain.IterDataset):
@@ -236,6 +246,7 @@ class HostIterator(grain.DatasetIterator):
         self._numbers = [lane.lane for lane in dataset.lanes]
         self._readers = dataset.lanes[0].readers
         self._width = dataset.lanes[0].rows.width
+        self._forgets_from = dataset.lanes[0].forgets_from
         empty = np.zeros((len(self._readers), len(STATE_FIELDS)), np.int64)
         states = [dataset.states.get(number, empty) for number in self._numbers]
         self.set_state({"step": dataset.after, "lanes": np.array(states, np.int64)})
@@ -254,8 +265,7 @@ class HostIterator(grain.DatasetIterator):
 
     def addresses(self) -> list[tuple[int, Spans]]:
         """The source and the documents of each row of the next step. Reads what `next` would read."""
-        if not self._started:
-            self._start()
+        self._start()
         return [row for lane in self._lanes for row in lane.addresses()]
 
     def close(self) -> None:
@@ -274,7 +284,12 @@ class HostIterator(grain.DatasetIterator):
             raise
 
     def _start(self) -> None:
-        """Registers all lanes before any of them reads, and lets all of them read before any waits for data."""
+        """Registers all lanes before any of them reads, and lets all of them read before any waits for data.
+
+        Does nothing if the lanes read already and no document is forgotten from this step on.
+        """
+        if self._started and self._step + 1 not in self._forgets_from:
+            return
         for index, reader in enumerate(self._readers):
             starts = map(position_of, self._states[:, index])
             reader.register(dict(zip(self._numbers, starts, strict=True)))
@@ -285,8 +300,7 @@ class HostIterator(grain.DatasetIterator):
         self._started = True
 
     def _next(self) -> StepBatch:
-        if not self._started:
-            self._start()
+        self._start()
         rows, seq_len = self._lanes[0].shape()
         block = empty_block(rows * len(self._lanes), seq_len, self._width)
         cuts, ended = [], True
@@ -298,7 +312,9 @@ class HostIterator(grain.DatasetIterator):
         batch = packing.finish(block, cuts)
         self._step += 1
         self._states = np.array([lane.states for lane in self._lanes])
-        return StepBatch(self._step, batch, dict(zip(self._numbers, self._states, strict=True)), ended)
+        documents = 1 + np.count_nonzero(np.diff(batch["segment_ids"], axis=1), axis=1)
+        states = dict(zip(self._numbers, self._states, strict=True))
+        return StepBatch(self._step, batch, states, ended, -np.sort(-documents))
 
 
 def host_dataset(

@@ -6,9 +6,10 @@ permuted by a key, so nothing about the shuffle needs to be saved.
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxtrain import cli
 from jaxtrain.data import units
+from jaxtrain.data.forgotten import Rows
 from jaxtrain.data.io import retry
 from jaxtrain.data.shared_file_reader import SharedFileReader, Want, head, regroup
 from jaxtrain.data.skipped_files import FOOTER
@@ -83,6 +85,7 @@ class SourceReader:
 
     Attributes:
         window: Rows that are permuted together.
+        forgets_from: The steps from which documents are forgotten.
         most_rows: Rows of an epoch at most, with those that filters drop; None if only reading shows.
     """
 
@@ -95,6 +98,7 @@ class SourceReader:
         *,
         retry_seconds: float,
         skipped: Mapping[str, int] | None = None,
+        forgotten: Mapping[str, Mapping[int, int]] | None = None,
         scratch: str | None = None,
     ):
         """Partitions the source, which may read footers.
@@ -102,16 +106,26 @@ class SourceReader:
         Args:
             retry_seconds: How long an outage may last.
             skipped: File → the first row to skip, see skipped_files.py.
+            forgotten: File → row → the first step without it, see forgotten.py.
             scratch: See SharedFileReader.
 
         Raises:
-            UserError: The source has no rows, or all of its rows are skipped.
+            UserError: The source has no rows, or all of its rows are skipped, or it lacks a file of `forgotten`.
             CorruptError, TransientError: A footer cannot be read.
         """
         self.name = name
         self.source = source
         self.options = options
         self.skipped = dict(skipped or {})
+        self._forgotten = {file: Rows(steps) for file, steps in (forgotten or {}).items()}
+        self.forgets_from = frozenset(step for steps in (forgotten or {}).values() for step in steps.values())
+        unknown = self._forgotten.keys() - set(source.files)
+        if unknown:
+            near = difflib.get_close_matches(min(unknown), source.files) or source.files[:3]
+            raise UserError(
+                f"source {name!r}: a document of {min(unknown)} is to be forgotten, and there is no such file; did you "
+                f"mean {' or '.join(near)}?"
+            )
         self._max_samples = config.max_samples
         self._transforms = config.transforms
         self._retry_seconds = retry_seconds
@@ -184,8 +198,10 @@ class SourceReader:
         first, lanes = self._shared.first_window(lane, unit), self.options.num_lanes
         return first + -(-max(window - first, 0) // lanes) * lanes
 
-    def windows(self, lane: int, start: Position, epochs: int | None) -> Iterator[Window]:
+    def windows(self, lane: int, start: Position, epochs: int | None, step: int = 0) -> Iterator[Window]:
         """The lane's windows from the one that holds `start` on, epoch after epoch; without an end if `epochs` is None.
+
+        Documents that are forgotten from `step` or an earlier step on are left out, as if a filter dropped them.
 
         Raises UserError if the lane has no document in the first epoch. For held-out documents, which may be so few, it
         ends instead. A later epoch without any may be chance (another shuffle): the lane continues with the next.
@@ -193,6 +209,7 @@ class SourceReader:
         while epochs is None or start.epoch < epochs:
             first, anything = start == Position(0, 0, 0), False
             for window in self._epoch(lane, start):
+                window = self._without_forgotten(window, step)
                 anything |= len(window.positions) > 0
                 yield window
             if first and not anything:
@@ -200,6 +217,35 @@ class SourceReader:
                 self.refuse(lane)
                 return
             start = Position(start.epoch + 1, 0, 0)
+
+    def _without_forgotten(self, window: Window, step: int) -> Window:
+        rows = self._forgotten.get(self.source.files[window.file])
+        if rows is None:
+            return window
+        kept = np.flatnonzero(rows.steps(window.file_rows) > step)
+        texts = [window.texts[index] for index in kept.tolist()] if window.tokens is None else ()
+        return dataclasses.replace(
+            window, texts=texts, positions=window.positions[kept], file_rows=window.file_rows[kept]
+        )
+
+    def forgets(self, after: int, step: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """A function (files, rows in them) → which are forgotten from a later step than `after`, up to `step`.
+
+        None if no document is.
+        """
+        if not any(after < first <= step for first in self.forgets_from):
+            return None
+
+        def forgets(files: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            found = np.zeros(len(files), bool)
+            for file in np.unique(files):
+                here, forgotten = files == file, self._forgotten.get(self.source.files[int(file)])
+                if forgotten is not None:
+                    steps = forgotten.steps(rows[here])
+                    found[here] = (after < steps) & (steps <= step)
+            return found
+
+        return forgets
 
     def check_lanes(self) -> None:
         """Raises UserError if row counts show that a lane gets no document in the first epoch, without reading any."""

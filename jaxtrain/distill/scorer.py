@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.distributed import sharding
-from jaxtrain.interfaces import Model, Params
+from jaxtrain.interfaces import BoundedModel, Model, Params
 from jaxtrain.losses.cached import Layout, top_records
 
 # Logits per device at a time: 128 MB in fp32.
@@ -48,8 +48,8 @@ def windows(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
     return found
 
 
-def rows_of(found: Sequence[Window], context: int) -> list[list[Window]]:
-    """Packs windows into rows of `context` tokens, by first-fit decreasing."""
+def rows_of(found: Sequence[Window], context: int, most: int | None = None) -> list[list[Window]]:
+    """Packs windows into rows of `context` tokens and at most `most` windows, by first-fit decreasing."""
     rows: list[list[Window]] = []
     left: list[int] = []
     for window in sorted(found, key=lambda window: window.begin - window.end):
@@ -60,7 +60,7 @@ def rows_of(found: Sequence[Window], context: int) -> list[list[Window]]:
             left.append(context)
             place = -1
         rows[place].append(window)
-        left[place] -= size
+        left[place] = 0 if len(rows[place]) == most else left[place] - size
     return rows
 
 
@@ -83,6 +83,8 @@ class Scorer:
         self._context, self._stride, self._rows = context, stride, rows
         where = sharding.batch_sharding(model.mesh)
         self._where = where
+        bound = model.most_documents(rows, context) if isinstance(model, BoundedModel) else None
+        self._most = None if bound is None else bound[1] // bound[0] - 1  # less a row's padding
         options = model.compiler_options(rows, context)
         self._run: Any = jax.jit(
             functools.partial(_records, model, layout), out_shardings=where, compiler_options=options
@@ -97,7 +99,8 @@ class Scorer:
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
         found = [np.empty((len(document), self._layout.width), np.uint8) for document in documents]
         flying: collections.deque[tuple[list[list[Window]], jax.Array]] = collections.deque()
-        rows = rows_of(windows([len(document) for document in documents], self._context, self._stride), self._context)
+        found_windows = windows([len(document) for document in documents], self._context, self._stride)
+        rows = rows_of(found_windows, self._context, self._most)
         for begin in range(0, len(rows), self._rows):
             batch = rows[begin : begin + self._rows]
             flying.append((batch, self._run(self._params, *self._arrays(batch, documents))))

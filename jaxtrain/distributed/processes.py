@@ -8,13 +8,14 @@ heartbeats: JAX then aborts the others (SIGABRT), and faulthandler prints every 
 
 import contextlib
 import faulthandler
+import functools
 import json
 import logging
-import mmap
 import os
-import pathlib
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -22,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jaxlib
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
@@ -60,7 +60,7 @@ def join(deterministic: bool) -> None:
 
     Raises:
         UserError: The environment has several processes but no address for them, or names a missing platform or an
-            unknown XLA flag.
+            XLA flag that XLA cannot read.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     if deterministic:
@@ -71,31 +71,45 @@ def join(deterministic: bool) -> None:
         faulthandler.enable()
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         _Alarm.start()
-    _find_devices(os.environ.get("JAX_PLATFORMS", ""))
+    devices()
 
 
+@functools.cache
 def _check_xla_flags(flags: str) -> None:
-    """Refuses unknown flags, for which XLA would abort the process with a C++ stack.
+    """Refuses flags that XLA cannot read, for which it would end the process with a list of all its flags.
 
-    XLA offers no list of its flags. Their names are strings in its library.
+    XLA offers neither a list of its flags nor a way to parse them without that end, so another process does it.
     """
-    if flags and not flags.lstrip().startswith("-"):
-        if not os.path.isfile(flags):
-            raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else names a file. There is none.")
+    if not flags.strip():
         return
-    names = [re.split(r"[= ]", flag)[0].lstrip("-") for flag in flags.split()]
-    library = pathlib.Path(jaxlib.__file__).parent / "libjax_common.so"
-    if not names or not library.exists():
-        return
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        unknown = [name for name in names if content.find(name.encode() + b"\0") < 0]
-    if unknown:
-        raise UserError(f"XLA_FLAGS={flags}: this version of XLA has no flag --{unknown[0]}; remove or correct it.")
+    parse = [sys.executable, "-c", "from jaxlib import _jax; _jax.CompileOptions()"]
+    answer = subprocess.run(
+        parse, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, errors="replace"
+    )
+    if "Could not open file" in answer.stderr:
+        raise UserError(f"XLA_FLAGS={flags}: flags start with --xla_; anything else names a file. There is none.")
+    if unknown := re.search(r"Unknown flags? in XLA_FLAGS: (--)?([^\s=]+)(=?)", answer.stderr):
+        form = "" if unknown[3] else ", or has no value: flags have the form --NAME=VALUE"
+        raise UserError(
+            f"XLA_FLAGS={flags}: this version of XLA has no flag --{unknown[2]}{form}; remove or correct it."
+        )
+    if "Flag parsing failed" in answer.stderr:
+        if len(flags.split()) > 1:
+            for flag in flags.split():  # to name it
+                _check_xla_flags(flag)
+        raise UserError(f"XLA_FLAGS={flags}: XLA cannot read the value; remove or correct it.")
 
 
-def _find_devices(platforms: str) -> None:
+def devices() -> list[jax.Device]:
+    """All devices of the run.
+
+    Raises:
+        UserError: The environment names a missing platform or an XLA flag that XLA cannot read.
+    """
+    _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     try:
-        jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:
         # If no platform is named, or if it exists and fails (a driver, a device in use), a restart may help.
         if platforms and re.search(r"not in the list of known|no supported devices|Failed to open|^$", str(error)):

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.distributed import processes
 from jaxtrain.errors import UserError
 
 Device = Any  # jax.Device; a variable to type checkers, or a stand-in from a compile-only topology
@@ -90,7 +91,7 @@ class MeshConfig:
         Raises:
             UserError: The sizes do not fit the number of devices; the message names the axis and sizes that work.
         """
-        devices = list(jax.devices() if devices is None else devices)
+        devices = list(processes.devices() if devices is None else devices)
         return Mesh(
             _arrange(self.sizes(len(devices)), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
         )
@@ -113,7 +114,9 @@ def _size_message(fixed: dict[str, int], automatic: list[str], num_devices: int)
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """All divisors of n, in order."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]
 
 
 def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:

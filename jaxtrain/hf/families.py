@@ -6,11 +6,12 @@ lists both. Based on the configuration classes of transformers 5.24. Reads and w
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model
-from jaxtrain.model.llama import Llama, LlamaConfig
+from jaxtrain.model.llama import MOST_LAYERS, Llama, LlamaConfig
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling
 
 
@@ -81,13 +82,23 @@ _ROPE_TYPES: dict[str, type] = {
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"), float),
     "original_max_position_embeddings": int,
 }
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_TYPE_NAMES = {
+    int: "a whole number below 2^31",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _check_types(values: Json, types: dict[str, type], where: str) -> None:
     for key, kind in types.items():
         value = values.get(key)
-        if value is not None and not (type(value) is kind or (kind is float and type(value) is int)):
+        if kind is float:  # not NaN either
+            fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        else:
+            fits = type(value) is kind and (kind is not int or abs(value) < 2**31)
+        if value is not None and not fits:
             raise UserError(f"{where}: {key}={value!r} in config.json is not {_TYPE_NAMES[kind]}.")
 
 
@@ -122,6 +133,8 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     _check_types(known, _TYPES, where)
     if known["vocab_size"] < 1:
         raise UserError(f"{where}: vocab_size={known['vocab_size']} in config.json must be at least 1.")
+    if (layers := known["num_hidden_layers"]) > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers={layers} in config.json must be at most {MOST_LAYERS:,}.")
     if known["hidden_act"] not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act={known['hidden_act']!r} is not supported; the MLP is SwiGLU ('silu').")
     # Classes without this key ignore it.
@@ -168,6 +181,8 @@ def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
     if partial != 1.0:
         raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; only whole heads can be rotated.")
     theta = rope.get("rope_theta", known["rope_theta"])
+    if theta is None:
+        raise UserError(f"{where}: rope_theta is null in config.json.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None

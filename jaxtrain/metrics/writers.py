@@ -20,19 +20,14 @@ from typing import Any, Protocol
 
 import tqdm
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.summary import text as text_summary
 
 from jaxtrain.checkpoint.workdir import Workdir, write_atomically
 from jaxtrain.cli.redaction import redact
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
+from jaxtrain.metrics.events import EventFile
 
 _UPLOAD_SECONDS = 60.0
-# protobuf creates its classes at run time, so type checkers do not see them.
-_EVENT: Any = event_pb2
-_SUMMARY: Any = summary_pb2
 
 # TensorBoard groups charts by what comes before a slash. The group of all others, a model's own too, is "train".
 _GROUPS = {
@@ -99,26 +94,19 @@ class TensorBoard:
     """TensorBoard event files: scalars in groups (`train/loss`, `sources/web/tokens`), and samples as texts."""
 
     def __init__(self, folder: epath.Path, start_step: int):
-        # Not a SummaryWriter: on a full disk its thread ends silently and its queue never drains.
         folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
-        # Hides events that an earlier process wrote after the restored step.
-        begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)
-        self._events.write_event(_EVENT.Event(wall_time=time.time(), step=start_step + 1, session_log=begin))
+        self._events = EventFile(pathlib.Path(folder), start_step + 1)
 
     def write(self, step: int, values: Json) -> None:
-        found = [_SUMMARY.Summary.Value(tag=_tag(name), simple_value=value) for name, value in scalars(values).items()]
-        for number, (prompt, text) in enumerate(values.get("samples", {}).items()):
-            # Markdown would join lines and hide what looks like markup.
-            shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
-            found += text_summary(f"samples/{number}", shown).value
-        summary = _SUMMARY.Summary(value=found)
-        self._events.write_event(_EVENT.Event(wall_time=time.time(), step=step, summary=summary))
-        self._events.flush()
+        # Markdown would join lines and hide what looks like markup.
+        texts = {
+            f"samples/{number}": "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
+            for number, (prompt, text) in enumerate(values.get("samples", {}).items())
+        }
+        self._events.write(step, {_tag(name): float(value) for name, value in scalars(values).items()}, texts)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # `write` has already reported a full disk
-            self._events.close()
+        self._events.close()
 
 
 def _tag(name: str) -> str:

@@ -100,11 +100,42 @@ def _cudnn_obstacle(shape: Shape) -> str | None:
     return None
 
 
+def documents(segment_ids_BT: jax.Array, mesh: Mesh | None, implementation: str, shape: Shape) -> Any:
+    """Returns what an implementation needs to know of the documents: the argument `documents` of `attend`.
+
+    Layers share it. It is a tree of arrays with a row for each row of the batch.
+
+    Args:
+        segment_ids_BT: Document of each token, int32.
+        mesh: The mesh that the ids are sharded over, if any.
+        implementation: A name from `choose`.
+        shape: The shape on one device.
+    """
+    if implementation != "cudnn":
+        return segment_ids_BT
+    from jaxtrain.model import attention_cudnn
+
+    find = functools.partial(attention_cudnn.documents, num_heads=shape.num_heads, head_dim=shape.head_dim)
+    if mesh is None or mesh.size == 1:
+        return find(segment_ids_BT)
+    rows = spec(("batch", None))
+    return jax.shard_map(find, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(segment_ids_BT)
+
+
+def most_documents(implementation: str, shape: Shape) -> tuple[int, int] | None:
+    """Returns (rows, documents): that many rows of a device may have that many documents together. None for any."""
+    if implementation != "cudnn":
+        return None
+    from jaxtrain.model import attention_cudnn
+
+    return attention_cudnn.most_documents((shape.rows, shape.seq_len, shape.num_heads, shape.head_dim))
+
+
 def attend(
     q_BTHh: jax.Array,
     k_BTKh: jax.Array,
     v_BTKh: jax.Array,
-    segment_ids_BT: jax.Array,
+    documents: Any,
     *,
     mesh: Mesh | None,
     implementation: str,
@@ -116,7 +147,7 @@ def attend(
         q_BTHh: Queries.
         k_BTKh: Keys.
         v_BTKh: Values.
-        segment_ids_BT: Document of each token, int32.
+        documents: What `documents` returned: for "xla" and "splash", the document of each token, int32 [B, T].
         mesh: The mesh that the arrays are sharded over, if any.
         implementation: A name from `choose`. "splash" runs interpreted if the mesh has no TPU.
         sliding_window: Visible tokens, including the token itself; None for all.
@@ -126,14 +157,14 @@ def attend(
     """
     kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
     if mesh is None or mesh.size == 1:
-        return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+        return kernel(q_BTHh, k_BTKh, v_BTKh, documents)
     rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
     if share_of_context(mesh, q_BTHh.shape[2], k_BTKh.shape[2]) is not None:
         kernel, names = _by_heads(kernel, mesh.shape["context"]), ("batch", "sequence", "activation_heads", None)
     # Each device has its own rows and heads, so there is no other communication.
     heads = spec(names)
     return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
-        q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
+        q_BTHh, k_BTKh, v_BTKh, documents
     )
 
 
@@ -172,10 +203,10 @@ def _by_heads(kernel: Any, context: int) -> Any:
     def trade(x: jax.Array, give: int, take: int) -> jax.Array:
         return jax.lax.all_to_all(x, "context", split_axis=give, concat_axis=take, tiled=True)
 
-    def attend_share(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT):
+    def attend_share(q_BTHh, k_BTKh, v_BTKh, documents):
         copies = _repeats(q_BTHh.shape[2], k_BTKh.shape[2], context)
         k, v = (x if copies == 1 else x.repeat(copies, axis=2) for x in (k_BTKh, v_BTKh))
-        x_BTHh = kernel(*(trade(x, 2, 1) for x in (q_BTHh, k, v)), segment_ids_BT)
+        x_BTHh = kernel(*(trade(x, 2, 1) for x in (q_BTHh, k, v)), documents)
         return trade(x_BTHh, 1, 2)
 
     return attend_share
@@ -186,8 +217,7 @@ def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
 
     XLA's pass that gathers the next layer's parameters one loop iteration ahead clones the loop body, and the clones
     share its inner loops. A later pass then aborts the process ("Call graph must have been flattened": jaxlib 0.10.2,
-    1B model on 8 A100s). The block rows of attention_xla are such inner loops; without the pass they compile. In layers
-    with cuDNN those loops are inside a `cond` and compile with the pass too.
+    1B model on 8 A100s). The block rows of attention_xla are such inner loops; without the pass they compile.
     """
     if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or "xla" not in names:
         return {}
@@ -254,7 +284,8 @@ def _run(implementation: str, shape: Shape) -> tuple[jax.Array, ...]:
     @jax.jit
     def run(q, k, v, dx, segment_ids):
         options: Any = {"mesh": None, "implementation": implementation, "sliding_window": shape.sliding_window}
-        x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids, **options), q, k, v)
+        found = documents(segment_ids, None, implementation, shape)
+        x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, found, **options), q, k, v)
         return x, *pull(dx)
 
     return run(q, k, v, dx, segment_ids)

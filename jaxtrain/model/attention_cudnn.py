@@ -2,37 +2,96 @@
 
 JAX's public function does not support segments, so this calls a private one. `attention.self_check` compares it with
 the XLA implementation on the run's own shapes before use.
+
+cuDNN sees a device's rows as one sequence of tokens and takes a list of the documents in it, of fixed length. The list
+is made once per micro-batch, for all layers (`documents`). A batch with more documents gets another program, chosen on
+the host (`most_documents`): a branch on the device would make the host wait for it in every layer, copy its operands,
+and double the compile time (1B on an H200: 3,904 waits a step).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxtrain.distributed import sharding
-from jaxtrain.model.attention_xla import attend_xla
 
-# Maximum documents per row that the kernel is compiled for. It keeps MAX_DOCUMENTS * H * T fp32 softmax statistics per
-# row (17 MB at H=32, T=2,048), so this cannot be T. A batch with more documents in a row uses XLA.
-MAX_DOCUMENTS = 64
-# The largest offset, in elements of the queries, that JAX's wrapper can represent (int32).
+# The kernel keeps [slots, H, T] fp32 softmax statistics, so there cannot be a slot for every token. With a slot for 64
+# tokens they are half as large as the queries at T=2,048, h=128, and documents may be as short as 64 tokens on average
+# over the rows of a device: web pages and code files have 500 to 1,500, chat turns about 100.
+_TOKENS_PER_SLOT = 64
+# A few rows may be far from the average.
+_LEAST_SLOTS = 64
+# The largest offset, in elements of the queries, that cuDNN's offsets can represent (int32).
 MAX_OFFSET = (1 << 31) - 1
-# Grouped queries give silently wrong results in jax before 0.11.2 (jax PR 39521).
-GROUPS_ARE_RIGHT = jax.__version_info__ >= (0, 11, 2)
+
+
+class Documents(NamedTuple):
+    """The documents of a device's rows, in the order of the rows. There are B * M slots; unused ones are empty.
+
+    Attributes:
+        lengths: Tokens of each document, int32 [B, M].
+        starts: Its first token, counted from that of the first row, int32 [B, M + 1].
+    """
+
+    lengths: jax.Array
+    starts: jax.Array
+
+
+def documents(segment_ids_BT: jax.Array, num_heads: int, head_dim: int) -> Documents:
+    """Finds the runs of equal ids in each row. Padding (0) is a run like any other.
+
+    Args:
+        segment_ids_BT: Document of each token, int32. At most `most_documents` runs.
+        num_heads: Query heads on this device.
+        head_dim: Width of a head.
+    """
+    batch, seq_len = segment_ids_BT.shape
+    parts = row_parts((batch, seq_len, num_heads, head_dim))
+    rows, changes = batch // parts, segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    first_BT = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    slots = slots_per_row(rows, seq_len)
+
+    def starts(first_N: jax.Array) -> jax.Array:
+        return jnp.nonzero(first_N, size=rows * (slots + 1), fill_value=first_N.size)[0]
+
+    starts_PN = jax.vmap(starts)(first_BT.reshape(parts, -1)).astype(jnp.int32)
+    lengths_PN = jnp.diff(starts_PN, axis=1)[:, : rows * slots]
+    return Documents(lengths_PN.reshape(batch, slots), starts_PN.reshape(batch, slots + 1))
+
+
+def slots_per_row(rows: int, seq_len: int) -> int:
+    """Documents per row, on average over the rows, that the kernel is compiled for."""
+    return max(2, -(-max(_LEAST_SLOTS, rows * seq_len // _TOKENS_PER_SLOT) // rows))
+
+
+def most_documents(shape_BTHh: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (rows, documents): that many rows of a device may have that many runs of equal ids together."""
+    rows = shape_BTHh[0] // row_parts(shape_BTHh)
+    return rows, rows * slots_per_row(rows, shape_BTHh[1])
+
+
+def row_parts(shape_BTHh: tuple[int, ...]) -> int:
+    """Returns the fewest equal parts of the rows such that no offset, in elements of the queries, reaches 2^31.
+
+    `attention.choose` has already ruled out a single row of that size.
+    """
+    rows, *row = shape_BTHh
+    return next(parts for parts in sharding.divisors(rows) if rows // parts * math.prod(row) <= MAX_OFFSET)
 
 
 def attend_cudnn(
-    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, *, sliding_window: int | None
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, found: Documents, *, sliding_window: int | None
 ) -> jax.Array:
-    """Computes softmax(q kᵀ / sqrt(h)) v in bfloat16, within segments, up to `sliding_window` - 1 tokens back.
+    """Computes softmax(q kᵀ / sqrt(h)) v in bfloat16, within documents, up to `sliding_window` - 1 tokens back.
 
     Args:
         q_BTHh: Queries.
         k_BTKh: Keys.
         v_BTKh: Values.
-        segment_ids_BT: Document of each token, int32.
+        found: The documents, from `documents`.
         sliding_window: Visible tokens, including the token itself; None for all.
 
     Returns:
@@ -40,62 +99,32 @@ def attend_cudnn(
     """
     parts = row_parts(q_BTHh.shape)
     if parts > 1:
-        arrays = (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
-        split = tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (q_BTHh, k_BTKh, v_BTKh, found))
         x = jax.lax.map(lambda part: attend_cudnn(*part, sliding_window=sliding_window), split)
         return x.reshape(q_BTHh.shape)
-    starts_BM, lengths_BM, count_B = documents(segment_ids_BT, min(MAX_DOCUMENTS, segment_ids_BT.shape[1]))
-
-    def packed(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
-        if not GROUPS_ARE_RIGHT:
-            group = q_BTHh.shape[2] // k_BTKh.shape[2]
-            k_BTKh, v_BTKh = jnp.repeat(k_BTKh, group, axis=2), jnp.repeat(v_BTKh, group, axis=2)
-        x_BTHh: Any = cudnn.dot_product_attention(
-            q_BTHh,
-            k_BTKh,
-            v_BTKh,
-            q_seqlen=lengths_BM,
-            kv_seqlen=lengths_BM,
-            q_offsets=starts_BM,
-            kv_offsets=starts_BM,
-            scale=1 / math.sqrt(q_BTHh.shape[-1]),
-            mask_type=cudnn.MaskType.PADDING_CAUSAL,
-            sliding_window_length=sliding_window,
-        )
-        return x_BTHh
-
-    def general(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
-        return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
-
-    return jax.lax.cond(jnp.all(count_B <= starts_BM.shape[1] - 1), packed, general, q_BTHh, k_BTKh, v_BTKh)
+    x_BTHh: Any = cudnn.dot_product_attention(
+        q_BTHh,
+        k_BTKh,
+        v_BTKh,
+        q_seqlen=found.lengths,
+        kv_seqlen=found.lengths,
+        q_offsets=found.starts * math.prod(q_BTHh.shape[2:]),
+        kv_offsets=found.starts * math.prod(k_BTKh.shape[2:]),
+        scale=1 / math.sqrt(q_BTHh.shape[-1]),
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=sliding_window,
+    )
+    return x_BTHh
 
 
-def row_parts(shape_BTHh: tuple[int, ...]) -> int:
-    """Returns the fewest equal parts of the rows such that no offset reaches 2^31.
-
-    JAX's wrapper multiplies document offsets, up to B * T, by H * h in int32 (`_fix_seqlen_offsets`), so larger queries
-    would silently overflow. `attention.choose` has already ruled out a single row of that size.
-    """
-    rows, *row = shape_BTHh
-    return next(parts for parts in sharding.divisors(rows) if rows // parts * math.prod(row) <= MAX_OFFSET)
+def _as_given(q_seqlen: Any, kv_seqlen: Any, q_offsets: Any, kv_offsets: Any, query: Any, key: Any) -> tuple[Any, ...]:
+    return q_seqlen, kv_seqlen, q_offsets, kv_offsets
 
 
-def documents(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Finds the runs of equal ids in each row, in the layout that cuDNN's wrapper requires.
-
-    Padding (0) is a run like any other.
-
-    Returns:
-        (starts [B, most + 1], lengths [B, most], count [B]), int32, filled up with -1.
-    """
-    seq_len = segment_ids_BT.shape[1]
-    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    first_BT = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    count_B = first_BT.sum(axis=1, dtype=jnp.int32)
-    starts = jax.vmap(lambda first_T: jnp.nonzero(first_T, size=most + 1, fill_value=seq_len)[0])(first_BT)
-    slots = jnp.arange(most + 1)[None]
-    lengths = jnp.where(slots[:, :-1] < count_B[:, None], jnp.diff(starts, axis=1), -1)
-    return jnp.where(slots < count_B[:, None], starts, -1).astype(jnp.int32), lengths.astype(jnp.int32), count_B
+# JAX's own function turns documents by row into cuDNN's list again in every layer, with room for the most crowded row
+# in each, and until 0.11.2 with wrong offsets for grouped keys (jax PR 39521). Ours are in the final form.
+assert callable(cudnn._fix_seqlen_offsets)
+cudnn._fix_seqlen_offsets = _as_given
 
 
 def compile_for(capability: tuple[int, int]) -> None:

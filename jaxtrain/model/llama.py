@@ -31,24 +31,26 @@ logger = logging.getLogger("jaxtrain")
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in the compute dtype
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
+MOST_LAYERS = 1 << 16  # absurd numbers end in a message, not in an error of NumPy or of the memory
 REMAT = ("none", "full", "dots")
 
 
-def remat_policy(remat: str, implementation: str) -> Any:
+def remat_policy(remat: str) -> Any:
     """Returns what the backward pass keeps of each layer, besides its input, as a policy for `jax.checkpoint`.
 
     Args:
         remat: "full" or "dots".
-        implementation: Of attention. cuDNN's output is not kept: its statistics, [B * 64, H, T] in fp32, are as large
-            as the queries, and both are copied out of the `cond` (1B on an H200: 13.7 s a step instead of 13.4).
     """
     if remat == "full":
         return None
     policies = jax.checkpoint_policies
-    dots = policies.dots_with_no_batch_dims_saveable
-    if implementation == "cudnn":
-        return dots
-    return policies.save_from_both_policies(dots, policies.save_only_these_names(SAVED))
+    named = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    # cuDNN's output and statistics have no name: they belong to JAX's function.
+    return lambda primitive, *args, **params: (
+        primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -78,7 +80,7 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights and its attention; with cuDNN, attention as well.
+            weights and its attention.
         scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
@@ -107,9 +109,13 @@ class LlamaConfig:
     attention: str = "auto"
 
     def check(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        positions = ("max_seq_len", "sliding_window", "no_rope_every")
+        most = {**dict.fromkeys(widths, 1 << 24), "num_layers": MOST_LAYERS, **dict.fromkeys(positions, (1 << 31) - 1)}
+        for name, limit in most.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= limit:
+                raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: each key head "
@@ -122,9 +128,6 @@ class LlamaConfig:
             )
         if self.resolved_head_dim < 2 or self.resolved_head_dim % 2:
             raise UserError(f"A head of width {self.resolved_head_dim}: rotary positions need an even one, at least 2.")
-        for name in ("sliding_window", "no_rope_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1, or none.")
         for name in ("rope_theta", "norm_eps", "initializer_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be above 0.")
@@ -160,7 +163,7 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
@@ -226,11 +229,13 @@ class Llama(BaseModel):
         self, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ) -> Hidden:
         implementation = self.attention_choice(*tokens_BT.shape).name
+        shape = self._attention_shape(*tokens_BT.shape)
+        documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
         def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-            return self._attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, implementation), None
+            return self._attend(q_BTHh, k_BTKh, v_BTKh, documents, implementation), None
 
-        policy = remat_policy(self.config.remat, implementation) if self.config.remat != "none" else None
+        policy = remat_policy(self.config.remat) if self.config.remat != "none" else None
         return Hidden(self._decode(params, tokens_BT, positions_BT, lambda _: attend, None, policy)[0])
 
     def head(self, params: Params) -> jax.Array:
@@ -322,13 +327,13 @@ class Llama(BaseModel):
     # ---- Attention
 
     def _attend(
-        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, implementation: str
+        self, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, documents: Any, implementation: str
     ) -> jax.Array:
         return attention.attend(
             q_BTHh,
             k_BTKh,
             v_BTKh,
-            segment_ids_BT,
+            documents,
             mesh=self.mesh,
             implementation=implementation,
             sliding_window=self.config.sliding_window,
@@ -365,6 +370,13 @@ class Llama(BaseModel):
             failed = consensus.any_process(problem is not None)
             self._verdicts[key] = problem or ("it fails on another process" if failed else None)
         return self._verdicts[key]
+
+    def most_documents(self, batch_size: int, seq_len: int) -> tuple[int, int] | None:
+        shape = self._attention_shape(batch_size, seq_len)
+        return attention.most_documents(self.attention_choice(batch_size, seq_len).name, shape)
+
+    def unbounded(self) -> "Llama":
+        return dataclasses.replace(self.config, attention="xla").build(self.vocab_size, self.mesh)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)

@@ -123,7 +123,7 @@ class FastEngine:
             return functools.partial(_encode, fastokens.Tokenizer.from_json_str(text).encode_batch_flat)
 
         record = self._record(version)
-        found = json.loads(record.read_text()) if record is not None and record.exists() else {}
+        found = _read(record) if record is not None else {}
         if "pre_tokenizer" in found:
             self.encode = load(found["pre_tokenizer"])
         elif not found:
@@ -189,6 +189,15 @@ def _encode(flat: Callable[..., tuple[bytes, bytes]], texts: list[str]) -> tuple
         ids, offsets = flat(well_formed(texts), split_special_tokens=True)
     # uint32 and uint64 as signed: ids and offsets are far below 2^31 and 2^63.
     return np.frombuffer(ids, np.int32), np.diff(np.frombuffer(offsets, np.int64))
+
+
+def _read(path: epath.Path) -> Json:
+    """Returns a kept result; {} if there is none or it cannot be read, so that the check runs again."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and ("pre_tokenizer" in found or isinstance(found.get("refused"), str)):
+            return found
+    return {}
 
 
 def _write(path: epath.Path, text: str) -> None:

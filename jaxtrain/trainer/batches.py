@@ -122,10 +122,11 @@ class BatchIterator(grain.DatasetIterator):
         tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch=True, is_tool=True)
         skipped = open_data.skipped(workdir.path, saved)
         sources = {name: one.source for name, one in opened.items()}
-        readers = config.data.build(sources, seed=config.seed, skipped=skipped)
+        forgotten = open_data.forgotten(config, workdir.path, saved)
+        readers = config.data.build(sources, seed=config.seed, skipped=skipped, forgotten=forgotten.documents)
         commits = {reader.name: reader.source.identity.get("revision") for reader in readers}
         self._revisions = {name: commit for name, commit in commits.items() if commit is not None}
-        identities = compatibility.identities(config, readers, tokenizer, plan)
+        identities = compatibility.identities(config, readers, tokenizer, plan, forgotten)
         self._digest = _digest(identities, dataset.lanes)
         states: dict[int, np.ndarray] = {}
         if saved is not None:
@@ -158,5 +159,6 @@ def _digest(identities: Json, lanes: range) -> str:
         [config[name] for name in ("seed", "epochs", "stages")],
         [config["data"][field] for group, _, field in fixed if group == "data"],
         [lanes.start, lanes.stop],
+        *identities["forgotten"]["documents"].items(),
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

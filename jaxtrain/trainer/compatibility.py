@@ -7,7 +7,9 @@ from typing import Any
 
 from jaxtrain import cli
 from jaxtrain.config import Config
+from jaxtrain.data import forgotten as forgotten_lists
 from jaxtrain.data import skipped_files
+from jaxtrain.data.forgotten import Forgotten
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.distill import teacher
 from jaxtrain.errors import UserError
@@ -40,7 +42,9 @@ def settled(config: Config, saved: Json | None) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
 
 
-def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan) -> Json:
+def identities(
+    config: Config, readers: Sequence[SourceReader], tokenizer: Tokenizer, plan: Plan, forgotten: Forgotten
+) -> Json:
     """Returns what every checkpoint records besides the lanes' positions."""
     return {
         "sources": {reader.name: reader.identity for reader in readers},
@@ -48,6 +52,7 @@ def identities(config: Config, readers: Sequence[SourceReader], tokenizer: Token
         "teacher": None,
         "plan": plan.record(),
         "config": cli.to_json(config),
+        "forgotten": forgotten.to_json(),
     }
 
 
@@ -108,6 +113,8 @@ def check(saved: Json, now: Json, plan: Plan, step: int) -> list[str]:
         more, taken_back = skipped_files.compare(name, old["skips"], new["skips"])
         given_up += more
         lines += taken_back
+    old, new = (forgotten_lists.from_json(one.get("forgotten", {"documents": {}}), step) for one in (saved, now))
+    lines += forgotten_lists.compare(old, new, step)
     if lines:
         raise UserError(
             f"the checkpoint of step {step} was trained with another config, and continuing with this one would not "

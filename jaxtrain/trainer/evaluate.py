@@ -57,7 +57,7 @@ class Evaluator:
         resolved: the sources by name.
         skipped: corrupt files that the run skips.
         scratch: a local folder for temporary files.
-        executable: returns the compiled evaluation step; called for each evaluation.
+        executable: returns the compiled evaluation step for a batch, given its `StepBatch.documents`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Evaluator:
         seed: int,
         skipped: SkippedFiles,
         scratch: str,
-        executable: Callable[[], Any],
+        executable: Callable[[np.ndarray], Any],
     ):
         self._data, self._mesh, self._threads = data, mesh, threads
         self._executable = executable
@@ -120,9 +120,9 @@ class Evaluator:
         return values | ({"eval_by_source": found} if found else {})
 
     def _measure(self, params: object, batches: Sequence[StepBatch]) -> dict[str, float | None]:
-        executable, sums = self._executable(), np.zeros(3)
+        sums = np.zeros(3)
         for batch in Feed(iter(batches), self._mesh, self._lanes, self._data.num_lanes):
-            measured = executable(params, batch.arrays, self._token_bytes)
+            measured = self._executable(batch.documents)(params, batch.arrays, self._token_bytes)
             sums += [float(measured[name]) for name in ("nats", "tokens", "bytes")]
         nats, tokens, byte_count = sums.tolist()
         if not tokens or not byte_count:

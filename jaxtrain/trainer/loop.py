@@ -229,7 +229,7 @@ class Loop:
         if not programs.ready(at.batch_size, at.seq_len):
             with self._monitor.span("compile"):
                 programs.get(at.batch_size, at.seq_len)
-        executable = programs.get(at.batch_size, at.seq_len)
+        executable = programs.get(at.batch_size, at.seq_len, batch.documents)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
         self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
         programs.start(at.stage + 1)  # after dispatching: tracing holds the GIL

@@ -5,7 +5,9 @@ Only process 0 queries the network; it broadcasts the result. If it fails, all p
 
 import collections
 import contextlib
+import difflib
 import functools
+import json
 import logging
 import math
 import os
@@ -16,10 +18,12 @@ import jax
 from etils import epath
 
 from jaxtrain.checkpoint import restore
-from jaxtrain.checkpoint.workdir import Workdir
+from jaxtrain.checkpoint.workdir import Workdir, write_atomically
 from jaxtrain.config import Config
+from jaxtrain.data import forgotten as forgotten_lists
 from jaxtrain.data import modes, pipeline
 from jaxtrain.data import skipped_files as skip_lists
+from jaxtrain.data.forgotten import Documents, Forgotten
 from jaxtrain.data.io import retry
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.modes import OpenedSource
@@ -113,7 +117,11 @@ def resolve(config: Config, saved: Json | None, cache: DiskCache | None = None) 
 
 
 def build(
-    config: Config, resolved: Mapping[str, Source], skipped: SkippedFiles, scratch: str | None = None
+    config: Config,
+    resolved: Mapping[str, Source],
+    skipped: SkippedFiles,
+    forgotten: Documents,
+    scratch: str | None = None,
 ) -> list[SourceReader]:
     """Splits the sources into units. Process 0 reads the row counts of the files and broadcasts them.
 
@@ -122,7 +130,7 @@ def build(
     """
 
     def cut() -> list[SourceReader]:
-        readers = config.data.build(resolved, seed=config.seed, skipped=skipped, scratch=scratch)
+        readers = config.data.build(resolved, seed=config.seed, skipped=skipped, forgotten=forgotten, scratch=scratch)
         for reader in readers:
             reader.check_lanes()
         return readers
@@ -150,6 +158,50 @@ def skipped(workdir: epath.PathLike, saved: Json | None) -> dict[str, dict[str, 
     for source, files in found.items():
         for file, row in files.items():
             logger.info("Source %s: corrupt file %s is skipped from row %d on.", source, file, max(row, 0))
+    return found
+
+
+def save_forgotten(workdir: epath.PathLike, found: Forgotten) -> None:
+    """Replaces the work directory's list. Call it on process 0."""
+    write_atomically(epath.Path(workdir) / forgotten_lists.FILE, json.dumps(found.to_json(), indent=1) + "\n")
+
+
+def forgotten(config: Config, workdir: epath.PathLike, saved: Json | None, is_run: bool = False) -> Forgotten:
+    """Documents to leave out, from the work directory, the checkpoint and `data.forget`.
+
+    Those that are new in `data.forget` are left out from the next step on.
+
+    Args:
+        config: the run's config.
+        workdir: the work directory.
+        saved: the data state of the checkpoint to continue from, if any.
+        is_run: whether the list is written to the work directory.
+    """
+    path, step = epath.Path(workdir) / forgotten_lists.FILE, 1 + (saved["step"] if saved else 0)
+
+    def read() -> Json:
+        # What a checkpoint was trained without counts more than the file.
+        found = forgotten_lists.from_json((saved or {}).get("forgotten", Forgotten().to_json()), step)
+        if path.exists():
+            found.learn(forgotten_lists.load(path))
+        if config.data.forget:
+            asked = forgotten_lists.load(epath.Path(config.data.forget), step)
+            unknown = min(asked.documents.keys() - config.data.sources.keys(), default=None)
+            if unknown is not None:
+                near = difflib.get_close_matches(unknown, config.data.sources) or list(config.data.sources)
+                raise UserError(
+                    f"data.forget={config.data.forget}: there is no source {unknown!r}; did you mean "
+                    f"{' or '.join(near)}?"
+                )
+            found.learn(asked)
+        if is_run and found.documents:
+            save_forgotten(workdir, found)
+        return found.to_json()
+
+    found = forgotten_lists.from_json(broadcast_json(on_process_0(read, _FAILED)), step)
+    for source, files in found.documents.items():
+        count = sum(map(len, files.values()))
+        logger.info("Source %s: %s document(s) are left out (%s).", source, f"{count:,}", path.name)
     return found
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from jaxtrain.cost import memory
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
@@ -60,18 +62,25 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A program of a run: of a train step's shape, or of the evaluation, or of its tasks."""
+    """A program of a run: of a train step's shape, or of the evaluation.
+
+    Attributes:
+        evaluates: for an evaluation: held-out loss, or tasks.
+        asks: for tasks.
+        crowded: for batches with more documents than the model's attention kernel takes.
+    """
 
     batch_size: int
     seq_len: int
     evaluates: bool = False
-    asks: bool = False  # tasks; such a program evaluates, too
+    asks: bool = False
+    crowded: bool = False
 
 
 def lower(components: StepComponents, key: Key, micro_batches: int) -> Any:
     """Traces a program; `.compile()` returns the executable."""
     lower_one = lower_task_step if key.asks else lower_eval_step if key.evaluates else lower_train_step
-    return lower_one(components, key.batch_size, key.seq_len, micro_batches)
+    return lower_one(components.unbounded() if key.crowded else components, key.batch_size, key.seq_len, micro_batches)
 
 
 class StagePrograms:
@@ -173,23 +182,45 @@ class StagePrograms:
         future = self._compiling.get(Key(batch_size, seq_len))
         return future is not None and future.done()
 
-    def get(self, batch_size: int, seq_len: int) -> Any:
-        """Returns the train step's executable, waiting for it if necessary. Raises as `program`."""
-        return self.program(batch_size, seq_len).executable
+    def get(self, batch_size: int, seq_len: int, documents: np.ndarray | None = None) -> Any:
+        """Returns the train step's executable for a batch, waiting for it if necessary. Raises as `program`.
+
+        Args:
+            batch_size: rows of the batch.
+            seq_len: tokens per row.
+            documents: the batch's `StepBatch.documents`; None for a batch that no kernel's bound excludes.
+        """
+        return self._program(self._for(Key(batch_size, seq_len), documents)).executable
 
     def program(self, batch_size: int, seq_len: int) -> Program:
         """Returns the train step for a shape, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
         return self._program(Key(batch_size, seq_len))
 
-    def evaluation(self) -> Program:
-        """Returns the evaluation step, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
-        assert self._evaluation is not None
-        return self._program(self._evaluation)
+    def evaluation(self, documents: np.ndarray | None = None) -> Program:
+        """Returns the evaluation step for a batch, waiting for it if necessary. `documents` is as in `get`.
 
-    def tasks(self) -> Program:
-        """Returns the program of the tasks, waiting for it if necessary. Raises DoesNotFitError if it cannot fit."""
+        Raises:
+            DoesNotFitError: it cannot fit.
+        """
+        assert self._evaluation is not None
+        return self._program(self._for(self._evaluation, documents))
+
+    def tasks(self, documents: np.ndarray | None = None) -> Program:
+        """Returns the program of the tasks for a batch, as `evaluation`."""
         assert self._tasks is not None
-        return self._program(self._tasks)
+        return self._program(self._for(self._tasks, documents))
+
+    def _for(self, key: Key, documents: np.ndarray | None) -> Key:
+        """Returns the program for a batch: all processes take the crowded one if any has too many documents.
+
+        A device's rows in a micro-batch are some of its process's, in any order: at worst those with most documents.
+        """
+        if documents is None:
+            return key
+        micro_batch = key.batch_size // self._program(key).micro_batches
+        bounds = self._components.most_documents(micro_batch, key.seq_len)
+        too_many = any(documents[:rows].sum() > most for rows, most in bounds)
+        return dataclasses.replace(key, crowded=True) if bounds and consensus.any_process(too_many) else key
 
     def _longest(self, stage: int) -> Key:
         seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
@@ -240,15 +271,17 @@ class StagePrograms:
         """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
         mesh = self._components.mesh
         rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-        return [count for count in sharding.divisors(rows) if count >= self._fewest[key]]
+        fewest = self._fewest[dataclasses.replace(key, crowded=False)]
+        return [count for count in sharding.divisors(rows) if count >= fewest]
 
     def _name(self, key: Key) -> str:
+        where = ", a batch with too many documents for the attention kernel" * key.crowded
         if key.evaluates:
-            return "The program of eval.tasks" if key.asks else "Evaluation"
+            return f"{'The program of eval.tasks' if key.asks else 'Evaluation'}{where}"
         named = [
             f"{s.index} ({s.name})" for s in self._stages if (s.batch_size, s.seq_len) == (key.batch_size, key.seq_len)
         ]
-        return f"Stage{'s' * (len(named) > 1)} {', '.join(named)}"
+        return f"Stage{'s' * (len(named) > 1)} {', '.join(named)}{where}"
 
     def _misfit(self, key: Key, needs: str) -> str:
         assert self.limit is not None

@@ -76,6 +76,7 @@ class Session:
         identities: what every checkpoint records about data and model (see `compatibility`).
         sources: the sources of documents, by name.
         modes: how each source is read, by name.
+        forgotten: the documents that are left out.
         cache: the disk cache; None if no source uses it.
         scratch: a local folder for temporary files.
         start_step: step of the restored checkpoint; 0 for a new run.
@@ -121,6 +122,7 @@ class Session:
         self._tasks_folder = workdir.tasks
         cache = config.data.cache(os.path.join(self.scratch, "data"))
         self._skipped = open_data.skipped(workdir.path, saved)
+        self.forgotten = open_data.forgotten(config, workdir.path, saved, is_run=fetch)
         self.tokenizer, opened = open_data.open_all(config, workdir, saved, cache, fetch)
         self.sources = {name: one.source for name, one in opened.items()}
         self.modes = {name: one.mode for name, one in opened.items()}
@@ -130,7 +132,7 @@ class Session:
         self.cache = cache if is_used else None
         if self.cache is not None:
             _clean_up(self.cache)
-        self.readers = open_data.build(config, self.sources, self._skipped, self.scratch)
+        self.readers = open_data.build(config, self.sources, self._skipped, self.forgotten.documents, self.scratch)
         for reader in self.readers:
             logger.info("Source %s", reader.summary)
         if math.isnan(self.plan.at(1).learning_rate):  # only `epochs` ends the run
@@ -152,7 +154,7 @@ class Session:
         self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
-        self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan)
+        self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan, self.forgotten)
         self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
         self._lane_states: dict[int, np.ndarray] = {}
         self.stage_ends = ledger.StageEnds(self.plan)
@@ -240,7 +242,7 @@ class Session:
                 config.seed,
                 self._skipped,
                 self.scratch,
-                lambda: self.programs.evaluation().executable,
+                lambda documents: self.programs.evaluation(documents).executable,
             )
             self.evaluators.append(held_out)
         if config.eval.tasks:
@@ -252,7 +254,7 @@ class Session:
                 config.data.add_bos,
                 components,
                 (self.eval_plan or self.plan).stages[-1].batch_size,
-                lambda: self.programs.tasks().executable,
+                lambda documents: self.programs.tasks(documents).executable,
             )
             self.evaluators.append(tasks)
             self.programs.add_tasks(*tasks.shape)

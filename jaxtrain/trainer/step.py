@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, LossFn, Model, Optimizer, Params
+from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Model, Optimizer, Params
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
 from jaxtrain.trainer.state import State, abstract
@@ -84,6 +84,21 @@ class StepComponents:
     def record_width(self) -> int:
         """Bytes of a teacher's record per token of a batch; 0 without records."""
         return 0 if self.distilled is None else self.distilled.width
+
+    def most_documents(self, batch_size: int, seq_len: int) -> list[tuple[int, int]]:
+        """The bounds of the models on a micro-batch of this shape, see `interfaces.BoundedModel`."""
+        models = (self.model, None if self.distilled is None else self.distilled.teacher)
+        bounds = (one.most_documents(batch_size, seq_len) for one in models if isinstance(one, BoundedModel))
+        return [bound for bound in bounds if bound is not None]
+
+    def unbounded(self) -> "StepComponents":
+        """The same components for any number of documents."""
+        model, distilled = self.model, self.distilled
+        if distilled is not None and isinstance(distilled.teacher, BoundedModel):
+            distilled = dataclasses.replace(distilled, teacher=distilled.teacher.unbounded())
+        if isinstance(model, BoundedModel):
+            model = model.unbounded()
+        return dataclasses.replace(self, model=model, distilled=distilled)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, Any]:
         """XLA options for a step with micro-batches of this shape. The models' own come last: they need those."""

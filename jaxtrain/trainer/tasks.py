@@ -120,7 +120,7 @@ class TaskEvaluator:
         add_bos: whether documents begin with a beginning-of-sequence token.
         components: the components of a step.
         batch_size: the most rows of a batch.
-        executable: returns the compiled `lower_task_step` for `shape`; called for each evaluation.
+        executable: returns the compiled `lower_task_step` for `shape`, given the documents of each row, most first.
 
     Attributes:
         shape: batch size and row length.
@@ -139,7 +139,7 @@ class TaskEvaluator:
         add_bos: bool,
         components: StepComponents,
         batch_size: int,
-        executable: Callable[[], Any],
+        executable: Callable[[np.ndarray], Any],
     ):
         self._executable, self._mesh = executable, components.mesh
         self._questions = _read(names, limit, folder)
@@ -171,7 +171,7 @@ class TaskEvaluator:
         Returns:
             The negative log-likelihood of each choice, and whether each of its tokens is the likeliest.
         """
-        executable, size = self._executable(), self.shape[0]
+        size = self.shape[0]
         nats, greedy = np.zeros(len(self._requests)), np.zeros(len(self._requests), bool)
         flying: collections.deque[tuple[list[list[int]], Scores]] = collections.deque()
 
@@ -186,7 +186,8 @@ class TaskEvaluator:
 
         for begin in range(0, len(self._rows), size):
             rows = self._rows[begin : begin + size]
-            flying.append((rows, executable(params, self._batch(rows))))
+            documents = np.sort([len(row) + 1 for row in rows])[::-1]  # with padding
+            flying.append((rows, self._executable(documents)(params, self._batch(rows))))
             if len(flying) > _IN_FLIGHT:
                 take()
         while flying:

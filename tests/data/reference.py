@@ -4,10 +4,11 @@ Shares with the code under test only the keyed functions of data/units.py and pl
 values), the plan, and the tokenizer.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -79,6 +80,22 @@ class LaneStream:
     begun: set[int] = dataclasses.field(default_factory=set)
     cut: set[int] = dataclasses.field(default_factory=set)
     counted: set[int] = dataclasses.field(default_factory=set)  # tokens that have been trained on
+    documents: list[Identity] = dataclasses.field(default_factory=list)  # by number
+    removed: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(-1, -1))
+
+    def forget(self, gone: Set[Identity]) -> None:
+        """Removes documents, whether they have been read or not. What has been counted stays counted."""
+        kept = [index for index, owner in enumerate(self.owners) if self.documents[owner] not in gone]
+        places = collections.defaultdict(lambda: next(self.removed), {old: new for new, old in enumerate(kept)})
+        left = [[index for index in document if index in places] for document in self.left]
+        self.left = [[places[index] for index in document] for document in left if document]
+        self.counted = {places[index] for index in self.counted}
+        stay = [number for number, document in enumerate(self.documents) if document not in gone]
+        numbers = collections.defaultdict(lambda: next(self.removed), {old: new for new, old in enumerate(stay)})
+        self.begun, self.cut = ({numbers[number] for number in some} for some in (self.begun, self.cut))
+        self.owners = [numbers[self.owners[index]] for index in kept]
+        self.tokens = [self.tokens[index] for index in kept]
+        self.documents = [self.documents[number] for number in stay]
 
     @functools.cached_property
     def left(self) -> list[list[int]]:
@@ -214,21 +231,28 @@ def _add_epoch(
     held_out: bool,
     tokenizer: Tokenizer,
 ) -> None:
-    for _, text in lane_documents(data, name, seed, lane, epoch, held_out):
+    for identity, text in lane_documents(data, name, seed, lane, epoch, held_out):
         ids = tokenizer.encode_batch([text])[0].tolist()
         if ids:
             ids = [tokenizer.bos_id or 0] * data.add_bos + ids + [tokenizer.eos_id]
             number = stream.owners[-1] + 1 if stream.owners else 0
             stream.tokens += ids
             stream.owners += [number] * len(ids)
+            stream.documents.append(identity)
 
 
 def batches(
-    data: DataConfig, plan: Plan, lanes: Mapping[tuple[int, str], LaneStream], steps: int
+    data: DataConfig,
+    plan: Plan,
+    lanes: Mapping[tuple[int, str], LaneStream],
+    steps: int,
+    forgotten: Mapping[int, Set[Identity]] | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """The global batches of steps 1 to `steps`. Moves `lanes` on."""
+    """The global batches of steps 1 to `steps`. Moves `lanes` on. forgotten: By the first step without them."""
     found = []
     for step in range(1, steps + 1):
+        for stream in lanes.values() if step in (forgotten or {}) else ():
+            stream.forget((forgotten or {})[step])
         at = plan.at(step)
         rows: Sequence[dict[str, list[int]]] = [
             lanes[row * data.num_lanes // at.batch_size, plan.source_names[source]].row(

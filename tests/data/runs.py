@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.fit_packing import WINDOW
+from jaxtrain.data.forgotten import Documents
 from jaxtrain.data.pipeline import DataConfig, StepBatch, host_batches, pools
 from jaxtrain.data.skipped_files import SkippedFiles
 from jaxtrain.interfaces import Source, Tokenizer
@@ -52,13 +53,14 @@ def batches_of(
     prefetch: int = 2,
     held_out: bool = False,
     skipped: SkippedFiles | None = None,
+    forgotten: Documents | None = None,
     resolved: Mapping[str, Source] | None = None,
 ) -> Iterator[Iterator[StepBatch]]:
     """A host's batches; the threads end with the context. resolved: Sources to use instead of the case's own."""
     data = case.data
     if resolved is None:
         resolved = {name: source.resolve() for name, source in data.sources.items()}
-    readers = data.build(resolved, seed=case.seed, held_out=held_out, skipped=skipped)
+    readers = data.build(resolved, seed=case.seed, held_out=held_out, skipped=skipped, forgotten=forgotten)
     threads = pools(data)
     rows = data.row_spec(case.tokenizer, case.epochs)
     wanted = range(data.num_lanes) if lanes is None else lanes

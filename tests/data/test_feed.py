@@ -22,7 +22,8 @@ def host_batch(step: int, rows: int, columns: int, lanes: list[int]) -> StepBatc
     rng = np.random.default_rng(step)
     batch = {name: rng.integers(0, 1000, (rows, columns), np.int32) for name in BATCH_FIELDS}
     batch["loss_mask"] = batch["loss_mask"] > 500
-    return StepBatch(step, batch, {lane: np.full((1, 2), step) for lane in lanes}, ended=step == 3)
+    states = {lane: np.full((1, 2), step) for lane in lanes}
+    return StepBatch(step, batch, states, ended=step == 3, documents=np.ones(rows, np.int64))
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 16])

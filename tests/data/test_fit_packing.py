@@ -27,7 +27,7 @@ def take(found: FitPacker, rows: int, seq_len: int, document_mask: bool = True, 
 
 def resumed(lengths: list[int], old: FitPacker, skipped: int = 0) -> FitPacker:
     """A packer from the state of another, as a checkpoint keeps it. skipped: documents that are gone."""
-    saved = dict(zip(STATE_FIELDS, np.array(old.state, np.int64).tolist(), strict=True))
+    saved = dict(zip(STATE_FIELDS[:-1], np.array(old.state, np.int64).tolist(), strict=True))
     position = Position(saved["epoch"], saved["unit"], saved["row"], saved["base"])
     counts = Counts(*(saved[name] for name in ("documents", "tokens", "unique", "cut", "padding")))
     documents = iter(()) if position == END else pieces(lengths, 2, position.row + skipped)

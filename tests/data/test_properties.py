@@ -7,7 +7,7 @@ import collections
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.data import ledger
+from jaxtrain.data.forgotten import Forgotten
 from jaxtrain.data.lanes import STATE_FIELDS
 from jaxtrain.data.pipeline import DataConfig, StepBatch
 from jaxtrain.interfaces import BATCH_FIELDS, Batch
@@ -72,19 +73,54 @@ def through_json(states: dict[int, np.ndarray], names: Sequence[str]) -> dict[in
 
 def stopped_and_resumed_is_uninterrupted(rng: random.Random) -> None:
     """Stopped up to three times and resumed on other hosts: batches and states are those of the slow version."""
+    resumed_is_uninterrupted(rng, random_case(rng.randrange(10**9)), {})
+
+
+def forgotten_documents_leave_no_trace(rng: random.Random) -> None:
+    """The same where documents are forgotten from steps of the run on, most of them just when they are read."""
     case = random_case(rng.randrange(10**9))
+    listed = {
+        (lane, name): [i for i, text in reference.lane_documents(case.data, name, case.seed, lane, 0) if text.split()]
+        for lane, name in itertools.product(range(case.data.num_lanes), case.data.sources)
+    }
+    gone: dict[int, set[reference.Identity]] = collections.defaultdict(set)
+    for documents in listed.values():
+        for place in rng.sample(range(1, len(documents)), min(rng.randint(0, 9), len(documents) // 3)):
+            gone[rng.randint(1, case.last_step)].add(documents[place])
+    resumed_is_uninterrupted(rng, case, gone)
+
+
+def before(forgotten: Forgotten, step: int) -> Forgotten:
+    """The entries that hold before `step`."""
+    found = Forgotten()
+    for source, file, row, first in forgotten:
+        if first < step:
+            found.add(source, file, row, first)
+    return found
+
+
+def resumed_is_uninterrupted(rng: random.Random, case: Case, gone: Mapping[int, Set[reference.Identity]]) -> None:
+    """gone: Documents by the first step without them."""
     names, last = case.plan.source_names, case.last_step
-    lanes = reference.streams(case.data, case.seed, case.epochs, case.least_tokens)
-    wanted = reference.batches(case.data, case.plan, lanes, last)
+    lanes = reference.streams(case.data, case.seed, case.epochs, case.least_tokens * (2 if gone else 1))
+    wanted = reference.batches(case.data, case.plan, lanes, last, gone)
+    forgotten = Forgotten()
+    for step, identities in gone.items():
+        for name, file, row in identities:
+            source = case.data.sources[name]
+            assert isinstance(source, MemorySource)
+            forgotten.add(name, source.files[file], row, step)
     stops = sorted(rng.sample(range(1, last), min(rng.randint(0, 3), last - 1)))
-    whole = case.run()
+    whole = case.run(forgotten=forgotten.documents)
     states: dict[int, np.ndarray] = {}
     for begin, end in itertools.pairwise([0, *stops, last]):
         hosts = split(rng, case.data.num_lanes)
         case.data.workers = rng.choice([1, 2])
         prefetch = rng.choice([1, 3])
+        # Those that hold from a later step on need not be known yet.
+        known = forgotten.documents if rng.random() < 0.5 else before(forgotten, end + 1).documents
         # Hosts read beyond the step at which they stop.
-        runs = [case.run(after=begin, states=states, lanes=host, prefetch=prefetch) for host in hosts]
+        runs = [case.run(after=begin, states=states, lanes=host, prefetch=prefetch, forgotten=known) for host in hosts]
         for step in range(begin, end):
             batch, states = joined(hosts, [run[step - begin] for run in runs])
             for name in BATCH_FIELDS:
@@ -219,6 +255,7 @@ def share_plan(stages: Sequence[Stage], names: tuple[str, ...], lanes: int, seed
 
 PROPERTIES: tuple[Property, ...] = (
     stopped_and_resumed_is_uninterrupted,
+    forgotten_documents_leave_no_trace,
     an_epoch_has_every_document_once,
     sources_keep_their_share,
 )

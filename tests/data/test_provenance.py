@@ -1,5 +1,6 @@
 """Provenance against the documents: every token range matches the text in that row of that file."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,6 +72,8 @@ def test_every_row_is_made_of_the_documents_named(seed):
             for name, values in wanted.arrays.items():
                 np.testing.assert_array_equal(batch.arrays[name], values)
             assert len(origins) == at.batch_size
+            runs = [len(list(itertools.groupby(row))) for row in wanted.arrays["segment_ids"].tolist()]
+            assert wanted.documents.tolist() == sorted(runs, reverse=True)
             sources = [case.plan.source_names.index(origin.source) for origin in origins]
             assert sources == case.plan.sources_of(batch.step).tolist()
             for row, origin in enumerate(origins):

@@ -53,6 +53,9 @@ def test_windows_cover_each_token_once_and_fill_rows() -> None:
         rows = rows_of(found, context)
         assert sorted(id(window) for row in rows for window in row) == sorted(map(id, found))
         assert all(sum(window.end - window.begin for window in row) <= context for row in rows)
+        rows = rows_of(found, context, most=2)
+        assert sorted(id(window) for row in rows for window in row) == sorted(map(id, found))
+        assert max(map(len, rows)) == 2
 
 
 @pytest.mark.parametrize("shape", [(), pytest.param((2, 2, 2), marks=pytest.mark.slow)])

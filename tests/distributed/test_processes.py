@@ -65,28 +65,41 @@ def test_a_process_id_alone() -> None:
 
 def test_xla_flags() -> None:
     _check_xla_flags("")
-    _check_xla_flags("--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true --xla_dump_to=x")
-    with pytest.raises(UserError, match="no flag --xla_gpu_deterministic_op;"):
-        _check_xla_flags("--xla_dump_to=x --xla_gpu_deterministic_op=true")
-    with pytest.raises(UserError, match=r"anything else names a file\. There is none"):
-        _check_xla_flags("xla_dump_to=x")
+    _check_xla_flags("--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true --xla_dump_to='a b'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--xla_dump_to=x --xla_gpu_deterministic_op=true", "no flag --xla_gpu_deterministic_op;"),
+        ("--xla_dump_to=x --xla_gpu_deterministic_ops=perhaps", r"=perhaps: XLA cannot read the value"),
+        ("--xla_gpu_autotune_level=high", "XLA_FLAGS=--xla_gpu_autotune_level=high: XLA cannot read the value"),
+        ("--xla_dump_to", "no flag --xla_dump_to, or has no value: flags have the form --NAME=VALUE"),
+        ("xla_dump_to=x", r"anything else names a file\. There is none"),
+    ],
+)
+def test_xla_flags_that_xla_cannot_read(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _check_xla_flags(flags)
 
 
 @pytest.mark.parametrize("platform", ["foo", "cuda"])
 def test_a_platform_that_is_not_there(platform: str) -> None:
     script = """
-from jaxtrain.distributed import processes
+from jaxtrain.distributed import processes, sharding
 from jaxtrain.errors import UserError
-try:
-    processes.join(deterministic=False)
-except UserError as error:
-    print(error)
+for look in (sharding.MeshConfig().build, lambda: processes.join(deterministic=False)):
+    try:
+        look()
+    except UserError as error:
+        print(error)
 """
     command = [sys.executable, "-c", script]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
     found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=variables)
-    assert found.stdout.startswith(f"JAX_PLATFORMS={platform}"), found.stderr
-    assert "set JAX_PLATFORMS=cpu" in found.stdout
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2, found.stderr
+    assert all(line.startswith(f"JAX_PLATFORMS={platform}") and "set JAX_PLATFORMS=cpu" in line for line in lines)
 
 
 class _Cluster:

@@ -121,7 +121,7 @@ from jaxtrain.distributed import processes
 from jaxtrain.trainer import open_data
 processes.join(deterministic=False)
 config = cli.load("tests/e2e/configs/tiny.py:none", ["--config.data.sources.web.name=e2e/many"])
-readers = open_data.build(config, open_data.resolve(config, None), {})
+readers = open_data.build(config, open_data.resolve(config, None), {}, {})
 counts = [len(reader.partition.units) for reader in readers]
 os.write(1, f"units: {counts}\\n".encode())  # one write: the processes share the pipe
 multihost_utils.sync_global_devices("end")  # the first to leave would take the others with it

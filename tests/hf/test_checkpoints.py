@@ -1,6 +1,7 @@
 """A checkpoint's config against its tensors; damaged, quantized and unsupported checkpoints are refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,27 @@ REFUSED = [
     ({"hidden_size": 16.0}, r"hidden_size=16\.0 in config.json is not a whole number"),
     ({"num_hidden_layers": True}, "num_hidden_layers=True in config.json is not a whole number"),
     ({"num_hidden_layers": 0}, "describes an invalid model. num_layers=0"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers=10{30} in config.json is not a whole number below 2\\^31"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=10{9} in config.json must be at most 65,536"),
+    ({"model_type": "smollm3", "num_hidden_layers": 10**9}, "num_hidden_layers=10{9} in config"),
+    ({"vocab_size": 10**12}, "vocab_size=10{12} in config.json is not a whole number below 2"),
+    ({"hidden_size": 2**30, "head_dim": 2}, "hidden_size=1073741824: it must be from 1 to"),
+    ({"head_dim": 2**30}, "head_dim=1073741824: it must be from 1 to"),
+    ({"num_attention_heads": 2**25, "num_key_value_heads": 3}, "num_heads=33554432: it must be from 1 to"),
+    ({"rope_parameters": {"rope_theta": None}, "rope_theta": 7.0}, "rope_theta is null"),
+    ({"rope_theta": math.inf}, "rope_theta=inf in config.json is not a finite number"),
+    ({"rope_theta": 10**400}, "rope_theta=10{400} in config.json is not a finite number"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan in config.json is not a finite number"),
+    ({"rope_scaling": {"type": "linear", "factor": 1e999}}, "factor=inf in config.json is not a finite number"),
     ({"num_key_value_heads": 3}, "num_kv_heads=3"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' in config.json is not a number"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' in config.json is not a finite number"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings='true' in config.json is not true or false"),
     ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),
     ({"model_type": None}, "model_type=None is not supported"),
     ({"hidden_act": ["silu"]}, "hidden_act="),
     ({"rope_scaling": [1.0]}, r"rope_scaling=\[1\.0\] in config.json is not an object"),
     ({"rope_scaling": {"type": "linear"}}, "rope_type='linear' in config.json lacks factor"),
-    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' in config.json is not a number"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' in config.json is not a finite number"),
     ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"rope_scaling.factor=0\.5"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),

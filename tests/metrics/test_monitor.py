@@ -494,7 +494,7 @@ class FullFile:
 
 @pytest.mark.parametrize("writer", [0, 1])
 def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
-    """Neither a traceback nor a hang (tensorboardX's own writer waits forever for a thread that has ended)."""
+    """Neither a traceback nor a hang."""
     with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
         monitor.begin()
         monitor.log_step(step_of(1, 100), METRICS)
@@ -504,6 +504,6 @@ def test_a_full_disk_ends_the_run_with_a_message(tmp_path, writer):
             lines._file = FullFile(100)  # type: ignore[attr-defined]
         else:
             events.close()
-            events._events._py_recordio_writer._writer = FullFile(100)  # type: ignore[attr-defined]
+            events._events._file = FullFile(100)  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"the metrics of step 2 cannot be written to .*No space left"):
             monitor.log_step(step_of(2, 200), METRICS)

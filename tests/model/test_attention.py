@@ -1,6 +1,7 @@
 """Attention against float64 NumPy, forward and backward: packed documents, GQA, windows, odd lengths."""
 
 import dataclasses
+import pathlib
 import re
 import types
 from typing import Any
@@ -88,15 +89,25 @@ def test_splash_blocks_follow_the_table(length, kind, expected):
     assert attention_splash.block_sizes(length, kind) == expected
 
 
-@pytest.mark.parametrize("implementation", ["splash", "xla"])
+@pytest.fixture
+def hopper(monkeypatch):
+    """JAX's wrapper of cuDNN believes that there is a Hopper GPU."""
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(attention_cudnn.cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "xla", "cudnn"])
 @pytest.mark.parametrize(("policy", "saves"), [("full", False), ("dots", True)])
-def test_dots_saves_attention(implementation, policy, saves, capsys):
+def test_dots_saves_attention(implementation, policy, saves, capsys, hopper):
     (q, k, v), segments, _ = problem(1, 128, 2, 1, 8)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    documents = attention.documents(jnp.asarray(segments), None, implementation, SMALL)
 
     def loss(q, k, v):
-        return attend(q * 2, k, v, jnp.asarray(segments), mesh=None, implementation=implementation).sum()
+        return attend(q * 2, k, v, documents, mesh=None, implementation=implementation).sum()
 
-    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy, implementation)), q, k, v)
+    print_saved_residuals(jax.checkpoint(loss, policy=llama.remat_policy(policy)), q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
     # The output and the log-sum-exp of each query, besides q, k and v.
     assert len([line for line in kept if "from the argument" not in line]) == (2 if saves else 0)
@@ -110,34 +121,53 @@ def test_splash_on_a_mesh_gives_what_one_device_gives():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
 
 
+def forward_and_backward_of_cudnn(arrays, segments, dx, window=None):
+    shape = dataclasses.replace(SMALL, num_heads=arrays[0].shape[2], head_dim=arrays[0].shape[3])
+
+    @jax.jit
+    def run(arrays, segments, dx):
+        found = attention.documents(segments, None, "cudnn", shape)
+        options = {"mesh": None, "implementation": "cudnn", "sliding_window": window}
+        x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, found, **options), *arrays)
+        return x, pull(dx)
+
+    return jax.device_get(run(arrays, segments, dx))
+
+
 def as_documented(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, **options):
-    """cuDNN's wrapper as documented: document m of row b is q_seqlen[b, m] tokens from q_offsets[b, m] on."""
+    """cuDNN as documented: the rows are one sequence, and document m is q_seqlen[m] tokens from q_offsets[m] on.
+
+    Offsets are in elements. XLA passes as many documents as q_seqlen has elements.
+    """
     assert mask_type == attention_cudnn.cudnn.MaskType.PADDING_CAUSAL
     assert q_seqlen is kv_seqlen
-    assert q_offsets is kv_offsets
-    assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
-    ago = np.arange(query.shape[1])[:, None] - np.arange(query.shape[1])[None]
-    index = np.arange(query.shape[1])[None, None]
-    inside = (index >= q_offsets[:, :-1, None]) & (index < (q_offsets[:, :-1] + q_seqlen)[..., None])
-    same = jnp.any(inside[:, :, :, None] & inside[:, :, None], axis=1)
-    window = query.shape[1] if options["sliding_window_length"] is None else options["sliding_window_length"]
-    visible = same & ((ago >= 0) & (ago < window))[None]
-    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    scores = jnp.where(visible[:, None], jnp.einsum("bthd,bshd->bhts", query, key) * scale, -1e30)
-    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
+    assert q_offsets.shape == kv_offsets.shape == (q_seqlen.shape[0], q_seqlen.shape[1] + 1)
+    (batch, seq_len, heads, width), kv_heads = query.shape, key.shape[2]
+    index, lengths = jnp.arange(batch * seq_len), q_seqlen.reshape(-1)
+
+    def inside(offsets, size):
+        starts, token = offsets.reshape(1, -1)[:, : lengths.size], index[:, None] * size
+        return (token >= starts) & (token < starts + lengths[None] * size)
+
+    same = jnp.any(inside(q_offsets, heads * width)[:, None] & inside(kv_offsets, kv_heads * width)[None], axis=2)
+    ago = np.arange(batch * seq_len)[:, None] - np.arange(batch * seq_len)[None]
+    window = seq_len if options["sliding_window_length"] is None else options["sliding_window_length"]
+    visible = same & (ago >= 0) & (ago < window)
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    k, v = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
+    scores = jnp.where(visible[None], jnp.einsum("thd,shd->hts", q, k) * scale, -1e30)
+    return jnp.einsum("hts,shd->thd", jax.nn.softmax(scores, axis=-1), v).reshape(query.shape)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("most", [2, 64], ids=["too_many_documents", "within"])
-def test_cudnn_is_told_where_the_documents_are(most, window, monkeypatch):
+def test_cudnn_is_told_where_the_documents_are(window, monkeypatch):
     """The kernel itself needs a GPU: this stand-in follows its documentation, to test our part."""
     calls = []
-    monkeypatch.setattr(attention_cudnn, "MAX_DOCUMENTS", most)
     monkeypatch.setattr(
         attention_cudnn.cudnn, "dot_product_attention", lambda *a, **k: (calls.append(k), as_documented(*a, **k))[1]
     )
     arrays, segments, dx = problem(3, 40, 4, 2, 8)
-    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="cudnn", sliding_window=window)
+    got = forward_and_backward_of_cudnn(arrays, segments, dx, window)
     want = reference.attention(arrays, segments, window, dx)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
     assert calls
@@ -155,7 +185,7 @@ def test_cudnn_is_told_where_the_documents_are(most, window, monkeypatch):
     ],
 )
 def test_no_offset_of_cudnn_wraps(shape, parts):
-    """JAX's wrapper multiplies offsets up to B * T by H * h in int32."""
+    """Offsets up to B * T are multiplied by H * h in int32."""
     assert attention_cudnn.row_parts(shape) == parts
     rows, seq_len, heads, width = shape
     with np.errstate(over="ignore"):
@@ -174,37 +204,66 @@ def test_cudnn_takes_many_rows_in_parts(monkeypatch):
         lambda *a, **k: (calls.append(a[0].shape[0]), as_documented(*a, **k))[1],
     )
     arrays, segments, dx = problem(6, 40, 4, 2, 8)
-    got = forward_and_backward(arrays, segments, dx, mesh=None, implementation="cudnn")
+    got = forward_and_backward_of_cudnn(arrays, segments, dx)
     want = reference.attention(arrays, segments, None, dx)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
     assert set(calls) == {2}
+    assert attention_cudnn.most_documents((6, 40, 4, 8)) == (2, 64)
 
 
-def test_documents_of_rows():
+def test_documents_of_rows(monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "_LEAST_SLOTS", 9)
     segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 4, 5, 5], [7, 7, 7, 7, 7, 7]], np.int32)
-    starts, lengths, count = attention_cudnn.documents(jnp.asarray(segments), 3)
-    np.testing.assert_array_equal(starts[0], [0, 3, 5, -1])
-    np.testing.assert_array_equal(lengths[0], [3, 2, 1])
-    np.testing.assert_array_equal(starts[2], [0, -1, -1, -1])
-    np.testing.assert_array_equal(lengths[2], [6, -1, -1])
-    np.testing.assert_array_equal(count, [3, 5, 1])
+    found = attention_cudnn.documents(jnp.asarray(segments), 2, 4)
+    assert found.lengths.shape == (3, 3)
+    np.testing.assert_array_equal(found.lengths.reshape(-1), [3, 2, 1, 1, 1, 1, 1, 2, 6])
+    np.testing.assert_array_equal(found.starts.reshape(-1), [0, 3, 5, 6, 7, 8, 9, 10, 12, 18, 18, 18])
+    assert attention_cudnn.most_documents((3, 6, 2, 4)) == (3, 9)
 
 
-def test_cudnn_lowers_for_gpus(monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "seq_len", "slots"), [(1, 2048, 64), (2, 2048, 32), (32, 2048, 32), (8, 8192, 128), (64, 128, 2)]
+)
+def test_slots_of_a_row(rows, seq_len, slots):
+    assert attention_cudnn.slots_per_row(rows, seq_len) == slots
+
+
+def test_documents_are_what_jax_passes_to_cudnn():
+    """JAX's function, which ours replaces, gives the same list where no row has more documents than its share."""
+    source = pathlib.Path(attention_cudnn.cudnn.__file__).read_text()
+    begin = source.index("def _fix_seqlen_offsets")
+    scope = dict(vars(attention_cudnn.cudnn))
+    exec(source[begin : source.index("\ndef ", begin)], scope)
+    _, segments, _ = problem(3, 300, 4, 4, 8)
+    found = attention_cudnn.documents(jnp.asarray(segments), 4, 8)
+    slots = found.lengths.shape[1]
+    starts, lengths = np.full((3, slots + 1), -1, np.int32), np.full((3, slots), -1, np.int32)
+    for row, ids in enumerate(segments):
+        begins = np.flatnonzero(np.diff(ids, prepend=-1))
+        starts[row, : len(begins)], lengths[row, : len(begins)] = begins, np.diff(begins, append=len(ids))
+    query = np.zeros((3, 300, 4, 8))
+    q_seqlen, _, q_offsets, _ = scope["_fix_seqlen_offsets"](lengths, lengths, starts, starts, query, query)
+    np.testing.assert_array_equal(found.lengths, q_seqlen)
+    np.testing.assert_array_equal(found.starts * 4 * 8, q_offsets)
+
+
+def test_cudnn_lowers_for_gpus(hopper):
     """Forward and backward become cuDNN's packed custom calls: the private function exists and still fits."""
-    monkeypatch.setattr(attention_cudnn.cudnn, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(attention_cudnn.cudnn, "check_compute_capability", lambda capability: True)
     arrays, segments, _ = problem(2, 256, 4, 2, 64)
     halves = tuple(jnp.asarray(a, jnp.bfloat16) for a in arrays)
 
-    def loss(q, k, v):
+    def loss(q, k, v, segments):
+        found = attention.documents(segments, None, "cudnn", dataclasses.replace(SMALL, num_heads=4, head_dim=64))
         options = {"mesh": None, "implementation": "cudnn", "sliding_window": None}
-        return attend(q, k, v, jnp.asarray(segments), **options).astype(jnp.float32).sum()
+        return attend(q, k, v, found, **options).astype(jnp.float32).sum()
 
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*halves).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*halves, segments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__cudnn$fmhaSoftmax(") == 1
     assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1
-    assert '"max_seg_per_batch": 64' in text.replace("\\22", '"')
+    assert '"max_seg_per_batch": 32' in text.replace("\\22", '"')
+    assert not re.search(r"stablehlo\.(if|case)", text)
+    # Keys keep their two heads.
+    assert re.search(r"fmhaSoftmax\(.*tensor<2x256x4x64xbf16>, tensor<2x256x2x64xbf16>", text)
 
 
 GPU = Shape(
@@ -276,13 +335,13 @@ def test_the_self_check_passes_a_right_kernel_and_names_what_is_wrong_with_anoth
         return attention_xla.attend_xla(q, jnp.roll(k, 1, axis=1), v, segments, sliding_window)
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else wrong_groups)
-    assert re.match(r"its output differs from XLA's by \d+", attention.self_check("cudnn", SMALL) or "")
+    assert re.match(r"its output differs from XLA's by \d+", attention.self_check("splash", SMALL) or "")
 
     def broken(*arrays, sliding_window):
         raise RuntimeError("no such kernel\nin this library")
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else broken)
-    assert attention.self_check("cudnn", SMALL) == "RuntimeError: no such kernel"
+    assert attention.self_check("splash", SMALL) == "RuntimeError: no such kernel"
 
 
 def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatch, caplog):

@@ -253,6 +253,17 @@ def test_a_refusal_is_kept_too(styles, tmp_path, monkeypatch, plant):
     assert checked(styles["GPT-2"], workdir=tmp_path).reference is None
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"pre_tok', b"[]", b"{}", b"\xff", b'{"refused": null}'])
+def test_a_damaged_result_is_found_again(damaged, styles, tmp_path, brief):
+    checked(styles["GPT-2"], workdir=tmp_path)
+    [kept] = (tmp_path / "cache" / "tokenizers").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(damaged)
+    assert checked(styles["GPT-2"], workdir=tmp_path).reference is not None
+    assert kept.read_bytes() == whole
+    assert len(brief) == 2
+
+
 def test_a_folder_that_cannot_be_written(styles, tmp_path, caplog, brief):
     (tmp_path / "cache").write_text("a file")
     assert checked(styles["GPT-2"], workdir=tmp_path).reference is not None

@@ -84,7 +84,7 @@ def run_of(spec: str, workdir: pathlib.Path, last_step: int) -> list[pipeline.St
     batches = pipeline.host_batches(made.readers, plan, made.rows, lanes, made.threads, after=0, states={}, prefetch=2)
     found = [next(batches) for _ in range(last_step)]
     batches.close()
-    identities = compatibility.identities(config, made.readers, made.tokenizer, plan)
+    identities = compatibility.identities(config, made.readers, made.tokenizer, plan, made.forgotten)
     for batch in found:
         states = ledger.gather(batch.states, config.data.num_lanes)
         at = plan.at(batch.step)
@@ -263,6 +263,9 @@ def test_a_tokenizer_of_the_runs_own_is_trained_in_the_work_directory(answer, tm
         (["--stage=4"], "--stage=4: the run has no such stage with steps; give 1 or 2 or 3"),
         (["--stage=1", "--transitions"], "--stage and --transitions"),
         (["--samples=0"], "--samples=0"),
+        (["--by=url"], "--by and --source belong to --documents"),
+        (["--documents=@no/such/file"], "cannot be read"),
+        (["--documents=x", "--source=wbe"], "--source=wbe: the config has web, wiki, code, lines"),
         (["--config.data.sources.web.name=e2e/gone"], "source 'web'"),
         (["--config.data.sources.code.column=body"], "source 'code'"),
     ],
@@ -285,3 +288,49 @@ def test_an_outage_is_exit_code_1(answer, monkeypatch):
     assert err.startswith("error: source 'web': nothing answers\n")
     assert "Traceback" not in err
     assert "ready" not in out
+
+
+def test_documents_are_found_and_left_out_in_every_mode(hub, spec, answer, tmp_path):
+    at_step = functools.partial(answer, "--at_step=30", f"--workdir={tmp_path / 'run'}")
+    rows = at_step()[3]["rows"]
+    spans = {(row["source"], span["file"], span["row"]) for row in rows for span in row["documents"]}
+    gone = sorted(spans)[::3]
+    values = tmp_path / "texts.txt"
+    values.write_text("".join(f"{text_of(*address)}\n" for address in gone) + "\nnowhere to be found\n")
+    forget = tmp_path / "asked.json"
+    code, out, err, found = answer(f"--documents=@{values}")
+    assert code == 0, err
+    assert found["missing"] == ["nowhere to be found"]
+    listed = {(name, file, row) for name, files in found["documents"].items() for file in files for row in files[file]}
+    assert set(gone) <= listed
+    assert "1 of" in out.splitlines()[-3]
+    forget.write_text(json.dumps(found))
+    flag = f"--config.data.forget={forget}"
+    code, out, err, without = at_step(flag)
+    assert code == 0, err
+    assert "document(s) are left out" in out
+    left = {(row["source"], span["file"], span["row"]) for row in without["rows"] for span in row["documents"]}
+    assert not left & listed
+    assert left
+    assert at_step(flag, "--config.data.mode=download")[3] == without
+    command = [f"--config={spec}", f"--workdir={tmp_path / 'run'}", "--all"]
+    assert cli.exit_code(pretokenize.main, pretokenize.COMMAND, command) == 0
+    assert at_step(flag, "--config.data.mode=pretokenized")[3] == without
+
+
+def test_documents_are_found_by_a_column(answer, tmp_path):
+    rows = [{"text": f"text {n}", "url": f"https://example.org/{n % 7}"} for n in range(20)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--config.data.sources.web.name=json",
+        f"--config.data.sources.web.data_files=('{tmp_path}/pages.jsonl',)",
+        "--documents=https://example.org/3",
+        "--by=url",
+    )
+    code, _, err, _ = answer(*flags)
+    assert code == 2
+    assert "has no column 'url'" in err
+    code, _, err, found = answer(*flags, "--source=web")
+    assert code == 0, err
+    ((_, rows),) = found["documents"]["web"].items()
+    assert rows == [3, 10, 17]

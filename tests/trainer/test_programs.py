@@ -15,7 +15,7 @@ from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
-from jaxtrain.model.llama import LlamaConfig
+from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import Plan, Stage, build_plan
 from jaxtrain.trainer import programs, state
@@ -146,6 +146,36 @@ def test_a_compiler_that_gives_up_counts_as_too_large(fake: Fake, monkeypatch: p
 
     monkeypatch.setattr(programs, "lower_train_step", lower)
     assert StagePrograms(make_components(), PLAN, None, limit=20_000).program(64, 8).micro_batches == 8
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_batch_with_too_many_documents_takes_another_program(
+    elsewhere: bool, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes two documents per row; two devices have 8 rows each in two micro-batches."""
+    asked = []
+    monkeypatch.setattr(Llama, "most_documents", lambda self, rows, seq_len: (rows // 2, rows) if self.bound else None)
+    monkeypatch.setattr(Llama, "bound", property(lambda self: self.config.attention == "auto"), raising=False)
+    monkeypatch.setattr(programs.consensus, "any_process", lambda value: asked.append(value) or value or elsewhere)
+    lowered = []
+    monkeypatch.setattr(
+        programs,
+        "lower_train_step",
+        lambda parts, *shape: lowered.append(parts.model.config.attention) or fake(parts, *shape),
+    )
+    stages = StagePrograms(make_components(fsdp=2), make_plan(("only", 16, 64)), 256)
+    usual = stages.get(16, 64)
+    rows = np.array([3, 3, 1, 1, 1, 1, 1, 1])  # of this process, most documents first: 8 in the worst micro-batch
+    assert (stages.get(16, 64, rows) is usual) != elsewhere
+    assert asked == [False]
+    crowded = stages.get(16, 64, rows + (rows == 3))
+    assert crowded is not usual
+    assert asked == [False, True]
+    assert lowered == ["auto", "xla"]
+    # Nothing is asked of other processes if there is no bound.
+    monkeypatch.setattr(Llama, "most_documents", lambda self, rows, seq_len: None)
+    assert stages.get(16, 64, 100 * rows) is usual
+    assert len(asked) == 2
 
 
 @pytest.mark.slow

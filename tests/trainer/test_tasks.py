@@ -82,10 +82,12 @@ def evaluator(hub: LoopbackHub, tmp_path: pathlib.Path) -> Any:
 
     def make(components: Any, names: tuple[str, ...] = every, rows: int = 4, **more: Any) -> Any:
         @functools.cache
-        def executable() -> Any:
+        def compiled() -> Any:
             return tasks.lower_task_step(components, *made.shape, more.get("micro_batches", 1)).compile()
 
-        made = TaskEvaluator(names, more.get("limit"), None, WORDS, False, components, rows, executable)
+        made = TaskEvaluator(
+            names, more.get("limit"), None, WORDS, False, components, rows, lambda documents: compiled()
+        )
         return made
 
     return make

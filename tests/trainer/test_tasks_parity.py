@@ -75,10 +75,12 @@ def evaluator(found: restored.Restored) -> TaskEvaluator:
     optimizer = AdamW().build(found.model.axes, mesh)
     components = StepComponents(found.model, CrossEntropy().build(found.model.vocab_size, mesh), optimizer, mesh, None)
 
-    def executable() -> Any:
+    def compiled() -> Any:
         return lower_task_step(components, *made.shape, 1).compile()
 
-    made = TaskEvaluator(tuple(TASKS), None, None, found.tokenizer, found.add_bos, components, 16, executable)
+    made = TaskEvaluator(
+        tuple(TASKS), None, None, found.tokenizer, found.add_bos, components, 16, lambda documents: compiled()
+    )
     return made
 
 

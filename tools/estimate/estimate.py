@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 
 from jaxtrain import cli
@@ -14,7 +13,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory import limit_of_chip
 from jaxtrain.data.sources.webdataset import WebDataset
 from jaxtrain.data.stores import token_store
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
@@ -80,7 +79,7 @@ def make_outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: 
         price: dollars per chip-hour; None for the listed price.
     """
     ids, _ = offline.vocabulary(config, vocab_size)
-    one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
+    one = sharding.MeshConfig(fsdp=1).build(processes.devices()[:1])
     return Outlook(
         config=config,
         plan=config.plan(),

@@ -13,6 +13,7 @@ from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
 from jaxtrain.data import ledger, pipeline
+from jaxtrain.data.forgotten import Forgotten
 from jaxtrain.data.provenance import Measurement, Origin, StreamInspector
 from jaxtrain.data.source_reader import SourceReader
 from jaxtrain.data.sources.huggingface import HuggingFace
@@ -40,6 +41,7 @@ class Inputs:
     rows: RowSpec
     threads: Pools
     workdir: str
+    forgotten: Forgotten
 
     def watch(self, after: int = 0, states: dict[int, np.ndarray] | None = None) -> StreamInspector:
         return StreamInspector(self.readers, self.plan, self.rows, self.threads, after=after, states=states)
@@ -61,14 +63,16 @@ def connect(config: Config, workdir: str, saved: Json | None = None) -> Inputs:
     skipped = open_data.skipped(paths.path, saved)
     cache = data.cache(os.fspath(paths.cache / "data"))
     tokenizer, opened = open_data.open_all(config, paths, saved, cache, fetch=True, is_tool=True)
-    readers = data.build({name: one.source for name, one in opened.items()}, seed=config.seed, skipped=skipped)
+    forgotten = open_data.forgotten(config, paths.path, saved)
+    sources = {name: one.source for name, one in opened.items()}
+    readers = data.build(sources, seed=config.seed, skipped=skipped, forgotten=forgotten.documents)
     for reader in readers:
         commit = reader.source.identity.get("revision")
         print(f"  {reader.summary}" + (f", commit {commit}" if commit else ""))
     print("HuggingFace streaming ready", flush=True)
     rows = data.row_spec(tokenizer, config.epochs)
     stored = all(one.mode == "pretokenized" for one in opened.values())
-    return Inputs(config, plan, readers, tokenizer, rows, pipeline.pools(data, stored), workdir)
+    return Inputs(config, plan, readers, tokenizer, rows, pipeline.pools(data, stored), workdir, forgotten)
 
 
 def stages(found: Inputs, numbers: Sequence[int], samples: int) -> Json:
@@ -248,7 +252,7 @@ def at_step(found: Inputs, step: int, start: Start) -> Json:
     plan, at = found.plan, found.plan.at(step)
     states: dict[int, np.ndarray] = {}
     if start.saved is not None:
-        now = compatibility.identities(found.config, found.readers, found.tokenizer, plan)
+        now = compatibility.identities(found.config, found.readers, found.tokenizer, plan, found.forgotten)
         compatibility.check(start.saved, now, plan, min(start.saved["step"], step))
         if start.step:
             states = ledger.from_json(start.saved["lanes"], plan.source_names, found.config.data.num_lanes)

@@ -19,6 +19,7 @@ import random
 import re
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ log = logging.getLogger("jaxtrain")
 sleep = time.sleep  # replaced in tests, so that they do not wait
 
 _LOGIN = "set HF_TOKEN to a token of an account that may read it, or run `hf auth login`"
+_HUB_CLIENT = "huggingface_hub.constants"
 _TRANSIENT_STATUS = (408, 425, 429)
 # Invalid requests. Their base classes, below, are transient.
 _MALFORMED_NAMES = {
@@ -238,6 +240,12 @@ def _decoding(error: BaseException, what: str) -> Exception | None:
 
 
 def _local(error: BaseException, what: str) -> Exception | None:
+    if isinstance(error, OSError) and isinstance(error.filename, str) and (client := sys.modules.get(_HUB_CLIENT)):
+        for name in ("HF_HOME", "HF_HUB_CACHE"):
+            folder = getattr(client, name)
+            if error.filename == folder or error.filename.startswith(os.path.join(folder, "")):
+                fix = f"Set {name}, which is {folder}, to a folder that can be written, on a disk with space"
+                return UserError(_say(what, f"files of the Hub cannot be kept here ({_first_line(error)}). {fix}."))
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return UserError(_say(what, f"there is no such file ({_first_line(error)}). Check the path or the pattern."))
     if isinstance(error, PermissionError):

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Generator, Iterator
 
 import httpx2
+import huggingface_hub
 import pyarrow as pa
 import pytest
 
@@ -109,6 +110,22 @@ OTHER = [OSError(errno.ENOSPC, "disk full"), KeyError("x"), RuntimeError("a bug"
 @pytest.mark.parametrize("error", TRANSIENT, ids=repr)
 def test_transient(error):
     assert type(retry.classify(error, "x.parquet of org/web")) is TransientError
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_of_the_hub_that_cannot_be_used(monkeypatch, number):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", "/home/hf")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/models/hub")
+    for path, name, folder in (
+        ("/home/hf/token", "HF_HOME", "/home/hf"),
+        ("/models/hub", "HF_HUB_CACHE", "/models/hub"),
+    ):
+        found = retry.classify(OSError(number, "refused", path), "the model org/m")
+        assert type(found) is UserError
+        assert "the model org/m: files of the Hub cannot be kept here" in str(found)
+        assert f"Set {name}, which is {folder}, to a folder" in str(found)
+    other = retry.classify(OSError(number, "refused", "/home/hf2/token"), "x")
+    assert "HF_HOME" not in str(other)
 
 
 def all_of(cls: type) -> Iterator[type]:
