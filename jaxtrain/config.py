@@ -127,7 +127,7 @@ class Config:
 
     Attributes:
         model: Any interfaces.ModelConfig, such as LlamaConfig.
-        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
+        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes. AutoMesh: the trainer chooses the mesh.
         stages: Consecutive parts of the run, each with its sequence length, batch size and mix; often just one.
         optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
         loss: Any interfaces.LossConfig.
@@ -140,10 +140,9 @@ class Config:
         seed: Seed of parameters, shuffle and mix.
         clip_norm: Maximum global norm of the gradient (Pascanu et al. 2013); None for no clipping.
         micro_batch_tokens: Maximum tokens per device in a micro-batch. Gradients of micro-batches add up to that of
-            the whole batch. None for the whole batch.
-        memory_gb: Maximum memory (10^9 bytes) of a step on a device. Each stage gets the fewest micro-batches, of at
-            most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
-            limit if they report none (CPU).
+            the whole batch. None: the trainer chooses (trainer/tuning.py).
+        memory_gb: Maximum memory (10^9 bytes) of a step on a device. None for what the devices report, less a
+            reserve; no limit if they report none (CPU).
         max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters

@@ -62,6 +62,7 @@ class Workdir:
                 fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
+        self.programs = self.path / "programs.json"
         self.skips = self.path / "skips.json"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"

@@ -16,23 +16,24 @@ from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
-from jaxtrain.cost import memory
+from jaxtrain.cost import clusters, memory
 from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import AttentionModel
+from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
+from jaxtrain.interfaces import AttentionModel, Json, LossFn
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.trainer import compatibility, compiler_options, open_data, state
+from jaxtrain.trainer import compatibility, compiler_options, open_data, scheduled, state, tuning
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
-from jaxtrain.trainer.programs import StagePrograms
+from jaxtrain.trainer.programs import Choice, StagePrograms
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 from jaxtrain.trainer.tasks import TaskEvaluator
 
@@ -79,6 +80,7 @@ class Session:
         forgotten: the documents that are left out.
         cache: the disk cache; None if no source uses it.
         scratch: a local folder for temporary files.
+        kept_programs: the choices of programs that checkpoints record (see `tuning`).
         start_step: step of the restored checkpoint; 0 for a new run.
         start_tokens: tokens trained up to start_step.
         is_complete: whether nothing is left to train.
@@ -104,9 +106,15 @@ class Session:
         self._checkpointer = checkpointer
         self.start_step = checkpointer.latest_step() or 0
         saved = checkpointer.restore_data(self.start_step) if self.start_step else None
-        self.config = config = compatibility.settled(config, saved)
-        mesh = config.mesh.build()
-        self.limit = memory.limit(mesh, config.memory_gb)
+        config = compatibility.settled(config, saved)
+        self.limit = memory.limit(config.mesh.build(), config.memory_gb)
+        self._cluster = clusters.of_devices(jax.devices())
+        if isinstance(config.mesh, AutoMesh):
+            config = with_mesh(config, self.plan, self._cluster, self.limit)
+        self.config, mesh = config, config.mesh.build()
+        self._programs_path = workdir.programs
+        # None: the run was begun by a version that chose nothing, and goes on as it was.
+        self.kept_programs: list[Json] | None = [] if saved is None else saved.get("programs")
 
         # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks
         # for.
@@ -155,6 +163,7 @@ class Session:
 
         # Where to continue.
         self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan, self.forgotten)
+        self.identities["programs"] = self.kept_programs
         self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
         self._lane_states: dict[int, np.ndarray] = {}
         self.stage_ends = ledger.StageEnds(self.plan)
@@ -172,6 +181,9 @@ class Session:
     def _set_components(self, components: StepComponents) -> None:
         self.components = components
         _report(components, self.plan, self.eval_plan)
+        choices = None
+        if self.kept_programs is not None:
+            choices = self._choose(components, self.kept_programs)
         self.programs = StagePrograms(
             components,
             self.plan,
@@ -179,7 +191,22 @@ class Session:
             self.limit,
             self.eval_plan and self.eval_plan.stages[0],
             bytes_besides_params(components),
+            choices=choices,
         )
+
+    def _choose(self, components: StepComponents, saved: list[Json]) -> dict[tuple[int, int], Choice]:
+        config, cluster = self.config, self._cluster
+        mesh = components.mesh.shape
+        target = tuning.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
+        measure = None
+        if cluster is not None and self.limit is not None:
+            compiler = scheduled.Compiler(config, cluster, components.model.vocab_size, components)
+            measure = tuning.by_compiler(target, compiler)
+        path, step = self._programs_path, self.start_step
+        choices, self.kept_programs = tuning.resolve(target, self.plan, path, saved, step, measure)
+        if cluster is not None:
+            tuning.report(self.plan, choices)
+        return choices
 
     @functools.cached_property
     def feed(self) -> Feed:
@@ -213,7 +240,7 @@ class Session:
         """
         components, config = self.components, self.config
         first = self.plan.at(self.start_step + 1).stage
-        self.programs.begin(first)
+        self.programs.begin(first, self.start_step + 1)
         self.feed.begin()
         self._load_teacher()
         if self.start_step:
@@ -281,6 +308,15 @@ class Session:
         return ((self._teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
 
 
+def with_mesh(config: Config, plan: Plan, cluster: clusters.Cluster | None, limit: int | None) -> Config:
+    """The config with the mesh that `mesh=auto` chooses: all `fsdp` on CPUs and unknown devices."""
+    mesh, why = MeshConfig(), "no search on this hardware"
+    if cluster is not None and limit is not None:
+        mesh, why = tuning.choose_mesh(config, plan, cluster, limit)
+    logger.info("mesh=auto: %s", why)
+    return dataclasses.replace(config, mesh=mesh)
+
+
 def _warn_of_warmup(config: Config, plan: Plan) -> None:
     """Warns if `steps` ends the run while the learning rate still rises."""
     if plan.last_step is None or plan.total_tokens == plan.horizon:
@@ -321,18 +357,28 @@ def make_components(
     """
     model = config.model.build(vocab_size, mesh)
     optimizer = config.optimizer.build(model.axes, mesh)
-    loss = config.loss.build(vocab_size, mesh)
-    distilled = None
     if frozen is not None:
         frozen.check_stages(plan)
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
-        divergence = config.distillation.build(model.vocab_size, mesh, config.loss)
-        distilled = Distilled(frozen.model, frozen.abstract, divergence)
-    elif layout is not None:
-        divergence = config.distillation.build_cached(layout, mesh, config.loss)
-        distilled = Distilled(None, (), divergence, layout.width)
+
+    def losses(chunk_tokens: int | None) -> tuple[LossFn, Distilled | None]:
+        loss: Any = config.loss
+        if chunk_tokens is not None:
+            loss = dataclasses.replace(loss, chunk_tokens=chunk_tokens)
+        if frozen is not None:
+            divergence = config.distillation.build(model.vocab_size, mesh, loss)
+            return loss.build(vocab_size, mesh), Distilled(frozen.model, frozen.abstract, divergence)
+        if layout is not None:
+            divergence = config.distillation.build_cached(layout, mesh, loss)
+            return loss.build(vocab_size, mesh), Distilled(None, (), divergence, layout.width)
+        return loss.build(vocab_size, mesh), None
+
+    loss, distilled = losses(None)
     options = compiler_options.resolve(mesh, config.compiler_options)
-    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled, options)
+    has_chunks = hasattr(config.loss, "chunk_tokens")
+    return StepComponents(
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None
+    )
 
 
 def bytes_besides_params(components: StepComponents) -> int:

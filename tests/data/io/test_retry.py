@@ -18,9 +18,9 @@ import zlib
 from collections.abc import Generator, Iterator
 
 import httpx2
-import huggingface_hub
 import pyarrow as pa
 import pytest
+from huggingface_hub import constants
 
 from jaxtrain.data.io import retry
 from jaxtrain.errors import CorruptError, TransientError, UserError
@@ -114,8 +114,8 @@ def test_transient(error):
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_cache_of_the_hub_that_cannot_be_used(monkeypatch, number):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", "/home/hf")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/models/hub")
+    monkeypatch.setattr(constants, "HF_HOME", "/home/hf")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/models/hub")
     for path, name, folder in (
         ("/home/hf/token", "HF_HOME", "/home/hf"),
         ("/models/hub", "HF_HUB_CACHE", "/models/hub"),
