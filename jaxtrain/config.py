@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
+from jaxtrain.data import benchmarks
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.distributed.sharding import MeshConfig
@@ -38,6 +39,10 @@ class EvalConfig:
         source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
             several; 0 for none. None for `tokens` divided equally.
         packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
+        tasks: Benchmarks of multiple choice, at each evaluation: hellaswag, arc_easy, arc_challenge, piqa, winogrande,
+            openbookqa, boolq, sciq, lambada_openai, lambada_standard, or FILE.py:NAME (data/benchmarks.py). Read from
+            the Hub once and kept in the work directory. They need no held-out documents.
+        task_limit: Only the first N questions of each task; None for all.
     """
 
     every_steps: int | None = None
@@ -48,9 +53,11 @@ class EvalConfig:
     weights: dict[str, float] | None = None
     source_tokens: int | None = None
     packing: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
 
     def check(self) -> None:
-        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
+        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size", "task_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -61,6 +68,11 @@ class EvalConfig:
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
                 "other to none"
             )
+        titles = [benchmarks.title(name) for name in self.tasks if benchmarks.find(name)]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"tasks={self.tasks}: two have the same name")
+        if self.tasks and not self.is_on:
+            raise UserError(f"tasks={self.tasks}: set every_steps or every_tokens too")
 
     @property
     def is_on(self) -> bool:
@@ -115,7 +127,7 @@ class Config:
 
     Attributes:
         model: Any interfaces.ModelConfig, such as LlamaConfig.
-        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
+        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes. AutoMesh: the trainer chooses the mesh.
         stages: Consecutive parts of the run, each with its sequence length, batch size and mix; often just one.
         optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
         loss: Any interfaces.LossConfig.
@@ -128,10 +140,9 @@ class Config:
         seed: Seed of parameters, shuffle and mix.
         clip_norm: Maximum global norm of the gradient (Pascanu et al. 2013); None for no clipping.
         micro_batch_tokens: Maximum tokens per device in a micro-batch. Gradients of micro-batches add up to that of
-            the whole batch. None for the whole batch.
-        memory_gb: Maximum memory (10^9 bytes) of a step on a device. Each stage gets the fewest micro-batches, of at
-            most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
-            limit if they report none (CPU).
+            the whole batch. None: the trainer chooses (trainer/tuning.py).
+        memory_gb: Maximum memory (10^9 bytes) of a step on a device. None for what the devices report, less a
+            reserve; no limit if they report none (CPU).
         max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
@@ -252,6 +263,8 @@ class Config:
             )
 
     def _check_eval(self, plan: Plan) -> None:
+        if self.data.holdout == 0 and self.eval.tasks:
+            return
         if self.data.holdout == 0:
             field = "every_steps" if self.eval.every_tokens is None else "every_tokens"
             raise UserError(

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain.cost import hardware
@@ -118,6 +119,37 @@ def _shape_message(text: str, flag: str, kind: str, sides: tuple[int, ...]) -> s
         f"--{flag}={text}: there is no slice {kind}:{'x'.join(map(str, sides))}; the nearest in size is "
         f"{kind}:{near}. There are {', '.join(_SHAPES[kind])}{more}."
     )
+
+
+def of_devices(devices: Sequence[Any]) -> Cluster | None:
+    """The cluster that the devices of a run are; None if its chips or its shape are not in the tables."""
+    chip = hardware.of_kind(devices[0].device_kind)
+    if chip is None:
+        return None
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if chip.platform == "gpu":
+        return Cluster(chip, (slices, len(devices) // slices))
+    coords = [getattr(device, "coords", (0,)) for device in devices if not getattr(device, "slice_index", 0)]
+    sides = sorted(1 + max(axis) - min(axis) for axis in zip(*coords, strict=True))
+    shape = "x".join(str(side) for side in (sides[-2:] if chip.name in ("v5e", "v6e") else sides))
+    try:
+        found = parse(f"{chip.name}:{shape}", "topology", slices)
+    except UserError:
+        return None
+    return found if found.num_chips == len(devices) else None
+
+
+def islands(cluster: Cluster, devices: Sequence[Any]) -> list[int]:
+    """Of each device, which slice or host it is in."""
+    if cluster.chip.platform != "gpu":
+        return [getattr(device, "slice_index", 0) or 0 for device in devices]
+
+    def place(index: int) -> tuple[int, int, int]:
+        device = devices[index]
+        return getattr(device, "slice_index", 0) or 0, device.process_index, device.id
+
+    order = sorted(range(len(devices)), key=place)
+    return [order.index(index) // cluster.chips_per_island for index in range(len(devices))]
 
 
 def prepare_environment() -> None:

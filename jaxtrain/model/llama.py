@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain import cli
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
@@ -32,16 +33,16 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in 
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
 MOST_LAYERS = 1 << 16  # absurd numbers end in a message, not in an error of NumPy or of the memory
-REMAT = ("none", "full", "dots")
+REMAT = ("auto", "none", "full", "dots")
 
 
 def remat_policy(remat: str) -> Any:
     """Returns what the backward pass keeps of each layer, besides its input, as a policy for `jax.checkpoint`.
 
     Args:
-        remat: "full" or "dots".
+        remat: "full" ("auto" is the same here) or "dots".
     """
-    if remat == "full":
+    if remat != "dots":
         return None
     policies = jax.checkpoint_policies
     named = policies.save_from_both_policies(
@@ -80,8 +81,8 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights and its attention.
-        scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
+            weights and its attention. "auto": the trainer chooses (trainer/tuning.py); outside of it, as "full".
+        scan_layers: False unrolls the layers: slower to compile, sometimes faster to run. None: the trainer chooses.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
 
@@ -104,8 +105,8 @@ class LlamaConfig:
     qk_norm: bool = False
     initializer_std: float = 0.02
     dtype: str = "bfloat16"
-    remat: str = "full"
-    scan_layers: bool = True
+    remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
+    scan_layers: bool | None = dataclasses.field(default=None, metadata={cli.BEFORE: True})
     attention: str = "auto"
 
     def check(self) -> None:
@@ -254,7 +255,7 @@ class Llama(BaseModel):
         return 6.0 * (self.num_params_non_embedding + self.vocab_size * config.hidden_size) + attention_flops
 
     def memory_advice(self) -> tuple[str, ...]:
-        return () if self.config.remat == "full" else (f"model.remat=full (now {self.config.remat})",)
+        return () if self.config.remat in ("auto", "full") else (f"model.remat=full (now {self.config.remat})",)
 
     # ---- The decoder around a given attention
 
@@ -315,8 +316,8 @@ class Llama(BaseModel):
     def _over_layers(self, layer: Any, x: jax.Array, inputs_L: Any, policy: Any) -> tuple[jax.Array, Any]:
         if self.config.remat != "none":
             # XLA cannot merge a scan's body with its recomputation, but it could merge unrolled layers: prevent that.
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan_layers)
-        if self.config.scan_layers:
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=self.config.scan_layers is False)
+        if self.config.scan_layers is not False:
             return jax.lax.scan(layer, x, inputs_L)
         extras = []
         for index in range(self.config.num_layers):

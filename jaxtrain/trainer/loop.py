@@ -224,15 +224,15 @@ class Loop:
         return code
 
     def _update(self, at: StepPlan, batch: StepBatch) -> dict[str, jax.Array]:
-        """Dispatches one update and starts compiling the next stage."""
+        """Dispatches one update and starts compiling what follows."""
         programs = self._session.programs
-        if not programs.ready(at.batch_size, at.seq_len):
+        if not programs.ready(at.batch_size, at.seq_len, at.step):
             with self._monitor.span("compile"):
-                programs.get(at.batch_size, at.seq_len)
-        executable = programs.get(at.batch_size, at.seq_len, batch.documents)
+                programs.get(at.batch_size, at.seq_len, step=at.step)
+        executable = programs.get(at.batch_size, at.seq_len, batch.documents, at.step)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
         self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
-        programs.start(at.stage + 1)  # after dispatching: tracing holds the GIL
+        programs.start(at.stage, at.step)  # after dispatching: tracing holds the GIL
         self._in_flight.append(metrics)
         if len(self._in_flight) > _STEPS_AHEAD:
             jax.block_until_ready(self._in_flight.popleft())
@@ -261,14 +261,16 @@ class Loop:
             )
 
     def _evaluate(self, at: StepPlan, ended: bool) -> dict[str, float] | None:
-        evaluator = self._session.evaluator
-        if evaluator is None or not (ended or self._session.config.eval.due(at)):
+        evaluators = self._session.evaluators
+        if not evaluators or not (ended or self._session.config.eval.due(at)):
             return None
         self._log()
+        values: Json = {}
         with self._monitor.span("evaluation"):
-            values = evaluator.run(self.state["params"])
+            for evaluator in evaluators:
+                values |= evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
-        return {name: value for name, value in values.items() if name != "eval_by_source"}
+        return {name: value for name, value in values.items() if not isinstance(value, dict)}
 
     def _sample(self, step: int) -> None:
         """Logs samples, after the checkpoint of the step if there is one: a failure here loses nothing."""

@@ -13,6 +13,7 @@ There is no explicit communication here: parameters and batches have shardings (
 derives the collectives. Only losses, attention and Muon specify communication explicitly.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,6 +56,34 @@ class Distilled:
     width: int = 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compute a step. Variants of a step differ by rounding, memory and time.
+
+    Attributes:
+        micro_batches: Number of micro-batches.
+        remat: The model's `remat`; None for what its config says.
+        scan_layers: The model's `scan_layers`; None for what its config says.
+        chunk_tokens: The loss's `chunk_tokens`; None for what its config says.
+    """
+
+    micro_batches: int
+    remat: str | None = None
+    scan_layers: bool | None = None
+    chunk_tokens: int | None = None
+
+    @property
+    def how(self) -> str:
+        """What it sets besides micro-batches, such as "remat=dots, loss in chunks of 1,024"."""
+        said = [] if self.remat is None else [f"remat={self.remat}"]
+        said += [] if self.chunk_tokens is None else [f"loss in chunks of {self.chunk_tokens:,}"]
+        return ", ".join([*said, *(["layers unrolled"] if self.scan_layers is False else [])])
+
+    def __str__(self) -> str:
+        count = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)}"
+        return ", ".join(filter(None, (self.how, count)))
+
+
 @dataclasses.dataclass(frozen=True)
 class StepComponents:
     """The components of a step.
@@ -63,6 +92,7 @@ class StepComponents:
         clip_norm: Maximum global norm of the gradient; None for no clipping.
         distilled: None for training without a teacher. Evaluation never uses it.
         options: XLA options for all programs.
+        losses: Builds `loss` and `distilled` with other chunks (positions); None if the loss has no `chunk_tokens`.
     """
 
     model: Model
@@ -72,6 +102,19 @@ class StepComponents:
     clip_norm: float | None
     distilled: Distilled | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    losses: Callable[[int], tuple[LossFn, Distilled | None]] | None = None
+
+    def arranged(self, variant: Variant) -> "StepComponents":
+        """The same step, computed as a variant says."""
+        # A copy shares what the model has found out about its attention kernels.
+        model = copy.copy(self.model)
+        changes = {"remat": variant.remat, "scan_layers": variant.scan_layers}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        model.config = dataclasses.replace(model.config, **changes) if changes else model.config
+        loss, distilled = self.loss, self.distilled
+        if variant.chunk_tokens is not None and self.losses is not None:
+            loss, distilled = self.losses(variant.chunk_tokens)
+        return dataclasses.replace(self, model=model, loss=loss, distilled=distilled)
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs per token of training the model, plus the teacher's forward pass (a third of its training FLOPs)."""

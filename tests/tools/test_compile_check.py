@@ -14,8 +14,9 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.cost import clusters, memory
 from jaxtrain.errors import UserError
+from jaxtrain.trainer import scheduled
 from tools.compile_check import __main__ as compile_check
-from tools.compile_check import scheduled
+from tools.estimate import __main__ as estimate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -73,6 +74,22 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
         assert said in printed
     for said in ("fits on v5e:2x4", "Roofline", "TFLOP per chip", "a vocabulary of 512 (config.tokenizer.vocab_size)"):
         assert said in printed
+
+
+def test_it_shows_the_choice_that_estimate_shows(
+    run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config.model.remat=auto", "--config.mesh=auto")
+    _, answer = run(*flags)
+    path = tmp_path / "numbers.json"
+    argv = [f"--config={tmp_path / 'tiny.py'}", "--hardware=v5e:2x4", f"--json={path}", *flags]
+    assert cli.exit_code(estimate.main, estimate.COMMAND, argv) == 0
+    (variant,) = json.loads(path.read_text())["variants"]
+    assert answer["stages"][0]["variant"] == variant
+    assert variant["remat"] is not None
+    printed = capsys.readouterr().out
+    assert printed.count("mesh=auto: ") == 1
+    assert "Steps of only: remat=" in printed
 
 
 def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""Compiles a program for TPUs up to its schedule, in a separate process.
+"""Compiles a program for accelerators up to its schedule, in a separate process that needs none.
 
-XLA dumps the scheduled program and its memory before it generates machine code, which takes most of the time: 130 to
-200 s of CPU for a 1B step, against 7 to 13 s until then (libtpu 0.0.42.1). No API stops there, so the process is ended.
+XLA dumps the scheduled program and its memory before it generates machine code, which takes most of the time: for a 1B
+step on TPUs 130 to 200 s of CPU, against 7 to 13 s until then (libtpu 0.0.42.1). No API stops there, so the process is
+ended. Nothing is timed on a device, so a GPU's products are not autotuned.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from jaxtrain.config import Config
 from jaxtrain.cost import clusters
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.trainer import offline, state
+from jaxtrain.trainer import state
 from jaxtrain.trainer.programs import Key, lower
-from jaxtrain.trainer.step import StepComponents, abstract_batch
+from jaxtrain.trainer.step import StepComponents, Variant, abstract_batch
 
-_TEXT = "*.after_optimizations_after_buffer_assignment.txt"
+_TEXTS = ("*.after_optimizations_after_buffer_assignment.txt", "*gpu_after_optimizations.txt")  # TPU, GPU
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
 _ERROR = "error"
 _POLL_SECONDS = 0.5
@@ -54,23 +55,29 @@ class Scheduled:
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles programs of a config for a cluster: (key, micro-batches) → `Scheduled`."""
+    """Compiles programs of a config for a cluster, each once: (key, variant) → `Scheduled`."""
 
     config: Config
     cluster: Cluster
     vocab_size: int
     components: StepComponents
+    compiled: dict[tuple[Key, Variant], Scheduled] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, key: Key, micro_batches: int) -> Scheduled:
+    def __call__(self, key: Key, variant: Variant) -> Scheduled:
         """Compiles in a new process.
 
         Raises:
             jax.errors.JaxRuntimeError: the compiler's error, such as too little memory.
         """
+        if (key, variant) not in self.compiled:
+            self.compiled[key, variant] = self._compile(key, variant)
+        return self.compiled[key, variant]
+
+    def _compile(self, key: Key, variant: Variant) -> Scheduled:
         with tempfile.TemporaryDirectory() as folder:
             process = multiprocessing.get_context("spawn").Process(
                 target=_compile,
-                args=(self.config, self.cluster, self.vocab_size, key, micro_batches, folder),
+                args=(self.config, self.cluster, self.vocab_size, key, variant, folder),
                 daemon=True,
             )
             process.start()
@@ -97,7 +104,7 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
     before = -1
     while True:
         alive = process.is_alive()
-        texts, reports = list(folder.glob(_TEXT)), list(folder.glob(_MEMORY))
+        texts, reports = [path for text in _TEXTS for path in folder.glob(text)], list(folder.glob(_MEMORY))
         size = texts[0].stat().st_size if texts and reports else -1
         if size > 0 and (size == before or not alive):
             return texts[0].read_text(), reports[0].read_text()
@@ -108,12 +115,17 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
         time.sleep(_POLL_SECONDS)
 
 
-def _compile(config: Config, cluster: Cluster, vocab_size: int, key: Key, micro_batches: int, folder: str) -> None:
+def _compile(config: Config, cluster: Cluster, vocab_size: int, key: Key, variant: Variant, folder: str) -> None:
+    from jaxtrain.trainer import offline, session  # which import this module
+
     clusters.prepare_environment()
+    # Too late for the environment, and the run may hold the accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    session.compiler_effort(cluster.chip.platform)
     mesh = config.mesh.build(clusters.devices(cluster))
     components = offline.components(config, vocab_size, mesh, None)
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_(step|sums)"}
     try:
-        lower(components, key, micro_batches).compile(compiler_options=options)
+        lower(components, key, variant).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         (pathlib.Path(folder) / _ERROR).write_text(str(error))
