@@ -147,7 +147,8 @@ class Config:
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters if they have
+            the same results of autotuning, which the work directory's cache keeps.
         precision: "bf16", or "fp8": the products with the layers' weights, forward and backward, are of 8-bit values
             (model/fp8.py). "bf16" means model.dtype. May change at a resume.
         compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of

@@ -69,7 +69,9 @@ def join(deterministic: bool) -> None:
     _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     if deterministic:
         # XLA reads its flags once, when the first device is looked up.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        # Not xla_gpu_deterministic_ops, which also turns autotuning off.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_exclude_nondeterministic_ops=true".strip()
     if not any(map(os.environ.get, SHARE_VARIABLES)):
         os.environ[SHARE_VARIABLES[0]] = str(GPU_SHARE)
     arguments = explicit_arguments(os.environ) or _in_cluster(os.environ)
