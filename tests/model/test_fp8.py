@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain import cli
 from jaxtrain.distributed.sharding import MeshConfig
+from jaxtrain.errors import UserError
 from jaxtrain.model import fp8
 from jaxtrain.model.llama import Llama, LlamaConfig
+from jaxtrain.trainer import offline
+from jaxtrain.trainer.step import Variant
 
 # The largest relative error of a value, and the largest error of one near zero in units of the scale.
 ERROR = {fp8.FORWARD: (2**-4, 2**-10), fp8.BACKWARD: (2**-3, 2**-17)}
@@ -114,6 +118,20 @@ def test_the_products_are_of_8_bit_values_and_those_alone():
     text = gradient(model).lower(model.shapes).as_text()
     assert "f8E4M3FN" in text
     assert "f8E5M2" in text
+
+
+def test_the_config_asks_for_it():
+    mesh = MeshConfig().build(jax.devices()[:1])
+    config = cli.load("configs/quickstart.py", ["--config.precision=fp8"])
+    components = offline.components(config, 100, mesh, None)
+    # It stays on what is made of them: for batches with many documents, and by the trainer's choice of remat.
+    for made in (components, components.unbounded(), components.arranged(Variant(micro_batches=1, remat="dots"))):
+        assert isinstance(made.model, Llama)
+        assert made.model.is_fp8
+    with pytest.raises(UserError, match="precision='fp4' is not known: give 'bf16' or 'fp8'"):
+        cli.load("configs/quickstart.py", ["--config.precision=fp4"])
+    with pytest.raises(UserError, match="precision='fp8' is not for a GPT2"):
+        offline.components(cli.load("examples/gpt2.py", ["--config.precision=fp8"]), 100, mesh, None)
 
 
 @pytest.mark.parametrize(
