@@ -1,7 +1,8 @@
 """The run's executables: one per stage shape, one for evaluation and one for tasks, compiled ahead of time.
 
-While a stage trains, the next one compiles. Of the variants that tuning.py prefers, the first that fits is taken, by
-the memory that the compiler reports; if none does, or none is given, the fewest micro-batches that fit.
+While a stage trains, the next one compiles (on GPUs all do before the first step). Of the variants that tuning.py
+prefers, the first that fits is taken, by the memory that the compiler reports; if none does, or none is given, the
+fewest micro-batches that fit.
 """
 
 import contextlib
