@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
+from jaxtrain.data import benchmarks
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.distributed.sharding import MeshConfig
@@ -38,6 +39,10 @@ class EvalConfig:
         source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
             several; 0 for none. None for `tokens` divided equally.
         packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
+        tasks: Benchmarks of multiple choice, at each evaluation: hellaswag, arc_easy, arc_challenge, piqa, winogrande,
+            openbookqa, boolq, sciq, lambada_openai, lambada_standard, or FILE.py:NAME (data/benchmarks.py). Read from
+            the Hub once and kept in the work directory. They need no held-out documents.
+        task_limit: Only the first N questions of each task; None for all.
     """
 
     every_steps: int | None = None
@@ -48,9 +53,11 @@ class EvalConfig:
     weights: dict[str, float] | None = None
     source_tokens: int | None = None
     packing: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
 
     def check(self) -> None:
-        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
+        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size", "task_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -61,6 +68,11 @@ class EvalConfig:
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
                 "other to none"
             )
+        titles = [benchmarks.title(name) for name in self.tasks if benchmarks.find(name)]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"tasks={self.tasks}: two have the same name")
+        if self.tasks and not self.is_on:
+            raise UserError(f"tasks={self.tasks}: set every_steps or every_tokens too")
 
     @property
     def is_on(self) -> bool:
@@ -135,7 +147,10 @@ class Config:
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters if they have
+            the same results of autotuning, which the work directory's cache keeps.
+        precision: "bf16", or "fp8": the products with the layers' weights, forward and backward, are of 8-bit values
+            (model/fp8.py). "bf16" means model.dtype. May change at a resume.
         compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of
             trainer/compiler_options.py or in their place: --config.compiler_options.xla_NAME=VALUE.
         sample_prompts: Texts to continue at the end of the run.
@@ -167,6 +182,7 @@ class Config:
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
+    precision: str = "bf16"
     compiler_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     sample_prompts: tuple[str, ...] = ()
     sample_every_tokens: int | None = None
@@ -187,6 +203,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise UserError(f"{name}={value}: give 0 to {most:,}")
+        if self.precision not in ("bf16", "fp8"):
+            raise UserError(f"precision={self.precision!r} is not known: give 'bf16' or 'fp8'")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise UserError(f"memory_gb={self.memory_gb}: give a size above 0, or none for what the devices have")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -246,6 +264,8 @@ class Config:
             )
 
     def _check_eval(self, plan: Plan) -> None:
+        if self.data.holdout == 0 and self.eval.tasks:
+            return
         if self.data.holdout == 0:
             field = "every_steps" if self.eval.every_tokens is None else "every_tokens"
             raise UserError(

@@ -67,6 +67,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
         self.tensorboard = self.path / "tensorboard"
+        self.tasks = self.path / "tasks"
         self.wandb_id = self.path / "wandb_id.txt"
         # What has to be local: compiled programs, tokenizers, buffers.
         self.cache = self.path / "cache"

@@ -289,13 +289,18 @@ class Monitor:
         )
 
     def log_eval(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes a separate line: `eval_loss` (nats per token), `eval_bits_per_byte`, maybe `eval_by_source`."""
+        """Writes a separate line: `eval_loss` (nats per token), `eval_bits_per_byte`; by source and tasks, too."""
         if jax.process_index() != 0:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
-        by_source = values.get("eval_by_source", {})
-        shown = [f"{name}={value:.4f}" for name, value in values.items() if name != "eval_by_source"]
+        by_source, tasks = values.get("eval_by_source", {}), values.get("eval_tasks", {})
+        shown = [f"{name}={value:.4f}" for name, value in values.items() if not isinstance(value, Mapping)]
         shown += [f"{name}={found['loss']:.4f}" for name, found in by_source.items() if found["loss"] is not None]
+        for name, found in tasks.items():
+            errors = {key: found.get(f"{key}_stderr") for key in found}
+            shown += [
+                f"{name} {key}={found[key]:.4f}±{error:.4f}" for key, error in errors.items() if error is not None
+            ]
         logger.info("Step %d: %s", step, ", ".join(shown))
 
     def log_samples(self, step: int, texts: Mapping[str, str]) -> None:

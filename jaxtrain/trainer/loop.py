@@ -261,14 +261,16 @@ class Loop:
             )
 
     def _evaluate(self, at: StepPlan, ended: bool) -> dict[str, float] | None:
-        evaluator = self._session.evaluator
-        if evaluator is None or not (ended or self._session.config.eval.due(at)):
+        evaluators = self._session.evaluators
+        if not evaluators or not (ended or self._session.config.eval.due(at)):
             return None
         self._log()
+        values: Json = {}
         with self._monitor.span("evaluation"):
-            values = evaluator.run(self.state["params"])
+            for evaluator in evaluators:
+                values |= evaluator.run(self.state["params"])
         self._monitor.log_eval(at.step, values)
-        return {name: value for name, value in values.items() if name != "eval_by_source"}
+        return {name: value for name, value in values.items() if not isinstance(value, dict)}
 
     def _sample(self, step: int) -> None:
         """Logs samples, after the checkpoint of the step if there is one: a failure here loses nothing."""

@@ -1,7 +1,8 @@
-"""The run's executables: one per stage shape and one for evaluation, compiled ahead of time from shapes alone.
+"""The run's executables: one per stage shape, one for evaluation and one for tasks, compiled ahead of time.
 
-While a stage trains, the next one compiles. Of the variants that tuning.py prefers, the first that fits is taken, by
-the memory that the compiler reports; if none does, or none is given, the fewest micro-batches that fit.
+While a stage trains, the next one compiles (on GPUs all do before the first step). Of the variants that tuning.py
+prefers, the first that fits is taken, by the memory that the compiler reports; if none does, or none is given, the
+fewest micro-batches that fit.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
 from jaxtrain.trainer.evaluate import lower_eval_step
 from jaxtrain.trainer.step import StepComponents, Variant, accumulation, lower_train_step
+from jaxtrain.trainer.tasks import lower_task_step
 
 logger = logging.getLogger("jaxtrain")
 
@@ -53,7 +55,7 @@ class Program:
 
     Attributes:
         executable: (state, batch, learning_rate, rows_before[, teaching]) → (state, metrics), or for evaluation
-            (params, batch, token_bytes) → sums.
+            (params, batch, token_bytes) → sums, or for tasks (params, batch) → scores.
         variant: how it computes the step.
         rank: its place in the order of preference, from 0.
         extra: bytes in use on a device that are not its arguments.
@@ -90,6 +92,8 @@ class Key:
     """A program of a run: of a train step's shape, or of the evaluation.
 
     Attributes:
+        evaluates: for an evaluation: held-out loss, or tasks.
+        asks: for tasks.
         later: the program that replaces that of the first steps.
         crowded: for batches with more documents than the model's attention kernel takes.
     """
@@ -97,13 +101,14 @@ class Key:
     batch_size: int
     seq_len: int
     evaluates: bool = False
+    asks: bool = False
     later: bool = False
     crowded: bool = False
 
 
 def lower(components: StepComponents, key: Key, variant: Variant) -> Any:
     """Traces a program; `.compile()` returns the executable."""
-    lower_one = lower_eval_step if key.evaluates else lower_train_step
+    lower_one = lower_task_step if key.asks else lower_eval_step if key.evaluates else lower_train_step
     components = components.arranged(variant)
     components = components.unbounded() if key.crowded else components
     return lower_one(components, key.batch_size, key.seq_len, variant.micro_batches)
@@ -112,8 +117,8 @@ def lower(components: StepComponents, key: Key, variant: Variant) -> Any:
 class StagePrograms:
     """Executables by shape; stages of one shape share one.
 
-    They compile in a thread. Call `get`, `program`, `evaluation` and `settle` from the main thread, on all processes at
-    the same step: processes agree on the number of micro-batches.
+    They compile in a thread. Call `get`, `program`, `evaluation`, `tasks` and `settle` from the main thread, on all
+    processes at the same step: processes agree on the number of micro-batches.
 
     Args:
         components: the components of a step.
@@ -148,15 +153,28 @@ class StagePrograms:
         self._choices = choices or {}
         self._stages = [] if plan is None else [stage for stage in plan.stages if stage.has_steps]
         self._evaluation = evaluation and Key(evaluation.batch_size, evaluation.seq_len, evaluates=True)
-        keys = [Key(stage.batch_size, stage.seq_len) for stage in self._stages]
-        self._fewest = {
-            key: accumulation(components.mesh, key.batch_size, key.seq_len, micro_batch_tokens)
-            for key in (*keys, *((self._evaluation,) if self._evaluation else ()))
-        }
+        self._tasks: Key | None = None
+        self._micro_batch_tokens = micro_batch_tokens
+        self._fewest: dict[Key, int] = {}
+        for stage in self._stages:
+            self._add(Key(stage.batch_size, stage.seq_len))
+        if self._evaluation:
+            self._add(self._evaluation)
         self._compiling: dict[Key, Future[Program]] = {}
         self._programs: dict[Key, Program] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxtrain-compile")
         self._lock = threading.Lock()
+
+    def _add(self, key: Key) -> None:
+        tokens = self._micro_batch_tokens
+        self._fewest[key] = accumulation(self._components.mesh, key.batch_size, key.seq_len, tokens)
+
+    def add_tasks(self, batch_size: int, seq_len: int) -> None:
+        """Adds the program of the tasks. Call it before `settle`. Raises UserError if the mesh does not divide it."""
+        self._tasks = Key(batch_size, seq_len, evaluates=True, asks=True)
+        self._add(self._tasks)
+        if self.limit is not None:
+            self._submit(self._tasks)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -166,10 +184,8 @@ class StagePrograms:
     def begin(self, stage: int, step: int = 1) -> None:
         """Starts compiling what a run needs before its first `step`, in the `stage`-th stage. Does not wait."""
         self._start(stage, step)
-        if self.limit is not None:
-            self._submit(self._longest(stage))
-            if self._evaluation is not None:
-                self._submit(self._evaluation)
+        for key in self._before_first_step(stage, step):
+            self._submit(key)
 
     def start(self, stage: int, step: int = 1) -> None:
         """Starts compiling what follows `step` of the `stage`-th stage: the next stage, then this stage's later
@@ -192,19 +208,16 @@ class StagePrograms:
         from_step = self._choice(batch_size, seq_len).from_step
         return Key(batch_size, seq_len, later=from_step is not None and step >= from_step)
 
-    def settle(self, stage: int) -> None:
-        """Checks before the first step that the `stage`-th and all later stages, and evaluations, fit in memory.
-
-        Micro-batches can be as small as one row per device, so only the length of rows decides whether a stage fits:
-        the longest rows are tried. Without a limit, nothing is compiled for this check.
+    def settle(self, stage: int, step: int = 1) -> None:
+        """Checks before the first `step` that the `stage`-th and all later stages, and evaluations, fit in memory.
 
         Raises:
             DoesNotFitError: a stage or the evaluation cannot fit.
         """
-        if self.limit is not None:
-            self._program(self._longest(stage))
-            if self._evaluation is not None:
-                self.evaluation()
+        for key in self._before_first_step(stage, step):
+            self._program(key)
+        if self._tasks is not None and self.limit is not None:
+            self.tasks()
 
     def ready(self, batch_size: int, seq_len: int, step: int = 1) -> bool:
         """Whether the executable of a step has been compiled."""
@@ -243,6 +256,11 @@ class StagePrograms:
         assert self._evaluation is not None
         return self._program(self._for(self._evaluation, documents))
 
+    def tasks(self, documents: np.ndarray | None = None) -> Program:
+        """Returns the program of the tasks for a batch, as `evaluation`."""
+        assert self._tasks is not None
+        return self._program(self._for(self._tasks, documents))
+
     def _for(self, key: Key, documents: np.ndarray | None) -> Key:
         """Returns the program for a batch: all processes take the crowded one if any has too many documents.
 
@@ -255,9 +273,23 @@ class StagePrograms:
         too_many = any(documents[:rows].sum() > most for rows, most in bounds)
         return dataclasses.replace(key, crowded=True) if bounds and consensus.any_process(too_many) else key
 
-    def _longest(self, stage: int) -> Key:
-        seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
-        return Key(batch_size, seq_len)
+    def _before_first_step(self, stage: int, step: int) -> list[Key]:
+        """The programs that are compiled before the first `step`, in the `stage`-th stage.
+
+        On GPUs all: autotuning takes XLA's lock on the device exclusively, for which steps wait (GetGpuMutex in
+        gpu_executable.cc), measures kernels that should be alone on it, and needs memory that training has taken.
+
+        Elsewhere those that may not fit. Micro-batches can be as small as one row per device, so only the length of
+        rows decides: the longest rows are tried. Without a limit, nothing has to be.
+        """
+        stages = [s for s in self._stages if s.index >= stage]
+        if self._components.mesh.devices.flat[0].platform == "gpu":
+            found = (self._key(s.batch_size, s.seq_len, max(step, s.first_step)) for s in stages)
+            keys = list(dict.fromkeys(found))
+        else:
+            longest = max(stages, key=lambda s: (s.seq_len, s.batch_size))
+            keys = [] if self.limit is None else [Key(longest.batch_size, longest.seq_len)]
+        return [*keys, *((self._evaluation,) if self._evaluation and keys else ())]
 
     def _program(self, key: Key) -> Program:
         """Returns the program that fits on all processes."""
@@ -328,7 +360,7 @@ class StagePrograms:
     def _name(self, key: Key) -> str:
         where = ", a batch with too many documents for the attention kernel" * key.crowded
         if key.evaluates:
-            return f"Evaluation{where}"
+            return f"{'The program of eval.tasks' if key.asks else 'Evaluation'}{where}"
         named = [
             f"{s.index} ({s.name})" for s in self._stages if (s.batch_size, s.seq_len) == (key.batch_size, key.seq_len)
         ]
@@ -337,12 +369,14 @@ class StagePrograms:
     def _misfit(self, key: Key, needs: str) -> str:
         assert self.limit is not None
         mesh = self._components.mesh
-        fixes = ["a smaller model", f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})"]
+        fixes = ["a smaller model"]
+        if not key.asks:
+            fixes.append(f"shorter rows ({'eval.seq_len' if key.evaluates else 'seq_len'})")
         if not key.evaluates:
             fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
-            fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
+            fixes.append("a larger share for XLA (XLA_CLIENT_MEM_FRACTION=0.95; 0.92 unless set)")
         return (
             f"{self._name(key)} does not fit: even with one row of {key.seq_len:,} tokens at a time a device needs "
             f"{needs}, and may use {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). "

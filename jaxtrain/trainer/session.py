@@ -24,7 +24,8 @@ from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
-from jaxtrain.interfaces import AttentionModel, Json, LossFn
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -35,6 +36,7 @@ from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
+from jaxtrain.trainer.tasks import TaskEvaluator
 
 _SAMPLE_TOKENS = 64
 
@@ -68,7 +70,7 @@ class Session:
     Attributes:
         config: the run's config.
         plan: maps a step to stage, shapes, learning rate and the source of each row.
-        eval_plan: the plan of an evaluation; None without evaluation.
+        eval_plan: the plan of an evaluation; None without held-out documents or evaluation.
         readers: the sources cut into units, in the plan's order.
         components: the components of a step.
         programs: the compiled steps.
@@ -84,7 +86,7 @@ class Session:
         start_tokens: tokens trained up to start_step.
         is_complete: whether nothing is left to train.
         stage_ends: each source's totals at the end of every stage so far.
-        evaluator: None before `train_state`, or if the config has no evaluation.
+        evaluators: of held-out documents and of tasks; empty before `train_state`, or if the config has no evaluation.
     """
 
     def __init__(self, config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True):
@@ -100,7 +102,8 @@ class Session:
             UserError: settings conflict, or this config may not resume from the checkpoint.
         """
         self.plan = config.plan()
-        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if config.eval.is_on else None
+        evaluates = config.eval.is_on and config.data.holdout > 0
+        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if evaluates else None
         self._checkpointer = checkpointer
         self.start_step = checkpointer.latest_step() or 0
         saved = checkpointer.restore_data(self.start_step) if self.start_step else None
@@ -125,6 +128,7 @@ class Session:
 
         # The data: tokenizer, sources and their units.
         self.scratch = os.fspath(workdir.cache)
+        self._tasks_folder = workdir.tasks
         cache = config.data.cache(os.path.join(self.scratch, "data"))
         self._skipped = open_data.skipped(workdir.path, saved)
         self.forgotten = open_data.forgotten(config, workdir.path, saved, is_run=fetch)
@@ -156,7 +160,7 @@ class Session:
             layout = self._cached and self._cached.layout
             size = self.tokenizer.vocab_size
             self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
-        self.evaluator: Evaluator | None = None
+        self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
         self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan, self.forgotten)
@@ -256,7 +260,7 @@ class Session:
         else:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
-            self.evaluator = Evaluator(
+            held_out = Evaluator(
                 config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
@@ -268,8 +272,22 @@ class Session:
                 self.scratch,
                 lambda documents: self.programs.evaluation(documents).executable,
             )
+            self.evaluators.append(held_out)
+        if config.eval.tasks:
+            tasks = TaskEvaluator(
+                config.eval.tasks,
+                config.eval.task_limit,
+                self._tasks_folder,
+                self.tokenizer,
+                config.data.add_bos,
+                components,
+                (self.eval_plan or self.plan).stages[-1].batch_size,
+                lambda documents: self.programs.tasks(documents).executable,
+            )
+            self.evaluators.append(tasks)
+            self.programs.add_tasks(*tasks.shape)
         with monitor.span("compile"):
-            self.programs.settle(first)
+            self.programs.settle(first, self.start_step + 1)
         return restored
 
     def _load_teacher(self) -> None:
@@ -339,6 +357,10 @@ def make_components(
         layout: layout of the records in each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
+    if config.precision == "fp8":
+        if not isinstance(model, EightBitModel):
+            raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
+        model = model.in_fp8()
     optimizer = config.optimizer.build(model.axes, mesh)
     if frozen is not None:
         frozen.check_stages(plan)
