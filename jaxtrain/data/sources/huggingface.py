@@ -189,8 +189,9 @@ class HuggingFace:
         return sha
 
     def _builder(self, sha: str) -> Any:
-        import datasets
         from huggingface_hub import HfApi
+
+        import datasets
 
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
