@@ -7,12 +7,12 @@ import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import datasets
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.errors import CorruptError, UserError

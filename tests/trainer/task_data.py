@@ -5,9 +5,9 @@ import json
 import random
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 
-import datasets
 from jaxtrain.data.benchmarks import TASKS
 from tests.hub import LoopbackHub
 

@@ -32,9 +32,8 @@ def epoch(paths: Sequence[str], tokenizer: Tokenizer, stage: StagePlan) -> tuple
     Returns:
         The time spent, and the number of tokens in whole rows (the rest is dropped).
     """
-    from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
-
     import datasets
+    from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
         ids, lengths = tokenizer.encode_batch(batch["text"])

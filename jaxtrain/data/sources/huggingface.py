@@ -189,9 +189,8 @@ class HuggingFace:
         return sha
 
     def _builder(self, sha: str) -> Any:
-        from huggingface_hub import HfApi
-
         import datasets
+        from huggingface_hub import HfApi
 
         what = f"dataset {self.name}" + (f" with data_files={self.data_files}" if self.data_files else "")
         try:
