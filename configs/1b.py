@@ -13,8 +13,5 @@ def get_config(arg: str = "") -> Config:
         num_heads=16,
         num_kv_heads=8,
         max_seq_len=2048,
-        remat="dots",
     )
-    return pretrain(
-        model, total_tokens=20_000_000_000, batch_tokens=1_048_576, learning_rate=3e-4, micro_batch_tokens=16_384
-    )
+    return pretrain(model, total_tokens=20_000_000_000, batch_tokens=1_048_576, learning_rate=3e-4)

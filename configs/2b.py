@@ -14,6 +14,4 @@ def get_config(arg: str = "") -> Config:
         num_kv_heads=5,
         max_seq_len=2048,
     )
-    return pretrain(
-        model, total_tokens=40_000_000_000, batch_tokens=1_048_576, learning_rate=2.5e-4, micro_batch_tokens=8192
-    )
+    return pretrain(model, total_tokens=40_000_000_000, batch_tokens=1_048_576, learning_rate=2.5e-4)

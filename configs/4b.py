@@ -15,6 +15,4 @@ def get_config(arg: str = "") -> Config:
         max_seq_len=4096,
         rope_theta=500_000.0,
     )
-    return pretrain(
-        model, total_tokens=80_000_000_000, batch_tokens=2_097_152, learning_rate=2e-4, micro_batch_tokens=8192
-    )
+    return pretrain(model, total_tokens=80_000_000_000, batch_tokens=2_097_152, learning_rate=2e-4)

@@ -22,9 +22,7 @@ def get_config(arg: str = "") -> Config:
         max_seq_len=8192,
         rope_theta=500_000.0,
     )
-    config = pretrain(
-        model, total_tokens=160_000_000_000, batch_tokens=4_194_304, learning_rate=3e-4, micro_batch_tokens=8192
-    )
+    config = pretrain(model, total_tokens=160_000_000_000, batch_tokens=4_194_304, learning_rate=3e-4)
     return dataclasses.replace(
         config, tokenizer=HuggingFaceTokenizer(name="meta-llama/Llama-3.1-8B", vocab_size=128_256)
     )

@@ -5,13 +5,13 @@ from jaxtrain.config import Config
 from jaxtrain.errors import UserError
 from jaxtrain.model.llama import LlamaConfig
 
-# hidden, mlp, layers, heads, kv heads, tokens per run, tokens per batch, learning rate, tokens per micro-batch
+# hidden, mlp, layers, heads, kv heads, tokens per run, tokens per batch, learning rate, tokens per micro-batch at most
 SIZES = {
     "tiny": (256, 768, 8, 4, 2, 500_000_000, 131_072, 1e-3, 65_536),
     "small": (768, 2048, 12, 12, 4, 3_000_000_000, 262_144, 6e-4, 32_768),
     "medium": (1024, 2816, 24, 16, 8, 7_000_000_000, 524_288, 4e-4, 32_768),
-    "large": (2304, 6144, 28, 18, 6, 36_000_000_000, 1_048_576, 2.5e-4, 8192),
-    "xlarge": (3072, 8192, 32, 24, 8, 70_000_000_000, 2_097_152, 2e-4, 8192),
+    "large": (2304, 6144, 28, 18, 6, 36_000_000_000, 1_048_576, 2.5e-4, None),
+    "xlarge": (3072, 8192, 32, 24, 8, 70_000_000_000, 2_097_152, 2e-4, None),
 }
 
 

@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 from jaxtrain.checkpoint.checkpointer import CheckpointConfig
+from jaxtrain.data import benchmarks
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.distill.teacher import Teacher
 from jaxtrain.distributed.sharding import MeshConfig
@@ -16,6 +17,8 @@ from jaxtrain.losses.distillation import Distillation
 from jaxtrain.metrics.monitor import MonitorConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
+
+ON_SPIKE = ("log", "skip_update", "rewind")
 
 
 def reaches_multiple(at: StepPlan, tokens: int) -> bool:
@@ -38,6 +41,10 @@ class EvalConfig:
         source_tokens: Also evaluate on so many held-out tokens of each source alone, always the same, if there are
             several; 0 for none. None for `tokens` divided equally.
         packing: How rows are packed; None for the last stage's way. Runs that differ in it are compared with one.
+        tasks: Benchmarks of multiple choice, at each evaluation: hellaswag, arc_easy, arc_challenge, piqa, winogrande,
+            openbookqa, boolq, sciq, lambada_openai, lambada_standard, or FILE.py:NAME (data/benchmarks.py). Read from
+            the Hub once and kept in the work directory. They need no held-out documents.
+        task_limit: Only the first N questions of each task; None for all.
     """
 
     every_steps: int | None = None
@@ -48,9 +55,11 @@ class EvalConfig:
     weights: dict[str, float] | None = None
     source_tokens: int | None = None
     packing: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
 
     def check(self) -> None:
-        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size"):
+        for name in ("every_steps", "every_tokens", "tokens", "seq_len", "batch_size", "task_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
@@ -61,6 +70,11 @@ class EvalConfig:
                 f"every_steps={self.every_steps} and every_tokens={self.every_tokens}: give one of them and set the "
                 "other to none"
             )
+        titles = [benchmarks.title(name) for name in self.tasks if benchmarks.find(name)]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"tasks={self.tasks}: two have the same name")
+        if self.tasks and not self.is_on:
+            raise UserError(f"tasks={self.tasks}: set every_steps or every_tokens too")
 
     @property
     def is_on(self) -> bool:
@@ -115,7 +129,7 @@ class Config:
 
     Attributes:
         model: Any interfaces.ModelConfig, such as LlamaConfig.
-        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes.
+        tokenizer, data, mesh, checkpoint, eval, monitor: See their classes. AutoMesh: the trainer chooses the mesh.
         stages: Consecutive parts of the run, each with its sequence length, batch size and mix; often just one.
         optimizer: Any interfaces.OptimizerConfig, such as AdamW or Muon.
         loss: Any interfaces.LossConfig.
@@ -128,15 +142,23 @@ class Config:
         seed: Seed of parameters, shuffle and mix.
         clip_norm: Maximum global norm of the gradient (Pascanu et al. 2013); None for no clipping.
         micro_batch_tokens: Maximum tokens per device in a micro-batch. Gradients of micro-batches add up to that of
-            the whole batch. None for the whole batch.
-        memory_gb: Maximum memory (10^9 bytes) of a step on a device. Each stage gets the fewest micro-batches, of at
-            most micro_batch_tokens, that fit. None for what the devices report, less a reserve; no
-            limit if they report none (CPU).
-        max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
+            the whole batch. None: the trainer chooses (trainer/tuning.py).
+        memory_gb: Maximum memory (10^9 bytes) of a step on a device. None for what the devices report, less a
+            reserve; no limit if they report none (CPU).
+        max_skipped_steps: Stop (exit code 1) after this many skipped updates in a row.
+        spike_threshold: A step whose loss or gradient norm is this many standard deviations above the median of the
+            steps before it is a spike, which is logged with its documents. None for no comparison.
+        spike_window: How many steps before it, of the same stage, are compared.
+        on_spike: "log"; "skip_update" also keeps parameters and optimizer as they were; "rewind" returns to the newest
+            checkpoint and goes on without the documents that stand out, or all of the step's if none does.
+        max_rewinds: Later spikes of a run that "rewind" has returned so often are only logged.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters if they have
+            the same results of autotuning, which the work directory's cache keeps.
+        precision: "bf16", or "fp8": the products with the layers' weights, forward and backward, are of 8-bit values
+            (model/fp8.py). "bf16" means model.dtype. May change at a resume.
         compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of
             trainer/compiler_options.py or in their place: --config.compiler_options.xla_NAME=VALUE.
         sample_prompts: Texts to continue at the end of the run.
@@ -165,9 +187,14 @@ class Config:
     micro_batch_tokens: int | None = None
     memory_gb: float | None = None
     max_skipped_steps: int = 10
+    spike_threshold: float | None = None
+    spike_window: int = 128
+    on_spike: str = "log"
+    max_rewinds: int = 3
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
+    precision: str = "bf16"
     compiler_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     sample_prompts: tuple[str, ...] = ()
     sample_every_tokens: int | None = None
@@ -177,6 +204,8 @@ class Config:
             "scale_to",
             "epochs",
             "max_skipped_steps",
+            "spike_window",
+            "max_rewinds",
             "log_every",
             "micro_batch_tokens",
             "sample_every_tokens",
@@ -188,10 +217,19 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise UserError(f"{name}={value}: give 0 to {most:,}")
+        if self.precision not in ("bf16", "fp8"):
+            raise UserError(f"precision={self.precision!r} is not known: give 'bf16' or 'fp8'")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise UserError(f"memory_gb={self.memory_gb}: give a size above 0, or none for what the devices have")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(f"clip_norm={self.clip_norm}: give a value above 0, or none for no clipping")
+        if self.on_spike not in ON_SPIKE:
+            near = difflib.get_close_matches(self.on_spike, ON_SPIKE) or ON_SPIKE
+            raise UserError(f"on_spike={self.on_spike!r} is not known; did you mean {' or '.join(map(repr, near))}?")
+        if self.spike_threshold is None and self.on_spike != "log":
+            raise UserError(f"on_spike={self.on_spike!r} needs spike_threshold, for example 10")
+        if self.spike_threshold is not None and not self.spike_threshold > 0:
+            raise UserError(f"spike_threshold={self.spike_threshold}: give a number above 0, or none for no comparison")
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(
@@ -247,6 +285,8 @@ class Config:
             )
 
     def _check_eval(self, plan: Plan) -> None:
+        if self.data.holdout == 0 and self.eval.tasks:
+            return
         if self.data.holdout == 0:
             field = "every_steps" if self.eval.every_tokens is None else "every_tokens"
             raise UserError(

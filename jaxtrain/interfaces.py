@@ -49,8 +49,10 @@ class ModelConfig(Dataclass, Protocol):
     """A dataclass that describes a model.
 
     Fields named `remat`, `scan_layers`, `attention` and `max_seq_len` determine how the model is computed, and may
-    change at a resume. All others determine what it computes; a resume refuses a change. A frozen teacher gets the
-    teacher's `dtype`, remat="none", scan_layers=True and attention="auto", if it has these fields.
+    change at a resume. All others determine what it computes; a resume refuses a change. The trainer sets `remat` if
+    it is "auto", to "none", "dots" or "full", and `scan_layers` if it is None, in the `config` of a shallow copy of the
+    model (trainer/tuning.py). A frozen teacher gets the teacher's `dtype`, remat="none", scan_layers=True and
+    attention="auto", if it has these fields.
     """
 
     @property
@@ -159,6 +161,15 @@ class BoundedModel(Protocol):
 
     def unbounded(self) -> Model:
         """The same model, with the same parameters, for any number of documents."""
+        ...
+
+
+@runtime_checkable
+class EightBitModel(Protocol):
+    """A model that `precision="fp8"` is for."""
+
+    def in_fp8(self) -> Model:
+        """The same model, with the same parameters, whose products with its layers' weights are of 8-bit values."""
         ...
 
 

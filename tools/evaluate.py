@@ -9,22 +9,37 @@ from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 
+_ROWS = 64  # of a batch of questions, at most; memory decides how many are taken at once
+
 COMMAND = cli.Command(
     name="python -m tools.evaluate",
     description=(
         "Computes loss, perplexity and bits per byte on the documents that data.holdout keeps out of training: the "
         "run's own evaluation set, or another one set by --config.eval. The config comes from the checkpoint; give "
-        "--config=FILE if it needs credentials, which are not recorded. Does not train, and is safe on a live run."
+        "--config=FILE if it needs credentials, which are not recorded. With --tasks, benchmarks of multiple choice "
+        "instead, also of a model in Hugging Face's format. Does not train, and is safe on a live run."
     ),
     examples=(
         "python -m tools.evaluate --workdir=runs/1b",
         "python -m tools.evaluate --workdir=runs/1b --config.eval.tokens=10000000 --config.eval.seq_len=4096",
         "python -m tools.evaluate --workdir=runs/270m_curriculum --by_source --json=held-out.json",
+        "python -m tools.evaluate --workdir=runs/1b --tasks=hellaswag,arc_easy,piqa",
+        "python -m tools.evaluate --workdir=exported --tasks=lambada_openai --task_limit=500",
     ),
     flags=(
-        cli.Flag(name="workdir", help="the run's work directory"),
+        cli.Flag(name="workdir", help="the run's work directory; with --tasks also a Hugging Face folder or id"),
         cli.Flag(name="step", type=int | None, default=None, help="which checkpoint; the newest by default"),
         cli.Flag(name="by_source", type=bool, default=False, help="also evaluate each source separately"),
+        cli.Flag(
+            name="tasks",
+            type=tuple[str, ...],
+            default=(),
+            help="benchmarks, by comma: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa, boolq, sciq, "
+            "lambada_openai, lambada_standard, or FILE.py:NAME",
+        ),
+        cli.Flag(
+            name="task_limit", type=int | None, default=None, help="the first N questions of each task; all by default"
+        ),
         cli.JSON,
         cli.IMPORT,
     ),
@@ -37,6 +52,11 @@ def main(flags: cli.Flags) -> None:
     from jaxtrain.checkpoint import restore
     from jaxtrain.trainer import restored
 
+    if flags.tasks:
+        numbers = _ask(flags)
+        if flags.json is not None:
+            cli.write_json(flags.json, numbers)
+        return
     saved = restore.load_data(flags.workdir, flags.step)
     if flags.config is None:
         config = cli.override(cli.from_json(saved["config"]), flags.overrides)
@@ -57,6 +77,47 @@ def main(flags: cli.Flags) -> None:
     numbers = {"step": found.step, "loss": _measure(config, saved, found, plans, flags.workdir)}
     if flags.json is not None:
         cli.write_json(flags.json, numbers)
+
+
+def _ask(flags: cli.Flags) -> Json:
+    """Asks the tasks' questions, and prints the results. Returns them by task."""
+    from jaxtrain.checkpoint import restore
+    from jaxtrain.checkpoint.workdir import Workdir
+    from jaxtrain.cost import memory
+    from jaxtrain.data import benchmarks
+    from jaxtrain.losses.cross_entropy import CrossEntropy
+    from jaxtrain.optim.adamw import AdamW
+    from jaxtrain.trainer import restored
+    from jaxtrain.trainer.programs import StagePrograms
+    from jaxtrain.trainer.step import StepComponents
+    from jaxtrain.trainer.tasks import TaskEvaluator
+
+    for name in flags.tasks:
+        benchmarks.find(name)
+    is_run = restore.is_checkpoint(flags.workdir)
+    found = restored.restore(flags.workdir, flags.step) if is_run else restored.from_hf(flags.workdir)
+    mesh, model = found.model.mesh, found.model
+    assert mesh is not None
+    optimizer = AdamW().build(model.axes, mesh)  # it only completes the components
+    components = StepComponents(model, CrossEntropy().build(model.vocab_size, mesh), optimizer, mesh, None)
+    programs = StagePrograms(components, None, None, memory.limit(mesh, None))
+    evaluator = TaskEvaluator(
+        flags.tasks,
+        flags.task_limit,
+        Workdir(flags.workdir).tasks if is_run else None,
+        found.tokenizer,
+        found.add_bos,
+        components,
+        _ROWS,
+        lambda documents: programs.tasks(documents).executable,
+    )
+    programs.add_tasks(*evaluator.shape)
+    numbers = evaluator.run(found.params)["eval_tasks"]
+    where = f"Step {found.step:,}" if is_run else flags.workdir
+    for name, one in numbers.items():
+        shown = [f"{key} {one[key]:.4f} ± {one[key + '_stderr']:.4f}" for key in one if f"{key}_stderr" in one]
+        print(f"{where}, {name}: {', '.join(shown)} ({one['questions']:,} questions)", flush=True)
+    return {"step": found.step, "tasks": numbers}
 
 
 def _measure(config: Any, saved: Json, found: Any, plans: dict[str, Plan], workdir: str) -> Json:

@@ -34,6 +34,7 @@ COMMAND = cli.Command(
     resumes=True,
 )
 CONFIGS = {"1b": "1B", "4b": "4B", "8b": "8B (Llama 3's shape)"}
+_MICRO_BATCH_TOKENS = {"1b": 16_384, "4b": 8192, "8b": 8192}
 _FLAT = (("2x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2))
 _CUBES = (("2x2x2", 1), ("4x4x4", 1), ("4x8x8", 1), ("8x8x8", 1))
 _HOSTS = (("1x8", 1), ("8x8", 1), ("32x8", 1), ("64x8", 1))
@@ -64,9 +65,11 @@ def rows(chip: str) -> list[tuple[str, str, int]]:
     return [(config, shape, slices) for config in CONFIGS for shape, slices in SHAPES[chip]]
 
 
-def overrides(slices: int) -> tuple[str, ...]:
+def overrides(config: str, slices: int) -> tuple[str, ...]:
     """What the tables change in a config: all sizes recompute whole layers, which takes the least memory."""
-    return (f"--config.mesh.data={slices}", "--config.model.remat=full")
+    how = ("model.remat=full", "model.scan_layers=true", "loss.chunk_tokens=1024")
+    how += (f"micro_batch_tokens={_MICRO_BATCH_TOKENS[config]}", f"mesh.data={slices}")
+    return tuple(f"--config.{setting}" for setting in how)
 
 
 def key_of(config: str, chip: str, shape: str, slices: int) -> str:
@@ -79,7 +82,7 @@ def compiled(config: str, topology: str, slices: int) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
         command = [sys.executable, "-m", "tools.compile_check", f"--config=configs/{config}.py", f"--json={answer}"]
-        command += [f"--topology={topology}", f"--slices={slices}", *overrides(slices)]
+        command += [f"--topology={topology}", f"--slices={slices}", *overrides(config, slices)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not os.path.exists(answer):
             raise UserError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -128,7 +131,7 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
     from tools.estimate import estimate
 
     cluster = clusters.parse(f"{chip}:{shape}", "compile", slices)
-    loaded: Any = cli.load(f"configs/{config}.py", overrides(slices))
+    loaded: Any = cli.load(f"configs/{config}.py", overrides(config, slices))
     outlook = estimate.make_outlook(loaded, cluster, None, 1.0, 0.0)
     (stage,) = outlook.plan.stages
     memory = estimate.memory(outlook).numbers

@@ -62,10 +62,13 @@ class Workdir:
                 fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
+        self.programs = self.path / "programs.json"
         self.skips = self.path / "skips.json"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
+        self.spikes = self.path / "spikes.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.tasks = self.path / "tasks"
         self.wandb_id = self.path / "wandb_id.txt"
         # What has to be local: compiled programs, tokenizers, buffers.
         self.cache = self.path / "cache"

@@ -14,7 +14,7 @@ Nothing here imports JAX: a mistake on the command line is reported at once. Why
 """
 
 from jaxtrain.cli.command import IMPORT, REQUIRED, Command, Flag, Flags, exit_code, leave, parse_flags, run
-from jaxtrain.cli.files import load
+from jaxtrain.cli.files import load, run_file
 from jaxtrain.cli.kinds import kind_of
 from jaxtrain.cli.record import (
     ABSENT,

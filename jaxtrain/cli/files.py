@@ -40,7 +40,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Any:
     path = Path(match[1])
     if not path.is_file():
         raise UserError(f"--config={spec}: there is no file {path}{_near_files(path)}")
-    config = _call(_run(path), path, match[2])
+    config = _call(run_file(path), path, match[2])
     tree.check_types(config)
     config = tree.override(config, overrides)
     tree.check(config)
@@ -60,8 +60,8 @@ def _near_files(path: Path) -> str:
     )
 
 
-def _run(path: Path) -> types.ModuleType:
-    """Executes the file as the module `<folder>.<stem>`, which worker processes can import to unpickle its classes.
+def run_file(path: Path) -> types.ModuleType:
+    """Executes a file as the module `<folder>.<stem>`, which worker processes can import to unpickle its classes.
 
     Not by `importlib`: cached bytecode compares whole seconds, so a file edited within one would be stale.
     """

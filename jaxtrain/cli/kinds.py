@@ -17,6 +17,7 @@ BUILT_IN = {
     "stage": "jaxtrain.plan.stages:Stage",
     "data": "jaxtrain.data.pipeline:DataConfig",
     "mesh": "jaxtrain.distributed.sharding:MeshConfig",
+    "auto": "jaxtrain.distributed.sharding:AutoMesh",
     "checkpoint": "jaxtrain.checkpoint.checkpointer:CheckpointConfig",
     "eval": "jaxtrain.config:EvalConfig",
     "monitor": "jaxtrain.metrics.monitor:MonitorConfig",

@@ -116,7 +116,7 @@ def matrices(model: Model) -> list[tuple[int, int]]:
 
 def loss_chunk(loss: Any) -> int:
     """Positions whose logits exist at once on a device, by the config of the loss."""
-    return getattr(loss, "chunk_tokens", CHUNK_TOKENS)
+    return getattr(loss, "chunk_tokens", None) or CHUNK_TOKENS
 
 
 def width(model: Model) -> int:
@@ -126,7 +126,8 @@ def width(model: Model) -> int:
 
 def remat(model: Model) -> str:
     """What the backward pass recomputes: "none", "dots" or "full"."""
-    return getattr(model.config, "remat", "none")
+    found = getattr(model.config, "remat", "none")
+    return "full" if found == "auto" else found
 
 
 def itemsize(model: Model) -> int:

@@ -97,6 +97,11 @@ class MeshConfig:
         )
 
 
+@dataclasses.dataclass(kw_only=True)
+class AutoMesh(MeshConfig):
+    """`mesh=auto`: the trainer and the tools that plan choose the mesh (trainer/tuning.py). Elsewhere all is `fsdp`."""
+
+
 def _size_message(fixed: dict[str, int], automatic: list[str], num_devices: int) -> str:
     product = math.prod(fixed.values())
     asked = " x ".join(f"{axis}={size}" for axis, size in fixed.items())

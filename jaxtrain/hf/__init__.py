@@ -1,4 +1,4 @@
 """Hugging Face checkpoints of the Llama family in and out: safetensors, config.json, tokenizer."""
 
-from jaxtrain.hf.reading import commit, config, load
+from jaxtrain.hf.reading import commit, config, dtype, load
 from jaxtrain.hf.writing import export

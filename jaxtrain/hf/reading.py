@@ -67,6 +67,12 @@ def commit(folder_or_id: str, revision: str | None = None) -> str | None:
     return None if os.path.isdir(folder_or_id) else folder.name
 
 
+def dtype(folder_or_id: str, revision: str | None = None) -> str:
+    """Returns the type in which transformers computes by default: "float32" or "bfloat16". Raises as `config`."""
+    content = _json(_folder(folder_or_id, revision, [CONFIG]) / CONFIG)
+    return "float32" if content.get("dtype", content.get("torch_dtype")) == "float32" else "bfloat16"
+
+
 def load(
     folder_or_id: str,
     model: Model,

@@ -143,11 +143,7 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
 
     def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
         rows, heads, scalars = constants
-        V = w_DV.shape[1]
-        columns = jnp.arange(V, dtype=jnp.int32)[None, :]
-        if "tensor" in ways:
-            columns += jax.lax.axis_index("tensor") * V
-        vocabulary = Vocabulary(columns, "tensor" in ways)
+        vocabulary = _vocabulary(w_DV, ways)
         head_DV, heads = _gather((w_DV.astype(x_BTD.dtype), heads), ways)
 
         def body(dw_DV: jax.Array, chunk: Arrays) -> tuple[jax.Array, Any]:
@@ -165,6 +161,43 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
         return _reduced(jax.tree.map(jnp.sum, sums), dx, dw_DV, x_BTD, w_DV, ways)
 
     return _differentiable(device, mesh)
+
+
+def for_each_position(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens: int = CHUNK_TOKENS) -> Any:
+    """Computes values of single positions from their logits, a chunk at a time. Not differentiable.
+
+    Args:
+        function: (logits_CV fp32, vocabulary, *rows of the chunk [C]) -> arrays [C].
+        mesh: The run's mesh.
+        chunk_tokens: The most positions per chunk on each device.
+
+    Returns:
+        A function (x_BTD, w_DV, *rows [B, T]) -> the arrays of all positions, [B, T], sharded like the batch.
+    """
+
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, rows: Arrays) -> Any:
+        B, T, _ = x_BTD.shape
+        vocabulary, head_DV = _vocabulary(w_DV, ways), _gather(w_DV.astype(x_BTD.dtype), ways)
+
+        def values(chunk: Arrays) -> Any:
+            return function(jnp.dot(chunk[0], head_DV, preferred_element_type=jnp.float32), vocabulary, *chunk[1:])
+
+        found = jax.lax.map(values, _cut((x_BTD, *rows), chunk_tokens, 1))
+        return jax.tree.map(lambda array: array.reshape(-1)[: B * T].reshape(B, T), found)
+
+    def apply(x_BTD: jax.Array, w_DV: jax.Array, *rows: jax.Array) -> Any:
+        if mesh is None:
+            return device({}, x_BTD, w_DV, rows)
+        batch = spec(("batch", "sequence"))
+        return jax.shard_map(
+            functools.partial(device, _ways(mesh)),
+            mesh=mesh,
+            in_specs=(batch, spec(("embed", "vocab")), batch),
+            out_specs=batch,
+            check_vma=False,  # as in `_differentiable`
+        )(x_BTD, w_DV, rows)
+
+    return apply
 
 
 def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | None) -> Callable[..., Sums]:
@@ -185,7 +218,7 @@ def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | N
                 )
         batch, head = spec(("batch", "sequence")), spec(("embed", "vocab"))
         return jax.shard_map(
-            functools.partial(device, {name: size for name, size in mesh.shape.items() if size > 1}),
+            functools.partial(device, _ways(mesh)),
             mesh=mesh,
             in_specs=(batch, head, (batch, head, PartitionSpec())),
             out_specs=(PartitionSpec(), batch, head),
@@ -206,6 +239,18 @@ def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | N
 
     loss.defvjp(forward, backward)
     return lambda x_BTD, w_DV, *rows, heads=(), scalars=(): loss(x_BTD, w_DV, (rows, heads, scalars))
+
+
+def _ways(mesh: Mesh) -> Ways:
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
+def _vocabulary(w_DV: jax.Array, ways: Ways) -> Vocabulary:
+    V = w_DV.shape[1]
+    columns = jnp.arange(V, dtype=jnp.int32)[None, :]
+    if "tensor" in ways:
+        columns += jax.lax.axis_index("tensor") * V
+    return Vocabulary(columns, "tensor" in ways)
 
 
 def _gather(heads: Any, ways: Ways) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossFn
 from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
@@ -21,22 +22,23 @@ class CrossEntropy:
         chunk_tokens: The most positions whose logits exist at once on a device; they take about 8 bytes * chunk_tokens
             * vocabulary / mesh.tensor. Each chunk also reads and writes dw in fp32. By the published peaks of an H200
             and a TPU v5p (an estimate, not measured) that takes as long as the matrix products of about 220 positions,
-            so chunks well below 1,000 positions should be slow there.
+            so chunks well below 1,000 positions should be slow there. None: the trainer chooses (trainer/tuning.py);
+            outside of it, 1024.
     """
 
     z_loss: float = 0.0
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int | None = dataclasses.field(default=None, metadata={cli.BEFORE: CHUNK_TOKENS})
 
     def check(self) -> None:
         """Raises UserError if a value is out of range."""
         if self.z_loss < 0:
             raise UserError(f"z_loss={self.z_loss}: give a weight of 0 or more (PaLM uses 1e-4).")
-        if self.chunk_tokens < 1:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise UserError(f"chunk_tokens={self.chunk_tokens}: give at least one position (1024 is usual).")
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> LossFn:
         """Builds the loss: "loss" = "ce_loss" + "z_loss" (omitted if its weight is 0)."""
-        return chunked_loss(self.chunk_fn(vocab_size), mesh, self.chunk_tokens)
+        return chunked_loss(self.chunk_fn(vocab_size), mesh, self.chunk_tokens or CHUNK_TOKENS)
 
     def chunk_fn(self, vocab_size: int) -> ChunkFn:
         """Builds the loss of one chunk of logits. Distillation adds its divergence to it.

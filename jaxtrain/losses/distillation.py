@@ -29,7 +29,7 @@ DistillationFn = Callable[..., Sums]
 class ChunkLoss(Protocol):
     """A loss config that can share the student's logits with the divergence, as CrossEntropy does."""
 
-    chunk_tokens: int
+    chunk_tokens: int | None
 
     def chunk_fn(self, vocab_size: int) -> ChunkFn:
         """(logits_CV, vocabulary, targets_C, mask_C, weight) -> (sums, gradient with respect to the logits)."""
@@ -168,7 +168,7 @@ class Distillation:
         loss_chunk = loss_alone = None
         tokens = CHUNK_TOKENS
         if isinstance(loss, ChunkLoss):
-            loss_chunk, tokens = loss.chunk_fn(vocab_size), loss.chunk_tokens
+            loss_chunk, tokens = loss.chunk_fn(vocab_size), loss.chunk_tokens or CHUNK_TOKENS
         else:  # a second pass over the head
             loss_alone = loss.build(vocab_size, mesh)
 

@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain import cli
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
-from jaxtrain.model import attention, rope
+from jaxtrain.model import attention, fp8, rope
 from jaxtrain.model.attention_xla import SAVED
 from jaxtrain.model.base import BaseModel, one_thread_at_a_time
 from jaxtrain.model.layers import DecoderLayer, Frame, activation_axes
@@ -32,16 +33,16 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, S, K, h] in 
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU register; any tensor axis up to it divides the padded vocabulary
 MOST_LAYERS = 1 << 16  # absurd numbers end in a message, not in an error of NumPy or of the memory
-REMAT = ("none", "full", "dots")
+REMAT = ("auto", "none", "full", "dots")
 
 
 def remat_policy(remat: str) -> Any:
     """Returns what the backward pass keeps of each layer, besides its input, as a policy for `jax.checkpoint`.
 
     Args:
-        remat: "full" or "dots".
+        remat: "full" ("auto" is the same here) or "dots".
     """
-    if remat == "full":
+    if remat != "dots":
         return None
     policies = jax.checkpoint_policies
     named = policies.save_from_both_policies(
@@ -80,8 +81,8 @@ class LlamaConfig:
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
-            weights and its attention.
-        scan_layers: False unrolls the layers: slower to compile, sometimes faster to run.
+            weights and its attention. "auto": the trainer chooses (trainer/tuning.py); outside of it, as "full".
+        scan_layers: False unrolls the layers: slower to compile, sometimes faster to run. None: the trainer chooses.
         attention: "auto", "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU).
     """
 
@@ -104,8 +105,8 @@ class LlamaConfig:
     qk_norm: bool = False
     initializer_std: float = 0.02
     dtype: str = "bfloat16"
-    remat: str = "full"
-    scan_layers: bool = True
+    remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
+    scan_layers: bool | None = dataclasses.field(default=None, metadata={cli.BEFORE: True})
     attention: str = "auto"
 
     def check(self) -> None:
@@ -163,7 +164,7 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel, BoundedModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
@@ -171,10 +172,10 @@ class Llama(BaseModel):
     config: LlamaConfig
 
     @one_thread_at_a_time
-    def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None):
+    def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None, in_fp8: bool = False):
         config.check()
         self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
-        self.vocab_size, self.mesh = vocab_size, mesh
+        self.vocab_size, self.mesh, self.is_fp8 = vocab_size, mesh, in_fp8
         # An NNX module consists of a graph (structure) and a state (arrays). Here the arrays are abstract.
         self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
         self._layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
@@ -191,7 +192,7 @@ class Llama(BaseModel):
         return Frame(self.config, self.vocab_size, padded, nnx.Rngs(params=key))
 
     def _layer(self, key: jax.Array) -> DecoderLayer:
-        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key))
+        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key), self.is_fp8)
 
     def _check_heads(self, mesh: Mesh) -> None:
         tensor = mesh.shape["tensor"]
@@ -254,7 +255,7 @@ class Llama(BaseModel):
         return 6.0 * (self.num_params_non_embedding + self.vocab_size * config.hidden_size) + attention_flops
 
     def memory_advice(self) -> tuple[str, ...]:
-        return () if self.config.remat == "full" else (f"model.remat=full (now {self.config.remat})",)
+        return () if self.config.remat in ("auto", "full") else (f"model.remat=full (now {self.config.remat})",)
 
     # ---- The decoder around a given attention
 
@@ -315,8 +316,8 @@ class Llama(BaseModel):
     def _over_layers(self, layer: Any, x: jax.Array, inputs_L: Any, policy: Any) -> tuple[jax.Array, Any]:
         if self.config.remat != "none":
             # XLA cannot merge a scan's body with its recomputation, but it could merge unrolled layers: prevent that.
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan_layers)
-        if self.config.scan_layers:
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=self.config.scan_layers is False)
+        if self.config.scan_layers is not False:
             return jax.lax.scan(layer, x, inputs_L)
         extras = []
         for index in range(self.config.num_layers):
@@ -376,10 +377,21 @@ class Llama(BaseModel):
         return attention.most_documents(self.attention_choice(batch_size, seq_len).name, shape)
 
     def unbounded(self) -> "Llama":
-        return dataclasses.replace(self.config, attention="xla").build(self.vocab_size, self.mesh)
+        return Llama(dataclasses.replace(self.config, attention="xla"), self.vocab_size, self.mesh, self.is_fp8)
+
+    def in_fp8(self) -> "Llama":
+        shape = self._attention_shape(1, 1)
+        if shape.compute_capability is None or shape.compute_capability < (8, 9):
+            logger.warning(
+                "precision='fp8': no cuBLAS product of 8 bits on this %s (it needs an NVIDIA GPU of compute capability "
+                "8.9 or higher); values are rounded to 8 bits and multiplied in %s.",
+                *(shape.platform.upper(), self.config.dtype),
+            )
+        return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
+        options = attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
+        return options | (fp8.GPU_OPTIONS if self.is_fp8 and attention.platform_of(self.mesh) == "gpu" else {})
 
     def _attention_shape(self, batch_size: int, seq_len: int) -> attention.Shape:
         config = self.config

@@ -35,11 +35,29 @@ _FREE = ("model.remat", "model.scan_layers", "model.attention", "model.max_seq_l
 
 
 def settled(config: Config, saved: Json | None) -> Config:
-    """The config of a resume: a shuffle window that it leaves open is the checkpoint's, if that had one set."""
-    window = None if saved is None else saved["config"]["data"]["shuffle_window"]
-    if config.data.shuffle_window is not None or window is None:
+    """The config of a resume, with what it leaves open as in the checkpoint.
+
+    That is a shuffle window, if the checkpoint had one set; and how the step is computed, if the checkpoint is from
+    before the trainer chose that (tuning.py).
+    """
+    if saved is None:
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
+    then: Any = cli.complete(saved["config"])
+    window = then["data"]["shuffle_window"]
+    if config.data.shuffle_window is None and window is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
+    if saved.get("programs") is None:
+        model, loss = _as_then(config.model, then["model"]), _as_then(config.loss, then["loss"])
+        tokens = config.micro_batch_tokens or then["micro_batch_tokens"]
+        config = dataclasses.replace(config, model=model, loss=loss, micro_batch_tokens=tokens)
+    return config
+
+
+def _as_then(part: Any, then: Json) -> Any:
+    """A component's config with what it leaves to the trainer as in a record."""
+    fields = (("remat", "auto"), ("scan_layers", None), ("chunk_tokens", None))
+    then = {name: then[name] for name, unset in fields if getattr(part, name, ()) == unset and name in then}
+    return dataclasses.replace(part, **then)
 
 
 def identities(

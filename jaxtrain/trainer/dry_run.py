@@ -42,7 +42,7 @@ def _describe_memory(session: Session) -> None:
     """Compiles every stage and the evaluation. Raises UserError listing all that do not fit."""
     logger.info("\nMemory of each device, by the compiler's analysis:")
     compiles: list[Callable[[], Any]] = [
-        lambda s=shape: session.programs.program(*s) for shape in session.programs.shapes
+        lambda s=shape: session.programs.last_program(*s) for shape in session.programs.shapes
     ]
     if session.eval_plan is not None:
         compiles.append(session.programs.evaluation)

@@ -1,15 +1,19 @@
-"""Restores model, tokenizer and parameters from a work directory's checkpoint."""
+"""Restores model, tokenizer and parameters from a work directory's checkpoint, or from a Hugging Face folder."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
+import tokenizers
 
-from jaxtrain import cli
+from jaxtrain import cli, hf
 from jaxtrain.checkpoint.restore import load_data, restore_params, step_folder
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Model, Params
+from jaxtrain.tokenizers.files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 
 
 @dataclasses.dataclass
@@ -63,3 +67,23 @@ def restore(workdir: str, step: int | None = None) -> Restored:
         tokenizer=tokenizer,
         params=params,
     )
+
+
+def from_hf(folder_or_id: str) -> Restored:
+    """Loads a model in Hugging Face's format, to evaluate it as transformers would compute it.
+
+    Raises:
+        UserError: it does not exist, is damaged, or is not supported.
+    """
+    mesh = sharding.MeshConfig().build()
+    config, _ = hf.config(folder_or_id)
+    tokenizer = HuggingFaceTokenizer(name=folder_or_id).build("")
+    model = dataclasses.replace(config, dtype=hf.dtype(folder_or_id)).build(tokenizer.vocab_size, mesh)
+    params = hf.load(folder_or_id, model, sharding.tree_shardings(mesh, model.axes))
+    content = tokenizer.content()
+    if TOKENIZER_JSON in content:
+        ids = tokenizers.Tokenizer.from_buffer(content[TOKENIZER_JSON]).encode("a").ids
+        add_bos = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
+    else:
+        add_bos = bool(json.loads(content[TOKENIZER_CONFIG]).get("add_bos_token"))
+    return Restored(step=0, add_bos=add_bos, model=model, tokenizer=tokenizer, params=params)

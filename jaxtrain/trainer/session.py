@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,24 +17,29 @@ from jaxtrain.checkpoint import restore
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.workdir import Workdir
 from jaxtrain.config import Config
-from jaxtrain.cost import memory
+from jaxtrain.cost import clusters, memory
 from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.data.packing import Spans
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.interfaces import AttentionModel
+from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.trainer import compatibility, compiler_options, open_data, state
+from jaxtrain.trainer import compatibility, compiler_options, open_data, scheduled, state, tuning
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
-from jaxtrain.trainer.programs import StagePrograms
+from jaxtrain.trainer.programs import Choice, StagePrograms
+from jaxtrain.trainer.spikes import SpikeRule, SpikeWatch
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
+from jaxtrain.trainer.tasks import TaskEvaluator
 
 _SAMPLE_TOKENS = 64
 
@@ -67,7 +73,7 @@ class Session:
     Attributes:
         config: the run's config.
         plan: maps a step to stage, shapes, learning rate and the source of each row.
-        eval_plan: the plan of an evaluation; None without evaluation.
+        eval_plan: the plan of an evaluation; None without held-out documents or evaluation.
         readers: the sources cut into units, in the plan's order.
         components: the components of a step.
         programs: the compiled steps.
@@ -78,11 +84,12 @@ class Session:
         forgotten: the documents that are left out.
         cache: the disk cache; None if no source uses it.
         scratch: a local folder for temporary files.
+        kept_programs: the choices of programs that checkpoints record (see `tuning`).
         start_step: step of the restored checkpoint; 0 for a new run.
         start_tokens: tokens trained up to start_step.
         is_complete: whether nothing is left to train.
         stage_ends: each source's totals at the end of every stage so far.
-        evaluator: None before `train_state`, or if the config has no evaluation.
+        evaluators: of held-out documents and of tasks; empty before `train_state`, or if the config has no evaluation.
     """
 
     def __init__(self, config: Config, workdir: Workdir, checkpointer: Checkpointer, fetch: bool = True):
@@ -98,13 +105,20 @@ class Session:
             UserError: settings conflict, or this config may not resume from the checkpoint.
         """
         self.plan = config.plan()
-        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if config.eval.is_on else None
+        evaluates = config.eval.is_on and config.data.holdout > 0
+        self.eval_plan = config.eval.plan(self.plan, config.data.num_lanes) if evaluates else None
         self._checkpointer = checkpointer
         self.start_step = checkpointer.latest_step() or 0
         saved = checkpointer.restore_data(self.start_step) if self.start_step else None
-        self.config = config = compatibility.settled(config, saved)
-        mesh = config.mesh.build()
-        self.limit = memory.limit(mesh, config.memory_gb)
+        config = compatibility.settled(config, saved)
+        self.limit = memory.limit(config.mesh.build(), config.memory_gb)
+        self._cluster = clusters.of_devices(jax.devices())
+        if isinstance(config.mesh, AutoMesh):
+            config = with_mesh(config, self.plan, self._cluster, self.limit)
+        self.config, mesh = config, config.mesh.build()
+        self._programs_path = workdir.programs
+        # None: the run was begun by a version that chose nothing, and goes on as it was.
+        self.kept_programs: list[Json] | None = [] if saved is None else saved.get("programs")
 
         # Training a tokenizer takes as long as compiling the first stage: do both at once, for the vocabulary it asks
         # for.
@@ -117,6 +131,7 @@ class Session:
 
         # The data: tokenizer, sources and their units.
         self.scratch = os.fspath(workdir.cache)
+        self._tasks_folder = workdir.tasks
         cache = config.data.cache(os.path.join(self.scratch, "data"))
         self._skipped = open_data.skipped(workdir.path, saved)
         self.forgotten = open_data.forgotten(config, workdir.path, saved, is_run=fetch)
@@ -148,12 +163,14 @@ class Session:
             layout = self._cached and self._cached.layout
             size = self.tokenizer.vocab_size
             self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
-        self.evaluator: Evaluator | None = None
+        self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
         self.identities = compatibility.identities(config, self.readers, self.tokenizer, self.plan, self.forgotten)
+        self.identities["programs"] = self.kept_programs
         self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
         self._lane_states: dict[int, np.ndarray] = {}
+        self._saved_spikes = None if saved is None else saved.get("spikes")
         self.stage_ends = ledger.StageEnds(self.plan)
         if saved is not None:
             for line in compatibility.check(saved, self.identities, self.plan, self.start_step):
@@ -169,6 +186,9 @@ class Session:
     def _set_components(self, components: StepComponents) -> None:
         self.components = components
         _report(components, self.plan, self.eval_plan)
+        choices = None
+        if self.kept_programs is not None:
+            choices = self._choose(components, self.kept_programs)
         self.programs = StagePrograms(
             components,
             self.plan,
@@ -176,7 +196,22 @@ class Session:
             self.limit,
             self.eval_plan and self.eval_plan.stages[0],
             bytes_besides_params(components),
+            choices=choices,
         )
+
+    def _choose(self, components: StepComponents, saved: list[Json]) -> dict[tuple[int, int], Choice]:
+        config, cluster = self.config, self._cluster
+        mesh = components.mesh.shape
+        target = tuning.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
+        measure = None
+        if cluster is not None and self.limit is not None:
+            compiler = scheduled.Compiler(config, cluster, components.model.vocab_size, components)
+            measure = tuning.by_compiler(target, compiler)
+        path, step = self._programs_path, self.start_step
+        choices, self.kept_programs = tuning.resolve(target, self.plan, path, saved, step, measure)
+        if cluster is not None:
+            tuning.report(self.plan, choices)
+        return choices
 
     @functools.cached_property
     def feed(self) -> Feed:
@@ -198,6 +233,44 @@ class Session:
         )
         return Feed(batches, mesh, lanes, data.num_lanes)
 
+    def watch(self) -> SpikeWatch | None:
+        """Follows the run's steps from its start on; None if they are not compared."""
+        if self.components.spikes is None:
+            return None
+        return SpikeWatch(self, self.components.spikes, self._saved_spikes, self._lane_states)
+
+    def addresses(self, step: int, states: Mapping[int, np.ndarray]) -> list[tuple[int, int, Spans]]:
+        """(row of the batch, source, documents) of each row of a step on this host.
+
+        Args:
+            step: the step.
+            states: the positions of this host's lanes before it.
+        """
+        data = self.config.data
+        readers = data.build(
+            self.sources,
+            seed=self.config.seed,
+            skipped=self._skipped,
+            forgotten=self.forgotten.documents,
+            scratch=self.scratch,
+        )
+        rows, lanes = (
+            data.row_spec(self.tokenizer, self.config.epochs),
+            local_lanes(self.components.mesh, data.num_lanes),
+        )
+        batches = iter(
+            pipeline.host_dataset(readers, self.plan, rows, lanes, self._threads, after=step - 1, states=states)
+        )
+        assert isinstance(batches, pipeline.HostIterator)
+        found, each = batches.addresses(), self.plan.at(step).batch_size // data.num_lanes
+        batches.close()
+        return [(lanes[at // each] * each + at % each, *row) for at, row in enumerate(found)]
+
+    def close(self) -> None:
+        """Stops reading."""
+        if "feed" in vars(self):
+            self.feed.close()
+
     def gather(self, batch: StepBatch) -> np.ndarray:
         """Gathers the positions of all lanes after a batch: int64 [V, S, F]. All processes must call it."""
         return ledger.gather(batch.states, self.config.data.num_lanes)
@@ -210,7 +283,7 @@ class Session:
         """
         components, config = self.components, self.config
         first = self.plan.at(self.start_step + 1).stage
-        self.programs.begin(first)
+        self.programs.begin(first, self.start_step + 1)
         self.feed.begin()
         self._load_teacher()
         if self.start_step:
@@ -229,7 +302,7 @@ class Session:
         else:
             restored = state.create(components.model, components.optimizer, components.mesh, config.seed)
         if self.eval_plan is not None:
-            self.evaluator = Evaluator(
+            held_out = Evaluator(
                 config.eval.plans(self.plan, config.data.num_lanes),
                 config.data,
                 self.sources,
@@ -241,8 +314,22 @@ class Session:
                 self.scratch,
                 lambda documents: self.programs.evaluation(documents).executable,
             )
+            self.evaluators.append(held_out)
+        if config.eval.tasks:
+            tasks = TaskEvaluator(
+                config.eval.tasks,
+                config.eval.task_limit,
+                self._tasks_folder,
+                self.tokenizer,
+                config.data.add_bos,
+                components,
+                (self.eval_plan or self.plan).stages[-1].batch_size,
+                lambda documents: self.programs.tasks(documents).executable,
+            )
+            self.evaluators.append(tasks)
+            self.programs.add_tasks(*tasks.shape)
         with monitor.span("compile"):
-            self.programs.settle(first)
+            self.programs.settle(first, self.start_step + 1)
         return restored
 
     def _load_teacher(self) -> None:
@@ -262,6 +349,15 @@ class Session:
         if self.components.distilled is None:
             return ()
         return ((self._teacher_params, np.float32(at.ce_weight), np.float32(at.kd_weight)),)
+
+
+def with_mesh(config: Config, plan: Plan, cluster: clusters.Cluster | None, limit: int | None) -> Config:
+    """The config with the mesh that `mesh=auto` chooses: all `fsdp` on CPUs and unknown devices."""
+    mesh, why = MeshConfig(), "no search on this hardware"
+    if cluster is not None and limit is not None:
+        mesh, why = tuning.choose_mesh(config, plan, cluster, limit)
+    logger.info("mesh=auto: %s", why)
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def _warn_of_warmup(config: Config, plan: Plan) -> None:
@@ -303,19 +399,36 @@ def make_components(
         layout: layout of the records in each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
+    if config.precision == "fp8":
+        if not isinstance(model, EightBitModel):
+            raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
+        model = model.in_fp8()
     optimizer = config.optimizer.build(model.axes, mesh)
-    loss = config.loss.build(vocab_size, mesh)
-    distilled = None
     if frozen is not None:
         frozen.check_stages(plan)
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
-        divergence = config.distillation.build(model.vocab_size, mesh, config.loss)
-        distilled = Distilled(frozen.model, frozen.abstract, divergence)
-    elif layout is not None:
-        divergence = config.distillation.build_cached(layout, mesh, config.loss)
-        distilled = Distilled(None, (), divergence, layout.width)
+
+    def losses(chunk_tokens: int | None) -> tuple[LossFn, Distilled | None]:
+        loss: Any = config.loss
+        if chunk_tokens is not None:
+            loss = dataclasses.replace(loss, chunk_tokens=chunk_tokens)
+        if frozen is not None:
+            divergence = config.distillation.build(model.vocab_size, mesh, loss)
+            return loss.build(vocab_size, mesh), Distilled(frozen.model, frozen.abstract, divergence)
+        if layout is not None:
+            divergence = config.distillation.build_cached(layout, mesh, loss)
+            return loss.build(vocab_size, mesh), Distilled(None, (), divergence, layout.width)
+        return loss.build(vocab_size, mesh), None
+
+    loss, distilled = losses(None)
     options = compiler_options.resolve(mesh, config.compiler_options)
-    return StepComponents(model, loss, optimizer, mesh, config.clip_norm, distilled, options)
+    spikes = None
+    if config.spike_threshold is not None:
+        spikes = SpikeRule(config.spike_window, config.spike_threshold, config.on_spike == "skip_update")
+    has_chunks = hasattr(config.loss, "chunk_tokens")
+    return StepComponents(
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None, spikes
+    )
 
 
 def bytes_besides_params(components: StepComponents) -> int:

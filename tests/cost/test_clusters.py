@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -86,3 +87,23 @@ def test_every_slice_of_the_table_can_be_compiled_for() -> None:
     )
     both = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
+
+
+def device(kind: str, **attributes: object) -> types.SimpleNamespace:
+    return types.SimpleNamespace(device_kind=kind, **attributes)
+
+
+def test_the_devices_of_a_run_are_a_cluster() -> None:
+    v5e = [device("TPU v5 lite", coords=(x, y, 0), slice_index=s) for s in (0, 1) for x in range(4) for y in range(2)]
+    assert str(clusters.of_devices(v5e)) == "2 slices of v5e:2x4"
+    assert clusters.islands(clusters.parse("v5e:2x4", "x", 2), v5e) == [0] * 8 + [1] * 8
+    v5p = [device("TPU v5", coords=(x, y, z)) for x in range(4) for y in range(4) for z in range(8)]
+    assert str(clusters.of_devices(v5p)) == "v5p:4x4x8"
+    # One process a GPU, hosts by JAX's slices; and, as compiled for without one, a process a host.
+    each = [device("NVIDIA H200", id=n, process_index=n, slice_index=n // 4) for n in range(8)]
+    found = clusters.of_devices(each)
+    assert str(found) == "h200:2x4"
+    assert found is not None
+    assert clusters.islands(found, each) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert clusters.of_devices([device("cpu")]) is None
+    assert clusters.of_devices(v5e[:3]) is None

@@ -14,8 +14,9 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.cost import clusters, memory
 from jaxtrain.errors import UserError
+from jaxtrain.trainer import scheduled
 from tools.compile_check import __main__ as compile_check
-from tools.compile_check import scheduled
+from tools.estimate import __main__ as estimate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -75,6 +76,22 @@ def test_a_config_that_fits(run: Any, capsys: pytest.CaptureFixture[str]) -> Non
         assert said in printed
 
 
+def test_it_shows_the_choice_that_estimate_shows(
+    run: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config.model.remat=auto", "--config.mesh=auto")
+    _, answer = run(*flags)
+    path = tmp_path / "numbers.json"
+    argv = [f"--config={tmp_path / 'tiny.py'}", "--hardware=v5e:2x4", f"--json={path}", *flags]
+    assert cli.exit_code(estimate.main, estimate.COMMAND, argv) == 0
+    (variant,) = json.loads(path.read_text())["variants"]
+    assert answer["stages"][0]["variant"] == variant
+    assert variant["remat"] is not None
+    printed = capsys.readouterr().out
+    assert printed.count("mesh=auto: ") == 1
+    assert "Steps of only: remat=" in printed
+
+
 def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048", "--config.data.holdout=0.01")
     assert code == 0
@@ -120,7 +137,7 @@ def test_mistakes(run: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str
 
 def test_a_program_for_tpus_is_taken_from_the_dump(tmp_path: pathlib.Path) -> None:
     """The compiler's process writes text and memory, or its error."""
-    ended = types.SimpleNamespace(is_alive=lambda: False)
+    ended = types.SimpleNamespace(poll=lambda: 1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="died"):
         scheduled._wait(ended, tmp_path)
     (tmp_path / "error").write_text("RESOURCE_EXHAUSTED: Used 24.9G of 15.7G hbm.")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -71,15 +70,16 @@ def write(folder, logged, settings=None):
 
 
 class Page(html.parser.HTMLParser):
-    """charts: By title, as XML. tables: Lists of rows of cells. text: All text. tags: All elements and attributes."""
+    """charts: What the script draws, by title. tables: Lists of rows of cells. text: All text. tags: All elements."""
 
     def __init__(self, path):
         super().__init__()
         self.tags, self.tables, self.words = [], [], []
         source = Path(path).read_text()
         self.feed(source)
-        drawn = [ET.fromstring(found) for found in re.findall(r"<svg.*?</svg>", source, re.DOTALL)]
-        self.charts = {found.attrib["aria-label"]: found for found in drawn if "aria-label" in found.attrib}
+        (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL)
+        self.data = json.loads(data)
+        self.charts = {found["title"]: found for found in self.data["figures"]}
         self.text = " ".join(self.words)
 
     def handle_starttag(self, tag, attrs):
@@ -92,6 +92,8 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1].append("")
 
     def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script":
+            return
         self.words.append(data.strip())
         if self.tags and self.tags[-1][0] in ("td", "th", "code"):
             self.tables[-1][-1][-1] += data.strip()
@@ -113,94 +115,50 @@ def one(tmp_path):
     return Page(made(write(tmp_path / "one", lines())))
 
 
-def number(text):
-    """A value on an axis: 2.5K, 3e-4, 50%."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}
-    return float(text.rstrip("KMB%")) * units.get(text[-1], 1)
+def points(curve):
+    return list(zip(curve["x"], curve["y"], strict=True))
 
 
-def mapping(chart, axis, log=False):
-    """Value → pixel from two of the chart's own ticks; all others must agree."""
-    ticks = [found for found in chart.iter("text") if found.attrib.get("class") == f"tick {axis}"]
-    scale = math.log if log else float
-    known = [(scale(number(tick.text)), float(tick.attrib[axis])) for tick in ticks]
-    (a, first), (b, last) = known[0], known[-1]
-    assert len(known) >= 3
-    assert a != b
-
-    def at(value):
-        return first + (scale(value) - a) / (b - a) * (last - first)
-
-    for value, pixel in known:
-        assert first + (value - a) / (b - a) * (last - first) == pytest.approx(pixel, abs=0.4)
-    return at
-
-
-def points(element):
-    return [tuple(map(float, pair.split(","))) for pair in element.attrib["points"].split()]
-
-
-def of_class(chart, tag, kind):
-    return [found for found in chart.iter(tag) if kind in found.attrib.get("class", "").split()]
-
-
-def check(chart, element, wanted, log=False):
-    x, y = mapping(chart, "x"), mapping(chart, "y", log)
-    assert len(points(element)) == len(wanted)
-    for (left, height), (tokens, value) in zip(points(element), wanted, strict=True):
-        assert left == pytest.approx(x(tokens), abs=1)
-        assert height == pytest.approx(y(value), abs=1)
-
-
-def test_points_are_where_their_numbers_are(one):
+def test_points_are_the_logged_numbers(one):
     steps = [line for line in lines() if "loss" in line]
-    for title, log in (("Loss (nats per token)", False), ("Loss (nats per token), logarithmic", True)):
-        training, held_out = one.charts[title].iter("polyline")
-        check(one.charts[title], training, [(line["tokens"], line["loss"]) for line in steps], log)
-        wanted = [(line["tokens"], 4 - line["step"] / 20) for line in steps if line["step"] % 20 == 0]
-        check(one.charts[title], held_out, wanted, log)
-        marks = of_class(one.charts[title], "circle", "mark")
-        assert [(float(m.attrib["cx"]), float(m.attrib["cy"])) for m in marks] == points(held_out)
-        assert marks[1].findtext("title") == "held out, step 40 (5,120 tokens): 2.0000"
+    chart = one.charts["Loss (nats per token)"]
+    training, held_out = chart["curves"]
+    assert (training["label"], held_out["label"]) == ("training", "held out")
+    assert points(training) == [(line["tokens"], line["loss"]) for line in steps]
+    assert points(held_out) == [(line["tokens"], 4 - line["step"] / 20) for line in steps if line["step"] % 20 == 0]
+    assert (training["steps"], held_out["steps"]) == (None, [20, 40, 60])
+    assert (chart["log"], chart["last"]) == (False, 12800)
     for title, key in (("Learning rate", "learning_rate"), ("Throughput (tokens per second)", "tokens_per_sec")):
-        (curve,) = one.charts[title].iter("polyline")
-        check(one.charts[title], curve, [(line["tokens"], line[key]) for line in steps])
+        (curve,) = one.charts[title]["curves"]
+        assert points(curve) == [(line["tokens"], line[key]) for line in steps]
+        assert one.charts[title]["log"] is None
     assert not {"Disk cache (GB)", "Model FLOPs utilization"} & one.charts.keys()  # there are no values
-    column = of_class(one.charts["Loss (nats per token)"], "rect", "hover")[-1]
-    assert column.findtext("title").endswith("\none: step 70, stage 2 (long & <wide>), loss 1.5000")
+    (hover,) = one.data["runs"]
+    assert hover["names"] == ["short", "long & <wide>"]
+    assert (hover["tokens"][-1], hover["steps"][-1], hover["stages"][-1]) == (12800, 70, 2)
 
 
-def test_stages_are_shaded_where_they_are(one):
-    for chart in (one.charts["Loss (nats per token)"], one.charts["Gradient norm"]):
-        at = mapping(chart, "x")
-        first, second = of_class(chart, "rect", "stage")
-        assert [found.attrib["class"] for found in (first, second)] == ["stage odd", "stage"]
-        for rect, begin, end in ((first, 0, 5120), (second, 5120, 5120 + 7680)):
-            left, width = float(rect.attrib["x"]), float(rect.attrib["width"])
-            assert (left, left + width) == pytest.approx((at(begin), at(end)), abs=1)
-        assert first.findtext("title") == "Stage 1 (short): 0 to 5,120 tokens"
-        assert [name.text for name in of_class(chart, "text", "name")] == ["short", "long & <wide>"]
-        (boundary,) = of_class(chart, "line", "boundary")
-        assert float(boundary.attrib["x1"]) == pytest.approx(at(5120), abs=1)
+def test_every_chart_has_its_place(one):
+    places = [int(found["data-figure"]) for _, found in one.tags if "data-figure" in found]
+    assert sorted(places) == list(range(len(one.data["figures"])))
+
+
+def test_stages_are_bands(one):
+    for title in ("Loss (nats per token)", "Gradient norm"):
+        assert one.charts[title]["bands"] == [[0, 5120, 1, "short"], [5120, 5120 + 7680, 2, "long & <wide>"]]
 
 
 def test_the_mix_is_stacked_and_its_targets_are_shown(one):
     chart = one.charts["Mix: share of the tokens by source"]
-    x, y = mapping(chart, "x"), mapping(chart, "y")
-    web, code = of_class(chart, "polygon", "layer")
-    half = len(points(web)) // 2
-    for left, height in points(web)[:half]:
-        share = 0.75 if left < x(5120) - 1 else 0.25
-        assert height == pytest.approx(y(share), abs=1) or left == pytest.approx(x(5120), abs=1)
-    assert [height for _, height in points(web)[half:]] == pytest.approx([y(0)] * half, abs=1)
-    assert [height for _, height in points(code)[:half]] == pytest.approx([y(1)] * half, abs=1)
-    assert points(code)[half:] == points(web)[:half][::-1]
-    lines_of = of_class(chart, "line", "target")
-    targets = [tuple(float(line.attrib[name]) for name in ("x1", "x2", "y1")) for line in lines_of]
-    wanted = [(x(0), x(5120), y(0.75)), (x(5120), x(12800), y(0.25))]
-    assert [pytest.approx(target, abs=1) for target in targets] == wanted
-    note = of_class(chart, "rect", "hover")[-1].findtext("title")
-    assert "web: 25.00% (target 25.00%)\ncode: 75.00% (target 75.00%)" in note
+    assert chart["stacked"]
+    code, web = chart["curves"]  # the layer below is drawn over the one above
+    assert (code["label"], web["label"]) == ("code", "web")
+    assert code["y"] == [1.0] * len(code["x"])
+    assert web["x"][0] == 0
+    for tokens, share, top in zip(web["x"], web["shares"], web["y"], strict=True):
+        assert share == top == pytest.approx(0.75 if tokens <= 5120 else 0.25)
+    assert code["shares"] == pytest.approx([1 - share for share in web["shares"]])
+    assert chart["targets"] == [[0, 5120, 0.75], [5120, 12800, 0.25]]
 
 
 def test_tables(one):
@@ -232,13 +190,19 @@ def test_tables(one):
 
 
 def test_one_page_that_needs_nothing_else(one, tmp_path):
-    source = (tmp_path / "one" / "report.html").read_text()
-    assert not {"script", "link", "img", "iframe", "object", "use", "image"} & {tag for tag, _ in one.tags}
+    path = tmp_path / "one" / "report.html"
+    source = path.read_text()
+    assert not {"link", "img", "iframe", "object", "use", "image"} & {tag for tag, _ in one.tags}
     attributes = [name for _, attributes in one.tags for name in attributes]
     assert not {"src", "href", "xlink:href", "style"} & set(attributes)
     assert not [name for name in attributes if name.startswith("on")]
-    assert not re.search(r"url\(|@import|://", source)
+    library = (Path(report.__file__).parent / "uplot" / "uPlot.iife.min.js").read_text()
+    assert source.count(library) == 1
+    assert not re.search(r"url\(|@import|://", source.replace(library, ""))
+    (policy,) = [found["content"] for _, found in one.tags if "http-equiv" in found]
+    assert policy.startswith("default-src 'none'; ")
     assert "prefers-color-scheme:dark" in source
+    assert path.stat().st_size < 200_000
 
 
 def test_several_runs_on_the_same_axes(tmp_path, capsys):
@@ -252,11 +216,10 @@ def test_several_runs_on_the_same_axes(tmp_path, capsys):
     assert not (first / "report.html").exists()
     page = Page(output)
     chart = page.charts["Learning rate"]
-    one, other = chart.iter("polyline")
-    assert [found.findtext("title") for found in (one, other)] == [f"{tmp_path.name}/one", "other/one"]
-    assert [found.attrib["class"] for found in (one, other)] == ["line s0", "line s1"]
-    at = mapping(chart, "x")
-    assert (points(one)[-1][0], points(other)[-1][0]) == pytest.approx((at(12800), at(25600)), abs=1)
+    one, other = chart["curves"]
+    assert [found["label"] for found in (one, other)] == [f"{tmp_path.name}/one", "other/one"]
+    assert [found["color"] for found in (one, other)] == [0, 1]
+    assert (one["x"][-1], other["x"][-1], chart["last"]) == (12800, 25600, 25600)
     assert "Shaded: the stages of" in page.text
     assert page.tables[-1] == [["Field", f"{tmp_path.name}/one", "other/one"], ["seed", "absent", "7"]]
 
@@ -273,9 +236,8 @@ def test_a_run_under_way_and_numbers_that_are_none(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     page = Page(made(folder))
     steps = [line for line in logged[:-2] if "loss" in line]
-    (training, _) = page.charts["Loss (nats per token)"].iter("polyline")
-    wanted = [(line["tokens"], line["loss"]) for line in steps if line["loss"] is not None]
-    check(page.charts["Loss (nats per token)"], training, wanted)
+    (training, _) = page.charts["Loss (nats per token)"]["curves"]
+    assert points(training) == [(line["tokens"], line["loss"]) for line in steps if line["loss"] is not None]
     assert "1 logged losses not finite, the first at step 20" in page.text
     assert "5 lines of metrics.jsonl not readable" in page.text
     assert f"step {steps[-1]['step']}, {steps[-1]['tokens']:,} tokens" in page.text
@@ -298,10 +260,10 @@ def test_evaluations_between_logged_steps(tmp_path):
     at = next(index for index, line in enumerate(logged) if line["step"] == 50)
     logged.insert(at, {"step": 43, "eval_loss": 1.9, "eval_bits_per_byte": 2.0})
     folder = write(tmp_path / "one", logged)
-    chart = Page(made(folder)).charts["Loss (nats per token)"]
-    notes = [mark.findtext("title") for mark in of_class(chart, "circle", "mark")]
-    assert notes[2] == "held out, step 43 (5,888 tokens): 1.9000"
-    assert notes[-1] == "held out, step 72 (13,312 tokens): 0.5000"
+    _, held_out = Page(made(folder)).charts["Loss (nats per token)"]["curves"]
+    found = list(zip(held_out["steps"], points(held_out), strict=True))
+    assert found[2] == (43, (5888, 1.9))
+    assert found[-1] == (72, (13312, 0.5))
 
 
 def test_held_out_loss_by_source_and_samples(tmp_path):
@@ -312,11 +274,27 @@ def test_held_out_loss_by_source_and_samples(tmp_path):
         logged.insert(place, {"step": line["step"], "eval_loss": loss, "eval_by_source": found})
         logged.insert(place + 1, {"step": line["step"], "samples": {"def ": f"f<{loss}>"}})
     page = Page(made(write(tmp_path / "a", logged)))
-    chart = page.charts["Held-out loss by source (nats per token)"]
-    notes = [found.text or "" for mark in of_class(chart, "circle", "mark") for found in mark if "title" in found.tag]
-    assert [note.partition(",")[0] for note in notes] == ["web", "web", "code", "code"]
-    assert [note.rpartition(" ")[2] for note in notes] == ["3.5000", "3.2500", "1.7500", "1.6250"]
+    curves = page.charts["Held-out loss by source (nats per token)"]["curves"]
+    assert [(curve["label"], curve["y"]) for curve in curves] == [("web", [3.5, 3.25]), ("code", [1.75, 1.625])]
     assert page.text.index("def f<3.25>") < page.text.index("def f<3.5>")  # the newest first, as text
+    assert "not readable" not in page.text
+
+
+def test_benchmarks_have_charts_and_errors(tmp_path):
+    logged, other = lines(), lines()
+    for line in [line for line in logged if line["step"] in (20, 40) and "loss" in line]:
+        results = {"acc": line["step"] / 100, "acc_stderr": 0.04, "questions": 100}
+        found = {"quiz": {**results, "acc_norm": 0.5, "acc_norm_stderr": 0.05}, "words": results}
+        logged.insert(logged.index(line) + 1, {"step": line["step"], "eval_tasks": found})
+    output = tmp_path / "page.html"
+    assert make(write(tmp_path / "a", logged), write(tmp_path / "b", other), f"--output={output}") == 0
+    page = Page(output)
+    assert {"quiz, acc", "quiz, acc_norm", "words, acc"} <= page.charts.keys()
+    (curve,) = page.charts["quiz, acc"]["curves"]  # the other run has none
+    assert (curve["label"], curve["y"], curve["errors"], curve["steps"]) == ("a", [0.2, 0.4], [0.04, 0.04], [20, 40])
+    told = next(row for row in page.tables[0] if row[0] == "Benchmarks")
+    assert told[1:] == ["quiz acc_norm 0.5 ± 0.05; words acc 0.4 ± 0.04", "–"]
+    assert next(row for row in page.tables[0] if row[0] == "Held out")[1].startswith("1.0000, 2.0000 bits")
     assert "not readable" not in page.text
 
 
@@ -346,10 +324,11 @@ def test_hostile_names_are_text(tmp_path):
     output = tmp_path / "page.html"
     assert make(folder, f"--output={output}") == 0
     page = Page(output)
-    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 3  # the data, the library, the page's own
     assert "<script>" in page.text
     assert "\x00" not in output.read_text()
-    assert of_class(page.charts["Gradient norm"], "text", "name")[0].text == "</svg>"
+    assert page.charts["Gradient norm"]["bands"][0][3] == "</svg>"
 
 
 def test_mistakes(tmp_path, capsys):

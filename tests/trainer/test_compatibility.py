@@ -11,7 +11,7 @@ from jaxtrain.trainer import compatibility, session
 def finished():
     """(config, data of its last checkpoint), without the sources' records."""
     config = cli.load("configs/quickstart.py")
-    return config, {"config": cli.to_json(config), "plan": config.plan().record(), "data_ended": False}
+    return config, {"config": cli.to_json(config), "plan": config.plan().record(), "data_ended": False, "programs": []}
 
 
 def test_a_run_is_complete_whatever_became_of_its_files(finished):
@@ -45,9 +45,9 @@ def test_a_window_that_is_left_open_is_the_checkpoints(finished):
     assert config.data.shuffle_window is None
     assert compatibility.settled(config, None) is compatibility.settled(config, saved) is config
     old = {**saved["config"], "data": {**saved["config"]["data"], "shuffle_window": 512}}  # version 0.1 set it always
-    assert compatibility.settled(config, {"config": old}).data.shuffle_window == 512
+    assert compatibility.settled(config, {**saved, "config": old}).data.shuffle_window == 512
     own = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=9))
-    assert compatibility.settled(own, {"config": old}) is own
+    assert compatibility.settled(own, {**saved, "config": old}) is own
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import Plan, Stage, build_plan
 from jaxtrain.trainer import programs, state
-from jaxtrain.trainer.programs import StagePrograms
-from jaxtrain.trainer.step import StepComponents
+from jaxtrain.trainer.programs import Choice, StagePrograms
+from jaxtrain.trainer.step import StepComponents, Variant
 
 MODEL = LlamaConfig(
     hidden_size=16,
@@ -107,6 +107,34 @@ def test_micro_batch_tokens_is_kept(fake: Fake) -> None:
     assert [stages.program(*shape).micro_batches for shape in stages.shapes] == [8, 8, 16]
 
 
+def test_the_first_variant_that_fits_is_taken(fake: Fake) -> None:
+    preferred = tuple(Variant(micro_batches=count) for count in (1, 2, 8))
+    stages = StagePrograms(make_components(), PLAN, 64, 20_000, choices={(64, 8): Choice(variants=preferred)})
+    assert stages.program(64, 8).variant == preferred[2]
+    assert fake.compiles == [(64, 8, 1), (64, 8, 2), (64, 8, 8)]
+    # None of them fits: the fewest that do, as without a choice.
+    stages = StagePrograms(make_components(), PLAN, None, 20_000, choices={(64, 8): Choice(variants=preferred[:1])})
+    assert stages.program(64, 8).micro_batches == 4
+
+
+def test_a_later_program_is_taken_from_its_step_on(fake: Fake) -> None:
+    choice = Choice(variants=(Variant(micro_batches=16),), later=Variant(micro_batches=8), from_step=5)
+    stages = StagePrograms(make_components(), PLAN, None, 20_000, choices={(64, 8): choice})
+    stages.begin(1)
+    assert stages.program(64, 8).micro_batches == stages.program(64, 8, 4).micro_batches == 16
+    stages.start(1)  # in the background: the next stage, then the later program
+    assert stages.program(64, 8, 5).micro_batches == stages.last_program(64, 8).micro_batches == 8
+    assert [shape for shape in fake.compiles if shape[0] == 64] == [(64, 8, 16), (64, 8, 8)]
+    assert stages.ready(64, 8, 5)
+    assert fake.compiles.index((32, 16, 1)) < fake.compiles.index((64, 8, 8))
+    # A resume behind that step needs the later program alone.
+    fake.compiles.clear()
+    stages = StagePrograms(make_components(), PLAN, None, None, choices={(64, 8): choice})
+    stages.begin(1, 7)
+    assert stages.program(64, 8, 7).micro_batches == 8
+    assert fake.compiles == [(64, 8, 8)]
+
+
 def test_what_will_not_fit_is_named_before_the_first_step(fake: Fake) -> None:
     stages = StagePrograms(make_components(), PLAN, None, limit=7_000)  # 60 tokens: a row of 64 is too long
     stages.begin(1)
@@ -126,6 +154,16 @@ def test_nothing_is_compiled_ahead_without_a_limit(fake: Fake) -> None:
     stages = StagePrograms(make_components(), PLAN, None, limit=None)
     stages.settle(1)
     assert fake.compiles == []
+
+
+def test_gpus_compile_all_stages_before_the_first_step(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autotuning would make steps wait."""
+    chips = np.array([SimpleNamespace(platform="gpu")])
+    mesh: Any = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    components = dataclasses.replace(make_components(), mesh=mesh)
+    stages = StagePrograms(components, PLAN, None, limit=None)
+    stages.settle(2)
+    assert fake.compiles == [(32, 16, 1), (16, 64, 1)]
 
 
 def test_processes_agree_on_the_most_that_any_needs(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,12 @@ class Sizes:
 
 
 def full() -> Sizes:
-    """Returns the sizes of the 1B model, with its config's micro-batch."""
+    """Returns the sizes of the 1B model, with micro-batches of 16,384 tokens."""
     config = cli.load(str(pathlib.Path(__file__).parents[2] / "configs" / "1b.py"), ())
     model: LlamaConfig = config.model
     vocab_size = 49_152  # vocabulary of the config's tokenizer
     return Sizes(
-        step=Size(model, vocab_size, config.micro_batch_tokens // model.max_seq_len, model.max_seq_len),
+        step=Size(model, vocab_size, 16_384 // model.max_seq_len, model.max_seq_len),
         attention_batch=8,
         attention_seq_len=2048,
         heads=((16, 8), (16, 16), (32, 8)),

@@ -1,6 +1,7 @@
 """Implements `tools.compile_check`: compiles stages for a cluster that is not attached."""
 
 import collections
+import dataclasses
 import logging
 import math
 
@@ -12,12 +13,12 @@ from jaxtrain.config import Config
 from jaxtrain.cost import clusters, hlo, memory, roofline, step_time
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import AttentionModel, Json
-from jaxtrain.trainer import offline, session, state
+from jaxtrain.trainer import offline, scheduled, session, state, tuning
 from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
 from jaxtrain.trainer.step import StepComponents
-from tools.compile_check import advice, scheduled
+from tools.compile_check import advice
 
 _WASTES = 8  # source lines shown
 
@@ -36,21 +37,27 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     session.compiler_effort(cluster.chip.platform)
     plan = config.plan()
     vocab_size, source = offline.vocabulary(config, given_vocab_size)
-    mesh = config.mesh.build(clusters.devices(cluster))
     limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
+    if isinstance(config.mesh, sharding.AutoMesh):
+        config = session.with_mesh(config, plan, cluster, limit)
+    mesh = config.mesh.build(clusters.devices(cluster))
     components = offline.components(config, vocab_size, mesh, limit)
     evaluation = config.eval.plan(plan, config.data.num_lanes).stages[0] if config.eval.is_on else None
     extra = session.bytes_besides_params(components)
-    # A TPU's machine code takes minutes, and nothing here needs it.
-    stops = mesh.devices.flat[0].platform == "tpu"
-    compile = scheduled.Compiler(config, cluster, vocab_size, components) if stops else None
-    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra, compile)
     _describe(components, cluster, limit, vocab_size, source)
+    # Machine code takes minutes, and nothing here needs it.
+    compile = measure = None
+    target = tuning.Target(config=config, components=components, mesh=mesh.shape, cluster=cluster, limit=limit)
+    if mesh.devices.flat[0].platform != "cpu":
+        compile = scheduled.Compiler(config, cluster, vocab_size, components)
+        measure = tuning.by_compiler(target, compile)
+    choices = tuning.choose(target, plan, measure)
+    tuning.report(plan, choices)
+    stages = StagePrograms(components, plan, config.micro_batch_tokens, limit, evaluation, extra, compile, choices)
     answer: Json = {
         "cluster": str(cluster),
         "chips": cluster.num_chips,
         "mesh": dict(mesh.shape),
-        "remat": roofline.remat(components.model),
         "parameters": components.model.num_params,
         "vocab_size": vocab_size,
         "limit_bytes": limit,
@@ -91,7 +98,8 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
     logger.info(f"Model: {model.num_params:,} parameters, a vocabulary of {vocab_size:,} ({source})")
     why = "less a reserve"
     if chip.platform == "gpu":
-        why = f"less what XLA does not take ({memory.SHARE_VARIABLE}, {memory.GPU_SHARE} unless set) and a reserve"
+        share = f"{processes.SHARE_VARIABLES[0]}, {processes.GPU_SHARE} unless set"
+        why = f"less what XLA does not take ({share}) and a reserve"
     logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may use {limit / 1e9:.1f} of it ({why})")
     made = state.abstract(model, components.optimizer, mesh)
     rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB per chip")]
@@ -127,17 +135,18 @@ def _stage(config: Config, cluster: Cluster, components: StepComponents, stages:
         found = {"attention": choice.name, "attention_reason": choice.reason}
     try:
         _check_arrays(components, stages.limit)
-        program = stages.program(batch_size, seq_len)
+        program = stages.last_program(batch_size, seq_len)
     except DoesNotFitError as error:
         logger.info(f"  DOES NOT FIT. {error}")
         return found | {"fits": False, "error": str(error)}
+    components = components.arranged(program.variant)
     text = program.executable.as_text()
     kernels = sorted(
         name for name in hlo.custom_calls(text) if "tpu_custom_call" in name or "fmha" in name or "triton" in name
     )
     logger.info(f"  Kernels in the program: {', '.join(kernels) or 'none besides XLA'}")
     moved = hlo.collectives(text, components.mesh.size)
-    islands = _islands(cluster, components.mesh)
+    islands = clusters.islands(cluster, list(components.mesh.devices.flat))
     traffic = roofline.traffic(moved, islands)
     found |= _speed(config, cluster, components, program, traffic)
     found["estimate"] = _estimate(cluster, components, program, text, islands)
@@ -146,6 +155,8 @@ def _stage(config: Config, cluster: Cluster, components: StepComponents, stages:
     return found | {
         "fits": True,
         "kernels": kernels,
+        "remat": roofline.remat(components.model),
+        "variant": dataclasses.asdict(program.variant),
         "micro_batches": program.micro_batches,
         "needed_bytes": needed,
         "held_bytes": held,
@@ -176,7 +187,8 @@ def _speed(
     )
     flops = components.flops_per_token(shape.seq_len)
     again = roofline.recomputed_flops_per_token(components.model, shape.seq_len)
-    best = roofline.roofline(cluster.chip, components, shape, roofline.loss_chunk(config.loss), traffic)
+    chunk = program.variant.chunk_tokens or roofline.loss_chunk(config.loss)
+    best = roofline.roofline(cluster.chip, components, shape, chunk, traffic)
     per_chip = shape.tokens / shape.chips / 1e12
     logger.info(
         f"  FLOPs: {flops * per_chip:,.2f} TFLOP per chip and step by the model's formula, plus "
@@ -229,11 +241,6 @@ def _estimate(cluster: Cluster, components: StepComponents, program: Program, te
         "hidden_seconds": hidden,
         "exact": found.exact,
     }
-
-
-def _islands(cluster: Cluster, mesh: jax.sharding.Mesh) -> list[int]:
-    name = "process_index" if cluster.chip.platform == "gpu" else "slice_index"
-    return [getattr(device, name, 0) or 0 for device in mesh.devices.flat]
 
 
 def _collectives(moved: list[hlo.Collective], islands: list[int], mesh_shape: tuple[int, ...]) -> list[Json]:

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 
 from jaxtrain import cli
 from jaxtrain.config import Config
-from jaxtrain.cost import memory_formula, roofline
+from jaxtrain.cost import memory_formula
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory import limit_of_chip
 from jaxtrain.data.sources.webdataset import WebDataset
@@ -17,8 +17,8 @@ from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
-from jaxtrain.trainer import offline
-from jaxtrain.trainer.step import StepComponents, accumulation
+from jaxtrain.trainer import offline, session, tuning
+from jaxtrain.trainer.step import StepComponents, Variant, accumulation
 
 # Dollars per chip-hour, on demand: list prices of Google Cloud for TPUs (us-central), of Lambda and RunPod for GPUs, as
 # of 2025. Prices change: override with --price.
@@ -79,6 +79,8 @@ def make_outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: 
         price: dollars per chip-hour; None for the listed price.
     """
     ids, _ = offline.vocabulary(config, vocab_size)
+    if isinstance(config.mesh, sharding.AutoMesh):
+        config = session.with_mesh(config, config.plan(), cluster, limit_of_chip(cluster.chip, config.memory_gb))
     one = sharding.MeshConfig(fsdp=1).build(processes.devices()[:1])
     return Outlook(
         config=config,
@@ -121,28 +123,28 @@ def memory(outlook: Outlook) -> Section:
         teacher = memory_formula.tree_bytes(distilled.teacher.axes, distilled.abstract, outlook.mesh)
     lines = ["Memory of a chip (an estimate; tools.compile_check asks the compiler):"]
     lines.append(f"  state {held / 1e9:.2f} GB" + (f", teacher {teacher / 1e9:.2f} GB" if teacher else ""))
-    worst, chosen = 0.0, []
+    worst, chosen = 0.0, list[Variant]()
     mesh: Any = AbstractMesh(tuple(outlook.mesh.values()), tuple(outlook.mesh))
+    target = tuning.Target(
+        config=config, components=components, mesh=outlook.mesh, cluster=outlook.cluster, limit=limit
+    )
+    choices = tuning.choose(target, outlook.plan, None)
     for stage in outlook.stages:
         fewest = accumulation(mesh, stage.batch_size, stage.seq_len, config.micro_batch_tokens)
         rows = stage.batch_size // (outlook.mesh["data"] * outlook.mesh["fsdp"])
-        count, needed = 1, 0.0
-        for count in (count for count in sharding.divisors(rows) if count >= fewest):
-            tokens = rows // count * stage.seq_len / outlook.mesh["context"]
-            needed = held + teacher
-            needed += memory_formula.temporary_bytes(
-                components.model, outlook.cluster.chip, outlook.mesh, roofline.loss_chunk(config.loss), tokens, count
-            )
-            if needed <= limit:
-                break
-        worst = max(worst, needed)
-        chosen.append(count)
+        variants = [Variant(micro_batches=count) for count in sharding.divisors(rows) if count >= fewest]
+        choice = choices[stage.batch_size, stage.seq_len]
+        tried = [tuning.by_arithmetic(target, stage, variant) for variant in (*choice.variants[:1], *variants)]
+        found = next((one for one in tried if one.bytes <= limit), tried[-1])
+        worst = max(worst, found.bytes)
+        chosen.append(found.variant)
         lines.append(
-            f"  stage {stage.index} ({stage.name}): {count} micro-batch{'es' * (count > 1)}, {needed / 1e9:.2f} GB of "
-            f"the {limit / 1e9:.2f} that a step may use: {'fits' if needed <= limit else 'DOES NOT FIT'}"
+            f"  stage {stage.index} ({stage.name}): {found.variant}, {found.bytes / 1e9:.2f} GB of the "
+            f"{limit / 1e9:.2f} that a step may use: {'fits' if found.bytes <= limit else 'DOES NOT FIT'}"
         )
     numbers: Json = {"state_gb": held / 1e9, "memory_gb": worst / 1e9, "limit_gb": limit / 1e9}
-    return Section(lines, numbers | {"fits": worst <= limit, "micro_batches": chosen})
+    numbers |= {"fits": worst <= limit, "micro_batches": [variant.micro_batches for variant in chosen]}
+    return Section(lines, numbers | {"variants": [dataclasses.asdict(variant) for variant in chosen]})
 
 
 def disk(outlook: Outlook) -> Section:

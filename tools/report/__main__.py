@@ -15,9 +15,10 @@ COMMAND = cli.Command(
     name="python -m tools.report",
     description=(
         "Writes report.html into the work directory: loss and held-out loss, learning rate, gradient norm, "
-        "throughput, memory and mix against tokens, with the stages shaded; what each stage took from each source; "
-        "where the time went. The page needs no network and runs no script. Several work directories share one report "
-        "in the first of them, with the differences between their configs. Safe on a live run."
+        "throughput, memory, benchmarks and mix against tokens, with the stages shaded; what each stage took from "
+        "each source; where the time went. Curves can be zoomed and smoothed. The page is one file that needs no "
+        "network. Several work directories share one report in the first of them, with the differences between their "
+        "configs. Safe on a live run."
     ),
     examples=(
         "python -m tools.report runs/quickstart",

@@ -1,15 +1,65 @@
-"""The charts of a report, with one or several runs on the same axes."""
+"""The charts of a report as data, with one or several runs on the same axes; charts.js draws them."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
-from tools.report import svg
+from jaxtrain.interfaces import Json
 from tools.report.reading import RunLog, source_tokens
-from tools.report.series import number
+from tools.report.series import Point
 
 COLORS = 8  # defined in the page's style
 _LOG_FROM = 8.0  # ratio of highest to lowest value above which the axis is logarithmic
+Form = Literal["short", "percent", "loss"]  # how charts.js writes values
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve. `color` is an index in the page's style.
+
+    With `steps`, one for each point, points are marked. `errors` are the points' standard errors.
+    """
+
+    label: str
+    points: Sequence[Point]
+    color: int
+    steps: Sequence[int] = ()
+    errors: Sequence[float] = ()
+
+    def to_json(self) -> Json:
+        xs, ys = zip(*self.points, strict=True)
+        notes = {"steps": list(self.steps) or None, "errors": list(self.errors) or None}
+        return {"label": self.label, "color": self.color, "x": xs, "y": ys, **notes}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart.
+
+    Attributes:
+        title: its title.
+        curves: what it shows, over tokens; for a stacked chart as JSON.
+        bands: the stages: first and last token, number, name.
+        last: the last token of its axis.
+        zero: whether the axis of values starts at 0.
+        log: whether that axis is logarithmic at first; None if it never is.
+        form: how values are written.
+        wide: whether it takes the page's width.
+        stacked: whether the curves are the upper bounds of layers.
+        targets: dashed levels: first and last token, value.
+    """
+
+    title: str
+    curves: Sequence[Json]
+    bands: Sequence[tuple[int, int, int, str]]
+    last: float
+    zero: bool = False
+    log: bool | None = None
+    form: Form = "short"
+    wide: bool = False
+    stacked: bool = False
+    targets: Sequence[tuple[int, int, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +70,7 @@ class Plan:
     title: str
     zero: bool = False
     log: bool = False
-    form: svg.Format = svg.short
+    form: Form = "short"
 
 
 SMALL = (
@@ -29,58 +79,30 @@ SMALL = (
     Plan("ce_loss", "Cross-entropy (nats per token)"),
     Plan("kd_loss", "Distillation loss (nats per token)"),
     Plan("tokens_per_sec", "Throughput (tokens per second)", zero=True),
-    Plan("data_wait", "Fraction of the time that steps waited for data", zero=True, form=svg.percent),
-    Plan("mfu", "Model FLOPs utilization", zero=True, form=svg.percent),
+    Plan("data_wait", "Fraction of the time that steps waited for data", zero=True, form="percent"),
+    Plan("mfu", "Model FLOPs utilization", zero=True, form="percent"),
     Plan("memory_gb", "Peak memory (GB; the fullest device, or the process on CPU)", zero=True),
     Plan("disk_cache_gb", "Disk cache (GB)", zero=True),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A chart. `log` is its logarithmic version, if the reader can choose; `starts_log` shows that one first."""
-
-    title: str
-    drawing: str
-    legend: Sequence[tuple[str, str]] = ()  # (style class, text)
-    log: str | None = None
-    starts_log: bool = False
 
 
 def run_color(index: int) -> int:
     return index % COLORS
 
 
-def frame(runs: Sequence[RunLog], tell: Callable[[RunLog, dict], str]) -> svg.Frame:
-    """Returns the frame shared by all charts. `tell` maps a run and its logged line to the tooltip's text."""
-
-    def hover(tokens: float) -> str:
-        lines = [f"{tokens:,.0f} tokens"]
-        for run in runs:
-            found = run.nearest_line(tokens)
-            if found is not None:
-                stage = f", stage {found['stage']} ({run.stage_name(found['stage'])})" if len(run.stages) > 1 else ""
-                lines.append(f"{run.name}: step {found['step']:,}{stage}, {tell(run, found)}")
-        return "\n".join(lines)
-
-    return svg.Frame(last_token=max(run.last["tokens"] for run in runs), bands=bands(runs[0]), hover=hover)
+def figure(runs: Sequence[RunLog], title: str, curves: Sequence[Curve], **settings: object) -> Figure:
+    """A chart of curves, with the stages of the first run."""
+    last = max(run.last["tokens"] for run in runs)
+    last = max(last, *(curve.points[-1][0] for curve in curves))
+    made = [curve.to_json() for curve in curves]
+    return Figure(title=title, curves=made, bands=bands(runs[0]), last=last, **settings)  # type: ignore[arg-type]
 
 
-def bands(run: RunLog) -> list[svg.Band]:
+def bands(run: RunLog) -> list[tuple[int, int, int, str]]:
     """Returns the stages as bands; empty if there is only one."""
     if len(run.stages) < 2:
         return []
-    return [
-        svg.Band(
-            first=stage.first_token,
-            last=stage.last_token,
-            number=stage.number,
-            name=run.stage_name(stage.number),
-            note=f"Stage {stage.number} ({run.stage_name(stage.number)}): {stage.first_token:,} to "
-            f"{stage.last_token:,} tokens",
-        )
-        for stage in run.stages
-    ]
+    return [(stage.first_token, stage.last_token, stage.number, run.stage_name(stage.number)) for stage in run.stages]
 
 
 def same_stages(runs: Sequence[RunLog]) -> bool:
@@ -89,32 +111,25 @@ def same_stages(runs: Sequence[RunLog]) -> bool:
     return all(a == b for one, other in itertools.pairwise(bounds) for a, b in zip(one, other, strict=False))
 
 
+def marked(label: str, found: Sequence[tuple[float, float, int]], color: int) -> Curve:
+    """A curve of evaluations: (tokens, value, step)."""
+    return Curve(label, [(x, y) for x, y, _ in found], color, [step for _, _, step in found])
+
+
 def loss(runs: Sequence[RunLog]) -> Figure | None:
     """Charts training loss as curves and held-out loss as marks."""
-    curves, legend = [], []
+    curves = []
     for index, run in enumerate(runs):
-        color = run_color(index)
-        points = run.curves["loss"].points()
         prefix = f"{run.name}, " if len(runs) > 1 else ""
-        if points:
-            curves.append(svg.Curve(f"{prefix}training", points, color))
-            legend.append((f"line s{color}", f"{prefix}training"))
-        evaluated = run.evaluations["eval_loss"]
-        if evaluated:
-            notes = [f"{prefix}held out, step {step:,} ({x:,} tokens): {y:.4f}" for x, y, step in evaluated]
-            places = [(x, y) for x, y, _ in evaluated]
-            curves.append(svg.Curve(f"{prefix}held out", places, color, notes))
-            legend.append((f"mark f{color}", f"{prefix}held out"))
+        if points := run.curves["loss"].points():
+            curves.append(Curve(f"{prefix}training", points, run_color(index)))
+        if evaluated := run.evaluations["eval_loss"]:
+            curves.append(marked(f"{prefix}held out", evaluated, run_color(index)))
     if not curves:
         return None
-    shared = frame(runs, lambda run, line: f"loss {_shown(line.get('loss'))}")
     values = [y for curve in curves for _, y in curve.points]
-    title = "Loss (nats per token)"
-    linear = svg.line_chart(shared, title, curves, size=svg.WIDE)
-    if max(values) <= 0:
-        return Figure(title, linear, legend)
-    log = svg.line_chart(shared, f"{title}, logarithmic", curves, size=svg.WIDE, log=True)
-    return Figure(title, linear, legend, log, starts_log=min(values) > 0 and max(values) / min(values) > _LOG_FROM)
+    log = None if max(values) <= 0 else min(values) > 0 and max(values) / min(values) > _LOG_FROM
+    return figure(runs, "Loss (nats per token)", curves, log=log, form="loss", wide=True)
 
 
 def by_source(run: RunLog, with_name: bool) -> Figure | None:
@@ -122,13 +137,26 @@ def by_source(run: RunLog, with_name: bool) -> Figure | None:
     if not run.by_source:
         return None
     title = "Held-out loss by source (nats per token)" + (f", {run.name}" if with_name else "")
-    curves = []
-    for index, (name, found) in enumerate(run.by_source.items()):
-        notes = [f"{name}, step {step:,} ({x:,} tokens): {y:.4f}" for x, y, step in found]
-        curves.append(svg.Curve(name, [(x, y) for x, y, _ in found], index % COLORS, notes))
-    shared = svg.Frame(last_token=run.last["tokens"], bands=bands(run), hover=lambda tokens: "")
-    legend = [(f"mark f{curve.color}", curve.label) for curve in curves]
-    return Figure(title, svg.line_chart(shared, title, curves, size=svg.WIDE), legend)
+    curves = [marked(name, found, index % COLORS) for index, (name, found) in enumerate(run.by_source.items())]
+    return figure([run], title, curves, form="loss", wide=True)
+
+
+def tasks(runs: Sequence[RunLog]) -> list[Figure]:
+    """Charts each metric of each benchmark, all runs together."""
+    keys = dict.fromkeys(key for run in runs for key in run.tasks)
+    found = []
+    for name, metric in keys:
+        named = ((index, run.name, run.tasks.get((name, metric))) for index, run in enumerate(runs))
+        curves = [
+            dataclasses.replace(
+                marked(label, [point[:3] for point in points], run_color(index)), errors=[point[3] for point in points]
+            )
+            for index, label, points in named
+            if points
+        ]
+        form = "short" if metric == "perplexity" else "percent"
+        found.append(figure(runs, f"{name}, {metric}", curves, form=form))
+    return found
 
 
 def small(runs: Sequence[RunLog]) -> list[Figure]:
@@ -138,7 +166,7 @@ def small(runs: Sequence[RunLog]) -> list[Figure]:
 
 def _small(runs: Sequence[RunLog], plan: Plan) -> Figure | None:
     curves = [
-        svg.Curve(run.name, points, run_color(index))
+        Curve(run.name, points, run_color(index))
         for index, run in enumerate(runs)
         # Without distillation, the loss chart already shows the cross-entropy.
         if (points := run.curves[plan.key].points()) and (plan.key != "ce_loss" or run.curves["kd_loss"].last)
@@ -146,20 +174,8 @@ def _small(runs: Sequence[RunLog], plan: Plan) -> Figure | None:
     if not curves:
         return None
     values = [y for curve in curves for _, y in curve.points if y > 0]
-    log = plan.log and len(values) > 1 and max(values) / min(values) > _LOG_FROM
-    title = f"{plan.title}, logarithmic" if log else plan.title
-    shared = frame(runs, lambda run, line: _told(line, plan))
-    return Figure(title, svg.line_chart(shared, title, curves, zero=plan.zero, log=log, form=plan.form))
-
-
-def _told(line: dict, plan: Plan) -> str:
-    value = number(line.get(plan.key))
-    return "no value" if value is None else plan.form(value)
-
-
-def _shown(value: object) -> str:
-    found = number(value)
-    return "not finite" if found is None else f"{found:.4f}"
+    log = len(values) > 1 and max(values) / min(values) > _LOG_FROM if plan.log else None
+    return figure(runs, plan.title, curves, zero=plan.zero, log=log, form=plan.form)
 
 
 def mix(run: RunLog, with_name: bool) -> Figure | None:
@@ -168,34 +184,60 @@ def mix(run: RunLog, with_name: bool) -> Figure | None:
     if len(names) < 2:
         return None
     title = "Mix: share of the tokens by source" + (f", {run.name}" if with_name else "")
-    shared = svg.Frame(last_token=run.last["tokens"], bands=bands(run), hover=lambda tokens: "")
-    drawing = svg.stack_chart(shared, title, len(names), _spans(run, names), _targets(run, names), (svg.WIDE[0], 260))
-    legend = [(f"box f{index % COLORS}", name) for index, name in enumerate(names)]
-    return Figure(title, drawing, [*legend, ("line target", "targets of the stages")])
+    ends, shares = _shares(run, names)
+    tops = [list(itertools.accumulate(span)) for span in shares]
+    # The highest layer first: those below it are drawn over it.
+    curves = [
+        {
+            "label": name,
+            "color": index % COLORS,
+            "x": [0, *ends],
+            "y": [top[index] for top in (tops[:1] + tops)],
+            "shares": [span[index] for span in (shares[:1] + shares)],
+            "steps": None,
+        }
+        for index, name in reversed(list(enumerate(names)))
+    ]
+    return Figure(
+        title=title,
+        curves=curves,
+        bands=bands(run),
+        last=run.last["tokens"],
+        form="percent",
+        wide=True,
+        stacked=True,
+        targets=_targets(run, names),
+    )
 
 
-def _spans(run: RunLog, names: Sequence[str]) -> list[svg.Shares]:
-    spans, before, tokens = [], dict.fromkeys(names, 0), 0
+def _shares(run: RunLog, names: Sequence[str]) -> tuple[list[int], list[list[float]]]:
+    """The last token of each span between logged lines, and the sources' shares in it."""
+    ends, shares, before = [], [], dict.fromkeys(names, 0)
     for line in run.lines.items():
-        now, stage = source_tokens(line), line["stage"]
+        now = source_tokens(line)
         parts = [now.get(name, 0) - before.get(name, 0) for name in names]
         if sum(parts) > 0:
-            shares, target = [part / sum(parts) for part in parts], run.targets(stage)
-            lines = [f"{tokens:,} to {line['tokens']:,} tokens, stage {stage} ({run.stage_name(stage)})"]
-            for name, share in zip(names, shares, strict=True):
-                wanted = "" if target is None else f" (target {target[name]:.2%})"
-                lines.append(f"{name}: {share:.2%}{wanted}")
-            spans.append(svg.Shares(tokens, line["tokens"], shares, "\n".join(lines)))
-        before, tokens = now, line["tokens"]
-    return spans
+            ends.append(line["tokens"])
+            shares.append([part / sum(parts) for part in parts])
+        before = now
+    return ends, shares
 
 
-def _targets(run: RunLog, names: Sequence[str]) -> list[svg.Shares]:
+def _targets(run: RunLog, names: Sequence[str]) -> list[tuple[int, int, float]]:
     found = []
     for stage in run.stages:
         target = run.targets(stage.number)
         if target is not None:
-            mixed = ", ".join(f"{name} {target[name]:.2%}" for name in names)
-            note = f"Target of stage {stage.number} ({run.stage_name(stage.number)}): {mixed}"
-            found.append(svg.Shares(stage.first_token, stage.last_token, [target[name] for name in names], note))
+            tops = (round(top, 6) for top in itertools.accumulate(target[name] for name in names))
+            found += [(stage.first_token, stage.last_token, top) for top in sorted({*tops}) if 0 < top < 1]
     return found
+
+
+def hover(run: RunLog) -> Json:
+    """What the cursor says about a run: steps and stages by tokens, and the stages' names."""
+    lines = run.lines.items()
+    keys = ("tokens", "step", "stage")
+    tokens, steps, stages = ([line[key] for line in lines] for key in keys)
+    most = max(stages, default=0)
+    names = [run.stage_name(number) for number in range(1, most + 1)]
+    return {"name": run.name, "tokens": tokens, "steps": steps, "stages": stages, "names": names}

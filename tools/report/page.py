@@ -1,6 +1,8 @@
 """The report as a self-contained HTML page with tables and charts."""
 
+import dataclasses
 import json
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,9 +10,9 @@ from jaxtrain import cli
 from jaxtrain.interfaces import Json
 from tools.report import charts, style
 from tools.report.charts import Figure
+from tools.report.elements import allowed, bar, percent, short, text
 from tools.report.reading import LOST, STEPS, RunLog, StageLog
 from tools.report.series import number
-from tools.report.svg import bar, percent, short, text
 
 _NONE = "–"
 # Span of `RunLog.time_spent` → label, color.
@@ -26,24 +28,36 @@ _SPANS = {
     LOST: ("lost at restarts", 5),
 }
 _MAX_DIFFERENCES = 60  # rows per run
+_FOLDER = pathlib.Path(__file__).parent
+# The page runs its own scripts and loads nothing.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[RunLog]) -> str:
     title = ", ".join(run.name for run in runs)
     several = len(runs) > 1
+    figures: list[Figure] = []
+
+    def drawn(figure: Figure) -> str:
+        figures.append(figure)
+        return _figure(figure, len(figures) - 1)
+
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="lead">{text(" | ".join(_progress(run, several) for run in runs))}</p>',
         _summary(runs),
         "<h2>Curves</h2>",
+        _TOOLBAR,
         _legend_of_runs(runs),
     ]
     loss = charts.loss(runs)
-    body += [] if loss is None else [_figure(loss, "loss")]
-    body += [_figure(figure, "") for run in runs if (figure := charts.by_source(run, several)) is not None]
-    body += ['<div class="grid2">', *(_figure(figure, "") for figure in charts.small(runs)), "</div>"]
+    body += [] if loss is None else [drawn(loss)]
+    body += [drawn(figure) for run in runs if (figure := charts.by_source(run, several)) is not None]
+    body += ['<div class="grid2">', *map(drawn, charts.small(runs)), "</div>"]
+    if tasks := charts.tasks(runs):
+        body += ["<h2>Benchmarks</h2>", '<div class="grid2">', *map(drawn, tasks), "</div>"]
     mixes = [figure for run in runs if (figure := charts.mix(run, several)) is not None]
-    body += ["<h2>Mix</h2>", *(_figure(figure, "") for figure in mixes)] if mixes else []
+    body += ["<h2>Mix</h2>", *map(drawn, mixes)] if mixes else []
     for run in runs:
         if run.samples.items():
             body += [f"<h2>Samples{text(f', {run.name}') if several else ''}</h2>", _samples(run)]
@@ -52,13 +66,33 @@ def page(runs: Sequence[RunLog]) -> str:
     if several:
         body += ["<h2>Differences between the configs</h2>", *(_differences(runs[0], run) for run in runs[1:])]
     body += ["<h2>Configs</h2>", *(_config(run) for run in runs)]
+    library = [(_FOLDER / "uplot" / name).read_text() for name in ("uPlot.min.css", "uPlot.iife.min.js")]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}: report</title>\n<style>{style.CSS}</style>\n</head>\n<body>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{text(title)}: report</title>\n<style>{library[0]}{style.CSS}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        + f'\n<script type="application/json" id="data">{_data(runs, figures)}</script>\n'
+        + f"<script>{library[1]}</script>\n<script>{(_FOLDER / 'charts.js').read_text()}</script>\n</body>\n</html>\n"
     )
+
+
+_TOOLBAR = (
+    '<p class="tools"><label>Smoothing <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0">'
+    '</label><button id="reset" hidden>Whole run</button><span>Drag over a chart to zoom, double-click for the whole '
+    "run, click a name to hide its curve.</span></p><noscript>The curves need JavaScript.</noscript>"
+)
+
+
+def _data(runs: Sequence[RunLog], figures: Sequence[Figure]) -> str:
+    """What charts.js draws, as JSON that no name can end or leave."""
+    content = {
+        "runs": [charts.hover(run) for run in runs],
+        "figures": [dataclasses.asdict(figure) for figure in figures],
+        "dashes": style.DASHES,
+    }
+    return allowed(json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"))
 
 
 def _progress(run: RunLog, with_name: bool) -> str:
@@ -80,11 +114,13 @@ def _summary(runs: Sequence[RunLog]) -> str:
         ("Tokens", lambda run: text(_tokens(run))),
         ("Final loss", lambda run: text(_final_loss(run))),
         ("Held out", lambda run: text(_held_out(run))),
+        ("Benchmarks", lambda run: text(_tasks(run))),
         ("Fingerprint", lambda run: f"<code>{text(run.last.get('fingerprint', _NONE))}</code>"),
         ("Throughput", lambda run: text(_throughput(run))),
         ("Peak memory", lambda run: text(_peak_memory(run))),
         ("Time", lambda run: text(_time(run))),
         ("Where it went", _where_time_went),
+        ("Profiles", _profiles),
         ("Remarks", lambda run: text("; ".join(_remarks(run)) or _NONE)),
     ]
     head = "".join(f"<th>{text(run.name)}</th>" for run in runs)
@@ -141,6 +177,17 @@ def _held_out(run: RunLog) -> str:
     return found
 
 
+def _tasks(run: RunLog) -> str:
+    """The last results: acc_norm where a benchmark has it, else its first metric."""
+    found = []
+    for name, result in run.task_results.items():
+        metric = "acc_norm" if "acc_norm" in result else next(iter(result))
+        value, error = number(result[metric]), number(result.get(f"{metric}_stderr"))
+        if value is not None:
+            found.append(f"{name} {metric} {value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+    return "; ".join(found) or _NONE
+
+
 def _throughput(run: RunLog) -> str:
     rates = [stage.median_rate for stage in run.stages if stage.median_rate]
     if not rates:
@@ -184,11 +231,17 @@ def _where_time_went(run: RunLog) -> str:
     return bar(parts) + " ".join(_key(f"box f{_SPANS[span][1]}", told[span]) for span in spent)
 
 
+def _profiles(run: RunLog) -> str:
+    """Links to the traces in the work directory, for which docs/watching.md names a viewer."""
+    links = [f'<a href="{text(path)}">{text(path.rpartition("/")[2])}</a>' for path in run.profiles]
+    return ", ".join(links) or _NONE
+
+
 def _remarks(run: RunLog) -> list[str]:
     found = []
     skipped = number(run.last.get("skipped"))
     if skipped:
-        found.append(f"{skipped:,.0f} updates skipped because of non-finite gradients")
+        found.append(f"{skipped:,.0f} updates skipped: gradients not finite, or spikes")
     if run.without_loss:
         found.append(f"{run.without_loss:,} logged losses not finite, the first at step {run.first_without_loss:,}")
     if run.unreadable:
@@ -200,13 +253,10 @@ def _remarks(run: RunLog) -> list[str]:
 
 
 def _key(kind: str, label: str) -> str:
-    shape = kind.split(" ")[0]
-    drawn = {
-        "line": f'<line class="{kind}" x1="1" x2="25" y1="6" y2="6" stroke-width="2"/>',
-        "mark": f'<circle class="{kind}" cx="13" cy="6" r="4"/>',
-        "box": f'<rect class="{kind}" x="6" y="0" width="14" height="12" rx="2"/>',
-    }[shape]
-    drawn = f'<svg class="key" viewBox="0 0 26 12" aria-hidden="true">{drawn}</svg>'
+    """A colored mark, such as "line s0" or "box f0", and its meaning."""
+    line = f'<line class="{kind}" x1="1" x2="25" y1="6" y2="6" stroke-width="2"/>'
+    box = f'<rect class="{kind}" x="6" y="0" width="14" height="12" rx="2"/>'
+    drawn = f'<svg class="key" viewBox="0 0 26 12" aria-hidden="true">{line if kind.startswith("line") else box}</svg>'
     return f'<span class="legend">{drawn}{text(label)}</span>'
 
 
@@ -219,23 +269,11 @@ def _legend_of_runs(runs: Sequence[RunLog]) -> str:
     return f'<figcaption class="runs">{keys}<span class="legend">{text(note)}</span></figcaption>'
 
 
-def _figure(figure: Figure, choice: str) -> str:
-    keys = "".join(_key(kind, label) for kind, label in figure.legend)
-    caption = f"<figcaption><h3>{text(figure.title)}</h3>{keys}</figcaption>"
-    if figure.log is None:
-        return f"<figure>{caption}{figure.drawing}</figure>"
-    checked = ("", " checked") if figure.starts_log else (" checked", "")
-    inputs = "".join(
-        f'<input type="radio" name="{choice}" id="{choice}-{kind}" class="{kind}"{state}>'
-        for kind, state in zip("ab", checked, strict=True)
-    )
-    labels = "".join(
-        f'<label class="{kind}" for="{choice}-{kind}">{word}</label>' for kind, word in (("b", "log"), ("a", "linear"))
-    )
-    return (
-        f'<figure class="choice">{inputs}{labels}{caption}<div class="a">{figure.drawing}</div>'
-        f'<div class="b">{figure.log}</div></figure>'
-    )
+def _figure(figure: Figure, number: int) -> str:
+    button = "" if figure.log is None else f"<button>{'linear' if figure.log else 'log'}</button>"
+    targets = '<span class="legend">Dashed: the targets of the stages.</span>' if figure.targets else ""
+    caption = f"<figcaption><h3>{text(figure.title)}</h3>{targets}{button}</figcaption>"
+    return f'<figure>{caption}<div class="chart" data-figure="{number}"></div></figure>'
 
 
 # Samples.

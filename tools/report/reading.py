@@ -1,6 +1,5 @@
 """Reads a work directory's logs in a single pass."""
 
-import bisect
 import difflib
 import json
 import os
@@ -25,6 +24,7 @@ CURVES = (
     *("memory_gb", "disk_cache_gb"),
 )
 EVALUATED = ("eval_loss", "eval_bits_per_byte")
+TASKS = "eval_tasks"
 STEPS, LOST = "steps", "lost"
 _SPANS = (STEPS, *SPANS, LOST)
 _SHAPE = {"stage", "seq_len", "batch_size"}
@@ -77,11 +77,14 @@ class RunLog:
     Attributes:
         last: line of the last step; empty before the first step.
         by_source: (tokens, held-out loss, step) of each source.
+        tasks: (tokens, value, step, standard error) of each (benchmark, metric).
+        task_results: the last results of each benchmark.
         evaluation: line of the last evaluation; empty without one.
         best: (step, lowest eval_loss).
         unreadable: number of unreadable lines, such as one truncated by a kill.
         lines: a sample of lines for mix and tooltips, including the last line of every stage.
         samples: the lines with samples, thinned out.
+        profiles: folders with traces, below the work directory.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -90,9 +93,12 @@ class RunLog:
         self.curves = {key: Series() for key in CURVES}
         self.evaluations: dict[str, list[tuple[float, float, int]]] = {key: [] for key in EVALUATED}
         self.by_source: dict[str, list[tuple[float, float, int]]] = {}
+        self.tasks: dict[tuple[str, str], list[tuple[float, float, int, float]]] = {}
+        self.task_results: dict[str, Json] = {}
         self.lines: Thinned[Json] = Thinned(300)
         self.samples: Thinned[Json] = Thinned(20)
         self.stages: list[StageLog] = []
+        self.profiles: list[str] = []
         self.last: Json = {}
         self.evaluation: Json = {}
         self.best: tuple[int, float] | None = None
@@ -102,7 +108,7 @@ class RunLog:
 
     def add(self, line: Json) -> None:
         step, tokens = number(line.get("step")), number(line.get("tokens"))
-        if step is not None and any(key in line for key in EVALUATED):
+        if step is not None and any(key in line for key in (*EVALUATED, TASKS)):
             self._add_evaluation({**line, "step": int(step)})
         elif step is not None and isinstance(line.get("samples"), dict):
             self.samples.add({**line, "step": int(step)})
@@ -130,8 +136,9 @@ class RunLog:
         self.last = line
 
     def _add_evaluation(self, line: Json) -> None:
-        self.evaluation = line
         loss = number(line.get("eval_loss"))
+        if loss is not None or not self.evaluation:
+            self.evaluation = line
         if loss is not None and (self.best is None or loss < self.best[1]):
             self.best = (line["step"], loss)
         if line["step"] == self.last.get("step"):
@@ -154,6 +161,13 @@ class RunLog:
         for name, found in (line.get("eval_by_source") or {}).items():
             if (value := number(found.get("loss"))) is not None:
                 self.by_source.setdefault(name, []).append((tokens, value, line["step"]))
+        for name, found in (line.get(TASKS) or {}).items():
+            self.task_results[name] = found
+            for metric in found:
+                # A metric has a standard error; the number of questions has none.
+                if f"{metric}_stderr" in found and (value := number(found[metric])) is not None:
+                    error = number(found[f"{metric}_stderr"]) or 0.0
+                    self.tasks.setdefault((name, metric), []).append((tokens, value, line["step"], error))
 
     def finish(self) -> None:
         """Call it after the last line. Places evaluations of steps not logged yet, using the last step's tokens."""
@@ -209,14 +223,6 @@ class RunLog:
         tokens = [stage["tokens"] for stage in config.get("stages") or []]
         return sum(tokens) if tokens and all(tokens) and config.get("steps") is None else None
 
-    def nearest_line(self, tokens: float) -> Json | None:
-        """Returns the kept line nearest to a token count; None past the run's end."""
-        kept = self.lines.items()
-        if not kept or tokens > self.last["tokens"]:
-            return None
-        at = bisect.bisect_left(kept, tokens, key=lambda line: line["tokens"])
-        return min(kept[max(at - 1, 0) : at + 1], key=lambda line: abs(line["tokens"] - tokens))
-
 
 def source_tokens(line: Json) -> dict[str, int]:
     """Returns each source's tokens up to a logged step."""
@@ -252,6 +258,9 @@ def read(path: str) -> RunLog:
             run.add(line)
     if not run.last:
         raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Run this again after the first one.")
+    traces = workdir.path / "profile" / "plugins" / "profile"
+    if traces.exists():
+        run.profiles = sorted(os.fspath(path.relative_to(workdir.path)) for path in traces.iterdir())
     run.finish()
     return run
 

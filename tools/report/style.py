@@ -2,7 +2,7 @@
 
 LIGHT = ("#0b62b0", "#c1470b", "#0a7a52", "#9a3a9a", "#7d6400", "#b3263f", "#1f7f8c", "#5d5d66")
 DARK = ("#62b2ff", "#ff9a5c", "#41cf9a", "#e291e2", "#e0c14a", "#ff8095", "#5fd0de", "#b4b4be")
-DASHES = ("none", "7 3", "2 2.5", "9 3 2 3", "none", "7 3", "2 2.5", "9 3 2 3")
+DASHES = ((), (7, 3), (2, 2.5), (9, 3, 2, 3)) * 2
 
 
 def _variables(colors: tuple[str, ...]) -> str:
@@ -12,7 +12,8 @@ def _variables(colors: tuple[str, ...]) -> str:
 def _classes() -> str:
     found = []
     for index, dash in enumerate(DASHES):
-        found.append(f".s{index}{{stroke:var(--c{index});stroke-dasharray:{dash}}}.f{index}{{fill:var(--c{index})}}")
+        lengths = " ".join(map(str, dash)) or "none"
+        found.append(f".s{index}{{stroke:var(--c{index});stroke-dasharray:{lengths}}}.f{index}{{fill:var(--c{index})}}")
     return "\n".join(found)
 
 
@@ -30,36 +31,29 @@ figure{{margin:0 0 16px;padding:12px 14px 8px;background:var(--panel);border-rad
 figcaption{{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:baseline}}
 .grid2{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:16px}}
 .grid2 figure{{margin:0}}
-svg{{display:block;width:100%;height:auto;overflow:visible}}
-svg text{{font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--soft)}}
-.tick.y{{text-anchor:end}}.tick.x,.name{{text-anchor:middle}}.unit{{text-anchor:end}}.name{{fill:var(--text)}}
-.grid{{stroke:var(--rule);stroke-width:.7}}.axis{{stroke:var(--soft);stroke-width:1}}
-.boundary{{stroke:var(--soft);stroke-width:.8;stroke-dasharray:2 3}}
-.stage{{fill:none;pointer-events:all}}.stage.odd{{fill:var(--shade)}}
-.line{{fill:none;stroke-width:1.6;stroke-linejoin:round}}.line.marked{{stroke-width:1;opacity:.65}}
-.mark{{stroke:var(--panel);stroke-width:1.2}}
-.layer{{fill-opacity:.72;stroke:var(--panel);stroke-width:.6}}
-.target{{stroke:var(--text);stroke-width:1.3;stroke-dasharray:5 4}}
-.hover{{fill:transparent}}.hover:hover{{fill:var(--hover)}}
+svg{{display:block;width:100%;height:auto}}
+.line{{fill:none}}
+.tools{{position:sticky;top:0;z-index:200;display:flex;flex-wrap:wrap;gap:4px 18px;align-items:center;margin:0 0 8px;
+padding:6px 0;background:var(--ground);font-size:13px;color:var(--soft)}}
+.tools label{{display:inline-flex;align-items:center;gap:8px}}
+button{{font:13px system-ui,sans-serif;padding:1px 12px;border:1px solid var(--rule);border-radius:12px;
+color:var(--soft);background:var(--ground);cursor:pointer}}figcaption button{{margin-left:auto}}
+.uplot{{width:100%;font:inherit}}.u-legend{{font-size:12px;color:var(--soft);text-align:left;margin-top:4px}}
+.u-legend th,.u-legend td{{padding:1px 3px;border:0;white-space:normal}}.u-inline tr{{margin-right:14px}}
+.u-legend .u-series:first-child{{display:block}}.u-legend .u-series:first-child th{{display:none}}
+.u-legend .raw{{display:none}}.u-select{{background:var(--hover)}}
+.u-cursor-x,.u-cursor-y{{border-color:var(--soft)!important}}
 {_classes()}
 .part{{stroke:var(--ground);stroke-width:1}}
 svg.bar{{height:16px;max-width:420px;border-radius:3px;margin:4px 0}}
 .legend{{display:inline-flex;align-items:center;gap:6px;font-size:13px;color:var(--soft)}}
 svg.key{{width:26px;height:12px;flex:none}}
-.scale{{margin-left:auto;font-size:13px;color:var(--soft)}}
-.choice>input{{position:absolute;opacity:0}}
-.choice>label{{float:right;margin-left:4px;padding:0 10px;border:1px solid var(--rule);border-radius:12px;
-font-size:13px;color:var(--soft);cursor:pointer}}
-.choice>input.a:checked~label.a,.choice>input.b:checked~label.b{{background:var(--text);color:var(--ground)}}
-.choice>input.a:focus-visible~label.a,.choice>input.b:focus-visible~label.b{{outline:2px solid var(--c0)}}
-.choice>div.b,.choice>input.b:checked~div.a{{display:none}}.choice>input.b:checked~div.b{{display:block}}
-.choice>div{{clear:both}}.choice{{position:relative}}
 .table{{overflow-x:auto;margin:0 0 16px}}
 table{{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;width:100%}}
 th,td{{padding:4px 12px 4px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}}
 th{{font-weight:600;color:var(--soft);white-space:nowrap}}thead th{{border-bottom:2px solid var(--rule)}}
 td.n,th.n{{text-align:right;white-space:nowrap}}tr.first td,tr.first th{{border-top:2px solid var(--rule)}}
-.choice,.grid2{{margin-top:8px}}.runs th:first-child{{width:150px}}code{{font-size:13px}}
+.grid2{{margin:8px 0 16px}}.runs th:first-child{{width:150px}}code{{font-size:13px}}
 pre{{overflow:auto;max-height:480px;padding:12px;background:var(--panel);border-radius:8px;font-size:12px}}
 summary{{cursor:pointer;color:var(--soft)}}
 """

@@ -1,13 +1,17 @@
-"""Compiles a program for TPUs up to its schedule, in a separate process.
+"""Compiles a program for accelerators up to its schedule, in a separate process that needs none.
 
-XLA dumps the scheduled program and its memory before it generates machine code, which takes most of the time: 130 to
-200 s of CPU for a 1B step, against 7 to 13 s until then (libtpu 0.0.42.1). No API stops there, so the process is ended.
+XLA dumps the scheduled program and its memory before it generates machine code, which takes most of the time: for a 1B
+step on TPUs 130 to 200 s of CPU, against 7 to 13 s until then (libtpu 0.0.42.1). No API stops there, so the process is
+ended. Nothing is timed on a device, so a GPU's products are not autotuned.
 """
 
 import dataclasses
-import multiprocessing
+import os
 import pathlib
+import pickle
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -18,13 +22,13 @@ from jaxtrain.config import Config
 from jaxtrain.cost import clusters
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.trainer import offline, state
+from jaxtrain.trainer import state
 from jaxtrain.trainer.programs import Key, lower
-from jaxtrain.trainer.step import StepComponents, abstract_batch
+from jaxtrain.trainer.step import StepComponents, Variant, abstract_batch
 
-_TEXT = "*.after_optimizations_after_buffer_assignment.txt"
+_TEXTS = ("*.after_optimizations_after_buffer_assignment.txt", "*gpu_after_optimizations.txt")  # TPU, GPU
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
-_ERROR = "error"
+_JOB, _ERROR = "job", "error"
 _POLL_SECONDS = 0.5
 
 
@@ -54,31 +58,39 @@ class Scheduled:
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles programs of a config for a cluster: (key, micro-batches) → `Scheduled`."""
+    """Compiles programs of a config for a cluster, each once: (key, variant) → `Scheduled`."""
 
     config: Config
     cluster: Cluster
     vocab_size: int
     components: StepComponents
+    compiled: dict[tuple[Key, Variant], Scheduled] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, key: Key, micro_batches: int) -> Scheduled:
+    def __call__(self, key: Key, variant: Variant) -> Scheduled:
         """Compiles in a new process.
 
         Raises:
             jax.errors.JaxRuntimeError: the compiler's error, such as too little memory.
         """
+        if (key, variant) not in self.compiled:
+            self.compiled[key, variant] = self._compile(key, variant)
+        return self.compiled[key, variant]
+
+    def _compile(self, key: Key, variant: Variant) -> Scheduled:
         with tempfile.TemporaryDirectory() as folder:
-            process = multiprocessing.get_context("spawn").Process(
-                target=_compile,
-                args=(self.config, self.cluster, self.vocab_size, key, micro_batches, folder),
-                daemon=True,
-            )
-            process.start()
+            try:
+                job = pickle.dumps((self.config, self.cluster, self.vocab_size, key, variant))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise jax.errors.JaxRuntimeError(f"another process cannot read the config: {error}") from error
+            (pathlib.Path(folder) / _JOB).write_bytes(job)
+            # Not multiprocessing, which would run a script without `if __name__ == "__main__"` again.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            process = subprocess.Popen([sys.executable, "-m", __name__, folder], env=environment)
             try:
                 text, report = _wait(process, pathlib.Path(folder))
             finally:
                 process.kill()
-                process.join()
+                process.wait()
         space = re.search(r"Total bytes: (\d+)", report)  # the first memory space is HBM
         held = self._held(key)
         total = int(space[1]) if space else held
@@ -96,8 +108,8 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
     """Waits for the program's text and its memory report."""
     before = -1
     while True:
-        alive = process.is_alive()
-        texts, reports = list(folder.glob(_TEXT)), list(folder.glob(_MEMORY))
+        alive = process.poll() is None
+        texts, reports = [path for text in _TEXTS for path in folder.glob(text)], list(folder.glob(_MEMORY))
         size = texts[0].stat().st_size if texts and reports else -1
         if size > 0 and (size == before or not alive):
             return texts[0].read_text(), reports[0].read_text()
@@ -108,12 +120,23 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
         time.sleep(_POLL_SECONDS)
 
 
-def _compile(config: Config, cluster: Cluster, vocab_size: int, key: Key, micro_batches: int, folder: str) -> None:
+def _compile(folder: str) -> None:
+    from jaxtrain.trainer import offline, session  # which import this module
+
     clusters.prepare_environment()
+    # Too late for the environment, and the run may hold the accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a hit would write no schedule
+    config, cluster, vocab_size, key, variant = pickle.loads((pathlib.Path(folder) / _JOB).read_bytes())
+    session.compiler_effort(cluster.chip.platform)
     mesh = config.mesh.build(clusters.devices(cluster))
     components = offline.components(config, vocab_size, mesh, None)
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_(step|sums)"}
     try:
-        lower(components, key, micro_batches).compile(compiler_options=options)
+        lower(components, key, variant).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         (pathlib.Path(folder) / _ERROR).write_text(str(error))
+
+
+if __name__ == "__main__":
+    _compile(sys.argv[1])

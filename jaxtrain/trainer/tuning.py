@@ -1,0 +1,447 @@
+"""Chooses how a step is computed: what the backward pass recomputes, micro-batches, chunks of the loss, and the mesh.
+
+None of it changes data or meaning: losses differ by rounding. What the config leaves open (`model.remat="auto"`,
+`model.scan_layers=None`, `loss.chunk_tokens=None`, `micro_batch_tokens=None`) is chosen for each batch shape of a run:
+
+1. Variants are ordered by arithmetic (cost/step_formula.py, cost/memory_formula.py).
+2. For the shape with the most work, the first few are compiled as far as their schedule, and ordered by its estimate
+   (cost/step_time.py) and the compiler's memory. CPUs, and devices that cost/ does not know, have no such search.
+3. The choice is kept in `programs.json` of the work directory and in every checkpoint, with hardware, mesh, versions
+   and settings. A run that finds its choice there takes it, so that kills and resumes change nothing.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import AbstractMesh
+
+from jaxtrain.checkpoint.workdir import write_atomically
+from jaxtrain.config import Config
+from jaxtrain.cost import clusters, memory, memory_formula, roofline, step_formula, step_time
+from jaxtrain.cost.clusters import Cluster
+from jaxtrain.distributed import consensus, sharding
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Json
+from jaxtrain.plan import Plan
+from jaxtrain.plan.plan import StagePlan
+from jaxtrain.trainer.programs import Choice, Key
+from jaxtrain.trainer.step import StepComponents, Variant, accumulation
+
+_REMAT = ("none", "dots", "full")
+_CHUNKS = (1024, 4096)
+# Compiled for the shape with the most work; more only while none of them fits.
+_COMPILED, _MOST_COMPILED = 3, 6
+# Variants that arithmetic finds so much slower than its best are not compiled.
+_SLOWER = 1.25
+# Estimates closer than that are equal.
+_EQUAL = 1.01
+# Unrolled layers are worth minutes of compilation if arithmetic finds them so much faster than scanned ones.
+_FASTER_UNROLLED = 0.97
+# To compile an unrolled layer: 8 s of CPU for an H200 on two cores, and the autotuning of its products.
+_SECONDS_PER_LAYER = 15.0
+# Of a machine's memory, on CPUs, where nothing else limits a step.
+_CPU_SHARE = 0.5
+
+# For a mesh, while a tokenizer's size is not known.
+_SOME_VOCABULARY = 32_768
+_MOST_TENSOR = 16
+
+logger = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A variant with the seconds of a step and the bytes of a device, by arithmetic or by the compiler."""
+
+    variant: Variant
+    seconds: float
+    bytes: float
+
+
+Measure = Callable[[StagePlan, Variant], Ranked | None]  # None: the compiler could not fit it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a choice is for.
+
+    Attributes:
+        config: The run's config.
+        components: The components of a step, on any mesh.
+        mesh: Sizes of the run's mesh by axis.
+        cluster: None for CPUs and unknown devices.
+        limit: Bytes that a step may use on a device; None for no limit but the machine's memory.
+    """
+
+    config: Config
+    components: StepComponents
+    mesh: Mapping[str, int]
+    cluster: Cluster | None
+    limit: int | None
+
+
+# ---- Variants by arithmetic
+
+
+def rank(target: Target, stage: StagePlan, unrolled: bool = False) -> list[Ranked]:
+    """The variants that a config leaves open and that fit by arithmetic, the fastest first.
+
+    Args:
+        target: What the choice is for.
+        stage: The stage whose steps are meant.
+        unrolled: Whether layers are unrolled, rather than scanned, if the config leaves it open.
+    """
+    assert target.limit is not None
+    found: list[Ranked] = []
+    for remat in _open(target, "remat", _REMAT):
+        for chunk in _open(target, "chunk_tokens", _CHUNKS):
+            (scan,) = _open(target, "scan_layers", (not unrolled,))
+            how = Variant(remat=remat, scan_layers=scan, chunk_tokens=chunk, micro_batches=1)
+            variants = [dataclasses.replace(how, micro_batches=count) for count in _counts(target, stage)]
+            fitting = [one for one in (by_arithmetic(target, stage, v) for v in variants) if one.bytes <= target.limit]
+            # Time falls and memory grows with larger micro-batches, usually: the largest that fit and the next.
+            found += fitting[:2]
+    found.sort(key=lambda one: (one.seconds, one.bytes))
+    # Chunks are chosen by arithmetic alone.
+    best: dict[Variant, Ranked] = {}
+    for one in found:
+        best.setdefault(dataclasses.replace(one.variant, chunk_tokens=None), one)
+    return list(best.values())
+
+
+def _open(target: Target, field: str, values: Sequence[Any]) -> Sequence[Any]:
+    """`values` if the config leaves the field open; otherwise None alone: what the config says."""
+    return values if _is_open(target, field) else (None,)
+
+
+def _is_open(target: Target, field: str) -> bool:
+    config: Any = target.config.loss if field == "chunk_tokens" else target.config.model
+    return getattr(config, field, ()) in ("auto", None)
+
+
+def _counts(target: Target, stage: StagePlan) -> list[int]:
+    """Numbers of micro-batches that the config allows, ascending; one if it sets their size."""
+    mesh: Any = AbstractMesh(tuple(target.mesh.values()), tuple(target.mesh))
+    fewest = accumulation(mesh, stage.batch_size, stage.seq_len, target.config.micro_batch_tokens)
+    rows = stage.batch_size // (target.mesh["data"] * target.mesh["fsdp"])
+    return [fewest] if target.config.micro_batch_tokens is not None else sharding.divisors(rows)
+
+
+def by_arithmetic(target: Target, stage: StagePlan, variant: Variant) -> Ranked:
+    """The seconds (0 without a cluster) and bytes of a stage's step, without compiling it."""
+    parts, chip = target.components.arranged(variant), target.cluster and target.cluster.chip
+    shape = roofline.Shape(
+        batch_size=stage.batch_size, seq_len=stage.seq_len, micro_batches=variant.micro_batches, mesh=dict(target.mesh)
+    )
+    chunk = variant.chunk_tokens or roofline.loss_chunk(target.config.loss)
+    held = memory_formula.state_bytes(parts.model, parts.optimizer, target.mesh)
+    teacher = None if parts.distilled is None else parts.distilled.teacher
+    if parts.distilled is not None and teacher is not None:
+        held += memory_formula.tree_bytes(teacher.axes, parts.distilled.abstract, target.mesh)
+    tokens = shape.chip_tokens / variant.micro_batches
+    held += memory_formula.temporary_bytes(parts.model, chip, target.mesh, chunk, tokens, variant.micro_batches)
+    seconds = 0.0
+    if target.cluster is not None:
+        seconds = step_formula.seconds(target.cluster, parts, shape, chunk)
+    return Ranked(variant=variant, seconds=seconds, bytes=held)
+
+
+# ---- The choice
+
+
+def pick(ranked: Sequence[Ranked], limit: float, measure: Callable[[Variant], Ranked | None]) -> Choice:
+    """Chooses by what the compiler says of the first few.
+
+    Args:
+        ranked: Variants by arithmetic, the fastest first.
+        limit: Bytes that a step may use on a device.
+        measure: Compiles a variant (expensive). None: the compiler could not fit it.
+
+    Returns:
+        The compiled variants that fit, the fastest first, with the reasons.
+    """
+    fits: list[Ranked] = []
+    left: list[str] = []
+    for index, one in enumerate(ranked):
+        if index >= _MOST_COMPILED or (fits and (index >= _COMPILED or one.seconds > _SLOWER * ranked[0].seconds)):
+            left.append(
+                f"{one.variant} (not compiled; by arithmetic {one.seconds / ranked[0].seconds:.2f} of the best)"
+            )
+            continue
+        found = measure(one.variant)
+        if found is None or found.bytes > limit:
+            needs = "" if found is None else f": {found.bytes / 1e9:.3g} of {limit / 1e9:.3g} GB"
+            left.append(f"{one.variant} (does not fit{needs})")
+        else:
+            fits.append(found)
+    # Of about equal ones the first by arithmetic, which has fewer micro-batches.
+    fastest = min((found.seconds for found in fits), default=0.0)
+    fits.sort(key=lambda found: found.seconds if found.seconds > _EQUAL * fastest else 0.0)
+    if not fits:
+        return Choice(variants=(), why=f"Nothing fits by estimate. Tried: {'; '.join(left) or 'nothing'}.")
+    left = [f"{found.variant} ({found.seconds:.3g} s)" for found in fits[1:]] + left
+    why = f"{fits[0].variant}: {fits[0].seconds:.3g} s a step by estimate, {fits[0].bytes / 1e9:.3g} GB."
+    why += f" Left: {'; '.join(left)}." if left else ""
+    return Choice(variants=tuple(found.variant for found in fits), why=why)
+
+
+def choose(target: Target, plan: Plan, measure: Measure | None, start_step: int = 0) -> dict[tuple[int, int], Choice]:
+    """Chooses for each batch shape of a plan.
+
+    Args:
+        target: What the choice is for.
+        plan: The run's plan.
+        measure: Compiles the step of a stage (expensive); None for arithmetic alone.
+        start_step: The last step trained.
+    """
+    stages = {(stage.batch_size, stage.seq_len): stage for stage in plan.stages if stage.has_steps}
+    if target.cluster is None or target.limit is None:
+        return {shape: _choose_on_cpu(target, stage) for shape, stage in stages.items()}
+    longest = max(stages.values(), key=lambda stage: _work(target, plan, stage))
+    found = {}
+    for shape, stage in stages.items():
+        ranked = rank(target, stage)
+        if stage is longest and measure is not None and len(ranked) > 1:
+            choice = pick(ranked, target.limit, lambda variant, stage=stage: measure(stage, variant))
+        else:
+            why = f"{ranked[0].variant}: the fastest by arithmetic." if ranked else "Nothing fits by arithmetic."
+            choice = Choice(variants=tuple(one.variant for one in ranked[:_COMPILED]), why=why)
+        found[shape] = _with_later(target, plan, stage, ranked, choice, start_step)
+    return found
+
+
+def _work(target: Target, plan: Plan, stage: StagePlan) -> float:
+    tokens = math.inf if stage.last_token is None else stage.last_token - stage.first_token
+    return tokens * target.components.flops_per_token(stage.seq_len)
+
+
+def _choose_on_cpu(target: Target, stage: StagePlan) -> Choice:
+    """The first that fits, by arithmetic, into a share of the machine's memory: no remat, and few micro-batches."""
+    counts, remats = _counts(target, stage), _open(target, "remat", ("none", "full"))
+    variants = [Variant(remat=remat, micro_batches=count) for remat in remats for count in counts]
+    if target.limit is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        most = _CPU_SHARE * memory / math.prod(target.mesh.values())
+        fits = (one for one in variants if by_arithmetic(target, stage, one).bytes <= most)
+        chosen = next(fits, variants[-1])
+    elif _is_open(target, "remat"):
+        chosen = variants[0]
+    else:
+        return Choice(variants=(), why="the fewest micro-batches that fit")
+    return Choice(variants=(chosen,), why=f"{chosen} (no search on this hardware)")
+
+
+def _with_later(
+    target: Target, plan: Plan, stage: StagePlan, ranked: list[Ranked], choice: Choice, start_step: int
+) -> Choice:
+    """Adds unrolled layers, which only GPUs gain from: a scan copies what the backward pass keeps.
+
+    Only for one GPU: on several, XLA's collective pipeliner aborts the process (1B, 4B; jaxlib 0.10.2: "Call graph must
+    have been flattened").
+    """
+    assert target.cluster is not None
+    alone = target.cluster.chip.platform == "gpu" and target.cluster.num_chips == 1
+    gains = alone and _is_open(target, "scan_layers")
+    if not gains or not ranked or not choice.variants:
+        return choice
+    unrolled = rank(target, stage, unrolled=True)
+    if not unrolled or unrolled[0].seconds > _FASTER_UNROLLED * ranked[0].seconds:
+        return choice
+    best = unrolled[0]
+    seconds = _SECONDS_PER_LAYER * getattr(target.config.model, "num_layers", 1)
+    from_step = start_step + 1 + math.ceil(seconds / best.seconds)
+    if stage.last_step is not None and from_step >= stage.last_step:
+        return choice
+    why = f"{choice.why} From step {from_step:,}, when it is compiled: {best.variant}, by arithmetic "
+    why += f"{best.seconds / ranked[0].seconds:.2f} of the time."
+    return Choice(variants=choice.variants, later=best.variant, from_step=from_step, why=why)
+
+
+def report(plan: Plan, choices: Mapping[tuple[int, int], Choice]) -> None:
+    """Logs the choices, a line for each batch shape."""
+    for (batch_size, seq_len), choice in choices.items():
+        names = [stage.name for stage in plan.stages if (stage.batch_size, stage.seq_len) == (batch_size, seq_len)]
+        logger.info("Steps of %s: %s", ", ".join(names), choice.why)
+
+
+def by_compiler(target: Target, compile: Callable[[Key, Variant], Any]) -> Measure:
+    """Measures variants by their compiled programs, for `choose`.
+
+    Args:
+        target: What the choice is for.
+        compile: (key, variant) → executable, or as much of one as `scheduled.Compiler` makes.
+    """
+    cluster, components = target.cluster, target.components
+    assert cluster is not None
+    islands = clusters.islands(cluster, list(components.mesh.devices.flat))
+
+    def measure(stage: StagePlan, variant: Variant) -> Ranked | None:
+        try:
+            program = compile(Key(stage.batch_size, stage.seq_len), variant)
+        except jax.errors.JaxRuntimeError as error:
+            if memory.is_exhausted(error):
+                return None
+            raise
+        vocab_size = components.model.padded_vocab_size
+        found = step_time.estimate(program.as_text(), cluster.chip, islands, vocab_size)
+        return Ranked(variant=variant, seconds=found.seconds, bytes=memory.needed(program) or 0)
+
+    return measure
+
+
+# ---- The mesh
+
+
+def choose_mesh(config: Config, plan: Plan, cluster: Cluster, limit: int) -> tuple[sharding.MeshConfig, str]:
+    """Chooses among the meshes that divide the model and the batches, by arithmetic.
+
+    Args:
+        config: The run's config.
+        plan: The run's plan.
+        cluster: The chips.
+        limit: Bytes that a step may use on a chip.
+
+    Returns:
+        The fastest mesh on which every stage fits, and the reasons, in a line. If none does, all of it is `fsdp`.
+    """
+    one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
+    vocab_size = getattr(config.tokenizer, "vocab_size", None) or _SOME_VOCABULARY
+    model = config.model.build(vocab_size, one)
+    optimizer = config.optimizer.build(model.axes, one)
+    loss = config.loss.build(vocab_size, one)
+    components = StepComponents(model, loss, optimizer, one, config.clip_norm, losses=lambda _: (loss, None))
+    found = []
+    heads = getattr(config.model, "num_heads", 1)
+    for sizes in _meshes(cluster.num_chips):
+        if sizes["context"] > 1 and heads % (sizes["tensor"] * sizes["context"]):
+            continue  # each of its devices would compute the whole attention
+        target = Target(config=config, components=components, mesh=sizes, cluster=cluster, limit=limit)
+        mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        try:
+            sharding.check_divides(mesh, model.axes, model.shapes)
+            best = [rank(target, stage)[:1] for stage in plan.stages if stage.has_steps]
+        except UserError:
+            continue
+        if all(best):
+            found.append((sum(one[0].seconds for one in best), sizes))
+    if not found:
+        return sharding.MeshConfig(), "no mesh fits by arithmetic"
+    found.sort(key=lambda item: item[0])
+    texts = [" ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1" for _, sizes in found]
+    others = [f"{text} {seconds / found[0][0]:.2f}" for text, (seconds, _) in zip(texts, found, strict=True)][1:4]
+    why = f"{texts[0]}, the fastest of {len(found)} that fit by arithmetic"
+    return sharding.MeshConfig(**found[0][1]), why + (f" (relative times: {', '.join(others)})" if others else "")
+
+
+def _meshes(chips: int) -> Iterator[dict[str, int]]:
+    """Yields every mesh of so many chips, those of `fsdp` alone first."""
+    for context in sharding.divisors(chips):
+        for tensor in sharding.divisors(chips // context):
+            for data in sharding.divisors(chips // context // tensor) if tensor <= _MOST_TENSOR else ():
+                yield {"data": data, "fsdp": chips // context // tensor // data, "tensor": tensor, "context": context}
+
+
+# ---- Kept choices
+
+
+def resolve(
+    target: Target, plan: Plan, path: epath.Path, saved: Sequence[Json], start_step: int, measure: Measure | None
+) -> tuple[dict[tuple[int, int], Choice], list[Json]]:
+    """The choices of a run: those kept before, or new ones, which are kept from then on. All processes must call it.
+
+    Args:
+        target: What the choice is for.
+        plan: The run's plan.
+        path: The work directory's file of choices.
+        saved: The choices in the checkpoint that the run resumes from.
+        start_step: That checkpoint's step.
+        measure: As in `choose`. Only process 0 calls it.
+
+    Returns:
+        The choices by (batch size, sequence length), and all that are kept, for checkpoints.
+    """
+
+    def decide() -> list[Json]:
+        written = _read(path)
+        kept = written + [entry for entry in saved if entry not in written]
+        key = key_of(target)
+        known = {(entry["batch_size"], entry["seq_len"]) for entry in kept if entry["key"] == key}
+        if not known.issuperset((stage.batch_size, stage.seq_len) for stage in plan.stages if stage.has_steps):
+            for (batch_size, seq_len), choice in _choose_somehow(target, plan, measure, start_step).items():
+                entry = {"key": key, "batch_size": batch_size, "seq_len": seq_len, **dataclasses.asdict(choice)}
+                if (batch_size, seq_len) not in known:
+                    kept.append(json.loads(json.dumps(entry)))
+        if kept != written:
+            try:
+                write_atomically(path, json.dumps(kept, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be written: {error}. Give a --workdir that you can write to."
+                ) from error
+        return kept
+
+    kept = consensus.broadcast_json(consensus.on_process_0(decide, "process 0 could not choose how to compute a step"))
+    key = consensus.broadcast_json(key_of(target))
+    mine = {(e["batch_size"], e["seq_len"]): _from_json(e) for e in reversed(kept) if e["key"] == key}
+    return mine, kept
+
+
+def _choose_somehow(
+    target: Target, plan: Plan, measure: Measure | None, start_step: int
+) -> dict[tuple[int, int], Choice]:
+    """`choose`, by arithmetic alone if compiling fails."""
+    try:
+        return choose(target, plan, measure, start_step)
+    except (jax.errors.JaxRuntimeError, UserError, OSError) as error:
+        if measure is None:
+            raise
+        logger.warning("Programs are chosen by arithmetic alone, because compiling some failed: %s", error)
+        return choose(target, plan, None, start_step)
+
+
+def key_of(target: Target) -> Json:
+    """What a choice depends on, besides the shape of the batch."""
+    config: Any = target.config
+    device = target.components.mesh.devices.flat[0]
+    settings = {name: getattr(config.model, name, None) for name in ("remat", "scan_layers", "attention")}
+    settings |= {"chunk_tokens": getattr(config.loss, "chunk_tokens", None), "memory_gb": config.memory_gb}
+    settings |= {"micro_batch_tokens": config.micro_batch_tokens, "compiler_options": config.compiler_options}
+    versions = {
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "platform": device.client.platform_version,
+    }
+    return {
+        "hardware": device.device_kind,
+        "mesh": dict(target.mesh),
+        "versions": versions,
+        "parameters": target.components.model.num_params,
+        "settings": settings,
+    }
+
+
+def _from_json(entry: Json) -> Choice:
+    later = entry["later"]
+    return Choice(
+        variants=tuple(Variant(**variant) for variant in entry["variants"]),
+        later=None if later is None else Variant(**later),
+        from_step=entry["from_step"],
+        why=entry["why"],
+    )
+
+
+def _read(path: epath.Path) -> list[Json]:
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): remove it; the newest checkpoint has its content.") from None
