@@ -147,7 +147,10 @@ class Config:
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
-        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters.
+        deterministic: Use only deterministic operations on GPUs, so that equal runs give equal parameters if they have
+            the same results of autotuning, which the work directory's cache keeps.
+        precision: "bf16", or "fp8": the products with the layers' weights, forward and backward, are of 8-bit values
+            (model/fp8.py). "bf16" means model.dtype. May change at a resume.
         compiler_options: Options of XLA by name, for the train step and the evaluation, added to those of
             trainer/compiler_options.py or in their place: --config.compiler_options.xla_NAME=VALUE.
         sample_prompts: Texts to continue at the end of the run.
@@ -179,6 +182,7 @@ class Config:
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
+    precision: str = "bf16"
     compiler_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     sample_prompts: tuple[str, ...] = ()
     sample_every_tokens: int | None = None
@@ -199,6 +203,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise UserError(f"{name}={value}: give 0 to {most:,}")
+        if self.precision not in ("bf16", "fp8"):
+            raise UserError(f"precision={self.precision!r} is not known: give 'bf16' or 'fp8'")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise UserError(f"memory_gb={self.memory_gb}: give a size above 0, or none for what the devices have")
         if self.clip_norm is not None and self.clip_norm <= 0:

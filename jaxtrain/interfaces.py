@@ -165,6 +165,15 @@ class BoundedModel(Protocol):
 
 
 @runtime_checkable
+class EightBitModel(Protocol):
+    """A model that `precision="fp8"` is for."""
+
+    def in_fp8(self) -> Model:
+        """The same model, with the same parameters, whose products with its layers' weights are of 8-bit values."""
+        ...
+
+
+@runtime_checkable
 class CachingModel(Protocol):
     """A model that generates with a key/value cache. For any other, each new token recomputes the whole text.
 

@@ -31,6 +31,8 @@ _DETAILS = {
     "l40s": (142, 128, 102_400, 101_376, 96 << 20, 2.52, 1536, "NVIDIA L40S"),
     "rtx4090": (128, 128, 102_400, 101_376, 72 << 20, 2.52, 1536, "NVIDIA GeForce RTX 4090"),
 }
+# CUDA's version there. Without one XLA leaves products of 8-bit values in bf16, without a word.
+_CUDA = "13.0.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +226,7 @@ def target_config(chip: Chip) -> str:
   memory_bandwidth: {chip.bandwidth:.0f} l2_cache_size: {l2} device_memory_size: {chip.memory}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  compile_time_toolkit_version: "{_CUDA}" runtime_version: "{_CUDA}" driver_version: "{_CUDA}"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}

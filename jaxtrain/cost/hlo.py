@@ -148,9 +148,16 @@ class Program:
             return int(known[1])
         condition = self.computations[attribute(loop, "condition")]
         root = next(instruction for instruction in condition.values() if instruction.is_root)
+        inside, outer = condition, None
+        if root.opcode == "fusion":  # of the comparison and its constant, on GPUs
+            inside, outer = self.computations[attribute(root, "calls")], root
+            root = next(instruction for instruction in inside.values() if instruction.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
-        counter, bound = condition.get(root.operands[0]), self._constant(condition, root.operands[1])
+        counter, bound = inside.get(root.operands[0]), self._constant(inside, root.operands[1])
+        if outer is not None and counter is not None and counter.opcode == "parameter":
+            number = re.search(r" parameter\((\d+)\)", counter.text)
+            counter = condition.get(outer.operands[int(number[1])]) if number else None
         if counter is None or counter.opcode != "get-tuple-element" or bound is None:
             return None
         index = int(attribute(counter, "index"))

@@ -14,14 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain.cost.hardware import Chip
-from jaxtrain.distributed import consensus
+from jaxtrain.distributed import consensus, processes
 from jaxtrain.errors import UserError
 
 # Kept free: the next batches, fragmentation of the allocator.
 _RESERVE = 0.08
-# XLA's own share of a GPU's memory, unless the environment sets another.
-GPU_SHARE = 0.75
-SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 logger = logging.getLogger("jaxtrain")
 
@@ -48,7 +45,8 @@ def limit_of_chip(chip: Chip, memory_gb: float | None) -> int:
     """What `limit` would return on chips of this kind, without any present."""
     if memory_gb is not None:
         return round(memory_gb * 1e9)
-    share = float(os.environ.get(SHARE_VARIABLE, GPU_SHARE)) if chip.platform == "gpu" else 1.0
+    given = (os.environ.get(name) for name in processes.SHARE_VARIABLES)
+    share = float(next(filter(None, given), processes.GPU_SHARE)) if chip.platform == "gpu" else 1.0
     return _usable(round(chip.memory * share))
 
 

@@ -292,7 +292,9 @@ class _Walk:
         if attention is not None:
             seconds = flops / rates.attention[attention]
         elif flops:
-            seconds = max(flops / rates.matmul, traffic / rates.matmul_memory)
+            # Products of 8-bit values have twice the peak.
+            rate = rates.matmul * (2 if "matmul$f8" in instruction.attributes else 1)
+            seconds = max(flops / rate, traffic / rates.matmul_memory)
         else:
             seconds = traffic / rates.memory
         seconds = max(seconds, rates.least) + rates.gap

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtrain.distributed.sharding import Axes, constrain
+from jaxtrain.model import fp8 as eight_bits
 from jaxtrain.model.attention import platform_of
 from jaxtrain.model.rope import rotate
 
@@ -40,21 +41,37 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias), the kernel cast to x's dtype."""
+    """x @ kernel (+ bias), the kernel cast to x's dtype. With `fp8`, a product of values of 8 bits (fp8.py)."""
 
-    def __init__(self, sizes: tuple[int, int], axes: tuple[str, str], std: float, bias: bool, mesh: Mesh | None, rngs):
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        axes: tuple[str, str],
+        std: float,
+        bias: bool,
+        mesh: Mesh | None,
+        rngs: nnx.Rngs,
+        fp8: bool,
+    ):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros(sizes[1:], jnp.float32), axes=axes[1:]) if bias else None
         self.axes = axes
         self.mesh = mesh
+        self.fp8 = fp8
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight(x.dtype)
+        kernel = self.weight(x.dtype)
+        y: jax.Array = eight_bits.matmul(x, kernel, self._gather) if self.fp8 else x @ kernel  # type: ignore[assignment]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """The kernel in `dtype`. The cast comes before the FSDP all-gather and halves its size."""
         return constrain(self.kernel[...].astype(dtype), self.mesh, self.axes)
+
+    def _gather(self, kernel_DF: jax.Array) -> jax.Array:
+        """Gathers the shards of fsdp. Pinned on both sides, or XLA would gather before the rounding to 8 bits."""
+        gathered = tuple(None if axis == "embed" else axis for axis in self.axes)
+        return constrain(constrain(kernel_DF, self.mesh, self.axes), self.mesh, gathered)
 
     def to_heads(self, x: jax.Array, shape_BT: tuple[int, ...], head_dim: int) -> jax.Array:
         """Projects [B, T, D], or [B * T, D], to [B, T, H, h].
@@ -62,7 +79,7 @@ class Linear(nnx.Module):
         From [B, T, D] the product has the shape of heads itself: as a reshape of [B, T, H * h] it would be a copy in a
         TPU's tiled layout.
         """
-        if x.ndim == 2:
+        if x.ndim == 2 or self.fp8:
             return self(x).reshape(*shape_BT, -1, head_dim)
         y = jnp.einsum("btd,dkh->btkh", x, self.weight(x.dtype).reshape(x.shape[-1], -1, head_dim))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(1, 1, -1, head_dim)
@@ -70,8 +87,8 @@ class Linear(nnx.Module):
     def from_heads(self, x_BTHh: jax.Array, ndim: int) -> jax.Array:
         """Projects [B, T, H, h] to [B, T, D], or to [B * T, D] if ndim is 2."""
         batch, seq_len, heads, head_dim = x_BTHh.shape
-        if ndim == 2:
-            return self(x_BTHh.reshape(batch * seq_len, -1))
+        if ndim == 2 or self.fp8:
+            return self(x_BTHh.reshape((batch * seq_len, -1) if ndim == 2 else (batch, seq_len, -1)))
         kernel = self.weight(x_BTHh.dtype).reshape(heads, head_dim, -1)
         y = jnp.einsum("bthk,hkd->btd", x_BTHh, kernel)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype).reshape(1, 1, -1)
@@ -80,10 +97,10 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions and optional QK-norm."""
 
-    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
         width, head = config.hidden_size, config.resolved_head_dim
         queries, keys = config.num_heads * head, config.num_kv_heads * head
-        linear = functools.partial(Linear, mesh=mesh, rngs=rngs)
+        linear = functools.partial(Linear, mesh=mesh, rngs=rngs, fp8=fp8)
         std, bias = config.initializer_std, config.attention_bias
         self.q = linear((width, queries), ("embed", "heads"), std, bias)
         self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
@@ -106,8 +123,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs)
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
+        linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs, fp8=fp8)
         width, inner = config.hidden_size, config.intermediate_size
         self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std)
         self.up = linear((width, inner), ("embed", "mlp"), config.initializer_std)
@@ -120,11 +137,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs):
+    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
         self.attention_norm = Norm(config.hidden_size, "norm", config.norm_eps)
-        self.attention = Attention(config, mesh, rngs)
+        self.attention = Attention(config, mesh, rngs, fp8)
         self.mlp_norm = Norm(config.hidden_size, "norm", config.norm_eps)
-        self.mlp = MLP(config, mesh, rngs)
+        self.mlp = MLP(config, mesh, rngs, fp8)
         self.mesh = mesh
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:

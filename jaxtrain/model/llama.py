@@ -21,7 +21,7 @@ from jaxtrain import cli
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
-from jaxtrain.model import attention, rope
+from jaxtrain.model import attention, fp8, rope
 from jaxtrain.model.attention_xla import SAVED
 from jaxtrain.model.base import BaseModel, one_thread_at_a_time
 from jaxtrain.model.layers import DecoderLayer, Frame, activation_axes
@@ -164,7 +164,7 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel, BoundedModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
@@ -172,10 +172,10 @@ class Llama(BaseModel):
     config: LlamaConfig
 
     @one_thread_at_a_time
-    def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None):
+    def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None, in_fp8: bool = False):
         config.check()
         self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
-        self.vocab_size, self.mesh = vocab_size, mesh
+        self.vocab_size, self.mesh, self.is_fp8 = vocab_size, mesh, in_fp8
         # An NNX module consists of a graph (structure) and a state (arrays). Here the arrays are abstract.
         self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
         self._layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
@@ -192,7 +192,7 @@ class Llama(BaseModel):
         return Frame(self.config, self.vocab_size, padded, nnx.Rngs(params=key))
 
     def _layer(self, key: jax.Array) -> DecoderLayer:
-        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key))
+        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key), self.is_fp8)
 
     def _check_heads(self, mesh: Mesh) -> None:
         tensor = mesh.shape["tensor"]
@@ -377,10 +377,21 @@ class Llama(BaseModel):
         return attention.most_documents(self.attention_choice(batch_size, seq_len).name, shape)
 
     def unbounded(self) -> "Llama":
-        return dataclasses.replace(self.config, attention="xla").build(self.vocab_size, self.mesh)
+        return Llama(dataclasses.replace(self.config, attention="xla"), self.vocab_size, self.mesh, self.is_fp8)
+
+    def in_fp8(self) -> "Llama":
+        shape = self._attention_shape(1, 1)
+        if shape.compute_capability is None or shape.compute_capability < (8, 9):
+            logger.warning(
+                "precision='fp8': no cuBLAS product of 8 bits on this %s (it needs an NVIDIA GPU of compute capability "
+                "8.9 or higher); values are rounded to 8 bits and multiplied in %s.",
+                *(shape.platform.upper(), self.config.dtype),
+            )
+        return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        return attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
+        options = attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)
+        return options | (fp8.GPU_OPTIONS if self.is_fp8 and attention.platform_of(self.mesh) == "gpu" else {})
 
     def _attention_shape(self, batch_size: int, seq_len: int) -> attention.Shape:
         config = self.config

@@ -1,7 +1,8 @@
 """The run's executables: one per stage shape, one for evaluation and one for tasks, compiled ahead of time.
 
-While a stage trains, the next one compiles. Of the variants that tuning.py prefers, the first that fits is taken, by
-the memory that the compiler reports; if none does, or none is given, the fewest micro-batches that fit.
+While a stage trains, the next one compiles (on GPUs all do before the first step). Of the variants that tuning.py
+prefers, the first that fits is taken, by the memory that the compiler reports; if none does, or none is given, the
+fewest micro-batches that fit.
 """
 
 import contextlib
@@ -183,10 +184,8 @@ class StagePrograms:
     def begin(self, stage: int, step: int = 1) -> None:
         """Starts compiling what a run needs before its first `step`, in the `stage`-th stage. Does not wait."""
         self._start(stage, step)
-        if self.limit is not None:
-            self._submit(self._longest(stage))
-            if self._evaluation is not None:
-                self._submit(self._evaluation)
+        for key in self._before_first_step(stage, step):
+            self._submit(key)
 
     def start(self, stage: int, step: int = 1) -> None:
         """Starts compiling what follows `step` of the `stage`-th stage: the next stage, then this stage's later
@@ -209,21 +208,16 @@ class StagePrograms:
         from_step = self._choice(batch_size, seq_len).from_step
         return Key(batch_size, seq_len, later=from_step is not None and step >= from_step)
 
-    def settle(self, stage: int) -> None:
-        """Checks before the first step that the `stage`-th and all later stages, and evaluations, fit in memory.
-
-        Micro-batches can be as small as one row per device, so only the length of rows decides whether a stage fits:
-        the longest rows are tried. Without a limit, nothing is compiled for this check.
+    def settle(self, stage: int, step: int = 1) -> None:
+        """Checks before the first `step` that the `stage`-th and all later stages, and evaluations, fit in memory.
 
         Raises:
             DoesNotFitError: a stage or the evaluation cannot fit.
         """
-        if self.limit is not None:
-            self._program(self._longest(stage))
-            if self._evaluation is not None:
-                self.evaluation()
-            if self._tasks is not None:
-                self.tasks()
+        for key in self._before_first_step(stage, step):
+            self._program(key)
+        if self._tasks is not None and self.limit is not None:
+            self.tasks()
 
     def ready(self, batch_size: int, seq_len: int, step: int = 1) -> bool:
         """Whether the executable of a step has been compiled."""
@@ -279,9 +273,23 @@ class StagePrograms:
         too_many = any(documents[:rows].sum() > most for rows, most in bounds)
         return dataclasses.replace(key, crowded=True) if bounds and consensus.any_process(too_many) else key
 
-    def _longest(self, stage: int) -> Key:
-        seq_len, batch_size = max((s.seq_len, s.batch_size) for s in self._stages if s.index >= stage)
-        return Key(batch_size, seq_len)
+    def _before_first_step(self, stage: int, step: int) -> list[Key]:
+        """The programs that are compiled before the first `step`, in the `stage`-th stage.
+
+        On GPUs all: autotuning takes XLA's lock on the device exclusively, for which steps wait (GetGpuMutex in
+        gpu_executable.cc), measures kernels that should be alone on it, and needs memory that training has taken.
+
+        Elsewhere those that may not fit. Micro-batches can be as small as one row per device, so only the length of
+        rows decides: the longest rows are tried. Without a limit, nothing has to be.
+        """
+        stages = [s for s in self._stages if s.index >= stage]
+        if self._components.mesh.devices.flat[0].platform == "gpu":
+            found = (self._key(s.batch_size, s.seq_len, max(step, s.first_step)) for s in stages)
+            keys = list(dict.fromkeys(found))
+        else:
+            longest = max(stages, key=lambda s: (s.seq_len, s.batch_size))
+            keys = [] if self.limit is None else [Key(longest.batch_size, longest.seq_len)]
+        return [*keys, *((self._evaluation,) if self._evaluation and keys else ())]
 
     def _program(self, key: Key) -> Program:
         """Returns the program that fits on all processes."""
@@ -368,7 +376,7 @@ class StagePrograms:
             fixes = [*self._components.model.memory_advice(), *fixes]
         fixes.append(f"more devices that share the state (mesh.fsdp, now {mesh.shape['fsdp']})")
         if mesh.devices.flat[0].platform == "gpu":
-            fixes.append("a larger share for XLA (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; 0.75 unless set)")
+            fixes.append("a larger share for XLA (XLA_CLIENT_MEM_FRACTION=0.95; 0.92 unless set)")
         return (
             f"{self._name(key)} does not fit: even with one row of {key.seq_len:,} tokens at a time a device needs "
             f"{needs}, and may use {self.limit / 1e9:.3g} GB (memory_gb, or what the device reports less a reserve). "

@@ -24,7 +24,8 @@ from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
-from jaxtrain.interfaces import AttentionModel, Json, LossFn
+from jaxtrain.errors import UserError
+from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -286,7 +287,7 @@ class Session:
             self.evaluators.append(tasks)
             self.programs.add_tasks(*tasks.shape)
         with monitor.span("compile"):
-            self.programs.settle(first)
+            self.programs.settle(first, self.start_step + 1)
         return restored
 
     def _load_teacher(self) -> None:
@@ -356,6 +357,10 @@ def make_components(
         layout: layout of the records in each batch, if the teacher is cached.
     """
     model = config.model.build(vocab_size, mesh)
+    if config.precision == "fp8":
+        if not isinstance(model, EightBitModel):
+            raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
+        model = model.in_fp8()
     optimizer = config.optimizer.build(model.axes, mesh)
     if frozen is not None:
         frozen.check_stages(plan)

@@ -122,6 +122,18 @@ def test_a_text_by_hand() -> None:
     assert hlo.custom_calls(TEXT) == {"tpu_custom_call", "Any"}
 
 
+def test_a_condition_in_a_fusion() -> None:
+    """XLA for GPUs fuses the bound of a loop with its comparison; several GPUs' micro-batches have no known count."""
+    compared = """  %bound = s32[] constant(11)
+  ROOT %less = pred[] compare(%i.c, %bound), direction=LT
+}
+"""
+    fused = "\n%fused (i.f: s32[]) -> pred[] {\n  %i.f = s32[] parameter(0)\n" + compared.replace("%i.c", "%i.f")
+    text = TEXT.replace(compared, "  ROOT %less.c = pred[] fusion(%i.c), kind=kLoop, calls=%fused\n}\n" + fused)
+    assert text != TEXT
+    assert hlo.collectives(text, 8) == hlo.collectives(TEXT, 8)
+
+
 @pytest.mark.parametrize(
     ("written", "groups"),
     [

@@ -149,15 +149,17 @@ ENTRY %main (p: pred[], q: bf16[4,2048,16,128], w: bf16[8192,2048], x: bf16[8,12
   %w = bf16[8192,2048]{1,0} parameter(2)
   %x = bf16[8,128]{1,0} parameter(3)
   %gemm = (bf16[8192,8192], s8[32]) custom-call(%w, %w), custom_call_target="__cublas$gemm", backend_config=CONTRACTED
+  %eight = (bf16[8192,8192], s8[32]) custom-call(%w, %w), custom_call_target="EIGHT", backend_config=CONTRACTED
   %fmha = (bf16[4,2048,16,128], u8[0]) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward"
   ROOT %either = bf16[8,128]{1,0} conditional(%p, %x, %x), true_computation=%yes, false_computation=%no
 }
 """
-    text = text.replace("CONTRACTED", '{"lhs_contracting_dimensions":["1"]}')
+    text = text.replace("EIGHT", "__cublas$lt$matmul$f8").replace("CONTRACTED", '{"lhs_contracting_dimensions":["1"]}')
     found = step_time.estimate(text, chip, [0], VOCAB)
     kernels = {kernel.name: kernel for kernel in found.kernels}
     assert kernels["gemm"].flops == 2 * 8192 * 8192 * 2048
     assert kernels["gemm"].seconds == pytest.approx(kernels["gemm"].flops / 780e12 + 1.5e-6)
+    assert kernels["eight"].seconds == pytest.approx(kernels["gemm"].flops / 2 / 780e12 + 1.5e-6)
     assert kernels["fmha"].flops == 5 * 4 * 16 * 2048 * 2048 * 128  # half of the square
     assert "copied" not in kernels  # of the longer branch
     assert kernels["either"].part == "host waits of conditionals"

@@ -8,6 +8,8 @@ import time
 import pytest
 from jax._src.clusters import ClusterEnv
 
+from jaxtrain.cost import hardware, memory
+from jaxtrain.distributed import processes
 from jaxtrain.distributed.processes import _check_xla_flags, _in_cluster, explicit_arguments
 from jaxtrain.errors import UserError
 from tests.e2e.runs import LOCAL, ROOT, environment
@@ -81,6 +83,24 @@ def test_xla_flags() -> None:
 def test_xla_flags_that_xla_cannot_read(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _check_xla_flags(flags)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.92"}),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5"}, {"XLA_CLIENT_MEM_FRACTION": ".5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}),
+    ],
+)
+def test_xlas_share_of_a_gpu(given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX refuses both variables together."""
+    for name in processes.SHARE_VARIABLES:
+        monkeypatch.setenv(name, given.get(name, ""))
+    processes.join(deterministic=False)
+    assert {name: os.environ[name] for name in processes.SHARE_VARIABLES if os.environ[name]} == found
+    limit = memory.limit_of_chip(hardware.BY_NAME["h200"], None)
+    assert limit == pytest.approx(0.92 * float(next(iter(found.values()))) * hardware.BY_NAME["h200"].memory)
 
 
 @pytest.mark.parametrize("platform", ["foo", "cuda"])

@@ -156,6 +156,16 @@ def test_nothing_is_compiled_ahead_without_a_limit(fake: Fake) -> None:
     assert fake.compiles == []
 
 
+def test_gpus_compile_all_stages_before_the_first_step(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autotuning would make steps wait."""
+    chips = np.array([SimpleNamespace(platform="gpu")])
+    mesh: Any = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    components = dataclasses.replace(make_components(), mesh=mesh)
+    stages = StagePrograms(components, PLAN, None, limit=None)
+    stages.settle(2)
+    assert fake.compiles == [(32, 16, 1), (16, 64, 1)]
+
+
 def test_processes_agree_on_the_most_that_any_needs(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = StagePrograms(make_components(), PLAN, None, limit=20_000)
     monkeypatch.setattr(programs.consensus, "largest", lambda value: max(value, 8))  # another process needs 8

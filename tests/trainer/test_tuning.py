@@ -29,7 +29,7 @@ from jaxtrain.trainer.tuning import Ranked, Target
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 V5E = clusters.parse("v5e:2x4", "topology")
-H200 = clusters.parse("h200:1x8", "topology")
+H200 = clusters.parse("h200:1x1", "topology")
 MODEL = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_layers=4, num_heads=16, num_kv_heads=8)
 
 
@@ -122,7 +122,7 @@ def test_what_a_config_says_wins() -> None:
     pinned = make_config(model=model, loss=CrossEntropy(chunk_tokens=2048), micro_batch_tokens=4096)
     for cluster in (V5E, H200, None):
         # The config itself sets what a variant leaves out.
-        assert choose(make_target(pinned, cluster)).variants == (Variant(micro_batches=32 if cluster else 256),)
+        assert choose(make_target(pinned, cluster)).variants == (Variant(micro_batches=32 if cluster is V5E else 256),)
     some = make_config(model=dataclasses.replace(MODEL, remat="full"))
     assert {one.variant.remat for one in tuning.rank(make_target(some), some.plan().stages[0])} == {None}
     assert choose(make_target(some, H200)).variants[0].chunk_tokens is not None
@@ -141,6 +141,7 @@ def test_gpus_go_over_to_unrolled_layers_at_a_fixed_step() -> None:
     assert choose(make_target(make_config(steps=10), H200)).later is None  # it would be compiled in vain
     scanned = make_config(model=dataclasses.replace(MODEL, scan_layers=True))
     assert choose(make_target(scanned, H200)).later is None
+    assert choose(make_target(make_config(), clusters.parse("h200:1x8", "topology"))).later is None
 
 
 def test_only_the_shape_with_the_most_work_is_compiled() -> None:

@@ -13,7 +13,7 @@ from jaxtrain.config import Config
 from jaxtrain.cost import clusters, hlo, memory, roofline, step_time
 from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.distributed import sharding
+from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import AttentionModel, Json
 from jaxtrain.trainer import offline, scheduled, session, state, tuning
 from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
@@ -98,7 +98,8 @@ def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_si
     logger.info(f"Model: {model.num_params:,} parameters, a vocabulary of {vocab_size:,} ({source})")
     why = "less a reserve"
     if chip.platform == "gpu":
-        why = f"less what XLA does not take ({memory.SHARE_VARIABLE}, {memory.GPU_SHARE} unless set) and a reserve"
+        share = f"{processes.SHARE_VARIABLES[0]}, {processes.GPU_SHARE} unless set"
+        why = f"less what XLA does not take ({share}) and a reserve"
     logger.info(f"Memory: a chip has {chip.memory / 1e9:.1f} GB, a step may use {limit / 1e9:.1f} of it ({why})")
     made = state.abstract(model, components.optimizer, mesh)
     rows = [("parameter", "shape", "logical axes", "sharding", "a chip's part", "GB per chip")]
