@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 
-import datasets
 from jaxtrain.data.benchmarks import TASKS
 from tests.hub import LoopbackHub
 
