@@ -18,6 +18,8 @@ from jaxtrain.metrics.monitor import MonitorConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import CROSS_ENTROPY_ALONE, Plan, Stage, StepPlan, build_plan
 
+ON_SPIKE = ("log", "skip_update", "rewind")
+
 
 def reaches_multiple(at: StepPlan, tokens: int) -> bool:
     """Whether a step reaches a multiple of `tokens` trained tokens."""
@@ -143,7 +145,13 @@ class Config:
             the whole batch. None: the trainer chooses (trainer/tuning.py).
         memory_gb: Maximum memory (10^9 bytes) of a step on a device. None for what the devices report, less a
             reserve; no limit if they report none (CPU).
-        max_skipped_steps: Stop (exit code 1) after this many updates in a row with non-finite gradients.
+        max_skipped_steps: Stop (exit code 1) after this many skipped updates in a row.
+        spike_threshold: A step whose loss or gradient norm is this many standard deviations above the median of the
+            steps before it is a spike, which is logged with its documents. None for no comparison.
+        spike_window: How many steps before it, of the same stage, are compared.
+        on_spike: "log"; "skip_update" also keeps parameters and optimizer as they were; "rewind" returns to the newest
+            checkpoint and goes on without the documents that stand out, or all of the step's if none does.
+        max_rewinds: Later spikes of a run that "rewind" has returned so often are only logged.
         log_every: Log every N steps.
         init_from: A work directory or checkpoint of jaxtrain, or a Hugging Face model (folder or id), whose parameters
             a new run starts with; "" for random ones.
@@ -179,6 +187,10 @@ class Config:
     micro_batch_tokens: int | None = None
     memory_gb: float | None = None
     max_skipped_steps: int = 10
+    spike_threshold: float | None = None
+    spike_window: int = 128
+    on_spike: str = "log"
+    max_rewinds: int = 3
     log_every: int = 10
     init_from: str = ""
     deterministic: bool = False
@@ -192,6 +204,8 @@ class Config:
             "scale_to",
             "epochs",
             "max_skipped_steps",
+            "spike_window",
+            "max_rewinds",
             "log_every",
             "micro_batch_tokens",
             "sample_every_tokens",
@@ -209,6 +223,13 @@ class Config:
             raise UserError(f"memory_gb={self.memory_gb}: give a size above 0, or none for what the devices have")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(f"clip_norm={self.clip_norm}: give a value above 0, or none for no clipping")
+        if self.on_spike not in ON_SPIKE:
+            near = difflib.get_close_matches(self.on_spike, ON_SPIKE) or ON_SPIKE
+            raise UserError(f"on_spike={self.on_spike!r} is not known; did you mean {' or '.join(map(repr, near))}?")
+        if self.spike_threshold is None and self.on_spike != "log":
+            raise UserError(f"on_spike={self.on_spike!r} needs spike_threshold, for example 10")
+        if self.spike_threshold is not None and not self.spike_threshold > 0:
+            raise UserError(f"spike_threshold={self.spike_threshold}: give a number above 0, or none for no comparison")
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(

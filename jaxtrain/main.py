@@ -18,12 +18,14 @@ def _stop_at_once(number: int, frame: object) -> None:
 if __name__ == "__main__":
     # Before the other imports, which take 0.3 s: signals end the process with 130 or 143 only during the interpreter's
     # own start (20 ms). `nohup` ignores SIGHUP, and that stays so.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a profile once steps are taken
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if _number != signal.SIGHUP or signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, _stop_at_once)
 
 from jaxtrain import cli  # noqa: E402
 from jaxtrain.cli.redaction import redact_logs  # noqa: E402
+from jaxtrain.errors import UserError  # noqa: E402
 
 COMMAND = cli.Command(
     name="python -m jaxtrain.main",
@@ -45,6 +47,12 @@ COMMAND = cli.Command(
             type=bool,
             default=False,
             help="resolve the data, compile every stage, read one batch, print the plan; train nothing",
+        ),
+        cli.Flag(
+            name="profile",
+            type=str | None,
+            default=None,
+            help="STEP:COUNT: write an XProf trace of COUNT steps from STEP on to the work directory's profile/",
         ),
         cli.Flag(
             name="coordinator",
@@ -73,11 +81,22 @@ def main(flags: cli.Flags) -> int:
     ):
         if value is not None:
             os.environ[name] = str(value)
+    profile = _profile(flags.profile)
     config = flags.load_config()
     # Importing JAX takes seconds, so check the config first.
     from jaxtrain.trainer import loop
 
-    return loop.run(config, workdir, flags.dry_run, _kept)
+    return loop.run(config, workdir, flags.dry_run, _kept, profile)
+
+
+def _profile(text: str | None) -> tuple[int, int] | None:
+    """The first step and the number of steps of --profile."""
+    if text is None:
+        return None
+    step, _, count = text.partition(":")
+    if not (step.isdecimal() and count.isdecimal() and int(step) and int(count)):
+        raise UserError(f"--profile={text}: give the first step and the number of steps, for example 100:5")
+    return int(step), int(count)
 
 
 def exit_code(argv: list[str] | None = None) -> int:

@@ -66,6 +66,7 @@ class Workdir:
         self.skips = self.path / "skips.json"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
+        self.spikes = self.path / "spikes.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tasks = self.path / "tasks"
         self.wandb_id = self.path / "wandb_id.txt"

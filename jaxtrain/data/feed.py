@@ -64,6 +64,12 @@ class Feed:
         self._next = None if following is None else self._on_devices(following)
         return batch
 
+    def close(self) -> None:
+        """Stops reading."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
     def _on_devices(self, batch: StepBatch) -> StepBatch:
         arrays = {name: self._array(rows) for name, rows in batch.arrays.items()}
         return dataclasses.replace(batch, arrays=arrays)

@@ -148,6 +148,16 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
 
 
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.array([len(data)], np.int32))).tolist()
+    gathered = np.asarray(multihost_utils.process_allgather(np.pad(data, (0, max(sizes) - len(data)))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes, strict=True)]
+
+
 class _ElsewhereUserError(UserError, FollowedError):
     """Process 0 raised a UserError and reports it."""
 

@@ -6,6 +6,7 @@ Throughput is trained tokens divided by the time spent in steps, including the w
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import resource
@@ -184,6 +185,7 @@ class Monitor:
         mirror = Mirror(workdir)
         self._open_files.callback(mirror.close)
         folder = self._folder = mirror.folder
+        self._spikes = folder / workdir.spikes.name
         file = log_file(folder / workdir.log.name)
         for record in self._console.before_log_file or ():
             file.handle(record)
@@ -218,7 +220,7 @@ class Monitor:
     def span(self, name: str) -> Iterator[None]:
         """Counts the time inside the context as `name`, one of SPANS, instead of as steps."""
         self._beat()
-        with self._goodput.span(name):
+        with self._goodput.span(name), jax.profiler.TraceAnnotation(name):
             yield
         self._beat()
 
@@ -310,6 +312,12 @@ class Monitor:
         self._write(step, {"samples": dict(texts), "time": self._seconds_before + self._goodput.elapsed()})
         for prompt, text in texts.items():
             logger.info("Sample: %s%s", prompt, text)
+
+    def log_spike(self, step: int, spike: Json) -> None:
+        """Adds a line to spikes.jsonl, which a rewind does not cut."""
+        if jax.process_index() == 0:
+            with open(self._spikes, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite(spike)}, allow_nan=False) + "\n")
 
     def _write(self, step: int, values: Json) -> None:
         for writer in self._writers:

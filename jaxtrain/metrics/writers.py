@@ -50,6 +50,8 @@ def finite(value: Any) -> Any:
     """Replaces non-finite numbers in a nested value with None: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -201,6 +203,10 @@ class Console(logging.Handler):
         self._bar: tqdm.tqdm | None = None
         self.setFormatter(_Formatter())
 
+    def begin_again(self) -> None:
+        """Call it before another monitor is built: messages until then reach its log.txt, and time starts anew."""
+        self.before_log_file, self.started_at = [], time.monotonic()
+
     def start_bar(self, tokens: int, total_tokens: int | None) -> None:
         """Shows a progress bar starting at `tokens`, if this process prints and its output is a terminal."""
         if self._process == 0 and sys.stdout is not None and sys.stdout.isatty():
@@ -269,7 +275,7 @@ class Mirror:
         if self._remote is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (workdir.metrics.name, workdir.log.name):
+        for name in (workdir.metrics.name, workdir.log.name, workdir.spikes.name):
             remote = self._remote / name
             (self.folder / name).write_bytes(remote.read_bytes() if remote.exists() else b"")
         self._thread = threading.Thread(target=self._run, name="upload of logs", daemon=True)

@@ -20,23 +20,32 @@ from jaxtrain.cost.roofline import peak_flops
 from jaxtrain.data import fingerprint, ledger, skipped_files
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distributed import processes
-from jaxtrain.distributed.consensus import InterruptedWaitError, any_process
+from jaxtrain.distributed.consensus import InterruptedWaitError, any_process, on_process_0
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.metrics.monitor import Monitor, Run, console_logging
+from jaxtrain.metrics.profiler import Profiler
 from jaxtrain.plan import StepPlan
-from jaxtrain.trainer import compatibility, state
+from jaxtrain.trainer import compatibility, open_data, state
 from jaxtrain.trainer.dry_run import describe
 from jaxtrain.trainer.session import Session, configure_runtime, sample
+from jaxtrain.trainer.spikes import told
 
 FINISHED, STOPPED = 0, 75
+_REWOUND = -1  # no exit code: the run goes on from a checkpoint
 # Steps dispatched ahead: the devices always have work, and few batches wait in their memory.
 _STEPS_AHEAD = 2
 
 logger = logging.getLogger("jaxtrain")
 
 
-def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | None = None) -> int:
+def run(
+    config: Config,
+    workdir_path: str,
+    dry_run: bool,
+    keep: list[object] | None = None,
+    profile: tuple[int, int] | None = None,
+) -> int:
     """Trains in a work directory, continuing from its newest checkpoint.
 
     Args:
@@ -45,6 +54,7 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
         dry_run: print the plan without training (`--dry_run`).
         keep: receives the session, for programs that exit immediately afterwards (`cli.leave`). Otherwise Grain joins
             its threads at the end, and those may wait for a dead network until the outage deadline.
+        profile: the first step to trace, and how many; None for none.
 
     Returns:
         The exit code.
@@ -55,11 +65,12 @@ def run(config: Config, workdir_path: str, dry_run: bool, keep: list[object] | N
     processes.join(config.deterministic)
     with console_logging() as console, processes.failures_announced(), Workdir(workdir_path) as workdir:
         configure_runtime(config, workdir)
+        profiler = Profiler(workdir, profile)
         checkpointer = config.checkpoint.build(workdir.checkpoints)
         try:
             # Report the failure before closing, which needs all processes.
             with processes.failures_announced():
-                code = _run(config, workdir, checkpointer, console, dry_run, keep)
+                code = _run(config, workdir, checkpointer, console, dry_run, keep, profiler)
         except Exception:
             checkpointer.abandon_others()
             raise
@@ -76,6 +87,7 @@ def _run(
     console: Any,
     dry_run: bool,
     keep: list[object] | None,
+    profiler: Profiler,
 ) -> int:
     """Runs the session. Explains out-of-memory errors, and records a corrupt file if the config says to skip it."""
     step = checkpointer.latest_step()
@@ -86,13 +98,22 @@ def _run(
             return FINISHED
     session: Session | None = None
     try:
-        session = Session(config, workdir, checkpointer, fetch=not dry_run)
-        if keep is not None:
-            keep.append(session)
-        if dry_run:
-            describe(session, workdir)
-            return FINISHED
-        return _train(session, workdir, checkpointer, console)
+        while True:
+            session = Session(config, workdir, checkpointer, fetch=not dry_run)
+            if keep is not None:
+                keep[:] = [session]
+            if dry_run:
+                describe(session, workdir)
+                return FINISHED
+            code = _train(session, workdir, checkpointer, console, profiler)
+            if code != _REWOUND:
+                return code
+            session.close()
+            session = None
+            if keep is not None:
+                keep.clear()
+            gc.collect()  # frees the arrays of the old session
+            console.begin_again()
     except jax.errors.JaxRuntimeError as error:
         explained = memory.explained(error)
         if explained is None:
@@ -113,7 +134,7 @@ def _run(
         return STOPPED
 
 
-def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, console: Any) -> int:
+def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, console: Any, profiler: Profiler) -> int:
     config, plan, start = session.config, session.plan, session.start_step
     described = Run(
         start_step=start,
@@ -132,9 +153,11 @@ def _train(session: Session, workdir: Workdir, checkpointer: Checkpointer, conso
         workdir.write_config(session.identities["config"])
         monitor.attach(workdir.config)
         train_state = session.train_state(monitor)
-        loop = Loop(session, checkpointer, monitor)
-        with frozen_gc():
+        loop = Loop(session, checkpointer, monitor, workdir, profiler)
+        with frozen_gc(), profiler:
             code = loop.run(train_state)
+        if code == _REWOUND:
+            return code
         step = checkpointer.latest_step()
         saved = "No step has been taken yet." if step is None else f"Step {step:,} is saved in {workdir.checkpoints}."
         logger.info(f"{saved} Run the same command again to continue." if code == STOPPED else f"Finished. {saved}")
@@ -169,26 +192,35 @@ class _Step:
 class Loop:
     """Runs the plan's steps from `session.start_step` + 1 on. `state` is the train state after the last one."""
 
-    def __init__(self, session: Session, checkpointer: Checkpointer, monitor: Monitor):
+    def __init__(
+        self,
+        session: Session,
+        checkpointer: Checkpointer,
+        monitor: Monitor,
+        workdir: Workdir,
+        profiler: Profiler,
+    ):
         self.state: state.State = {}
+        self._watch, self._workdir, self._profiler = session.watch(), workdir, profiler
         self._session, self._checkpointer, self._monitor = session, checkpointer, monitor
         # A step not logged yet: its metrics are fetched after the next step is dispatched.
         self._unlogged: tuple[StepPlan, StepBatch, dict[str, jax.Array]] | None = None
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def run(self, train_state: state.State) -> int:
-        """Trains until the plan, the data or a signal ends it. Returns FINISHED or STOPPED."""
+        """Trains until the plan, the data, a signal or a rewind ends it. Returns FINISHED, STOPPED or _REWOUND."""
         session, plan, monitor = self._session, self._session.plan, self._monitor
         last: _Step | None = None
         self.state = train_state
         monitor.begin()
         for step in itertools.count(session.start_step + 1):
             at = plan.at(step)
+            self._profiler.at(step, lambda: jax.block_until_ready(self.state))
             try:
                 with monitor.span("data"), self._checkpointer.interruptible():
                     batch = next(session.feed)
             except InterruptedWaitError:  # a signal while waiting for the next batch
-                return self._finish(STOPPED, last)
+                return self._finish(STOPPED, None if self._rewinds(0) else last)
             except CorruptError as error:
                 if step > 1 or session.config.data.on_corrupt == "skip":
                     raise
@@ -204,10 +236,14 @@ class Loop:
                 self._unlogged = at, batch, metrics
             # The following decisions are identical on every process, so all evaluate, save and stop at the same step.
             stopped = self._checkpointer.reached_preemption(step)
+            saves = ended or stopped or self._checkpointer.should_save(step)
+            # No checkpoint has a spike that the run returns from.
+            if self._rewinds(0 if saves else _STEPS_AHEAD):
+                return self._finish(STOPPED, None) if stopped else _REWOUND
             last = _Step(at, batch, data_ended, self._evaluate(at, ended))
             if ended or stopped:
                 return self._finish(FINISHED if ended else STOPPED, last)
-            if self._checkpointer.should_save(step):
+            if saves:
                 self._save(last)
             every = session.config.sample_every_tokens
             if every is not None and reaches_multiple(at, every):
@@ -231,12 +267,46 @@ class Loop:
                 programs.get(at.batch_size, at.seq_len, step=at.step)
         executable = programs.get(at.batch_size, at.seq_len, batch.documents, at.step)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
-        self.state, metrics = executable(self.state, batch.arrays, rate, rows, *self._session.teaching(at))
+        history = {} if self._watch is None else {"history": self._watch.history(at)}
+        teaching = self._session.teaching(at)
+        with jax.profiler.StepTraceAnnotation("train", step_num=at.step):
+            self.state, metrics, *found = executable(self.state, batch.arrays, rate, rows, *teaching, **history)
+        if self._watch is not None:
+            self._watch.add(at, batch, found[0])
         programs.start(at.stage, at.step)  # after dispatching: tracing holds the GIL
         self._in_flight.append(metrics)
         if len(self._in_flight) > _STEPS_AHEAD:
             jax.block_until_ready(self._in_flight.popleft())
         return metrics
+
+    def _rewinds(self, ahead: int) -> bool:
+        """Reports spikes, except in the last `ahead` steps. Returns whether the run has to return to a checkpoint.
+
+        If so, the documents to leave out are in the work directory's list.
+        """
+        config, listed = self._session.config, self._session.forgotten
+        for step, spike in () if self._watch is None else self._watch.spikes(ahead):
+            rewinds = config.on_spike == "rewind" and listed.rewinds < config.max_rewinds
+            done = {"log": "the run goes on", "skip_update": "its update is skipped"}.get(config.on_spike, "")
+            if rewinds:
+                self._checkpointer.wait()
+                newest = self._checkpointer.latest_step() or 0
+                gone = spike["documents"][: spike["standing_out"] or None]
+                for document in gone:
+                    listed.add(document["source"], document["file"], document["row"], newest + 1)
+                listed.rewinds += 1
+                done = (
+                    f"returning to step {newest} without {len(gone)} of them ({listed.rewinds} of {config.max_rewinds})"
+                )
+            elif config.on_spike == "rewind":
+                done = f"the run has returned {listed.rewinds} times already and goes on (max_rewinds)"
+            if jax.process_index() == 0:
+                logger.warning("%s", told(step, spike, done))
+            self._monitor.log_spike(step, {**spike, "done": done})
+            if rewinds:
+                on_process_0(lambda: open_data.save_forgotten(self._workdir.path, listed), "process 0 failed")
+                return True
+        return False
 
     def _log(self) -> None:
         """Logs the pending step, if there is one."""
@@ -256,8 +326,8 @@ class Loop:
         in_a_row = metrics["skipped_in_a_row"]
         if in_a_row >= session.config.max_skipped_steps:
             raise FloatingPointError(
-                f"{in_a_row} updates in a row had non-finite gradients, the last at step {at.step}: see the losses "
-                "before it in metrics.jsonl. Lower the learning rate or resume from an earlier checkpoint."
+                f"{in_a_row} updates in a row had non-finite gradients or were spikes, the last at step {at.step}: see "
+                "the losses before it in metrics.jsonl. Lower the learning rate or resume from an earlier checkpoint."
             )
 
     def _evaluate(self, at: StepPlan, ended: bool) -> dict[str, float] | None:
@@ -296,5 +366,6 @@ class Loop:
                 "lanes": ledger.to_json(session.gather(last.batch), session.plan.source_names),
                 # Up to date, because the last step of a stage is always logged.
                 "stage_ends": session.stage_ends.to_json(),
+                "spikes": None if self._watch is None else self._watch.to_json(),
             }
             self._checkpointer.save(step, self.state, data, last.evaluated)

@@ -6,9 +6,12 @@ ended. Nothing is timed on a device, so a GPU's products are not autotuned.
 """
 
 import dataclasses
-import multiprocessing
+import os
 import pathlib
+import pickle
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -25,7 +28,7 @@ from jaxtrain.trainer.step import StepComponents, Variant, abstract_batch
 
 _TEXTS = ("*.after_optimizations_after_buffer_assignment.txt", "*gpu_after_optimizations.txt")  # TPU, GPU
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
-_ERROR = "error"
+_JOB, _ERROR = "job", "error"
 _POLL_SECONDS = 0.5
 
 
@@ -75,17 +78,19 @@ class Compiler:
 
     def _compile(self, key: Key, variant: Variant) -> Scheduled:
         with tempfile.TemporaryDirectory() as folder:
-            process = multiprocessing.get_context("spawn").Process(
-                target=_compile,
-                args=(self.config, self.cluster, self.vocab_size, key, variant, folder),
-                daemon=True,
-            )
-            process.start()
+            try:
+                job = pickle.dumps((self.config, self.cluster, self.vocab_size, key, variant))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise jax.errors.JaxRuntimeError(f"another process cannot read the config: {error}") from error
+            (pathlib.Path(folder) / _JOB).write_bytes(job)
+            # Not multiprocessing, which would run a script without `if __name__ == "__main__"` again.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            process = subprocess.Popen([sys.executable, "-m", __name__, folder], env=environment)
             try:
                 text, report = _wait(process, pathlib.Path(folder))
             finally:
                 process.kill()
-                process.join()
+                process.wait()
         space = re.search(r"Total bytes: (\d+)", report)  # the first memory space is HBM
         held = self._held(key)
         total = int(space[1]) if space else held
@@ -103,7 +108,7 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
     """Waits for the program's text and its memory report."""
     before = -1
     while True:
-        alive = process.is_alive()
+        alive = process.poll() is None
         texts, reports = [path for text in _TEXTS for path in folder.glob(text)], list(folder.glob(_MEMORY))
         size = texts[0].stat().st_size if texts and reports else -1
         if size > 0 and (size == before or not alive):
@@ -115,12 +120,14 @@ def _wait(process: Any, folder: pathlib.Path) -> tuple[str, str]:
         time.sleep(_POLL_SECONDS)
 
 
-def _compile(config: Config, cluster: Cluster, vocab_size: int, key: Key, variant: Variant, folder: str) -> None:
+def _compile(folder: str) -> None:
     from jaxtrain.trainer import offline, session  # which import this module
 
     clusters.prepare_environment()
     # Too late for the environment, and the run may hold the accelerator.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a hit would write no schedule
+    config, cluster, vocab_size, key, variant = pickle.loads((pathlib.Path(folder) / _JOB).read_bytes())
     session.compiler_effort(cluster.chip.platform)
     mesh = config.mesh.build(clusters.devices(cluster))
     components = offline.components(config, vocab_size, mesh, None)
@@ -129,3 +136,7 @@ def _compile(config: Config, cluster: Cluster, vocab_size: int, key: Key, varian
         lower(components, key, variant).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         (pathlib.Path(folder) / _ERROR).write_text(str(error))
+
+
+if __name__ == "__main__":
+    _compile(sys.argv[1])

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxtrain.cost import clusters, memory
 from jaxtrain.data import ledger, pipeline
 from jaxtrain.data.feed import Feed, local_lanes
 from jaxtrain.data.io.disk_cache import DiskCache
+from jaxtrain.data.packing import Spans
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
@@ -35,6 +37,7 @@ from jaxtrain.trainer import compatibility, compiler_options, open_data, schedul
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
+from jaxtrain.trainer.spikes import SpikeRule, SpikeWatch
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 from jaxtrain.trainer.tasks import TaskEvaluator
 
@@ -167,6 +170,7 @@ class Session:
         self.identities["programs"] = self.kept_programs
         self.start_tokens, self.is_complete, self._saved_teacher = 0, False, None
         self._lane_states: dict[int, np.ndarray] = {}
+        self._saved_spikes = None if saved is None else saved.get("spikes")
         self.stage_ends = ledger.StageEnds(self.plan)
         if saved is not None:
             for line in compatibility.check(saved, self.identities, self.plan, self.start_step):
@@ -228,6 +232,44 @@ class Session:
             prefetch=self._prefetch,
         )
         return Feed(batches, mesh, lanes, data.num_lanes)
+
+    def watch(self) -> SpikeWatch | None:
+        """Follows the run's steps from its start on; None if they are not compared."""
+        if self.components.spikes is None:
+            return None
+        return SpikeWatch(self, self.components.spikes, self._saved_spikes, self._lane_states)
+
+    def addresses(self, step: int, states: Mapping[int, np.ndarray]) -> list[tuple[int, int, Spans]]:
+        """(row of the batch, source, documents) of each row of a step on this host.
+
+        Args:
+            step: the step.
+            states: the positions of this host's lanes before it.
+        """
+        data = self.config.data
+        readers = data.build(
+            self.sources,
+            seed=self.config.seed,
+            skipped=self._skipped,
+            forgotten=self.forgotten.documents,
+            scratch=self.scratch,
+        )
+        rows, lanes = (
+            data.row_spec(self.tokenizer, self.config.epochs),
+            local_lanes(self.components.mesh, data.num_lanes),
+        )
+        batches = iter(
+            pipeline.host_dataset(readers, self.plan, rows, lanes, self._threads, after=step - 1, states=states)
+        )
+        assert isinstance(batches, pipeline.HostIterator)
+        found, each = batches.addresses(), self.plan.at(step).batch_size // data.num_lanes
+        batches.close()
+        return [(lanes[at // each] * each + at % each, *row) for at, row in enumerate(found)]
+
+    def close(self) -> None:
+        """Stops reading."""
+        if "feed" in vars(self):
+            self.feed.close()
 
     def gather(self, batch: StepBatch) -> np.ndarray:
         """Gathers the positions of all lanes after a batch: int64 [V, S, F]. All processes must call it."""
@@ -380,9 +422,12 @@ def make_components(
 
     loss, distilled = losses(None)
     options = compiler_options.resolve(mesh, config.compiler_options)
+    spikes = None
+    if config.spike_threshold is not None:
+        spikes = SpikeRule(config.spike_window, config.spike_threshold, config.on_spike == "skip_update")
     has_chunks = hasattr(config.loss, "chunk_tokens")
     return StepComponents(
-        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None, spikes
     )
 
 

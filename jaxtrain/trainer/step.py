@@ -28,8 +28,10 @@ from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Model, Optimizer, Params
+from jaxtrain.losses.chunks import NEVER
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
+from jaxtrain.trainer.spikes import NO_LOSS, SpikeRule
 from jaxtrain.trainer.state import State, abstract
 
 Batch = Mapping[str, jax.Array]
@@ -93,6 +95,7 @@ class StepComponents:
         distilled: None for training without a teacher. Evaluation never uses it.
         options: XLA options for all programs.
         losses: Builds `loss` and `distilled` with other chunks (positions); None if the loss has no `chunk_tokens`.
+        spikes: When a step is a spike; None to compare nothing.
     """
 
     model: Model
@@ -103,6 +106,7 @@ class StepComponents:
     distilled: Distilled | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: Callable[[int], tuple[LossFn, Distilled | None]] | None = None
+    spikes: SpikeRule | None = None
 
     def arranged(self, variant: Variant) -> "StepComponents":
         """The same step, computed as a variant says."""
@@ -150,7 +154,7 @@ class StepComponents:
         return {**self.options, **options, **self.model.compiler_options(batch_size, seq_len)}
 
 
-def train_step(components: StepComponents, micro_batches: int) -> Callable[..., tuple[State, Metrics]]:
+def train_step(components: StepComponents, micro_batches: int) -> Callable[..., tuple[Any, ...]]:
     """Returns a function (state, batch, learning_rate fp32, rows_before[, teaching]) -> (state, metrics).
 
     `rows_before` is the number of rows trained on before this step as uint32 (low, high). `teaching` is given only with
@@ -160,14 +164,23 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
     or gradient is not finite, parameters and optimizer state are kept and the skip is counted. A batch with no such
     tokens changes only the step.
 
+    With `components.spikes` the function also takes `history`, fp32 [2, W], and returns a third value: the history with
+    this step's `values` (loss and gradient norm) added, whether the step is a `spike`, and the cross-entropy of each
+    token before the update (`losses`, [B, T]), which is zero unless it is one.
+
     Args:
         components: The components of the step.
         micro_batches: Number of micro-batches.
     """
 
     def step(
-        state: State, batch: Batch, learning_rate: jax.Array, rows_before: Any, teaching: Teaching | None = None
-    ) -> tuple[State, Metrics]:
+        state: State,
+        batch: Batch,
+        learning_rate: jax.Array,
+        rows_before: Any,
+        teaching: Teaching | None = None,
+        history: jax.Array | None = None,
+    ) -> tuple[Any, ...]:
         params, opt, meta = state["params"], state["opt"], state["meta"]
         grads, sums = _gradients(components, params, batch, micro_batches, teaching)
         tokens = batch["loss_mask"].sum(dtype=jnp.int32)
@@ -178,13 +191,18 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
             # Pascanu et al. 2013, algorithm 1.
             shrink = components.clip_norm / jnp.maximum(norm, components.clip_norm)
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        finite = keeps = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        watched = ()
+        if components.spikes is not None and history is not None:
+            found = _watch(components, params, batch, micro_batches, history, sums["loss"] * scale, norm)
+            keeps = finite & ~found["spike"] if components.spikes.skips else finite
+            watched = (found,)
         new = components.optimizer.update(grads, opt, params, learning_rate)
         # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
-        apply = finite & (tokens > 0)
+        apply = keeps & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
         numbers = fingerprint.row_numbers(rows_before, batch["tokens"].shape[0], jnp)
-        skipped = (~finite).astype(jnp.int32)
+        skipped = (~keeps).astype(jnp.int32)
         in_a_row = meta["skipped_in_a_row"]
         meta = {
             "step": meta["step"] + 1,
@@ -194,9 +212,59 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         }
         metrics = {name: value * scale for name, value in sums.items()}
         metrics |= {"grad_norm": norm, **{name: meta[name] for name in ("fingerprint", "skipped", "skipped_in_a_row")}}
-        return {"params": params, "opt": opt, "meta": meta}, metrics
+        return {"params": params, "opt": opt, "meta": meta}, metrics, *watched
 
     return step
+
+
+def _watch(
+    components: StepComponents,
+    params: Params,
+    batch: Batch,
+    micro_batches: int,
+    history_2W: jax.Array,
+    loss: jax.Array,
+    norm: jax.Array,
+) -> Metrics:
+    """Compares the step with those before it. If it is a spike, one more forward pass gives each token's loss."""
+    assert components.spikes is not None
+    values_2 = jnp.stack([loss, norm])
+    counts = batch["loss_mask"].any()
+    spike = counts & (components.spikes.applies(history_2W, values_2) | ~jnp.isfinite(values_2).all())
+    added_21 = jnp.where(jnp.isfinite(values_2).all(), values_2, jnp.nan)[:, None]
+    return {
+        "history": jnp.where(counts, jnp.concatenate([history_2W[:, 1:], added_21], axis=1), history_2W),
+        "values": values_2,
+        "spike": spike,
+        "losses": jax.lax.cond(
+            spike,
+            lambda: _token_losses(components, params, batch, micro_batches),
+            lambda: jnp.zeros(batch["tokens"].shape, jnp.float32),
+        ),
+    }
+
+
+def _token_losses(components: StepComponents, params: Params, batch: Batch, micro_batches: int) -> jax.Array:
+    """Returns the cross-entropy of every token, fp32 [B, T]; NO_LOSS where there is no target."""
+    model, mesh = components.model, components.mesh
+
+    def of_part(part: Batch) -> jax.Array:
+        x_BTD = model.hidden(params, part["tokens"], part["segment_ids"], part["positions"]).x
+        head_DV = sharding.constrain(model.head(params).astype(x_BTD.dtype), mesh, (None, "vocab"))
+        is_id_1V = (jnp.arange(head_DV.shape[1]) < model.vocab_size)[None, :]
+
+        def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x_BD, targets_B = column
+            logits_BV = jnp.where(is_id_1V, jnp.dot(x_BD, head_DV, preferred_element_type=jnp.float32), NEVER)
+            return optax.softmax_cross_entropy_with_integer_labels(logits_BV, targets_B)
+
+        losses_TB = jax.lax.map(of_column, (x_BTD.swapaxes(0, 1), part["targets"].T))  # no logits of all positions
+        return jnp.where(part["loss_mask"], losses_TB.T, NO_LOSS)
+
+    if micro_batches == 1:
+        return of_part(batch)
+    losses = jax.lax.map(of_part, split_batch(batch, micro_batches, mesh))
+    return losses.swapaxes(0, 1).reshape(batch["tokens"].shape)
 
 
 def _gradients(
@@ -322,7 +390,10 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, width: int = 0) ->
 
 
 def lower_train_step(components: StepComponents, batch_size: int, seq_len: int, micro_batches: int) -> Any:
-    """Traces the train step for one shape; `.compile()` returns the executable. The state is donated."""
+    """Traces the train step for one shape; `.compile()` returns the executable. The state is donated.
+
+    `history` is given by name.
+    """
     mesh = components.mesh
     whole = sharding.replicated(mesh)
     state = abstract(components.model, components.optimizer, mesh)
@@ -332,10 +403,14 @@ def lower_train_step(components: StepComponents, batch_size: int, seq_len: int, 
     inputs = [state, abstract_batch(mesh, batch_size, seq_len, components.record_width), scalar, (word, word)]
     if components.distilled is not None:
         inputs.append((components.distilled.abstract, scalar, scalar))
+    named = {}
+    if components.spikes is not None:
+        named["history"] = jax.ShapeDtypeStruct((2, components.spikes.window), np.float32, sharding=whole)
+    watched = {"history": whole, "values": whole, "spike": whole, "losses": sharding.batch_sharding(mesh)}
     function = jax.jit(
         train_step(components, micro_batches),
         donate_argnums=0,
-        out_shardings=(layout, whole),
+        out_shardings=(layout, whole) if components.spikes is None else (layout, whole, watched),
         compiler_options=components.compiler_options(batch_size // micro_batches, seq_len),
     )
-    return function.lower(*inputs)
+    return function.lower(*inputs, **named)

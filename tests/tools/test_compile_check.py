@@ -137,7 +137,7 @@ def test_mistakes(run: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str
 
 def test_a_program_for_tpus_is_taken_from_the_dump(tmp_path: pathlib.Path) -> None:
     """The compiler's process writes text and memory, or its error."""
-    ended = types.SimpleNamespace(is_alive=lambda: False)
+    ended = types.SimpleNamespace(poll=lambda: 1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="died"):
         scheduled._wait(ended, tmp_path)
     (tmp_path / "error").write_text("RESOURCE_EXHAUSTED: Used 24.9G of 15.7G hbm.")

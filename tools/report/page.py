@@ -120,6 +120,7 @@ def _summary(runs: Sequence[RunLog]) -> str:
         ("Peak memory", lambda run: text(_peak_memory(run))),
         ("Time", lambda run: text(_time(run))),
         ("Where it went", _where_time_went),
+        ("Profiles", _profiles),
         ("Remarks", lambda run: text("; ".join(_remarks(run)) or _NONE)),
     ]
     head = "".join(f"<th>{text(run.name)}</th>" for run in runs)
@@ -230,11 +231,17 @@ def _where_time_went(run: RunLog) -> str:
     return bar(parts) + " ".join(_key(f"box f{_SPANS[span][1]}", told[span]) for span in spent)
 
 
+def _profiles(run: RunLog) -> str:
+    """Links to the traces in the work directory, for which docs/watching.md names a viewer."""
+    links = [f'<a href="{text(path)}">{text(path.rpartition("/")[2])}</a>' for path in run.profiles]
+    return ", ".join(links) or _NONE
+
+
 def _remarks(run: RunLog) -> list[str]:
     found = []
     skipped = number(run.last.get("skipped"))
     if skipped:
-        found.append(f"{skipped:,.0f} updates skipped because of non-finite gradients")
+        found.append(f"{skipped:,.0f} updates skipped: gradients not finite, or spikes")
     if run.without_loss:
         found.append(f"{run.without_loss:,} logged losses not finite, the first at step {run.first_without_loss:,}")
     if run.unreadable:

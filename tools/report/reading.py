@@ -84,6 +84,7 @@ class RunLog:
         unreadable: number of unreadable lines, such as one truncated by a kill.
         lines: a sample of lines for mix and tooltips, including the last line of every stage.
         samples: the lines with samples, thinned out.
+        profiles: folders with traces, below the work directory.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -97,6 +98,7 @@ class RunLog:
         self.lines: Thinned[Json] = Thinned(300)
         self.samples: Thinned[Json] = Thinned(20)
         self.stages: list[StageLog] = []
+        self.profiles: list[str] = []
         self.last: Json = {}
         self.evaluation: Json = {}
         self.best: tuple[int, float] | None = None
@@ -256,6 +258,9 @@ def read(path: str) -> RunLog:
             run.add(line)
     if not run.last:
         raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Run this again after the first one.")
+    traces = workdir.path / "profile" / "plugins" / "profile"
+    if traces.exists():
+        run.profiles = sorted(os.fspath(path.relative_to(workdir.path)) for path in traces.iterdir())
     run.finish()
     return run
 
