@@ -175,6 +175,8 @@ def run(main: Callable[[Flags], int | None], command: Command, argv: Sequence[st
     # Grain's worker processes read absl flags, which absl refuses before they are parsed. We define none.
     absl_flags.FLAGS.mark_as_parsed()
     output.protect()
+    if os.environ.get("HF_HOME") == "":  # the Hub's client would keep its files in the current directory
+        del os.environ["HF_HOME"]
     try:
         code = main(parse_flags(command, sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -108,7 +108,7 @@ def _check_xla_flags(flags: str) -> None:
         raise UserError(f"XLA_FLAGS={flags}: XLA cannot read the value; remove or correct it.")
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """All devices of the run.
 
     Raises:

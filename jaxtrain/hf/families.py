@@ -93,7 +93,7 @@ _TYPE_NAMES = {
 
 def _check_types(values: Json, types: dict[str, type], where: str) -> None:
     for key, kind in types.items():
-        value = values.get(key)
+        value: Any = values.get(key)
         if kind is float:  # not NaN either
             fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
         else:

@@ -203,6 +203,12 @@ def test_nothing_slow_is_imported(tmp_path: Path):
     assert done.stdout.strip() in ("[]", "['numpy']")  # interfaces.py names NumPy's arrays
 
 
+def test_an_empty_hf_home_is_none(monkeypatch: pytest.MonkeyPatch):
+    """The Hub's client would keep its files in the current directory."""
+    monkeypatch.setenv("HF_HOME", "")
+    assert cli.exit_code(lambda flags: int("HF_HOME" in os.environ), COMMAND, ["--config=a.py"]) == 0
+
+
 @pytest.mark.parametrize(("resumes", "code"), [(True, 75), (False, 130)])
 def test_ctrl_c_is_one_line(resumes: bool, code: int, capsys: pytest.CaptureFixture[str]):
     def stopped(flags: cli.Flags) -> None:

@@ -20,6 +20,17 @@ def test_what_cannot_fit_ends_the_run_before_it_begins(make_run: MakeRun) -> Non
     assert not run.checkpoints()
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_cannot_fit_ends_the_run_before_it_begins(make_run: MakeRun) -> None:
+    """Every stage fits. The first evaluation would only come with step 10."""
+    run = make_run()
+    run("--config.model.max_seq_len=8192", "--config.eval.seq_len=8192", "--config.memory_gb=0.005", code=2)
+    assert "Evaluation does not fit: even with one row of 8,192 tokens at a time a device needs 0.0" in run.output
+    assert "Stage 3 (long): " in run.output  # it fits
+    assert not run.steps()
+    assert not run.checkpoints()
+
+
 @pytest.mark.nightly
 def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun) -> None:
     run = make_run()

@@ -219,3 +219,13 @@ def test_wrong_documents_before_one_that_is_broken(tmp_path: pathlib.Path, suffi
     found, error = read(kind.config(path))
     assert isinstance(error, CorruptError)
     assert (found, error.row) == ([], 0)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_of_one_name_in_a_zip_archive(tmp_path: pathlib.Path) -> None:
+    """As an appended archive has them. Each is read once."""
+    path = tmp_path / "data.jsonl.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", jsonl(TEXTS[:5]))
+        archive.writestr("a.jsonl", jsonl(TEXTS[5:9]))
+    assert read(FORMATS["jsonl.zip"].config(path)) == (TEXTS[:9], None)

@@ -25,6 +25,15 @@ FIRST, FAR, LAST = 0, 1200, len(TEXTS) - 1
 PLACES = pytest.mark.parametrize("row", [FIRST, FAR, LAST])
 
 
+class Other:
+    """A transform that reads one more column."""
+
+    columns: tuple[str, ...] = ("other",)
+
+    def __call__(self, document: dict[str, Any]) -> dict[str, Any]:
+        return document
+
+
 def rows_of(texts: Sequence[str] = TEXTS) -> list[dict[str, Any]]:
     return [{"text": text, "id": n, "meta": {"score": 1}, "date": "2024-01-01"} for n, text in enumerate(texts)]
 
@@ -158,6 +167,14 @@ def test_bytes_of_another_column_need_no_encoding(tmp_path: pathlib.Path) -> Non
     assert read_json(tmp_path / "a.jsonl", data) == (changed(FAR, TEXTS[FAR] + "\ufffd"), None)
 
 
+def test_surrogates_in_columns_that_transforms_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": "one", "other": "cut \ud83d"}, {"text": "two \ud83d", "other": 2}]))
+    source = HuggingFace(name="json", data_files=(str(path),), transforms=(Other(),)).resolve()
+    (block,) = source.open(0, 0)
+    assert block == {"text": ["one", "two \ufffd"], "other": ["cut \ufffd", 2]}
+
+
 ROWS = rows_of(["one", "two\n", "three"])
 WAYS_TO_WRITE_JSON = {
     "blank lines": b"\n\n" + jsonl(ROWS).replace(b"\n", b"\n \t\n\n"),
@@ -283,13 +300,6 @@ def test_broken_csv(tmp_path: pathlib.Path, row: int) -> None:
 
 def test_csv_columns_that_transforms_read(tmp_path: pathlib.Path) -> None:
     """A value depends only on its own field, whatever the other rows contain."""
-
-    class Other:
-        columns: tuple[str, ...] = ("other",)
-
-        def __call__(self, document: dict[str, Any]) -> dict[str, Any]:
-            return document
-
     fields = ["1", "2.5", "", "NA", "True", "a word", "007", "-3", "1e3", "infinity"]
     (tmp_path / "a.csv").write_text("text,other\n" + "".join(f"x,{field}\n" for field in fields))
     source = HuggingFace(name="csv", data_files=(str(tmp_path / "a.csv"),), transforms=(Other(),)).resolve()
@@ -439,6 +449,7 @@ def test_members_of_tars(tmp_path: pathlib.Path, suffix: str) -> None:
     assert documents(b'{"text": null}') == (["zero", "", "two"], None)
     assert documents(b'{"text": "\\ud83d"}') == (["zero", "\ufffd", "two"], None)
     assert documents(b'{"text": "\xff"}') == (["zero", "", "two"], None)
+    assert documents(b'{"text": "one", "n": ' + b"1" * 5000 + b"}") == (["zero", "one", "two"], None)
     found, error = documents(b'{"text": 5}')
     assert isinstance(error, UserError)
     assert f"a.{suffix}, row 1: 'text' of member '1.json' holds a number" in str(error)

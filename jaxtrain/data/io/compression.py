@@ -96,19 +96,20 @@ def streams(file: Any, name: str = "") -> Iterator[io.BufferedReader]:
 def _members(file: Any) -> Iterator[io.BufferedReader]:
     """Yields zip members in the datasets library's order: a folder's files first, then its subfolders."""
 
-    def order(path: str) -> list[tuple[bool, str]]:
-        *folders, name = path.split("/")
+    def order(member: zipfile.ZipInfo) -> list[tuple[bool, str]]:
+        *folders, name = member.filename.split("/")
         return [*((True, folder) for folder in folders), (False, name)]
 
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise DamagedError(f"it is not a complete zip archive ({error})") from None
-    for path in sorted(archive.namelist(), key=order):
+    for info in sorted(archive.infolist(), key=order):  # by their entries: two members may have one name
+        path = info.filename
         if path.endswith("/") or any(part.startswith((".", "__")) for part in path.split("/")):
             continue
         try:
-            member = archive.open(path)
+            member = archive.open(info)
         except zipfile.BadZipFile as error:
             raise DamagedError(f"the zip archive's member {path} is damaged ({error})") from None
         except (NotImplementedError, RuntimeError) as error:  # an unsupported method or a password
@@ -170,14 +171,14 @@ class Decoded(io.RawIOBase):
         try:
             while self._at == len(self._decoded):
                 self._input = self._input or self._file.read(_INPUT)
-                if self._decoder is None and self._is_padding(self._input):
-                    self._input = b""
-                    continue
                 if not self._input:
-                    if self._decoder is not None or not self._streams:
+                    if self._decoder is not None:
                         raise CutShortError("its compressed data is truncated")
                     return b""
-                self._decode()
+                if self._decoder is None and self._streams and self._kind in _PADDED:
+                    self._input = self._input.lstrip(b"\0")
+                if self._input:
+                    self._decode()
         except DamagedError as error:
             self._failed = error
             raise
@@ -196,11 +197,6 @@ class Decoded(io.RawIOBase):
         if self._decoder.eof:
             self._input, self._decoder = self._decoder.unused_data, None
             self._streams += 1
-            if self._kind in _PADDED:
-                self._input = self._input.lstrip(b"\0")
-
-    def _is_padding(self, data: bytes) -> bool:
-        return bool(data) and self._streams > 0 and self._kind in _PADDED and not data.strip(b"\0")
 
 
 def rest_is_sound(stream: Any) -> bool:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote, unquote
 
 from jaxtrain.data.io import retry
@@ -55,10 +56,11 @@ def _expand(pattern: str) -> list[str]:
         return _expand_hub(pattern)
     if "://" in pattern:
         fs, path = file_system(pattern)
-        return [str(fs.unstrip_protocol(one)) for one in sorted(ask(fs, "glob", path))]
+        matches: Any = ask(fs, "glob", path, detail=True)
+        return [str(fs.unstrip_protocol(one)) for one in sorted(matches) if matches[one]["type"] == "file"]
     path = os.path.expanduser(pattern)
-    matches = glob.glob(path, recursive=True) or [path]  # a name with brackets does not match itself
-    return sorted(path.replace(os.sep, "/") for path in matches if os.path.isfile(path))
+    local = glob.glob(path, recursive=True) or [path]  # a name with brackets does not match itself
+    return sorted(path.replace(os.sep, "/") for path in local if os.path.isfile(path))
 
 
 def _expand_hub(pattern: str) -> list[str]:
@@ -73,8 +75,8 @@ def _expand_hub(pattern: str) -> list[str]:
     session()
     sha = HfApi().repo_info(parts["repo"], repo_type=kind, revision=revision).sha
     root = f"{parts['type']}{parts['repo']}@{sha}"
-    files = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False)
-    return [f"hf://{path}" for path in sorted(str(path) for path in files)]
+    found: Any = HfFileSystem().glob(f"{root}/{parts['path']}", expand_info=False, detail=True)
+    return [f"hf://{path}" for path in sorted(found) if found[path]["type"] == "file"]
 
 
 def spread(pattern: str) -> list[str]:

@@ -61,7 +61,7 @@ _TRANSIENT_ERRNO = {
     getattr(errno, name)
     for name in (
         *("ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EPIPE", "ETIMEDOUT", "ENETUNREACH", "ENETDOWN", "ENETRESET"),
-        *("EHOSTUNREACH", "EHOSTDOWN", "ESTALE", "EAGAIN", "EBUSY"),
+        *("EHOSTUNREACH", "EHOSTDOWN", "ESTALE", "EAGAIN", "EBUSY", "EIO"),
     )
     if hasattr(errno, name)
 }

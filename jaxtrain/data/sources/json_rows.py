@@ -79,6 +79,25 @@ def _records(values: "_Values", field: str) -> Iterator[Any]:
         yield from value[field]
 
 
+def parsed(data: bytes) -> Any:
+    """The only JSON value of some bytes. Integers may have any number of digits.
+
+    Raises:
+        ValueError: The bytes are not JSON.
+        RecursionError: It nests too deeply for Python.
+    """
+    try:
+        return json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # an integer of more than 4,300 digits
+        return json.loads(data, parse_int=_any_integer)
+
+
+def _any_integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
 class _Values:
     """The JSON values of a file: the elements of a list if it begins with one, else consecutive values.
 
@@ -180,4 +199,4 @@ class _Values:
 
 
 _PLAIN = json.JSONDecoder()
-_ANY_INTEGER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits))
+_ANY_INTEGER = json.JSONDecoder(parse_int=_any_integer)

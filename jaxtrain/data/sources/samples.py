@@ -6,13 +6,13 @@ datasets library is not used: it fails when later rows order their columns diffe
 truncated archive as complete.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.io.byte_ranges import Bytes
 from jaxtrain.data.io.compression import DamagedError
 from jaxtrain.data.io.tar import Archive
+from jaxtrain.data.sources.json_rows import parsed
 from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block
@@ -75,6 +75,6 @@ def _samples(archive: Archive, skip: int, wanted: Sequence[str]) -> Iterator[dic
 def _decoded(column: str, data: bytes) -> Any:
     """Decodes by suffix, as the webdataset tools do: json is parsed, everything else is text."""
     try:
-        return json.loads(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
-    except ValueError as error:
+        return parsed(data) if column.rsplit(".", 1)[-1] == "json" else data.decode()
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"column {column!r} cannot be decoded ({error})") from None

@@ -7,7 +7,6 @@ therefore read through the disk cache (data/io/disk_cache.py) if there is one.
 import collections
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
@@ -16,6 +15,7 @@ from jaxtrain.data.io.byte_ranges import Bytes
 from jaxtrain.data.io.locations import braces, cache_key, check_unchanged, expand, locate, stamps
 from jaxtrain.data.io.names import NAMING, addresses, is_exact, lasting_name, named
 from jaxtrain.data.io.tar import Archive, BrokenError
+from jaxtrain.data.sources.json_rows import parsed
 from jaxtrain.data.sources.rows import RowError, blocks_of, clean, kind_of
 from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import Block, Json, Transform, versioned
@@ -184,7 +184,7 @@ class WebDatasetSource:
 
     def _from_json(self, data: bytes, name: str) -> Json:
         try:
-            document = json.loads(data)
+            document = parsed(data)
         except UnicodeDecodeError:
             return {**dict.fromkeys(self._columns), "text": ""}
         except (ValueError, RecursionError) as error:

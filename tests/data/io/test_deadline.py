@@ -2,6 +2,10 @@
 
 import asyncio
 import functools
+import os
+import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -140,3 +144,51 @@ def test_a_bucket_whose_client_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TransientError, match=r"hung://bucket/a: FSTimeoutError.* Gave up after 1 attempt"):
         retry.attempt(byte_ranges.BucketBytes("hung://bucket/a").size, what="x", deadline=1.0)
     assert time.monotonic() - begun < 6
+
+
+class _Sick(socketserver.BaseRequestHandler):
+    """A server that never answers, resets every connection, or is always overloaded."""
+
+    def handle(self) -> None:
+        kind = self.server.kind  # pyright: ignore[reportAttributeAccessIssue]
+        if kind == "reset":
+            return
+        while self.request.recv(1 << 16):
+            if kind == "503":
+                self.request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hung", "reset", "503"])
+@pytest.mark.parametrize("url", ["s3://bucket/a.jsonl", "gs://bucket/a.jsonl"])
+def test_the_clients_of_buckets_at_a_sick_server(url: str, kind: str) -> None:
+    """s3fs and gcsfs themselves, in a process of their own: opening, listing and reading end at the deadline."""
+    pytest.importorskip("s3fs" if url.startswith("s3") else "gcsfs")
+    script = f"""
+import time
+from jaxtrain.data.io import byte_ranges, locations, retry
+source = byte_ranges.BucketBytes({url!r})
+source.known_size = 100
+calls = source.stamp, lambda: source.fetch(0, 50), lambda: locations.expand([{url.replace("a.", "*.")!r}])
+for call in calls:
+    begun = time.monotonic()
+    try:
+        retry.attempt(call, what="x", deadline=1.5)
+    except retry.OutlastedError as error:
+        print(round(time.monotonic() - begun, 1), error)
+"""
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Sick)
+    server.kind, server.daemon_threads = kind, True  # pyright: ignore[reportAttributeAccessIssue]
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    google = {"STORAGE_EMULATOR_HOST": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    env = {**os.environ, **keys, **google, "AWS_ENDPOINT_URL": address, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    server.server_close()
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout + done.stderr
+    for line in lines:
+        assert "Gave up after" in line
+        assert float(line.split()[0]) < 8, line

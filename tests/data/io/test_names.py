@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from jaxtrain.data.io.locations import cache_key, expand
 from jaxtrain.data.io.names import NAMING, addresses, comparable, is_exact, lasting_name, named
 from jaxtrain.data.sources import text_files
 from jaxtrain.data.sources.huggingface import HuggingFace
@@ -64,6 +66,43 @@ def test_a_name_says_exactly_where_the_file_is(address: str) -> None:
 def test_only_what_opens_a_url_is_left_out(address: str, name: str) -> None:
     assert lasting_name(address) == name
     assert list(named([address, address])) == [name]
+
+
+def test_a_cache_key_is_that_of_one_file_and_version() -> None:
+    stamp = {"size": 5, "etag": None}
+    for one, other in (("a/x.tar", "b/x.tar"), ("https://h/get?shard=1", "https://h/get?shard=2")):
+        assert cache_key(one, stamp) != cache_key(other, stamp)
+        assert cache_key(one, stamp) != cache_key(one, {**stamp, "size": 6})
+        assert cache_key(one, stamp) != cache_key(one, None)
+    assert cache_key("https://me:a@h/x?sig=1", stamp) == cache_key("https://h/x?sig=2", stamp)
+
+
+def test_a_file_whose_name_has_braces(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x{0..1}.jsonl").write_bytes(b"")
+    pattern = str(tmp_path / "x{0..1}.jsonl")
+    assert list(expand([pattern])) == [pattern]
+    (tmp_path / "x{0..1}.jsonl").unlink()
+    for number in range(2):
+        (tmp_path / f"x{number}.jsonl").write_bytes(b"")
+    assert list(expand([pattern])) == [str(tmp_path / f"x{number}.jsonl") for number in range(2)]
+
+
+def test_folders_in_a_bucket_are_no_files() -> None:
+    """A glob of fsspec finds them too, and a folder would be a file without rows."""
+    files = MemoryFileSystem()
+    for path in ("/names/a.jsonl", "/names/more/b.jsonl"):
+        files.pipe_file(path, b"")
+    assert list(expand(["memory://names/*"])) == ["memory:///names/a.jsonl"]
+    with pytest.raises(UserError, match="no file matches 'memory://names/more'"):
+        expand(["memory://names/more"])
+    files.rm("/names", recursive=True)
+
+
+def test_folders_on_the_hub_are_no_files(hub: LoopbackHub) -> None:
+    hub.commit("org/web", {"data/a.jsonl": b"", "data/more/b.jsonl": b""})
+    assert [name.rsplit("/", 1)[1] for name in expand(["hf://datasets/org/web/data/*"])] == ["a.jsonl"]
+    with pytest.raises(UserError, match="no file matches"):
+        expand(["hf://datasets/org/web/data/more"])
 
 
 def test_two_files_of_one_name_are_refused() -> None:

@@ -63,6 +63,7 @@ TRANSIENT = [
     ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
     OSError(errno.ENETUNREACH, "no route"),
     OSError(errno.ESTALE, "stale handle"),
+    OSError(errno.EIO, "input/output error"),
     TimeoutError("timed out"),
     socket.gaierror(-3, "Temporary failure in name resolution"),
     ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),

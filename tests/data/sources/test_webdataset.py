@@ -190,6 +190,7 @@ def test_a_shard_without_documents_says_what_it_has(tmp_path):
         ),
         (b'{"text": 5}', "'text' of member '1.json' holds a number, not text"),
         (b'{"text": {"a": 1}}', "holds an object, not text"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "holds a number, not text"),
         (b'["text"]', "no key 'text'. It has a list"),
     ],
 )
@@ -200,7 +201,7 @@ def test_documents_without_text_are_the_users_to_mend(tmp_path, data, message):
         texts(source.open(0, 0))
 
 
-@pytest.mark.parametrize("data", [b'{"text": "x"', b"", b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b"\x00\x01"])
+@pytest.mark.parametrize("data", [b'{"text": "x"', b"", b"[" * 100_000, b"\x00\x01"])
 def test_what_is_no_json_is_corrupt(tmp_path, data):
     path = write(tmp_path, "tar", [("0.json", b'{"text": "x"}'), ("1.json", data), ("2.json", b'{"text": "y"}')])
     found, error = read_until_broken(WebDataset(urls=(path,)).resolve())
