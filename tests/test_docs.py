@@ -106,3 +106,7 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     assert len(quoted) > 20
     missing = [phrase for phrase in quoted if not any(phrase in text for text in literals)]
     assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

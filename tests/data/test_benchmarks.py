@@ -42,7 +42,7 @@ def test_questions_become_texts() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_reads_its_dataset(hub: LoopbackHub, name: str) -> None:
-    task_data.fill(hub)
+    task_data.fill(hub, (name,))
     task = TASKS[name]
     found = benchmarks.read(task, name, None)
     wanted = [{key: row[key] for key in (task.dataset.column, *task.columns)} for row in task_data.rows(name)]
@@ -53,7 +53,7 @@ def test_a_task_reads_its_dataset(hub: LoopbackHub, name: str) -> None:
 def test_questions_are_kept_with_their_commit(
     hub: LoopbackHub, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task_data.fill(hub)
+    task_data.fill(hub, ("piqa",))
     kept = epath.Path(tmp_path / "tasks" / "piqa.json")
     with caplog.at_level("INFO", "jaxtrain"):
         found = benchmarks.read(TASKS["piqa"], "piqa", kept)

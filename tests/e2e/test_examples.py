@@ -92,6 +92,7 @@ def test_the_guides_name_the_examples_and_the_examples_what_the_guides_say() -> 
         ("Add an optimizer", "lion"),
         ("Add a loss", "label_smoothing"),
         ("Add a model", "gpt2"),
+        ("Add a benchmark", "benchmark"),
     ):
         guide, source = by_title[title], (ROOT / "examples" / f"{name}.py").read_text()
         assert f"`examples/{name}.py`" in guide

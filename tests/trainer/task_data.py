@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
@@ -61,12 +62,12 @@ def rows(task: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
     return [one(number) for number in range(count)]
 
 
-def fill(hub: LoopbackHub, count: int = 12) -> None:
-    """Commits the dataset of each built-in task, with other questions in the splits that no task asks."""
+def fill(hub: LoopbackHub, names: Iterable[str] = TASKS, count: int = 12) -> None:
+    """Commits the datasets of built-in tasks, with other questions in the splits that no task asks."""
     made: dict[str, dict[str, bytes]] = {}
     configs: dict[str, str] = {}
-    for name, task in TASKS.items():
-        about = task.dataset
+    for name in names:
+        about = TASKS[name].dataset
         folder = about.config_name or "default"
         card = configs.get(about.name, "") + f"- config_name: {folder}\n  data_files:\n"
         for seed, split in enumerate({about.split: None, "train": None, "validation": None}):

@@ -13,11 +13,12 @@ import pytest
 
 from jaxtrain.data.benchmarks import Question, Task
 from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.optim.adamw import AdamW
-from jaxtrain.trainer import programs, state, tasks
+from jaxtrain.trainer import programs, tasks
 from jaxtrain.trainer.programs import DoesNotFitError, StagePrograms
 from jaxtrain.trainer.step import StepComponents
 from jaxtrain.trainer.tasks import TaskEvaluator, encode
@@ -75,7 +76,7 @@ EVERY = Task(
 @pytest.fixture
 def evaluator(hub: LoopbackHub, tmp_path: pathlib.Path) -> Any:
     """Makes evaluators of two built-in tasks, and of one in which some choices are the likeliest."""
-    task_data.fill(hub)
+    task_data.fill(hub, ("boolq", "lambada_openai"))
     (tmp_path / "prompts.txt").write_text("a b\n")
     (tmp_path / "every.py").write_text(EVERY.format(path=tmp_path / "prompts.txt"))
     every = ("boolq", f"{tmp_path / 'every.py'}:EVERY", "lambada_openai")
@@ -149,8 +150,9 @@ def test_scores_are_those_of_each_choice_alone(evaluator: Any, mesh: Any, micro_
 
 def init(components: Any) -> Any:
     """Parameters that make some tokens much likelier than others."""
-    params = state.create(components.model, components.optimizer, components.mesh, seed=3)["params"]
-    return jax.tree.map(lambda leaf: leaf * 3, params)
+    rng, shapes = np.random.default_rng(3), components.model.shapes
+    layout = sharding.tree_shardings(components.mesh, components.model.axes)
+    return jax.device_put(jax.tree.map(lambda leaf: rng.normal(0, 0.6, leaf.shape).astype(np.float32), shapes), layout)
 
 
 def test_results_have_standard_errors() -> None:

@@ -67,7 +67,7 @@ function series(figure) {
     };
     if (figure.stacked) {
       style.dash = [];
-      style.fill = stroke + "b8";
+      style.fill = stroke;
       style.paths = uPlot.paths.stepped({ align: -1 });
       style.points.show = false;
       style.value = (plot, value, number, index) => value == null ? "–" : form(curve.shares[index]);
@@ -162,7 +162,7 @@ function draw(chart) {
   });
   const soft = color("--soft"), grid = { stroke: color("--rule"), width: 0.7 }, font = "11px system-ui, sans-serif";
   const options = {
-    width: node.clientWidth, height: figure.wide ? 340 : 250, padding: [20, 12, 0, 0],
+    width: node.clientWidth, height: figure.wide ? 340 : 250, padding: [20, 20, 0, 0],
     scales: {
       x: { time: false, min: range ? range[0] : 0, max: range ? range[1] : figure.last },
       y: { distr: log ? 3 : 1, range: (plot, low, high) => bounds(figure, log, low, high) },
