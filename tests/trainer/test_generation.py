@@ -35,7 +35,8 @@ def test_less_memory_takes_fewer_prompts_at_once(monkeypatch: pytest.MonkeyPatch
     assert generate(model, params, PROMPTS, limit=needs[8], max_new_tokens=NEW, seed=3) == whole
     assert generate(model, params, PROMPTS, limit=needs[8] - 1, max_new_tokens=NEW, seed=3) == whole
     assert generate(model, params, PROMPTS, limit=needs[2] + 50, extra=50, max_new_tokens=NEW, seed=3) == whole
-    assert asked == [8, 8, 4, 2]
+    assert generate(model, params, PROMPTS, limit=needs[8] + 50, extra=51, max_new_tokens=NEW, seed=3) == whole
+    assert asked == [8, 8, 4, 2, 4]
     with pytest.raises(UserError, match="generation does not fit: even with one prompt at a time a device needs"):
         generate(model, params, PROMPTS, limit=1000, max_new_tokens=NEW)
     monkeypatch.setattr(generation.consensus, "largest", lambda count: max(count, 4))
