@@ -113,6 +113,20 @@ def test_transient(error):
     assert type(retry.classify(error, "x.parquet of org/web")) is TransientError
 
 
+def test_what_outlasted_a_deadline_is_not_retried(monkeypatch):
+    """By a caller with a longer deadline: a look-up inside a look-up."""
+    tried = []
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+
+    def inner():
+        tried.append(1)
+        raise retry.OutlastedError("x: reset. Gave up after 2 attempts in 18 s.")
+
+    with pytest.raises(retry.OutlastedError, match="2 attempts in 18 s"):
+        retry.attempt(inner, what="x", deadline=60.0)
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_cache_of_the_hub_that_cannot_be_used(monkeypatch, number):
     monkeypatch.setattr(constants, "HF_HOME", "/home/hf")
