@@ -18,7 +18,9 @@ def main(flags):
         print("strasse: stra\u00dfe, \u4e2d\u6587", flush=True)
         print("x" * 100, file=sys.stderr)
     warnings.warn("ended")
-    with open(flags.done, "w") as file:
+    with open(flags.done, "w") as file, open(flags.done + "1", "w"), open(flags.done + "2", "w"):
+        print("while files are open", flush=True)
+        print("while files are open", file=sys.stderr, flush=True)
         file.write("done")
 
 flag = cli.Flag(name="done", help="a file")
@@ -53,6 +55,8 @@ def test_closed_descriptors(tmp_path):
     command = ["sh", "-c", f"exec {sys.executable} {script} --done={tmp_path}/done <&- >&- 2>&-"]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
     assert (code, (tmp_path / "done").read_text()) == (0, "done")
+    # No file took a closed descriptor, and with it the messages.
+    assert (tmp_path / "done1").read_text() == (tmp_path / "done2").read_text() == ""
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"stra\\xdfe"), ("latin-1", b"stra\xdfe, \\u4e2d")])

@@ -26,7 +26,7 @@ def components() -> StepComponents:
 def seconds(components: StepComponents, topology: str, variant: Variant, **axes: int) -> float:
     cluster = clusters.parse(topology, "topology")
     sizes = MeshConfig(**axes).sizes(cluster.num_chips)
-    mesh = dict(zip(MESH_AXES, sizes, strict=True))
+    mesh = dict[str, int](zip(MESH_AXES, sizes, strict=True))
     shape = Shape(batch_size=512, seq_len=2048, micro_batches=variant.micro_batches, mesh=mesh)
     return step_formula.seconds(cluster, components.arranged(variant), shape, variant.chunk_tokens or 1024)
 

@@ -32,8 +32,8 @@ def test_the_change_to_another_program_is_exact(make_run: MakeRun, reference: Ru
     fingerprints = [[line["fingerprint"] for line in run.steps()] for run in (whole, reference)]
     assert fingerprints[0] == fingerprints[1]
     losses = [np.asarray([line["loss"] for line in run.steps()]) for run in (whole, reference)]
-    np.testing.assert_array_equal(*(found[: CHANGE - 1] for found in losses))
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    np.testing.assert_array_equal(losses[0][: CHANGE - 1], losses[1][: CHANGE - 1])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     assert np.any(losses[0][CHANGE:] != losses[1][CHANGE:])
     assert "remat=full, loss in chunks of 16, layers unrolled" in whole.output
     run = give(make_run(), kept)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxtrain.data.sources.csv_rows import csv_rows
 from jaxtrain.data.sources.huggingface import HuggingFace
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.errors import CorruptError, UserError
@@ -269,6 +270,13 @@ def test_csv_rows(tmp_path: pathlib.Path, data: str, texts: list[str]) -> None:
     if texts and "web,\n" not in data:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         assert frame["text"].tolist() == texts
+
+
+def test_a_row_of_separators_is_not_blank() -> None:
+    data = b"text\tid\none\t1\n\t\n\ntwo\t2\n"
+    rows = csv_rows(io.BufferedReader(io.BytesIO(data)), "text", ("id",), {"sep": "\t"}, "x")
+    assert list(rows) == [{"text": "one", "id": 1}, {"text": "", "id": None}, {"text": "two", "id": 2}]
+    assert len(pd.read_csv(io.BytesIO(data), sep="\t")) == 3
 
 
 @pytest.mark.parametrize("row", [0, 1, 2999])

@@ -33,7 +33,7 @@ H200 = clusters.parse("h200:1x1", "topology")
 MODEL = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_layers=4, num_heads=16, num_kv_heads=8)
 
 
-def make_config(*, steps: int = 1000, stages: tuple[Stage, ...] = (), **changes: Any) -> Config:
+def make_config(*, steps: int | None = 1000, stages: tuple[Stage, ...] = (), **changes: Any) -> Config:
     config = Config(
         model=MODEL,
         tokenizer=HuggingFaceTokenizer(name="no/where", vocab_size=512),
@@ -49,7 +49,7 @@ def make_target(config: Config, cluster: Cluster | None = V5E, limit: int | None
     components = session.make_components(config, 512, config.plan(), one, None, None)
     if cluster is None:
         return Target(config=config, components=components, mesh=one.shape, cluster=None, limit=limit)
-    mesh = dict(zip(MESH_AXES, config.mesh.sizes(cluster.num_chips), strict=True))
+    mesh = dict[str, int](zip(MESH_AXES, config.mesh.sizes(cluster.num_chips), strict=True))
     limit = limit or memory.limit_of_chip(cluster.chip, None)
     return Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=limit)
 
