@@ -33,6 +33,8 @@ _PIECE_BYTES = 4192
 # Fixed, because the result depends on it: each thread sums its own share of the likelihoods.
 _TRAINING_THREADS = 16
 _END_OF_TEXT = "<|endoftext|>"
+# Of a vocabulary: far above any that is used, and what the libraries' integers hold.
+_MOST_TOKENS = 10_000_000
 _OWN_TOKENS = ("<unk>", "<s>", "</s>", _END_OF_TEXT)
 # The round-trip check uses the first documents, which come from all lanes.
 _CHECKED_DOCUMENTS, _CHECKED_CHARACTERS = 64, 20_000
@@ -95,6 +97,8 @@ class TrainTokenizer:
             raise ValueError(
                 f"vocab_size={self.vocab_size}: it must hold 256 bytes and the special tokens; give {least} or more"
             )
+        if self.vocab_size > _MOST_TOKENS:
+            raise ValueError(f"vocab_size={self.vocab_size}: give at most {_MOST_TOKENS:,}")
         if self.max_samples < 1:
             raise ValueError(f"max_samples={self.max_samples}: give the number of documents to train on, at least 1")
         if not 0 < self.character_coverage <= 1:

@@ -28,6 +28,7 @@ NO_LOSS = -1.0  # of a token that has no target
 _SIGMA = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 _LEAST_SPREAD = 0.01  # of the median: the losses of a run that hardly changes are not compared more finely
 _DOCUMENT_THRESHOLD = 5.0  # a document of the step stands out above this many standard deviations
+_LEAST_TOKENS = 16  # of a document in a step: the mean loss of fewer says little
 _NAMED = 10  # documents in the log
 
 logger = logging.getLogger("jaxtrain")
@@ -131,8 +132,7 @@ class SpikeWatch:
         # A lane whose rows several hosts hold is read by each of them; a document may be in several rows.
         documents: dict[tuple[str, str, int], Json] = {}
         for part in {key: part for host in gather_json(here) for key, part in host.items()}.values():
-            address = part["source"], part["file"], part["row"]
-            document = documents.setdefault(address, {**part, "sum": 0.0, "tokens": 0})
+            document = documents.setdefault(_address(part), {**part, "sum": 0.0, "tokens": 0})
             document["sum"] += part["sum"]
             document["tokens"] += part["tokens"]
         named = [
@@ -140,15 +140,23 @@ class SpikeWatch:
             for part in documents.values()
             if part["tokens"]
         ]
-        named.sort(key=lambda part: (-_finite(part["loss"]), part["source"], part["file"], part["row"]))
+        named.sort(key=lambda part: (_says_little(part), -_finite(part["loss"]), *_address(part)))
         return {"loss": loss, "grad_norm": norm, "standing_out": _standing_out(named), "documents": named}
 
 
+def _address(document: Json) -> tuple[str, str, int]:
+    return document["source"], document["file"], document["row"]
+
+
+def _says_little(document: Json) -> bool:
+    return document["tokens"] < _LEAST_TOKENS and math.isfinite(document["loss"])
+
+
 def _standing_out(documents: list[Json]) -> int:
-    """How many of the documents, which come by falling loss, stand out from the others."""
-    if not documents:
+    """How many of the documents stand out from the others. Those that say little are last, the rest by falling loss."""
+    losses = np.array([_finite(document["loss"]) for document in documents if not _says_little(document)])
+    if not len(losses):
         return 0
-    losses = np.array([_finite(document["loss"]) for document in documents])
     median = np.median(losses)
     spread = max(_SIGMA * np.median(np.abs(losses - median)), _LEAST_SPREAD * median)
     return int((losses > median + _DOCUMENT_THRESHOLD * spread).sum())

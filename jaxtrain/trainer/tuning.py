@@ -167,16 +167,25 @@ def pick(ranked: Sequence[Ranked], limit: float, measure: Callable[[Variant], Ra
 
     Returns:
         The compiled variants that fit, the fastest first, with the reasons.
+
+    Raises:
+        jax.errors.JaxRuntimeError: None fits, and one does not compile.
     """
     fits: list[Ranked] = []
     left: list[str] = []
+    failure: Exception | None = None
     for index, one in enumerate(ranked):
         if index >= _MOST_COMPILED or (fits and (index >= _COMPILED or one.seconds > _SLOWER * ranked[0].seconds)):
             left.append(
                 f"{one.variant} (not compiled; by arithmetic {one.seconds / ranked[0].seconds:.2f} of the best)"
             )
             continue
-        found = measure(one.variant)
+        try:
+            found = measure(one.variant)
+        except jax.errors.JaxRuntimeError as error:
+            failure = error
+            left.append(f"{one.variant} (does not compile: {next(iter(str(error).splitlines()), '')})")
+            continue
         if found is None or found.bytes > limit:
             needs = "" if found is None else f": {found.bytes / 1e9:.3g} of {limit / 1e9:.3g} GB"
             left.append(f"{one.variant} (does not fit{needs})")
@@ -185,6 +194,8 @@ def pick(ranked: Sequence[Ranked], limit: float, measure: Callable[[Variant], Ra
     # Of about equal ones the first by arithmetic, which has fewer micro-batches.
     fastest = min((found.seconds for found in fits), default=0.0)
     fits.sort(key=lambda found: found.seconds if found.seconds > _EQUAL * fastest else 0.0)
+    if not fits and failure is not None:
+        raise failure
     if not fits:
         return Choice(variants=(), why=f"Nothing fits by estimate. Tried: {'; '.join(left) or 'nothing'}.")
     left = [f"{found.variant} ({found.seconds:.3g} s)" for found in fits[1:]] + left
@@ -442,6 +453,11 @@ def _read(path: epath.Path) -> list[Json]:
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): remove it; the newest checkpoint has its content.") from None
+        found = json.loads(path.read_text())
+        for entry in found:
+            _from_json(entry), entry["key"], entry["batch_size"], entry["seq_len"]
+        return list(found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it; the newest checkpoint has its content."
+        ) from None

@@ -251,6 +251,7 @@ def test_memory_is_bounded_by_the_sample(tmp_path):
         {"kind": "wordpiece"},
         {"model_type": "char"},
         {"vocab_size": 256},
+        {"vocab_size": 2**32},
         {"max_samples": 0},
         {"character_coverage": 0.0},
         {"character_coverage": 1.5},

@@ -117,13 +117,18 @@ def test_a_step_without_a_loss_or_with_infinity() -> None:
 
 def test_documents_that_stand_out() -> None:
     def documents(*losses: float) -> list[Any]:
-        return [{"loss": loss} for loss in sorted(losses, key=lambda loss: -spikes._finite(loss))]
+        return [{"loss": loss, "tokens": 16} for loss in sorted(losses, key=lambda loss: -spikes._finite(loss))]
 
     assert spikes._standing_out([]) == 0
     assert spikes._standing_out(documents(9.0, 3.1, 3.0, 2.9, 3.05)) == 1
     assert spikes._standing_out(documents(float("nan"), float("inf"), 3.0, 2.9, 3.05)) == 2
     assert spikes._standing_out(documents(3.1, 3.0, 2.9, 3.05)) == 0
     assert spikes._standing_out(documents(*[float("nan")] * 3)) == 0
+    # Few tokens say little, unless their loss is not finite.
+    few = {"loss": 9.0, "tokens": 15}
+    assert spikes._standing_out([*documents(3.1, 3.0, 2.9, 3.05), few]) == 0
+    assert spikes._standing_out([few]) == 0
+    assert spikes._standing_out([{"loss": float("inf"), "tokens": 1}, *documents(3.1, 3.0, 2.9, 3.05), few]) == 1
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.text_files import TextFiles
 from jaxtrain.distributed.sharding import MESH_AXES, AutoMesh, MeshConfig
+from jaxtrain.errors import UserError
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.plan import Stage
@@ -98,6 +99,23 @@ def test_the_fastest_that_fits_is_taken(rows: list[Any], taken: str, compiled: s
     for name, *_ in rows:
         assert f"remat={name}" in choice.why  # taken or left, and why
     assert ("does not fit" in choice.why) == any(size in (0, 11) for *_, size in rows)
+
+
+def test_a_program_that_does_not_compile_is_left_out() -> None:
+    ranked, measure, asked = table(("a", 1.0, 1.0, 5), ("b", 1.1, 3.0, 5), ("c", 1.2, 2.0, 5))
+
+    def failing(variant: Variant) -> Ranked | None:
+        found = measure(variant)
+        if variant.remat == "a":
+            raise jax.errors.JaxRuntimeError("INTERNAL: flattened\na page more")
+        return found
+
+    choice = tuning.pick(ranked, 10, failing)
+    assert "".join(str(variant.remat) for variant in choice.variants) == "cb"
+    assert "(does not compile: INTERNAL: flattened)" in choice.why
+    assert asked == ["a", "b", "c"]
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        tuning.pick(ranked[:1], 10, failing)
 
 
 # ---- By arithmetic
@@ -234,6 +252,14 @@ def test_a_compiler_that_fails_does_not_end_the_run(tmp_path: pathlib.Path, capl
     choice, _ = resolve(target, epath.Path(tmp_path / "programs.json"), measure=measure)
     assert choice.variants == choose(target).variants
     assert "no such topology" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["", "[", "null", '{"a": 1}', "[1]", "[{}]", '[{"key": {}}]', "3"])
+def test_a_damaged_file_of_choices(damaged: str, tmp_path: pathlib.Path) -> None:
+    path = epath.Path(tmp_path / "programs.json")
+    path.write_text(damaged)
+    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+        resolve(make_target(make_config()), path)
 
 
 def test_processes_take_the_choice_of_process_0(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
