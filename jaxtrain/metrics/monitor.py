@@ -316,18 +316,23 @@ class Monitor:
     def log_spike(self, step: int, spike: Json) -> None:
         """Adds a line to spikes.jsonl, which a rewind does not cut."""
         if jax.process_index() == 0:
-            with open(self._spikes, "a", encoding="utf-8") as file:
+            with self._writing(step), open(self._spikes, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite(spike)}, allow_nan=False) + "\n")
 
     def _write(self, step: int, values: Json) -> None:
         for writer in self._writers:
-            try:
+            with self._writing(step):
                 writer.write(step, finite(values))
-            except OSError as error:
-                raise UserError(
-                    f"the metrics of step {step} cannot be written to {self._folder}: {error}. Free some space and "
-                    "run the same command again: it resumes from the newest checkpoint."
-                ) from error
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the metrics of step {step} cannot be written to {self._folder}: {error}. Free some space and "
+                "run the same command again: it resumes from the newest checkpoint."
+            ) from error
 
     def attach(self, path: epath.Path) -> None:
         """Adds a file of a local work directory to the run in the trackers."""

@@ -59,7 +59,7 @@ def test_console_and_files(reference: Run) -> None:
     assert config["stages"][1]["seq_len"] == 32
     assert config["seed"] == 7
     assert {path.name for path in reference.workdir.iterdir()} == {
-        *("cache", "checkpoints", "config.json", "lock", "log.txt", "metrics.jsonl", "tensorboard")
+        *("cache", "checkpoints", "config.json", "lock", "log.txt", "metrics.jsonl", "programs.json", "tensorboard")
     }
     assert len(reference.checkpoints()) == 3
     assert f"Finished. Step {reference.last_step()} is saved in " in log

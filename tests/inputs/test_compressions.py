@@ -143,7 +143,9 @@ def test_codecs_of_parquet(tmp_path: pathlib.Path, codec: str, checksums: bool) 
     chunk = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0)
     at = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size // 2
     path.write_bytes(data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :])
-    source, found = config.resolve(), []
+    source = config.resolve()
+    error: CorruptError | None = None
+    found: list[str] = []
     for _ in range(2):  # the second time group by group
         error, found = None, []
         try:

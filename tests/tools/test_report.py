@@ -314,6 +314,26 @@ def test_time_of_several_processes_and_what_was_lost(tmp_path):
     assert "1.0 min, 1 restart" in page.text
 
 
+def test_spikes_are_listed_with_their_documents(tmp_path):
+    folder = write(tmp_path / "a", lines())
+    named = [{"source": "web", "file": "<b>.parquet", "row": row, "tokens": 40, "loss": 9 - row} for row in range(8)]
+    spikes = [
+        {"step": 20, "loss": 4.5, "grad_norm": 3.25, "standing_out": 2, "documents": named, "done": "the run goes on"},
+        {"step": 30, "loss": None, "grad_norm": None, "standing_out": 0, "documents": []},
+        {"step": "x"},
+    ]
+    (folder / "spikes.jsonl").write_text("".join(json.dumps(spike) + "\n" for spike in spikes))
+    page = Page(made(folder))
+    (table,) = [table for table in page.tables if table[0][0] == "Step"]
+    assert table[1:] == [
+        ["20", "the run goes on", "2 of 8", "", "", "", "", "4.5000", "3.2500"],
+        ["", "", "", "web", "<b>.parquet", "0", "40", "9.0000", ""],
+        ["", "", "", "web", "<b>.parquet", "1", "40", "8.0000", ""],
+        ["30", "–", "0 of 0", "", "", "", "", "not finite", "not finite"],
+    ]
+    assert "1 line" in page.text  # is not readable
+
+
 def test_hostile_names_are_text(tmp_path):
     bad = '"><script>alert(1)</script>\x00'
     logged = [json.loads(json.dumps(line).replace('"web"', json.dumps(bad))) for line in lines()]

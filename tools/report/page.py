@@ -28,6 +28,7 @@ _SPANS = {
     LOST: ("lost at restarts", 5),
 }
 _MAX_DIFFERENCES = 60  # rows per run
+_MAX_DOCUMENTS = 5  # of a spike
 _FOLDER = pathlib.Path(__file__).parent
 # The page runs its own scripts and loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -58,6 +59,9 @@ def page(runs: Sequence[RunLog]) -> str:
         body += ["<h2>Benchmarks</h2>", '<div class="grid2">', *map(drawn, tasks), "</div>"]
     mixes = [figure for run in runs if (figure := charts.mix(run, several)) is not None]
     body += ["<h2>Mix</h2>", *map(drawn, mixes)] if mixes else []
+    for run in runs:
+        if run.spikes.items():
+            body += [f"<h2>Spikes{text(f', {run.name}') if several else ''}</h2>", _spikes(run)]
     for run in runs:
         if run.samples.items():
             body += [f"<h2>Samples{text(f', {run.name}') if several else ''}</h2>", _samples(run)]
@@ -277,6 +281,25 @@ def _figure(figure: Figure, number: int) -> str:
 
 
 # Samples.
+
+
+def _spikes(run: RunLog) -> str:
+    """Shows each spike with its documents that stand out, at least the one with the highest loss."""
+    columns = ("Step", "What was done", "Stand out", "Source", "File", "Row", "Tokens", "Loss", "Gradient norm")
+    rows = []
+    for spike in run.spikes.items():
+        documents, count = spike["documents"], int(number(spike.get("standing_out")) or 0)
+        loss, norm = (_decimal(spike.get(name)) for name in ("loss", "grad_norm"))
+        cells = (f"{spike['step']:,}", spike.get("done", _NONE), f"{count:,} of {len(documents):,}")
+        rows.append(_row((*cells, *[""] * 4, loss, norm), 5, ' class="first"'))
+        for document in documents[: min(max(count, 1), _MAX_DOCUMENTS)]:
+            shown = (document.get(name, _NONE) for name in ("source", "file", "row", "tokens"))
+            rows.append(_row(("", "", "", *shown, _decimal(document.get("loss")), ""), 5))
+    return _table(columns, rows, 5)
+
+
+def _decimal(value: Any) -> str:
+    return "not finite" if (found := number(value)) is None else f"{found:.4f}"
 
 
 def _samples(run: RunLog) -> str:

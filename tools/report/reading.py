@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
 from jaxtrain import cli
@@ -85,6 +86,7 @@ class RunLog:
         lines: a sample of lines for mix and tooltips, including the last line of every stage.
         samples: the lines with samples, thinned out.
         profiles: folders with traces, below the work directory.
+        spikes: the lines of spikes.jsonl, thinned out.
         without_loss: number of logged steps whose loss was not finite.
     """
 
@@ -97,6 +99,7 @@ class RunLog:
         self.task_results: dict[str, Json] = {}
         self.lines: Thinned[Json] = Thinned(300)
         self.samples: Thinned[Json] = Thinned(20)
+        self.spikes: Thinned[Json] = Thinned(100)
         self.stages: list[StageLog] = []
         self.profiles: list[str] = []
         self.last: Json = {}
@@ -251,11 +254,16 @@ def read(path: str) -> RunLog:
     if not workdir.metrics.exists():
         raise _nothing_at(path, workdir)
     run = RunLog(workdir.path.name, redact(os.fspath(workdir.path)), _config(workdir), _parameters(workdir))
-    for line in _lines(workdir):
+    for line in _lines(workdir.metrics):
         if line is None:
             run.unreadable += 1
         else:
             run.add(line)
+    for line in _lines(workdir.spikes) if workdir.spikes.exists() else ():
+        if line is None or number(line.get("step")) is None or not isinstance(line.get("documents"), list):
+            run.unreadable += 1
+        else:
+            run.spikes.add(line)
     if not run.last:
         raise UserError(f"{path}: no step is logged in metrics.jsonl yet. Run this again after the first one.")
     traces = workdir.path / "profile" / "plugins" / "profile"
@@ -277,13 +285,13 @@ def tell_apart(runs: Sequence[RunLog]) -> None:
         run.name = name
 
 
-def _lines(workdir: Workdir) -> Iterator[Json | None]:
-    """Yields the objects of metrics.jsonl; None for a line that is not an object, such as one being written."""
-    size = workdir.metrics.stat().length
+def _lines(path: epath.Path) -> Iterator[Json | None]:
+    """Yields a file's objects, one per line; None for a line that is not an object, such as one being written."""
+    size = path.stat().length
     # None shows the bar only on a terminal.
     with (
-        workdir.metrics.open("rb") as file,
-        tqdm(total=size, desc=workdir.path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        path.open("rb") as file,
+        tqdm(total=size, desc=path.parent.name, unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for text in file:
             bar.update(len(text))
