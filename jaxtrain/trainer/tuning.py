@@ -455,7 +455,9 @@ def _read(path: epath.Path) -> list[Json]:
     try:
         found = json.loads(path.read_text())
         for entry in found:
-            _from_json(entry), entry["key"], entry["batch_size"], entry["seq_len"]
+            _from_json(entry)
+            if not {"key", "batch_size", "seq_len"} <= entry.keys():
+                raise ValueError("an entry without its key")
         return list(found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
