@@ -62,6 +62,7 @@ def test_the_rule_against_numpy(seed: int) -> None:
     assert not rule.applies(jnp.asarray(rule.nothing()), jnp.full(2, 1e9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "micro_batches"), [((1,), 1), ((2, 2, 2), 2)])
 def test_a_spike_is_skipped_and_its_tokens_have_losses(shape: tuple[int, ...], micro_batches: int) -> None:
     batch = make_batch(1)
@@ -85,6 +86,7 @@ def test_a_spike_is_skipped_and_its_tokens_have_losses(shape: tuple[int, ...], m
             np.testing.assert_allclose(mine, of_row["ce_loss"], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_no_spike_is_the_plain_step() -> None:
     batch = make_batch(1)
     _, after, metrics, found = run((1,), 1, history_of(loss=100.0), batch)
@@ -102,6 +104,7 @@ def test_no_spike_is_the_plain_step() -> None:
     np.testing.assert_allclose(metrics["loss"], measured["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_loss_or_with_infinity() -> None:
     _, _, _, found = run((1,), 1, history_of(loss=1.0), make_batch(1, masked=1.0))
     assert not found["spike"]

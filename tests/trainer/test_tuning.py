@@ -197,6 +197,7 @@ def test_cpus_have_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(make_target(pinned, None, limit=1), measure).variants == ()
 
 
+@pytest.mark.slow
 def test_meshes(caplog: pytest.LogCaptureFixture) -> None:
     """Enough rows: all `fsdp`. Fewer rows than chips: something else has to split the work."""
     limit = memory.limit_of_chip(V5E.chip, None)
