@@ -4,6 +4,7 @@ Prompts, choices and splits are those of lm-evaluation-harness 0.4 (its tasks/*.
 task is a value, so one of your own needs no registration: see examples/benchmark.py.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -209,9 +210,11 @@ def read(task: Task, name: str, kept: epath.Path | None) -> list[Json]:
     asked = {**dataclasses.asdict(task.dataset), "columns": list(task.columns)}
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
     if kept is not None and kept.exists():
-        found = json.loads(kept.read_text())
-        if found["asked"] == asked:
-            return found["documents"]
+        # A damaged file is written again.
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            found = json.loads(kept.read_text())
+            if found["asked"] == asked:
+                return list(found["documents"])
     config = dataclasses.replace(task.dataset, transforms=(_Columns(task.columns),))
 
     def fetch() -> tuple[Json, list[Json]]:

@@ -213,6 +213,8 @@ def _read(names: Sequence[str], limit: int | None, folder: epath.Path | None) ->
     found = {}
     for name in names:
         task, title = benchmarks.find(name), benchmarks.title(name)
+        if title in found:
+            raise UserError(f"two tasks have the name {title!r}, and results go by name: rename one, or give it once")
         kept = None if folder is None else folder / f"{title}.json"
         documents = broadcast_json(
             on_process_0(lambda t=task, n=title, k=kept: benchmarks.read(t, n, k)[:limit], f"task {title} failed")

@@ -70,6 +70,12 @@ def test_questions_are_kept_with_their_commit(
     )
     with pytest.raises(UserError, match="baber/piqa"):  # another definition is looked up
         benchmarks.read(other, "piqa", kept)
+    task_data.fill(hub, ("piqa",))
+    whole = kept.read_text()
+    for damaged in ("", whole[:40], "[]", "null", "{}"):
+        kept.write_text(damaged)
+        assert benchmarks.read(TASKS["piqa"], "piqa", kept) == found
+        assert kept.read_text() == whole
 
 
 def test_a_task_of_ones_own(tmp_path: pathlib.Path) -> None:

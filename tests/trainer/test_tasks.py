@@ -194,3 +194,8 @@ def test_the_program_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_task_without_questions_is_refused(evaluator: Any) -> None:
     with pytest.raises(UserError, match="task boolq: aps/super_glue has no question"):
         evaluator(make_components(), names=("boolq",), limit=0)
+
+
+def test_two_tasks_of_one_name_are_refused(evaluator: Any) -> None:
+    with pytest.raises(UserError, match="two tasks have the name 'boolq'"):
+        evaluator(make_components(), names=("boolq", "boolq"))
