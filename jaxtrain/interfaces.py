@@ -254,6 +254,15 @@ class Optimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class AveragingOptimizer(Optimizer, Protocol):
+    """An optimizer whose parameters are an average: good to evaluate, while gradients are taken elsewhere."""
+
+    def gradient_at(self, params: Params, state: Any, /) -> Params:
+        """The parameters whose loss and gradient a step computes."""
+        ...
+
+
 class OptimizerConfig(Dataclass, Protocol):
     """A dataclass that describes an optimizer. `optim.base.OptaxConfig` makes one of any optax transformation.
 

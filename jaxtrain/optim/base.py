@@ -55,6 +55,48 @@ def from_optax(transformation: Transformation) -> Optimizer:
 
 
 @dataclasses.dataclass(kw_only=True)
+class DecoupledConfig:
+    """An optimizer that moves along a direction of optax, with decoupled weight decay. Base of the built-in ones.
+
+    A subclass adds fields and writes `direction`. A parameter p moves by -learning_rate * (direction + weight_decay
+    * p) (Loshchilov and Hutter, arXiv 1711.05101, in the form of PyTorch and optax: the learning rate multiplies the
+    decay). Norms and biases never decay.
+
+    Attributes:
+        learning_rate: The peak rate, which `schedule` scales.
+        schedule: A dataclass of plan/schedules.py.
+        weight_decay: Of each step, as a multiple of the learning rate.
+        decay_embeddings: Whether the embedding decays. Off as in OLMo 2 (arXiv 2501.00656): a decayed embedding makes
+            hidden states small, and so the gradients of the first layers large. A separate output head always decays.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+
+    def check(self) -> None:
+        check_rate(self.learning_rate)
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay={self.weight_decay}: give 0 or more; 0.1 is usual.")
+
+    def direction(self) -> optax.GradientTransformation:
+        """The transformation of gradients to directions, without learning rate and weight decay."""
+        raise NotImplementedError
+
+    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
+        """The optimizer, whose state is that of `direction`."""
+        direction = self.direction()
+        decays = decay_mask(axes, self.decay_embeddings)
+
+        def update(grads: Params, state: Any, params: Params, learning_rate: jax.Array) -> tuple[Params, Any]:
+            updates, state = direction.update(grads, state, params)
+            return apply(params, updates, learning_rate, self.weight_decay, decays), state
+
+        return Functions(direction.init, update)
+
+
+@dataclasses.dataclass(kw_only=True)
 class OptaxConfig:
     """The config of an optax optimizer. A subclass adds fields and writes `transformation`.
 
@@ -140,13 +182,29 @@ def decay_mask(axes_tree: Axes, decay_embeddings: bool) -> Params:
     )
 
 
-def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: float, decays: Any) -> Any:
-    """params - learning_rate * (updates + weight_decay * params), the decay where `decays` is True; dtypes are kept."""
+def apply(
+    params: Any, updates: Any, learning_rate: jax.Array, weight_decay: float, decays: Any, decayed: Any = None
+) -> Any:
+    """params - learning_rate * (updates + weight_decay * decayed), the decay where `decays` is True; dtypes are kept.
 
-    def step(p: jax.Array, u: jax.Array, decay: bool) -> jax.Array:
-        return (p - learning_rate * (u + weight_decay * p if decay else u)).astype(p.dtype)
+    decayed: None for the parameters themselves.
+    """
 
-    return jax.tree.map(step, params, updates, decays)
+    def step(p: jax.Array, u: jax.Array, decay: bool, d: jax.Array) -> jax.Array:
+        return (p - learning_rate * (u + weight_decay * d if decay else u)).astype(p.dtype)
+
+    return jax.tree.map(step, params, updates, decays, params if decayed is None else decayed)
+
+
+def check_decay_rates(name: str, rates: tuple[float, ...], example: str) -> None:
+    """Raises UserError if a decay rate of moving averages is not from 0 to below 1."""
+    if not all(0 <= rate < 1 for rate in rates):
+        raise UserError(f"{name}={rates}: give numbers from 0 to below 1, for example {example}.")
+
+
+def check_epsilon(epsilon: float) -> None:
+    if epsilon <= 0:
+        raise UserError(f"epsilon={epsilon}: give a value above 0, or unused parameters divide by zero.")
 
 
 def check_rate(learning_rate: float) -> None:

@@ -27,7 +27,16 @@ from jax.sharding import Mesh
 from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Model, Optimizer, Params
+from jaxtrain.interfaces import (
+    BATCH_FIELDS,
+    RECORDS,
+    AveragingOptimizer,
+    BoundedModel,
+    LossFn,
+    Model,
+    Optimizer,
+    Params,
+)
 from jaxtrain.losses.chunks import NEVER
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
@@ -182,7 +191,9 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         history: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         params, opt, meta = state["params"], state["opt"], state["meta"]
-        grads, sums = _gradients(components, params, batch, micro_batches, teaching)
+        optimizer = components.optimizer
+        point = optimizer.gradient_at(params, opt) if isinstance(optimizer, AveragingOptimizer) else params
+        grads, sums = _gradients(components, point, batch, micro_batches, teaching)
         tokens = batch["loss_mask"].sum(dtype=jnp.int32)
         scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -194,10 +205,10 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         finite = keeps = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         watched = ()
         if components.spikes is not None and history is not None:
-            found = _watch(components, params, batch, micro_batches, history, sums["loss"] * scale, norm)
+            found = _watch(components, point, batch, micro_batches, history, sums["loss"] * scale, norm)
             keeps = finite & ~found["spike"] if components.spikes.skips else finite
             watched = (found,)
-        new = components.optimizer.update(grads, opt, params, learning_rate)
+        new = optimizer.update(grads, opt, params, learning_rate)
         # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
         apply = keeps & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))

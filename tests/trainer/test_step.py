@@ -19,6 +19,7 @@ from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.muon import Muon
+from jaxtrain.optim.schedule_free import ScheduleFreeAdamW
 from jaxtrain.trainer import state
 from jaxtrain.trainer.step import StepComponents, accumulation, eval_step, lower_train_step
 from tests.tiers import nightly_but
@@ -205,6 +206,26 @@ def test_clipping(alone: Any) -> None:
     decay = 1 - RATE * ADAMW.weight_decay
     for before, after in zip(jax.tree.leaves(fresh["params"]), jax.tree.leaves(moved["params"]), strict=True):
         assert np.allclose(after, before, atol=1e-8) or np.allclose(after, before * decay, atol=1e-8)
+
+
+def test_gradients_are_taken_where_the_optimizer_says(alone: Any) -> None:
+    """The second step's loss is that of the point between the average and the newest iterate."""
+    components = make_components()
+    optimizer = ScheduleFreeAdamW(betas=(0.5, 0.9)).build(components.model.axes)
+    components = dataclasses.replace(components, optimizer=optimizer)
+    _, metrics = run(components, [make_batch(1), make_batch(2)])
+    np.testing.assert_allclose(metrics[0]["loss"], alone[1][0]["loss"], rtol=1e-6)
+    step = compiled(components, 1)
+    first = state.create(components.model, optimizer, components.mesh, seed=0)
+    first, _ = step(first, jax.device_put(make_batch(1)), RATE, fingerprint.split(0))
+    evaluated = jax.jit(eval_step(components))
+    losses = [
+        sums["nats"] / sums["tokens"]
+        for params in (optimizer.gradient_at(first["params"], first["opt"]), first["params"], first["opt"].z)
+        for sums in [evaluated(params, make_batch(2), np.zeros(VOCAB, np.int32))]
+    ]
+    np.testing.assert_allclose(metrics[1]["loss"], losses[0], rtol=1e-6)
+    assert float(metrics[1]["loss"]) != float(losses[1]) != float(losses[2])
 
 
 def test_evaluation_counts_nats_tokens_and_bytes() -> None:
