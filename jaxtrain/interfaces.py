@@ -77,11 +77,13 @@ class Hidden(NamedTuple):
         losses: Auxiliary losses by name, fp32 scalars, each a mean over the rows given and already weighted, such as a
             router's load balance. They are added to the loss, weighted by the tokens of each micro-batch.
         metrics: fp32 scalars to report, averaged in the same way.
+        max_logits: The largest attention logit of each head, fp32 [L, H]; None unless asked for (ClippableModel).
     """
 
     x: Array
     losses: Mapping[str, Array] = {}
     metrics: Mapping[str, Array] = {}
+    max_logits: Array | None = None
 
 
 class Model(Protocol):
@@ -170,6 +172,23 @@ class EightBitModel(Protocol):
 
     def in_fp8(self) -> Model:
         """The same model, with the same parameters, whose products with its layers' weights are of 8-bit values."""
+        ...
+
+
+@runtime_checkable
+class ClippableModel(Protocol):
+    """A model that QK-clip (an optimizer's `qk_clip`) is for."""
+
+    def watching_logits(self) -> Model:
+        """The same model, with the same parameters, whose `hidden` also returns `max_logits`.
+
+        Raises:
+            UserError: Scaling the weights would not bound the logits.
+        """
+        ...
+
+    def clip_logits(self, params: Params, max_logits_LH: Array, threshold: float) -> Params:
+        """Scales the weights of queries and keys, so that logits of heads above the threshold shrink to it."""
         ...
 
 
@@ -269,6 +288,7 @@ class OptimizerConfig(Dataclass, Protocol):
     Attributes:
         learning_rate: The peak rate.
         schedule: Scales the peak rate over the run.
+        qk_clip: Optional: the largest attention logit that the train step leaves (ClippableModel); None for any.
     """
 
     learning_rate: float

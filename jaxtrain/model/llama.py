@@ -5,6 +5,7 @@ modules are built once, abstractly, for their structure; training uses the plain
 are stacked ([L, ...] parameters) and scanned, so that compile time does not grow with depth. Shapes: see interfaces.py.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -164,12 +165,13 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel, ClippableModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     """
 
     config: LlamaConfig
+    watches_logits = False
 
     @one_thread_at_a_time
     def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None, in_fp8: bool = False):
@@ -233,11 +235,16 @@ class Llama(BaseModel):
         shape = self._attention_shape(*tokens_BT.shape)
         documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
-        def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-            return self._attend(q_BTHh, k_BTKh, v_BTKh, documents, implementation), None
+        def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Any]:
+            top_H = None
+            if self.watches_logits:
+                window = self.config.sliding_window
+                top_H = attention.max_logits(q_BTHh, k_BTKh, segment_ids_BT, mesh=self.mesh, sliding_window=window)
+            return self._attend(q_BTHh, k_BTKh, v_BTKh, documents, implementation), top_H
 
         policy = remat_policy(self.config.remat) if self.config.remat != "none" else None
-        return Hidden(self._decode(params, tokens_BT, positions_BT, lambda _: attend, None, policy)[0])
+        x_BTD, max_logits_LH = self._decode(params, tokens_BT, positions_BT, lambda _: attend, None, policy)
+        return Hidden(x_BTD, max_logits=max_logits_LH)
 
     def head(self, params: Params) -> jax.Array:
         """The output head, fp32 w_DV. Its padding columns are zero, so their logits must be masked."""
@@ -388,6 +395,32 @@ class Llama(BaseModel):
                 *(shape.platform.upper(), self.config.dtype),
             )
         return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
+
+    def watching_logits(self) -> "Llama":
+        if self.config.qk_norm:
+            raise UserError("qk_clip is not for a model with qk_norm, which already bounds the logits: set one to none")
+        model = copy.copy(self)  # shares what this one has found out about its kernels
+        model.watches_logits = True
+        return model
+
+    def clip_logits(self, params: Params, max_logits_LH: jax.Array, threshold: float) -> Params:
+        """QK-clip (Kimi K2, arXiv 2507.20534, algorithm 1): W_q and W_k by sqrt(threshold / largest logit).
+
+        Query heads that share a key head share the largest logit of them all.
+        """
+        config = self.config
+        top_LK = max_logits_LH.reshape(config.num_layers, config.num_kv_heads, -1).max(-1)
+        scale_LK = jnp.sqrt(threshold / jnp.maximum(top_LK, threshold))
+
+        def scaled(leaf: jax.Array, heads: int) -> jax.Array:
+            """leaf: [L, ..., heads * h], a kernel or a bias."""
+            scale_LX = scale_LK.repeat(heads // config.num_kv_heads * config.resolved_head_dim, axis=1)
+            return leaf * scale_LX.reshape(leaf.shape[0], *(1,) * (leaf.ndim - 2), -1)
+
+        module = params["layers"]["attention"]
+        q = {name: scaled(leaf, config.num_heads) for name, leaf in module["q"].items()}
+        k = {name: scaled(leaf, config.num_kv_heads) for name, leaf in module["k"].items()}
+        return {**params, "layers": {**params["layers"], "attention": {**module, "q": q, "k": k}}}
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         options = attention.compiler_options(self.mesh, self.attention_choice(batch_size, seq_len).name)

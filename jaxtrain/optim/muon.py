@@ -37,12 +37,16 @@ class Muon(AdamW):
     Attributes:
         momentum: Decay rate of the matrices' momentum.
         adam_ratio: The learning rate of AdamW's parameters, as a multiple of the matrices' rate.
-        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32". Other fields: see AdamW.
+        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
+        qk_clip: After an update, the weights of a head's queries and keys shrink so that its largest attention logit of
+            the step would have been at most this: MuonClip (Kimi K2, arXiv 2507.20534, algorithm 1), which uses 100.
+            None for no clipping. Other fields: see AdamW.
     """
 
     momentum: float = 0.95
     adam_ratio: float = 1.0
     newton_schulz_dtype: str = "bfloat16"
+    qk_clip: float | None = None
 
     def check(self) -> None:
         super().check()
@@ -50,6 +54,8 @@ class Muon(AdamW):
             raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:
             raise UserError(f"adam_ratio={self.adam_ratio}: give 0 or more; 1 gives AdamW the same rate.")
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            raise UserError(f"qk_clip={self.qk_clip}: give the largest attention logit, for example 100, or none.")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 

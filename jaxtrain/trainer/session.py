@@ -27,7 +27,7 @@ from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
+from jaxtrain.interfaces import AttentionModel, ClippableModel, EightBitModel, Json, LossFn
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
@@ -404,6 +404,11 @@ def make_components(
             raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
         model = model.in_fp8()
     optimizer = config.optimizer.build(model.axes, mesh)
+    qk_clip = getattr(config.optimizer, "qk_clip", None)
+    if qk_clip is not None:
+        if not isinstance(model, ClippableModel):
+            raise UserError(f"qk_clip is not for a {type(model).__name__}, which has no `clip_logits`: set it to none")
+        model.watching_logits()  # refused here, if at all
     if frozen is not None:
         frozen.check_stages(plan)
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
@@ -426,8 +431,9 @@ def make_components(
     if config.spike_threshold is not None:
         spikes = SpikeRule(config.spike_window, config.spike_threshold, config.on_spike == "skip_update")
     has_chunks = hasattr(config.loss, "chunk_tokens")
+    losses_by_chunk = losses if has_chunks else None
     return StepComponents(
-        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None, spikes
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses_by_chunk, spikes, qk_clip
     )
 
 
