@@ -90,7 +90,8 @@ class Model(Protocol):
     """Pure functions of a tree of fp32 parameters, called inside `jax.jit`.
 
     `model.base.BaseModel` derives the attributes from `axes` and `init`, and has defaults for the last two methods; a
-    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols.
+    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols, and
+    the attribute `width_ratio`: see `WidthScaledConfig`.
 
     Attributes:
         config: What built it, with derived values filled in.
@@ -296,6 +297,19 @@ class OptimizerConfig(Dataclass, Protocol):
 
     def build(self, axes: Axes, mesh: Mesh | None) -> Optimizer:
         """axes: the parameters' logical axes, which distinguish matrices, embeddings and biases."""
+        ...
+
+
+@runtime_checkable
+class WidthScaledConfig(Protocol):
+    """An optimizer's config that a model with width transfer, whose `width_ratio` is not 1, can use."""
+
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        """As `build`, with the learning rates of the matrices of layers for a model so many times as wide.
+
+        Raises:
+            UserError: The optimizer has no rule for it.
+        """
         ...
 
 

@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         width, head = config.hidden_size, config.resolved_head_dim
         queries, keys = config.num_heads * head, config.num_kv_heads * head
         linear = functools.partial(Linear, mesh=mesh, rngs=rngs, fp8=fp8)
-        std, bias = config.initializer_std, config.attention_bias
+        std, bias = config.hidden_std, config.attention_bias
         self.q = linear((width, queries), ("embed", "heads"), std, bias)
         self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.v = linear((width, keys), ("embed", "kv_heads"), std, bias)
@@ -109,12 +109,15 @@ class Attention(nnx.Module):
         self.q_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
         self.head_dim = head
+        self.query_scale = config.query_scale
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         shape_BT = rope[0].shape[:2]
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
+        if self.query_scale != 1:
+            q_BTHh = q_BTHh * self.query_scale
         platform = platform_of(self.q.mesh)
         y_BTHh, extra = attend(rotate(q_BTHh, *rope, platform), rotate(k_BTKh, *rope, platform), v_BTKh)
         return self.o.from_heads(y_BTHh, x.ndim), extra
@@ -126,8 +129,8 @@ class MLP(nnx.Module):
     def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
         linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs, fp8=fp8)
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std)
-        self.up = linear((width, inner), ("embed", "mlp"), config.initializer_std)
+        self.gate = linear((width, inner), ("embed", "mlp"), config.hidden_std)
+        self.up = linear((width, inner), ("embed", "mlp"), config.hidden_std)
         self.down = linear((inner, width), ("mlp", "embed"), config.output_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -79,6 +79,11 @@ class LlamaConfig:
         qk_norm: RMSNorm on each head of q and k (Qwen3).
         initializer_std: Standard deviation of all matrices. The two projections into the residual stream use it divided
             by sqrt(2 * num_layers) (GPT-2, Radford et al. 2019, section 2.3).
+        width_transfer: "mup": initialization, multipliers and learning rates such that the best learning rate is that
+            of the model with base_width, whose other widths are smaller in the same proportion; see docs/optimizers.md.
+            "none": as at base_width.
+        base_width: The hidden_size of that model, for "mup".
+        base_head_dim: Its head_dim; None for this model's, if a wider model has more heads instead of wider ones.
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
@@ -105,6 +110,9 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     initializer_std: float = 0.02
+    width_transfer: str = "none"
+    base_width: int | None = None
+    base_head_dim: int | None = None
     dtype: str = "bfloat16"
     remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
     scan_layers: bool | None = dataclasses.field(default=None, metadata={cli.BEFORE: True})
@@ -112,6 +120,7 @@ class LlamaConfig:
 
     def check(self) -> None:
         widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        widths += ("base_width", "base_head_dim")
         positions = ("max_seq_len", "sliding_window", "no_rope_every")
         most = {**dict.fromkeys(widths, 1 << 24), "num_layers": MOST_LAYERS, **dict.fromkeys(positions, (1 << 31) - 1)}
         for name, limit in most.items():
@@ -134,12 +143,20 @@ class LlamaConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be above 0.")
         for name, allowed in (
+            ("width_transfer", ("none", "mup")),
             ("dtype", ("bfloat16", "float32", "float64")),
             ("remat", REMAT),
             ("attention", attention.IMPLEMENTATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}='{getattr(self, name)}' is not known. Use one of: {', '.join(allowed)}.")
+        if self.width_transfer == "mup" and self.base_width is None:
+            raise UserError("width_transfer='mup' needs base_width: the hidden_size at which you tune learning rates.")
+        if self.width_transfer == "none" and (self.base_width or self.base_head_dim):
+            raise UserError(
+                f"base_width={self.base_width} and base_head_dim={self.base_head_dim} do nothing with "
+                "width_transfer='none': set it to 'mup', or them to none."
+            )
 
     @property
     def resolved_head_dim(self) -> int:
@@ -147,9 +164,24 @@ class LlamaConfig:
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def width_ratio(self) -> float:
+        """The width as a multiple of that of the model whose learning rates it shares; 1 without width transfer."""
+        return 1.0 if self.base_width is None else self.hidden_size / self.base_width
+
+    @property
+    def hidden_std(self) -> float:
+        """Initial standard deviation of the layers' matrices."""
+        return self.initializer_std / math.sqrt(self.width_ratio)
+
+    @property
     def output_std(self) -> float:
         """Initial standard deviation of the projections into the residual stream."""
-        return self.initializer_std / math.sqrt(2 * self.num_layers)
+        return self.hidden_std / math.sqrt(2 * self.num_layers)
+
+    @property
+    def query_scale(self) -> float:
+        """With width transfer, logits of attention are divided by the width of a head, not by its root."""
+        return math.sqrt((self.base_head_dim or self.resolved_head_dim) / self.resolved_head_dim)
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> "Llama":
         """Builds the model for ids below `vocab_size`.
@@ -178,6 +210,7 @@ class Llama(BaseModel):
         config.check()
         self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
         self.vocab_size, self.mesh, self.is_fp8 = vocab_size, mesh, in_fp8
+        self.width_ratio = config.width_ratio
         # An NNX module consists of a graph (structure) and a state (arrays). Here the arrays are abstract.
         self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
         self._layer_graph, layer = nnx.split(nnx.eval_shape(lambda: self._layer(jax.random.key(0))))
@@ -302,7 +335,10 @@ class Llama(BaseModel):
             return nnx.merge(self._layer_graph, layer_params)(x, (cos, sin), attend_with(extra))
 
         x, extras_L = self._over_layers(layer, x, (params["layers"], rotates_L, extras_L), policy)
-        return frame.norm(x).reshape(*tokens_BT.shape, -1), extras_L
+        x = frame.norm(x)
+        if self.width_ratio != 1:  # the multiplier of the logits, for a head that may be the embedding
+            x = x / self.width_ratio
+        return x.reshape(*tokens_BT.shape, -1), extras_L
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         """Returns [B, T, D] on TPU. Elsewhere [B * T, D], which is faster there, unless `context` splits T.
@@ -395,6 +431,20 @@ class Llama(BaseModel):
                 *(shape.platform.upper(), self.config.dtype),
             )
         return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
+
+    def without_width_transfer(self, params: Params) -> tuple["Llama", Params]:
+        """The same function as a model without width transfer, whose weights hold the multipliers."""
+        config = self.config
+        if config.width_transfer == "none":
+            return self, params
+        changes: Any = {"width_transfer": "none", "base_width": None, "base_head_dim": None}
+        model = Llama(dataclasses.replace(config, **changes), self.vocab_size, self.mesh, self.is_fp8)
+        params = jax.tree.map(lambda leaf: leaf, params)  # copies the dicts
+        params["norm"]["scale"] = params["norm"]["scale"] / self.width_ratio
+        attention = params["layers"]["attention"]
+        name = "q_norm" if config.qk_norm else "q"  # the norm would undo the scale of the projection
+        attention[name] = {leaf: value * config.query_scale for leaf, value in attention[name].items()}
+        return model, params
 
     def watching_logits(self) -> "Llama":
         if self.config.qk_norm:

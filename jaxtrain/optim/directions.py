@@ -9,6 +9,7 @@ import dataclasses
 import optax
 
 from jaxtrain.errors import UserError
+from jaxtrain.interfaces import Axes, Mesh, Optimizer
 from jaxtrain.optim import base
 
 
@@ -114,6 +115,11 @@ class Adafactor(base.DecoupledConfig):
             raise UserError(f"clipping_threshold={self.clipping_threshold}: give a value above 0, or none.")
         if self.min_dim_size_to_factor < 2:
             raise UserError(f"min_dim_size_to_factor={self.min_dim_size_to_factor}: give 2 or more.")
+
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        if width_ratio != 1:
+            raise UserError("width_transfer='mup' has no rule for Adafactor: choose AdamW, Muon, Lion, Signum or Adan.")
+        return super().build_scaled(axes, mesh, width_ratio)
 
     def direction(self) -> optax.GradientTransformation:
         steps = [optax.scale_by_factored_rms(True, self.decay_rate, 0, self.min_dim_size_to_factor)]

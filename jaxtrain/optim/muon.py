@@ -59,16 +59,23 @@ class Muon(AdamW):
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
-    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
         """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
 
         Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
+
+        Args:
+            axes: The parameters' logical axes.
+            mesh: The device mesh.
+            width_ratio: The spectral norm of a matrix's update should be sqrt(n / m) (arXiv 2310.17813, condition 1),
+                which no width changes in proportion; that of Moonlight's scale grows with its root.
         """
         adam = optax.scale_by_adam(*self.betas, eps=self.epsilon)
         axes = flat(axes)
         matrices = [path for path, leaf in axes.items() if base.is_matrix(leaf)]
         others = [path for path in axes if path not in matrices]
         decays: Any = base.decay_mask(axes, self.decay_embeddings)
+        scales: Any = base.rate_scales(axes, width_ratio**-0.5)
         dtype = jnp.dtype(self.newton_schulz_dtype)
 
         def select(tree: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
@@ -92,7 +99,8 @@ class Muon(AdamW):
                 (matrices, directions, learning_rate),
                 (others, flat(updates), learning_rate * self.adam_ratio),
             ):
-                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, select(decays, paths))
+                masks = (select(decays, paths), select(scales, paths))
+                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, *masks)
             return unflatten_dict(new), {"momentum": unflatten_dict(momentum), "adam": adam_state}
 
         return base.Functions(init, update)

@@ -30,8 +30,9 @@ class ScheduleFreeAdamW(AdamW):
     schedule: ScheduleConfig = dataclasses.field(default_factory=lambda: Constant(warmup_fraction=0.05))
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def build(self, axes: Axes, mesh: Mesh | None = None) -> "ScheduleFree":
-        return ScheduleFree(self, base.decay_mask(axes, self.decay_embeddings))
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> "ScheduleFree":
+        decays, scales = base.decay_mask(axes, self.decay_embeddings), base.rate_scales(axes, 1 / width_ratio)
+        return ScheduleFree(self, decays, scales)
 
 
 class ScheduleFreeState(NamedTuple):
@@ -53,8 +54,8 @@ class ScheduleFreeState(NamedTuple):
 class ScheduleFree:
     """Implements interfaces.AveragingOptimizer."""
 
-    def __init__(self, config: ScheduleFreeAdamW, decays: Any):
-        self._config, self._decays = config, decays
+    def __init__(self, config: ScheduleFreeAdamW, decays: Any, scales: Any):
+        self._config, self._decays, self._scales = config, decays, scales
         # Adam without its first moment, for which the average stands.
         self._rms = optax.scale_by_rms(config.betas[1], config.epsilon, eps_in_sqrt=False, bias_correction=True)
 
@@ -71,7 +72,8 @@ class ScheduleFree:
     ) -> tuple[Params, ScheduleFreeState]:
         updates, rms = self._rms.update(grads, state.rms)
         y = self.gradient_at(params, state)
-        z = base.apply(state.z, updates, learning_rate, self._config.weight_decay, self._decays, decayed=y)
+        decay = self._config.weight_decay
+        z = base.apply(state.z, updates, learning_rate, decay, self._decays, self._scales, decayed=y)
         max_rate = jnp.maximum(state.max_rate, learning_rate)
         weight = state.weight + max_rate**2
         share = jnp.where(weight > 0, max_rate**2 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), 0)

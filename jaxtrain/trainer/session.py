@@ -31,6 +31,7 @@ from jaxtrain.interfaces import AttentionModel, ClippableModel, EightBitModel, J
 from jaxtrain.losses.cached import Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
+from jaxtrain.optim import base as optim
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.trainer import compatibility, compiler_options, open_data, scheduled, state, tuning
@@ -403,7 +404,7 @@ def make_components(
         if not isinstance(model, EightBitModel):
             raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
         model = model.in_fp8()
-    optimizer = config.optimizer.build(model.axes, mesh)
+    optimizer = optim.built(config.optimizer, model, mesh)
     qk_clip = getattr(config.optimizer, "qk_clip", None)
     if qk_clip is not None:
         if not isinstance(model, ClippableModel):
