@@ -1,4 +1,7 @@
-"""Lion, Signum, Adan and Adafactor against optax's own."""
+"""Lion, Signum, Adan and Adafactor against optax's own.
+
+The battery is slow for those that differ by one entrywise transformation; tests/optim/test_from_optax.py has Lion's.
+"""
 
 import optax
 import pytest
@@ -8,16 +11,19 @@ from jaxtrain.optim.directions import Adafactor, Adan, Lion, Signum
 from tests.optim.battery import AXES, Battery, assert_trees_close, run, sample
 
 
+@pytest.mark.slow
 class TestLion(Battery):
     config = Lion(learning_rate=0.01, weight_decay=0.1)
     wrong_fields = ({"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)})
 
 
+@pytest.mark.slow
 class TestSignum(Battery):
     config = Signum(learning_rate=0.01, weight_decay=0.1)
     wrong_fields = ({"learning_rate": 0.0}, {"weight_decay": -0.1}, {"momentum": 1.0})
 
 
+@pytest.mark.slow
 class TestAdan(Battery):
     config = Adan(learning_rate=0.01)
     wrong_fields = (*Battery.wrong_fields[:2], {"betas": (0.9, 0.9, 1.0)}, {"epsilon": 0.0})
