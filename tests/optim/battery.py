@@ -61,6 +61,7 @@ def all_finite(tree: Any) -> bool:
 
 class Battery:
     config: Any
+    unused_size = 0  # of placeholders in the state
     sharded_rtol = 1e-5  # of a step, sharded against unsharded
     wrong_fields = ({"learning_rate": 0.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0})
 
@@ -95,7 +96,7 @@ class Battery:
         state = jax.jit(optimizer.init)(params)
         update = jax.jit(optimizer.update, donate_argnums=(1, 2))
         new_params, new_state = update(gradient, state, params, jnp.float32(0.01))  # an unusable donation warns
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state, params)))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state, params)) if leaf.size > self.unused_size)
         assert jax.tree.structure(new_params) == jax.tree.structure(gradient)
         assert jax.tree.structure(new_state) == jax.tree.structure(optimizer.init(gradient))
 

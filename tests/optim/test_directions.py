@@ -31,6 +31,7 @@ class TestAdan(Battery):
 
 class TestAdafactor(Battery):
     config = Adafactor(min_dim_size_to_factor=8, momentum=0.5, weight_decay=0.1)
+    unused_size = 1
     wrong_fields = (
         *Battery.wrong_fields[:2],
         {"decay_rate": 1.0},
