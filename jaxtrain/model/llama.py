@@ -126,7 +126,7 @@ class LlamaConfig:
             if value is not None and not 1 <= value <= limit:
                 raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.layers is not None:
-            self._check_pattern()
+            self._check_pattern(self.layers)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: each key head "
@@ -150,22 +150,22 @@ class LlamaConfig:
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}='{getattr(self, name)}' is not known. Use one of: {', '.join(allowed)}.")
 
-    def _check_pattern(self) -> None:
+    def _check_pattern(self, layers: str) -> None:
         if self.no_rope_every is not None:
             raise UserError(
-                f"layers='{self.layers}' and no_rope_every={self.no_rope_every}: write 'nope' in the pattern instead, "
+                f"layers='{layers}' and no_rope_every={self.no_rope_every}: write 'nope' in the pattern instead, "
                 "as in '3 global : 1 global nope'."
             )
-        is_local = any(kind.local for kind in self.pattern)
+        is_local = any(kind.local for kind in pattern.parse(layers))
         if is_local != (self.sliding_window is not None):
             fix = "set it to the tokens that local layers see" if is_local else "remove it, or make some layers local"
-            raise UserError(f"layers='{self.layers}' with sliding_window={self.sliding_window}: {fix}.")
+            raise UserError(f"layers='{layers}' with sliding_window={self.sliding_window}: {fix}.")
 
     @property
     def pattern(self) -> tuple[Kind, ...]:
         """The kinds of the layers of one period."""
         if self.layers is not None:
-            return pattern.parse(self.layers)
+            return pattern.shortest(pattern.parse(self.layers)[: self.num_layers])
         kinds = [Kind(local=self.sliding_window is not None)] * self.num_layers
         if self.no_rope_every is not None:
             for layer in range(self.no_rope_every - 1, self.num_layers, self.no_rope_every):
@@ -274,7 +274,7 @@ class Llama(BaseModel):
         self, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array
     ) -> Hidden:
         implementation = self.attention_choice(*tokens_BT.shape).name
-        shape = self._attention_shape(*tokens_BT.shape, self._pattern[0])
+        shape = self._attention_shape(*tokens_BT.shape, kind=self._pattern[0])
         documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
         def attend_with(kind: Kind, _: None) -> Attend:
