@@ -107,7 +107,7 @@ def test_clipping_leaves_the_threshold():
 
 @pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}], ids=str)
 def test_scan_and_remat_change_nothing(changes):
-    config = dataclasses.replace(TINY, num_layers=3)
+    config = dataclasses.replace(TINY, num_layers=3, layers="1 local : 1 global nope", sliding_window=5)
     params = config.build(50, None).init(jax.random.key(0))
 
     def top(config):

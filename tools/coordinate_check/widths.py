@@ -92,8 +92,8 @@ def components(config: LlamaConfig, optimizer: Any) -> StepComponents:
 def moves(config: LlamaConfig, optimizer: Any, steps: int, batch_size: int = 4, seq_len: int = 64) -> Moves:
     """How far each step has moved the activations from the beginning, as a root mean square over all coordinates.
 
-    The head begins at zero (Tensor Programs V, section D.2): what a random one makes of moving hidden states shrinks with
-    the root of the width. So the layers begin to move at the second step.
+    The head begins at zero (Tensor Programs V, section D.2): what a random one makes of moving hidden states shrinks
+    with the root of the width. So the layers begin to move at the second step.
     """
     parts, batch = components(config, optimizer), next(batches(batch_size, seq_len))
     step = lower_train_step(parts, batch_size, seq_len, 1).compile()
