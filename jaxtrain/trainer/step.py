@@ -105,7 +105,7 @@ class StepComponents:
         options: XLA options for all programs.
         losses: Builds `loss` and `distilled` with other chunks (positions); None if the loss has no `chunk_tokens`.
         spikes: When a step is a spike; None to compare nothing.
-        qk_clip: The largest attention logit that a step leaves, of a ClippableModel; None for any.
+        qk_clip: The largest attention logit that a step leaves; None for any. `model` is a ClippableModel, then.
     """
 
     model: Model
@@ -184,9 +184,9 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         micro_batches: Number of micro-batches.
     """
 
-    watching = components
-    if components.qk_clip is not None:
-        watching = dataclasses.replace(components, model=components.model.watching_logits())
+    model: Any = components.model
+    clips = components.qk_clip is not None
+    watching = dataclasses.replace(components, model=model.watching_logits()) if clips else components
 
     def step(
         state: State,
@@ -215,8 +215,8 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
             keeps = finite & ~found["spike"] if components.spikes.skips else finite
             watched = (found,)
         new = optimizer.update(grads, opt, params, learning_rate)
-        if components.qk_clip is not None:
-            new = (components.model.clip_logits(new[0], max_logits, components.qk_clip), new[1])
+        if clips:
+            new = (model.clip_logits(new[0], max_logits, components.qk_clip), new[1])
         # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
         apply = keeps & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))

@@ -74,7 +74,7 @@ def test_every_mesh_gives_what_one_device_gives(sizes):
 def batch(vocab=50):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab, (4, 16)).astype(np.int32)
-    return tokens, np.ones_like(tokens), np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    return jnp.asarray(tokens), jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), tokens.shape)
 
 
 def test_clipping_leaves_the_threshold():

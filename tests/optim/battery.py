@@ -165,7 +165,7 @@ class Battery:
             (tree_shardings(mesh, AXES), tree_shardings(mesh, state_axes(optimizer, AXES, sample(0))))
             for mesh, optimizer in zip(meshes, optimizers, strict=True)
         ]
-        saved = dict(zip(("params", "opt"), jax.device_put((params, opt), layouts[0]), strict=True))
+        saved: dict[str, Any] = dict(zip(("params", "opt"), jax.device_put((params, opt), layouts[0]), strict=True))
         checkpointer = CheckpointConfig().build(tmp_path)
         checkpointer.save(1, saved, {})
         checkpointer.wait()

@@ -33,10 +33,10 @@ COMMAND = Command(
         Flag(
             name="learning_rates",
             type=tuple[float, ...],
-            default=(1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256),
+            default=(1e-3, 3e-3, 1e-2, 3e-2, 0.1),
             help="peak rates of the base width",
         ),
-        Flag(name="steps", type=int, default=120, help="updates"),
+        Flag(name="steps", type=int, default=100, help="updates"),
         Flag(name="batch_size", type=int, default=4, help="rows"),
         Flag(name="seq_len", type=int, default=128, help="tokens of a row"),
     ),

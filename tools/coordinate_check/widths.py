@@ -95,7 +95,7 @@ def moves(config: LlamaConfig, optimizer: Any, steps: int, batch_size: int = 4, 
     The head begins at zero (Tensor Programs V, section D.2): what a random one makes of moving hidden states shrinks
     with the root of the width. So the layers begin to move at the second step.
     """
-    parts, batch = components(config, optimizer), next(batches(batch_size, seq_len))
+    parts, batch = components(config, optimizer), jax.device_put(next(batches(batch_size, seq_len)))
     step = lower_train_step(parts, batch_size, seq_len, 1).compile()
     depths = [dataclasses.replace(config, num_layers=depth).build(VOCAB, parts.mesh) for depth in range(1, LAYERS + 1)]
 
