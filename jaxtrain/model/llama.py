@@ -308,7 +308,7 @@ class Llama(BaseModel):
         if self.mesh is not None:
             # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
             # device's rows. Neither the table nor its gradient is ever gathered.
-            columns = NamedSharding(self.mesh, PartitionSpec("data", "context" if split else None, "fsdp"))
+            columns = NamedSharding(self.mesh, PartitionSpec(("data", "expert"), "context" if split else None, "fsdp"))
             x = jax.lax.with_sharding_constraint(x, columns)
         x = x.reshape(-1, x.shape[-1]) if flat else x
         return sharding.constrain(x, self.mesh, activation_axes(x))
@@ -403,7 +403,7 @@ class Llama(BaseModel):
         return attention.Shape(
             platform=device.platform,
             compute_capability=None if capability is None else tuple(int(n) for n in str(capability).split(".")),
-            rows=max(1, batch_size // (ways["data"] * ways["fsdp"])),
+            rows=max(1, batch_size // (sharding.batch_ways(ways))),
             seq_len=seq_len,
             num_heads=heads,
             num_kv_heads=kv_heads,
