@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, any extra output, such as the layer's key/value cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Rope = tuple[jax.Array, jax.Array]  # rope.tables; None for a layer without rotary positions
 
 
 class Norm(nnx.Module):
@@ -110,13 +111,15 @@ class Attention(nnx.Module):
         self.k_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
-        shape_BT = rope[0].shape[:2]
+    def __call__(
+        self, x: jax.Array, shape_BT: tuple[int, ...], rope: Rope | None, attend: Attend
+    ) -> tuple[jax.Array, Any]:
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
-        platform = platform_of(self.q.mesh)
-        y_BTHh, extra = attend(rotate(q_BTHh, *rope, platform), rotate(k_BTKh, *rope, platform), v_BTKh)
+        if rope is not None:
+            q_BTHh, k_BTKh = (rotate(x, *rope, platform_of(self.q.mesh)) for x in (q_BTHh, k_BTKh))
+        y_BTHh, extra = attend(q_BTHh, k_BTKh, v_BTKh)
         return self.o.from_heads(y_BTHh, x.ndim), extra
 
 
@@ -144,8 +147,10 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, mesh, rngs, fp8)
         self.mesh = mesh
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
-        y, extra = self.attention(self.attention_norm(x), rope, attend)
+    def __call__(
+        self, x: jax.Array, shape_BT: tuple[int, ...], rope: Rope | None, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        y, extra = self.attention(self.attention_norm(x), shape_BT, rope, attend)
         x = constrain(x + y, self.mesh, activation_axes(x))
         return constrain(x + self.mlp(self.mlp_norm(x)), self.mesh, activation_axes(x)), extra
 
