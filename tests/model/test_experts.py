@@ -15,6 +15,7 @@ from jaxtrain.errors import UserError
 from jaxtrain.model import experts as module
 from jaxtrain.model.experts import Experts, MixtureOfExperts, losses_and_metrics
 from jaxtrain.model.llama import LlamaConfig
+from tests.model.test_llama import VOCAB, packed_batch, random_params
 
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2, dtype="float32")
 EXPERTS = Experts(num_experts=8, experts_per_token=3, intermediate_size=12)
@@ -157,3 +158,100 @@ def test_losses_and_metrics():
 def test_refuses(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         dataclasses.replace(EXPERTS, **changes).check()
+
+
+# ---- Models with experts
+
+MIXED = dataclasses.replace(
+    CONFIG,
+    num_layers=4,
+    layers="1 global : 1 global experts",
+    experts=dataclasses.replace(EXPERTS, num_experts=4, experts_per_token=2, shared_size=10),
+    remat="none",
+)
+
+
+def loss_and_grads(config, mesh=None):
+    """Of logits and auxiliary losses, with padding."""
+    model = config.build(VOCAB, mesh)
+    params = random_params(model)
+    tokens, segments, positions = packed_batch()
+    segments[3, 15:] = 0
+    batch = (tokens, segments, positions)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.tree_shardings(mesh, model.axes))
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+
+    def loss(params):
+        x_BTD, losses, metrics = model.hidden(params, *batch)
+        targets = jnp.roll(batch[0], -1, axis=1)
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(x_BTD @ model.head(params)), targets[..., None], axis=-1)
+        return jnp.mean(nats[..., 0], where=batch[1] != 0) + sum(losses.values()), (losses, metrics)
+
+    return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return loss_and_grads(MIXED)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_every_mesh_gives_the_models_loss_and_gradients(mesh, mixed):
+    assert_close(loss_and_grads(MIXED, MeshConfig(**({"fsdp": 1} | mesh)).build()), mixed, 5e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remat": "full"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param({"scan_layers": False, "remat": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_remat_and_scan_change_nothing(changes, mixed):
+    assert_close(loss_and_grads(dataclasses.replace(MIXED, **changes)), mixed, 1e-5)
+
+
+def test_stacks_and_counts():
+    model = MIXED.build(VOCAB, None)
+    assert model.stacks == {"layers": [0, 2], "expert_layers": [1, 3]}
+    assert model.shapes["expert_layers"]["mlp"]["gate"].shape == (2, 4, 16, 12)
+    one = 3 * 16 * 12
+    assert model.num_params_non_embedding - model.num_active_params == 2 * (4 - 2) * one
+    every = dataclasses.replace(MIXED, layers=None).build(VOCAB, None)
+    assert every.stacks == {"expert_layers": [0, 1, 2, 3]}
+    more = dataclasses.replace(MIXED.experts, num_experts=8)
+    assert dataclasses.replace(MIXED, experts=more).build(VOCAB, None).flops_per_token(32) == pytest.approx(
+        model.flops_per_token(32) + 6 * 2 * 16 * 4  # more columns of the routers
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "1 global"}, "write which layers have them"),
+        ({"experts": None}, "set experts"),
+        ({"experts": dataclasses.replace(EXPERTS, experts_per_token=0)}, "experts_per_token=0"),
+    ],
+)
+def test_experts_and_the_pattern_agree(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MIXED, **changes).build(VOCAB, None)
+
+
+def test_generation_with_a_cache_is_recomputation():
+    model = MIXED.build(VOCAB, None)
+    params = random_params(model)
+    tokens = packed_batch(2, 12)[0]
+    start = np.array([0, 3])
+    prefill, decode = jax.jit(model.prefill, static_argnums=3), jax.jit(model.decode_one)
+    x_BD, cache = prefill(params, tokens[:, :8], start, 12)
+    for slot in range(8, 13):
+        real = (np.arange(slot)[None] >= start[:, None]).astype(np.int32)
+        positions = np.maximum(np.arange(slot)[None] - start[:, None], 0)
+        want = jax.jit(model.hidden)(params, tokens[:, :slot], real, positions).x[:, -1] if slot in (8, 12) else x_BD
+        np.testing.assert_allclose(x_BD, want, rtol=0, atol=1e-5)
+        if slot < 12:
+            x_BD, cache = decode(params, tokens[:, slot], np.int32(slot), start, cache)
