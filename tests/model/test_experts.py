@@ -150,6 +150,19 @@ def test_losses_and_metrics():
     assert metrics["expert_dropped"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parity
+def test_the_load_balance_loss_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    params, x, real, _ = random_arrays(skew=0.4)
+    logits = (x @ params["router"]).astype(np.float32)
+    ids = jnp.where(real[..., None], jax.lax.top_k(logits, 3)[1], 8)
+    got = module._statistics(EXPERTS, jnp.asarray(logits), ids, jnp.asarray(real))["balance"]
+    flat = torch.tensor(logits.reshape(-1, 8))
+    want = mixtral.load_balancing_loss_func((flat,), 8, 3, torch.tensor(real))
+    assert got == pytest.approx(float(want), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"experts_per_token": 9}, {"num_experts": 0}, {"balance_loss": -1.0}, {"z_loss": float("nan")}],
