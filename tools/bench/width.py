@@ -36,9 +36,9 @@ COMMAND = Command(
             default=(1e-3, 3e-3, 1e-2, 3e-2, 0.1),
             help="peak rates of the base width",
         ),
-        Flag(name="steps", type=int, default=100, help="updates"),
-        Flag(name="batch_size", type=int, default=4, help="rows"),
-        Flag(name="seq_len", type=int, default=128, help="tokens of a row"),
+        Flag(name="steps", type=int, default=120, help="updates"),
+        Flag(name="batch_size", type=int, default=8, help="rows"),
+        Flag(name="seq_len", type=int, default=64, help="tokens of a row"),
     ),
     config="none",
 )
