@@ -32,10 +32,10 @@ def test_equals_optax():
     )
     theirs = schedule_free(plain, lambda count: jnp.array(rates)[count - 1], b1=0.8)
     state, their_params = jax.jit(optimizer.init)(params), sample(0)
-    their_state = theirs.init(their_params)
+    their_state, their_update = theirs.init(their_params), jax.jit(theirs.update)
     for seed, rate in enumerate(rates, start=1):
         params, state = jax.jit(optimizer.update)(sample(seed), state, params, jnp.float32(rate))
-        updates, their_state = theirs.update(sample(seed), their_state, their_params)
+        updates, their_state = their_update(sample(seed), their_state, their_params)
         their_params = optax.apply_updates(their_params, updates)
         assert_trees_close(params, schedule_free_eval_params(their_state, their_params), rtol=1e-4, atol=1e-5)
         assert_trees_close(optimizer.gradient_at(params, state), their_params, rtol=1e-4, atol=1e-5)
@@ -43,9 +43,9 @@ def test_equals_optax():
 
 def test_with_equal_rates_it_is_the_mean_of_all_iterates():
     optimizer, params = ScheduleFreeAdamW().build(AXES), sample(0)
-    state, seen = optimizer.init(params), []
+    state, seen, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for seed in range(1, 5):
-        params, state = optimizer.update(sample(seed), state, params, jnp.float32(0.1))
+        params, state = update(sample(seed), state, params, jnp.float32(0.1))
         seen.append(state.z)
     mean = jax.tree.map(lambda *z: np.mean(z, axis=0), *seen)
     assert_trees_close(params, mean, rtol=1e-5, atol=1e-6)
