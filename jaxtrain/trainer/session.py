@@ -37,7 +37,7 @@ from jaxtrain.trainer import compatibility, compiler_options, open_data, schedul
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
-from jaxtrain.trainer.spikes import SpikeRule, SpikeWatch
+from jaxtrain.trainer.spikes import THRESHOLD, SpikeRule, SpikeWatch
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 from jaxtrain.trainer.tasks import TaskEvaluator
 
@@ -233,11 +233,11 @@ class Session:
         )
         return Feed(batches, mesh, lanes, data.num_lanes)
 
-    def watch(self) -> SpikeWatch | None:
-        """Follows the run's steps from its start on; None if they are not compared."""
-        if self.components.spikes is None:
-            return None
-        return SpikeWatch(self, self.components.spikes, self._saved_spikes, self._lane_states)
+    def watch(self) -> SpikeWatch:
+        """Follows the run's steps from its start on."""
+        in_step = self.components.spikes is not None
+        rule = self.components.spikes or SpikeRule(self.config.spike_window, THRESHOLD, skips=False)
+        return SpikeWatch(self, rule, in_step, self._saved_spikes, self._lane_states)
 
     def addresses(self, step: int, states: Mapping[int, np.ndarray]) -> list[tuple[int, int, Spans]]:
         """(row of the batch, source, documents) of each row of a step on this host.
