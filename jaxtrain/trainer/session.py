@@ -316,21 +316,26 @@ class Session:
             )
             self.evaluators.append(held_out)
         if config.eval.tasks:
-            tasks = TaskEvaluator(
-                config.eval.tasks,
-                config.eval.task_limit,
-                self._tasks_folder,
-                self.tokenizer,
-                config.data.add_bos,
-                components,
-                (self.eval_plan or self.plan).stages[-1].batch_size,
-                lambda documents: self.programs.tasks(documents).executable,
-            )
-            self.evaluators.append(tasks)
-            self.programs.add_tasks(*tasks.shape)
+            self.add_tasks()
         with monitor.span("compile"):
             self.programs.settle(first, self.start_step + 1)
         return restored
+
+    def add_tasks(self) -> None:
+        """Reads the questions of `eval.tasks`, which then belong to every evaluation. Raises as `TaskEvaluator`."""
+        config = self.config
+        tasks = TaskEvaluator(
+            config.eval.tasks,
+            config.eval.task_limit,
+            self._tasks_folder,
+            self.tokenizer,
+            config.data.add_bos,
+            self.components,
+            (self.eval_plan or self.plan).stages[-1].batch_size,
+            lambda documents: self.programs.tasks(documents).executable,
+        )
+        self.evaluators.append(tasks)
+        self.programs.add_tasks(*tasks.shape)
 
     def _load_teacher(self) -> None:
         if self._frozen is not None:

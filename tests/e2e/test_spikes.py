@@ -46,9 +46,9 @@ def named(spike: dict[str, Any]) -> set[tuple[int, int]]:
     }
 
 
-def addresses(spike: dict[str, Any]) -> set[tuple[str, int, int]]:
-    """(file, row, tokens) of all documents of the step."""
-    return {(document["file"], document["row"], document["tokens"]) for document in spike["documents"]}
+def tokens_of(spike: dict[str, Any]) -> dict[tuple[str, int], int]:
+    """(file, row) → tokens of all documents of the step."""
+    return {(document["file"], document["row"]): document["tokens"] for document in spike["documents"]}
 
 
 def list_of(run: Run) -> dict[str, Any]:
@@ -95,9 +95,13 @@ def test_planted_documents_are_named_and_their_updates_skipped(make_run: MakeRun
     host.kill()
     host("--config.spike_threshold=none")
     assert host.steps()[-1]["fingerprint"] == run.steps()[-1]["fingerprint"]
-    seen = {spike["step"]: addresses(spike) for spike in spikes_of(host)}
+    seen = {spike["step"]: tokens_of(spike) for spike in spikes_of(host)}
     for spike in found:
-        assert seen[spike["step"]] == addresses(spike)
+        # The step counts tokens with a loss. The last one of a document has none.
+        differ = {seen[spike["step"]][address] - tokens for address, tokens in tokens_of(spike).items()}
+        assert differ <= {0, 1}
+        rest = seen[spike["step"]].keys() - tokens_of(spike).keys()
+        assert {seen[spike["step"]][address] for address in rest} <= {1}
     # A resume compares with the same steps.
     killed = make_run("killed", config=SPIKES).start()
     assert killed.wait_for_step(36), killed.output
