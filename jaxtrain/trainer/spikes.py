@@ -238,7 +238,7 @@ def _ranked(documents: list[Json], usual: tuple[float, float] | None) -> tuple[l
 
     The mean loss of few tokens says little, so each shrinks toward the usual loss as if _PRIOR_TOKENS more had that.
     Those stand out, at most half, without which the step's loss is no spike, and those almost as far out. If the
-    gradient norm alone is one: those whose loss is far above the other documents' and a spike for a step.
+    gradient norm alone is one: those whose loss is far above the other documents' and above the usual.
 
     Args:
         documents: at least one, each with its mean `loss` and its `tokens`.
@@ -257,7 +257,8 @@ def _ranked(documents: list[Json], usual: tuple[float, float] | None) -> tuple[l
     needed = 0 if 2 * needed > len(order) else needed
     middle = np.median(shrunk)
     spread = max(_SIGMA * np.median(np.abs(shrunk - middle)), _LEAST_SPREAD * abs(middle))
-    least = max(middle + _DOCUMENT_THRESHOLD * spread, limit if usual else -math.inf)
+    # While the loss falls fast, a spike for a step is too much to ask.
+    least = max(middle + _DOCUMENT_THRESHOLD * spread, min(limit, 1.5 * median) if usual else -math.inf)
     if needed:
         least = max(least, (median + shrunk[needed - 1]) / 2)
     return [documents[at] for at in order], max(needed, int((shrunk > least).sum()))

@@ -162,19 +162,32 @@ def test_a_signal_and_the_most_rewinds(make_run: MakeRun, rewound: Run) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("mode", "count"), [("stream", 500), ("download", 60), ("pretokenized", 60)])
+@pytest.mark.parametrize(
+    ("mode", "count", "others", "length"),
+    [("stream", 500, 23, 10), ("download", 60, 39, 20), ("pretokenized", 60, 39, 20)],
+)
 def test_many_planted_documents(
-    datasets: LoopbackHub, make_run: MakeRun, tokenizer: pathlib.Path, mode: str, count: int
+    datasets: LoopbackHub,
+    make_run: MakeRun,
+    tokenizer: pathlib.Path,
+    mode: str,
+    count: int,
+    others: int,
+    length: int,
 ) -> None:
-    """How many documents of random characters are named, on two processes that are killed twice."""
+    """How many documents of random characters are named, on two processes that are killed twice.
+
+    Each has `others` documents beside it, of `length` words.
+    """
     rng = random.Random(0)
     files, bad = {}, set()
     # Other documents are parts of one text, which is soon learned; random characters never are.
     words = documents(50, 1, words=30)[0].split()[:40] * 3
+    rows = count // 4 * (others + 1)
     for file in range(4):
-        texts = [" ".join(words[at : at + 10]) for at in (rng.randrange(40) for _ in range(6 * count))]
-        for row in rng.sample(range(6 * count), count // 4):
-            texts[row] = "".join(chr(rng.randrange(0x21, 0x7F)) for _ in range(30))
+        texts = [" ".join(words[at : at + length]) for at in (rng.randrange(40) for _ in range(rows))]
+        for row in rng.sample(range(rows), count // 4):
+            texts[row] = "".join(chr(rng.randrange(0x21, 0x7F)) for _ in range(3 * length))
             bad.add((file, row))
         files[f"data/train-{file}.parquet"] = parquet_bytes(texts, row_group_size=50)
     datasets.commit(f"spikes/{count}", files)
@@ -193,5 +206,6 @@ def test_many_planted_documents(
     assert run.wait(1200) == 0, run.output
     found = set().union(*(named(spike) for spike in spikes_of(run)))
     print(f"{mode}: {len(found & bad)} of {len(bad)} named, {len(found - bad)} others")
-    assert len(found & bad) > 0.9 * len(bad)
-    assert len(found - bad) < 0.1 * len(bad)
+    # Those in the first half window, and few tokens among many, make no spike.
+    assert len(found & bad) > 0.8 * len(bad)
+    assert len(found - bad) < 0.02 * len(bad) + 10
