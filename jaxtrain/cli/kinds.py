@@ -25,6 +25,7 @@ BUILT_IN = {
     "llama": "jaxtrain.model.llama:LlamaConfig",
     "linear_rope_scaling": "jaxtrain.model.rope:LinearRopeScaling",
     "llama3_rope_scaling": "jaxtrain.model.rope:Llama3RopeScaling",
+    "yarn_rope_scaling": "jaxtrain.model.rope:YarnRopeScaling",
     "cross_entropy": "jaxtrain.losses.cross_entropy:CrossEntropy",
     "distillation": "jaxtrain.losses.distillation:Distillation",
     "forward_kl": "jaxtrain.losses.divergences:ForwardKL",

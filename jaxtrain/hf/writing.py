@@ -103,30 +103,48 @@ def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | No
 
 
 def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, progress: bool) -> None:
-    # Per file: each tensor with its parameter and its layer in that parameter.
-    files: list[list[tuple[families.Tensor, Any, int | None]]] = [[]]
-    room = SHARD_BYTES
+    kind = families.family_of(model.config)
+    # By name: the parts of each tensor, with their parameter and their layer in it.
+    tensors: dict[str, list[tuple[families.Tensor, Any, int | None]]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = tuple(key.key for key in path)
-        stacked = names[0] == "layers"
-        size = dtype.itemsize * leaf.size // (leaf.shape[0] if stacked else 1)
-        for layer, tensor in enumerate(families.tensors(names, model.config.num_layers)):
-            if size > room and files[-1]:
-                files.append([])
-                room = SHARD_BYTES
-            files[-1].append((tensor, leaf, layer if stacked else None))
-            room -= size
+        for layer, tensor in enumerate(families.tensors(names, kind, model)):
+            part = (tensor, leaf, layer if names[0] in model.stacks else None)
+            tensors.setdefault(tensor.name, []).append(part)
+    files: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, parts in tensors.items():
+        size = sum(dtype.itemsize * leaf.size // (1 if at is None else leaf.shape[0]) for _, leaf, at in parts)
+        if size > room and files[-1]:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(name)
+        room -= size
     weight_map: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
+    for number, names in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        arrays = {tensor.name: _array(tensor, leaf, layer, model, dtype) for tensor, leaf, layer in tensors}
+        arrays = {
+            name: _joined([(part[0].part, _array(*part, model, dtype)) for part in tensors[name]]) for name in names
+        }
         # transformers requires this metadata.
         save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _joined(parts: list[tuple[families.Part | None, np.ndarray]]) -> np.ndarray:
+    """A tensor of its parts' rows."""
+    first, array = parts[0]
+    if first is None:
+        return array
+    whole = np.empty((first.rows, *array.shape[1:]), array.dtype)
+    for part, array in parts:
+        assert part is not None
+        whole[part.of(np.arange(len(array)))] = array
+    return whole
 
 
 def _array(tensor: families.Tensor, leaf: Any, layer: int | None, model: Llama, dtype: np.dtype) -> np.ndarray:
