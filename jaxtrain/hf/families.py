@@ -15,6 +15,7 @@ import numpy as np
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model
 from jaxtrain.model import pattern
+from jaxtrain.model.experts import Experts
 from jaxtrain.model.layers import ACTIVATIONS
 from jaxtrain.model.llama import MOST_LAYERS, Llama, LlamaConfig
 from jaxtrain.model.pattern import Kind
@@ -35,6 +36,7 @@ class Family:
         windows: whether "no", "all" or any number of its layers ("some") may have a sliding window.
         tensors: its names of a layer's tensors, where they are not Llama's.
         divides: whether transformers requires that heads divide the width.
+        experts: its keys for the number and the width of experts; None for dense models.
     """
 
     architecture: str
@@ -46,6 +48,7 @@ class Family:
     windows: str = "no"
     tensors: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
     divides: bool = False
+    experts: tuple[str, str] | None = None
 
 
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -181,6 +184,44 @@ FAMILIES = {
         divides=True,
     ),
 }
+FAMILIES |= {
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _COMMON
+        | {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+        },
+        (_NONE,),
+        windows="all",
+        experts=("num_local_experts", "intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _COMMON
+        | _QWEN
+        | {
+            "num_key_value_heads": 4,
+            "max_window_layers": 0,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": False,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.001,
+        },
+        (_NONE, _ATTENTION),
+        options={"qk_norm": True},
+        windows="some",
+        experts=("num_experts", "moe_intermediate_size"),
+    ),
+}
 # transformers has separate rotary settings for the local and the global layers of these.
 _ROPE_BY_KIND = ("gemma3_text", "olmo3")
 # GPT-NeoX's names of the keys that others name as Llama does.
@@ -191,11 +232,15 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 _TYPES: dict[str, type] = {
     **dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int),
     **dict.fromkeys(("sliding_window", "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), int),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size"), int),
+    "decoder_sparse_step": int,
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), float),
+    "norm_topk_prob": bool,
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"), float),
     **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), float),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool),
     **dict.fromkeys(("use_parallel_residual", "use_bidirectional_attention"), bool),
-    **dict.fromkeys(("no_rope_layers", "layer_types"), list),
+    **dict.fromkeys(("no_rope_layers", "layer_types", "mlp_only_layers"), list),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
 }
 _ROPE_TYPES: dict[str, type] = {
@@ -284,6 +329,7 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
         )
     if kind == "phi3" and scaling is not None:
         raise UserError(f"{where}: rope_type='yarn' of phi3 means longrope to transformers, which is not supported.")
+    experts, has_experts = _experts(known, family, where)
     kv_heads = known.get("num_key_value_heads") if kind != "gpt_neox" else None
     scalar, head_dim = known.get("query_pre_attn_scalar"), known.get("head_dim")
     config = LlamaConfig(
@@ -297,7 +343,8 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
         rope_theta=theta,
         rope_scaling=scaling,
         rope_local_base_freq=local_base,
-        **_layers(kind, family, known, where),
+        **_layers(kind, family, known, has_experts, where),
+        experts=experts,
         norm_eps=known["rms_norm_eps"],
         hidden_act=_ACTIVATIONS[known[act_key]],
         tie_embeddings=known["tie_word_embeddings"],
@@ -324,6 +371,34 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     except UserError as error:
         raise UserError(f"{where}: config.json describes an invalid model. {error}") from error
     return config, known["vocab_size"]
+
+
+def _experts(known: Json, family: Family, where: str) -> tuple[Experts | None, list[bool]]:
+    """The experts, and whether each layer has them."""
+    layers = known["num_hidden_layers"]
+    if family.experts is None:
+        return None, [False] * layers
+    key, width = family.experts
+    # Each is an alias of the other.
+    number = known.get("num_experts" if key == "num_local_experts" else "num_local_experts", known[key])
+    if noise := known.get("router_jitter_noise"):
+        raise UserError(f"{where}: router_jitter_noise={noise} is not supported; routers have no noise.")
+    # Classes without these keys ignore them.
+    mine = known if "decoder_sparse_step" in family.defaults else {}
+    every, dense = mine.get("decoder_sparse_step", 1), mine.get("mlp_only_layers") or ()
+    if every < 1:
+        raise UserError(f"{where}: decoder_sparse_step={every} in config.json must be at least 1.")
+    has = [number > 0 and i not in dense and (i + 1) % every == 0 for i in range(layers)]
+    if not any(has):
+        return None, has
+    return Experts(
+        num_experts=number,
+        experts_per_token=known["num_experts_per_tok"],
+        intermediate_size=known[width],
+        normalize=mine.get("norm_topk_prob", True),
+        balance_loss=known["router_aux_loss_coef"],
+        z_loss=0.0,
+    ), has
 
 
 def _partial(known: Json, rope: Json) -> float:
@@ -383,25 +458,25 @@ def _rope_by_kind(known: Json, where: str) -> tuple[float, RopeScaling | None, f
     return theta, scaling, local_theta
 
 
-def _layers(kind: str, family: Family, known: Json, where: str) -> Json:
-    """The fields of LlamaConfig that say which layers have a window and which have no rotary positions."""
+def _layers(kind: str, family: Family, known: Json, has_experts: list[bool], where: str) -> Json:
+    """The fields of LlamaConfig that say which layers have a window, no rotary positions or experts."""
     layers, window, types = known["num_hidden_layers"], known.get("sliding_window"), known.get("layer_types")
     rotates, every = [True] * layers, None
     if family.no_rope:
         rotates = _rotates(known, where)
         every = layers if all(rotates) else rotates.index(False) + 1
         every = every if not all(rotates) and rotates == [(i + 1) % every != 0 for i in range(layers)] else None
-    enabled = window is not None and (
-        kind not in ("qwen2", "qwen3", "smollm3") or known.get("use_sliding_window", False)
-    )
+    switched = kind in ("qwen2", "qwen3", "qwen3_moe", "smollm3")
+    enabled = window is not None and (not switched or known.get("use_sliding_window", False))
     if family.windows == "no":
         slides = [False] * layers
     elif family.windows == "all":
         slides = [enabled] * layers
     elif kind == "smollm3":  # the layers without rotary positions
         slides = [enabled and not rotate for rotate in rotates]
-    elif kind in ("qwen2", "qwen3"):
-        slides = [enabled and i >= known["max_window_layers"] for i in range(layers)]
+    elif switched:
+        first = 0 if kind == "qwen3_moe" else known["max_window_layers"]  # whose class ignores it
+        slides = [enabled and i >= first for i in range(layers)]
     else:
         slides = [(i + 1) % known["sliding_window_pattern"] != 0 for i in range(layers)]
     if types is not None and family.windows != "no":
@@ -417,8 +492,8 @@ def _layers(kind: str, family: Family, known: Json, where: str) -> Json:
         slides = named
     if any(slides) and not enabled:
         raise UserError(f"{where}: config.json has layers with a sliding window, and sliding_window=None.")
-    kinds = [Kind(local, rotary) for local, rotary in zip(slides, rotates, strict=True)]
-    is_simple = len(set(slides)) == 1 and (every is not None or all(rotates))
+    kinds = [Kind(*which) for which in zip(slides, rotates, has_experts, strict=True)]
+    is_simple = len(set(slides)) == 1 and (every is not None or all(rotates)) and len(set(has_experts)) == 1
     return {
         "sliding_window": window if any(slides) else None,
         "no_rope_every": every if is_simple else None,
@@ -456,7 +531,7 @@ _OPTIONS = (
 SAME_TENSORS = (
     *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "layers", "no_rope_every"),
     *("sliding_window", "norm", "norm_eps", "parallel_residual", "hidden_act", "scale_embeddings"),
-    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "experts"),
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
 
@@ -479,13 +554,14 @@ def family_of(config: LlamaConfig) -> str:
             and (family.no_rope or all(kind.rotary for kind in kinds))
             and (family.windows != "no" or not any(kind.local for kind in kinds))
             and (family.windows != "all" or len({kind.local for kind in kinds}) == 1)
+            and _can_have(family, config)
             and (not family.divides or config.hidden_size % config.num_heads == 0)
             and (kind != "phi3" or config.rope_scaling is None)
             and (kind not in ("phi3", "gpt_neox") or config.resolved_head_dim * config.num_heads == config.hidden_size)
             and (kind != "gpt_neox" or config.num_kv_heads == config.num_heads)
         ):
             return kind
-    names = ("attention_bias", "attention_output_bias", "mlp_bias", *_OPTIONS, "no_rope_every", "layers")
+    names = ("attention_bias", "attention_output_bias", "mlp_bias", *_OPTIONS, "no_rope_every", "layers", "experts")
     asked = [
         f"{name}={getattr(config, name)}"
         for name in (*names, "sliding_window")
@@ -494,6 +570,19 @@ def family_of(config: LlamaConfig) -> str:
     raise UserError(
         f"No architecture of transformers has {', '.join(asked)} together, so this model cannot be exported."
     )
+
+
+def _can_have(family: Family, config: LlamaConfig) -> bool:
+    """Whether a family can have the config's experts, in those layers that have them."""
+    experts = config.experts
+    if experts is None or family.experts is None:
+        return experts is None and family.experts is None
+    if experts.shared_size:
+        return False
+    if family.architecture == "MixtralForCausalLM":
+        is_same = config.intermediate_size == experts.intermediate_size
+        return experts.normalize and is_same and all(kind.experts for kind in config.pattern)
+    return True
 
 
 def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
@@ -508,7 +597,7 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
     family, layers, every = FAMILIES[kind], config.num_layers, config.no_rope_every
     kinds = [config.pattern[i % len(config.pattern)] for i in range(layers)]
     extra: dict[str, Any] = {}
-    if kind not in ("mistral", "qwen2", "phi3"):
+    if kind not in ("mistral", "mixtral", "qwen2", "phi3"):
         extra["attention_bias"] = config.attention_bias
     if kind in ("llama", "smollm3"):
         extra["mlp_bias"] = config.mlp_bias
@@ -516,9 +605,17 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
         extra["sliding_window"] = config.sliding_window
     if family.windows == "some":
         extra["layer_types"] = ["sliding_attention" if kind.local else "full_attention" for kind in kinds]
-    if kind in ("qwen2", "qwen3", "smollm3"):
+    if kind in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         extra["use_sliding_window"] = config.sliding_window is not None
         extra["max_window_layers"] = 0 if config.sliding_window is not None else layers
+    if config.experts is not None:
+        number, width = family.experts or ("", "")
+        extra |= {number: config.experts.num_experts, width: config.experts.intermediate_size}
+        extra["num_experts_per_tok"] = config.experts.experts_per_token
+        extra["router_aux_loss_coef"] = config.experts.balance_loss
+    if kind == "qwen3_moe" and config.experts is not None:
+        extra |= {"norm_topk_prob": config.experts.normalize, "decoder_sparse_step": 1}
+        extra["mlp_only_layers"] = [i for i, kind in enumerate(kinds) if not kind.experts]
     if kind == "smollm3":
         extra["no_rope_layers"] = [int(kind.rotary) for kind in kinds]
         extra["no_rope_layer_interval"] = every or layers + 1
@@ -594,12 +691,14 @@ class Tensor:
 
     Attributes:
         name: name in the safetensors files.
+        index: its place in the parameter: none, (layer,) or (layer, expert).
         transposed: whether it is [out, in] there and [in, out] in jaxtrain.
         vocabulary: whether its first axis there is the vocabulary.
         part: the rows that belong to the parameter, if others share the tensor.
     """
 
     name: str
+    index: tuple[int, ...]
     transposed: bool
     vocabulary: bool = False
     part: Part | None = None
@@ -632,22 +731,49 @@ def frame(kind: str) -> dict[tuple[str, ...], str]:
     return _NEOX_FRAME if kind == "gpt_neox" else _FRAME
 
 
+# By whether the family is Mixtral.
+_EXPERTS = {
+    True: {
+        "router": "block_sparse_moe.gate.weight",
+        **{
+            ours: f"block_sparse_moe.experts.{{}}.{theirs}.weight"
+            for ours, theirs in zip(("gate", "down", "up"), ("w1", "w2", "w3"), strict=True)
+        },
+    },
+    False: {
+        "router": "mlp.gate.weight",
+        **{name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
+    },
+}
+
+
 def tensors(path: tuple[str, ...], kind: str, model: Llama) -> list[Tensor]:
-    """Returns the tensors of a family's checkpoint for the parameter at `path`: one, or one per layer if it is stacked.
+    """Returns the tensors of a family's checkpoint for the parameter at `path`.
 
     Args:
         path: the parameter.
         kind: the family.
         model: the model that has the parameter.
+
+    Returns:
+        One, or one per layer if the parameter is stacked, or per expert of a layer.
     """
-    transposed = path[-1] in ("kernel", "head")
     if path[0] not in model.stacks:
-        return [Tensor(frame(kind)[path], transposed, path[0] != "norm")]
-    names = _LAYER | FAMILIES[kind].tensors
+        return [Tensor(frame(kind)[path], (), path == ("head",), path[0] != "norm")]
+    config, (stack, *inner) = model.config, path
     prefix = "gpt_neox" if kind == "gpt_neox" else "model"
-    part = _part(path[1:], kind, model.config)
+    layers = [f"{prefix}.layers.{layer}." for layer in model.stacks[stack]]
+    if config.experts is None or len(inner) > 2 or inner[0] != "mlp":
+        name, transposed = (_LAYER | FAMILIES[kind].tensors)[tuple(inner)], inner[-1] == "kernel"
+        part = _part(tuple(inner), kind, config)
+        return [Tensor(layer + name, (i,), transposed, part=part) for i, layer in enumerate(layers)]
+    name = _EXPERTS[kind == "mixtral"][inner[-1]]
+    if inner[-1] == "router":
+        return [Tensor(layer + name, (i,), True) for i, layer in enumerate(layers)]
     return [
-        Tensor(f"{prefix}.layers.{layer}.{names[path[1:]]}", transposed, part=part) for layer in model.stacks[path[0]]
+        Tensor(layer + name.format(expert), (i, expert), True)
+        for i, layer in enumerate(layers)
+        for expert in range(config.experts.num_experts)
     ]
 
 

@@ -245,24 +245,24 @@ def _leaf(
     files: _Files, path: tuple[str, ...], shape: Shape, sharding: Sharding, model: Llama, dtype: np.dtype
 ) -> jax.Array:
     tensors = families.tensors(path, files.kind, model)
-    if path[0] not in model.stacks:
+    stacked = len(tensors[0].index)
+    if not stacked:
         return _tensor(files, tensors[0], shape, sharding, model, dtype)
-    of_one_layer = sharding
+    of_one = sharding
     if isinstance(sharding, NamedSharding):
-        assert not sharding.spec or sharding.spec[0] is None, sharding
-        of_one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        of_one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stacked:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    for layer, tensor in enumerate(tensors):
-        one = _tensor(files, tensor, shape[1:], of_one_layer, model, dtype)
-        stack = _put(sharding)(stack, one, layer)
+    for tensor in tensors:
+        one = _tensor(files, tensor, shape[stacked:], of_one, model, dtype)
+        stack = _put(sharding)(stack, one, tensor.index)
         # Otherwise the host reads ahead of the device and holds every layer at once.
         jax.block_until_ready(stack)
     return stack
 
 
 @functools.cache
-def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    return jax.jit(lambda stack, one, layer: stack.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
+def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]:
+    return jax.jit(lambda stack, one, index: stack.at[index].set(one), donate_argnums=0, out_shardings=sharding)
 
 
 def _tensor(

@@ -4,6 +4,7 @@ Modules are built once, abstractly; training uses the plain dict of their parame
 interfaces.py. Activations are [B * T, D] or [B, T, D] ("..D"); every module here accepts both.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtrain.distributed.sharding import Axes, constrain
 from jaxtrain.model import fp8 as eight_bits
 from jaxtrain.model.attention import platform_of
+from jaxtrain.model.experts import Experts, MixtureOfExperts
 from jaxtrain.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -167,34 +169,56 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), by the config with norms after attention and MLP, too or instead.
+    """x + attention(norm(x)), then x + mlp(norm(x)). The MLP may be a mixture of experts, with one for all tokens.
 
-    With a parallel residual it is x + attention(norm(x)) + mlp(norm(x)).
+    By the config the norms come after attention and MLP, too or instead, and the MLP may read what attention reads.
     """
 
-    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
+    def __init__(
+        self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool, experts: Experts | None = None
+    ):
         def norm(position: str) -> Norm | None:
             return Norm(config.hidden_size, "norm", config) if config.norm_position in (position, "both") else None
 
         self.attention_norm, self.attention_post_norm = norm("before"), norm("after")
         self.attention = Attention(config, mesh, rngs, fp8)
         self.mlp_norm, self.mlp_post_norm = norm("before"), norm("after")
-        self.mlp = MLP(config, mesh, rngs, fp8)
+        self.mlp = MLP(config, mesh, rngs, fp8) if experts is None else MixtureOfExperts(config, experts, mesh, rngs)
+        shared = 0 if experts is None else experts.shared_size
+        of_all = dataclasses.replace(config, intermediate_size=shared)
+        self.shared = MLP(of_all, mesh, rngs, fp8) if shared else None
         self.is_parallel = config.parallel_residual
         self.mesh = mesh
 
     def __call__(
-        self, x: jax.Array, shape_BT: tuple[int, ...], rope: Rope | None, attend: Attend
-    ) -> tuple[jax.Array, Any]:
+        self, x: jax.Array, real_BT: jax.Array, rope: Rope | None, attend: Attend
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """Applies the layer.
+
+        Args:
+            x: [B, T, D] or [B * T, D].
+            real_BT: Whether a token is one, not padding.
+            rope: The tables of the positions; None for a layer without.
+            attend: Attention between the heads' projections.
+
+        Returns:
+            x, what `attend` returned besides, and the statistics of the experts, if any.
+        """
+
         def normed(norm: Norm | None, x: jax.Array) -> jax.Array:
             return x if norm is None else norm(x)
 
-        y, extra = self.attention(normed(self.attention_norm, x), shape_BT, rope, attend)
-        attended = x + normed(self.attention_post_norm, y)
-        if not self.is_parallel:
-            x = attended = constrain(attended, self.mesh, activation_axes(x))
-        y = normed(self.mlp_post_norm, self.mlp(normed(self.mlp_norm, x)))
-        return constrain(attended + y, self.mesh, activation_axes(x)), extra
+        y, extra = self.attention(normed(self.attention_norm, x), real_BT.shape, rope, attend)
+        attended = constrain(x + normed(self.attention_post_norm, y), self.mesh, activation_axes(x))
+        read, statistics = normed(self.mlp_norm, x if self.is_parallel else attended), {}
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, statistics = self.mlp(read, real_BT.reshape(x.shape[:-1]))
+        else:
+            y = self.mlp(read)
+        if self.shared is not None:
+            y = y + self.shared(read)
+        x = attended + normed(self.mlp_post_norm, y)
+        return constrain(x, self.mesh, activation_axes(x)), (extra, statistics)
 
 
 class Frame(nnx.Module):

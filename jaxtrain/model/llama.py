@@ -23,9 +23,10 @@ from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
 from jaxtrain.losses.head import SoftCapped
-from jaxtrain.model import attention, fp8, pattern, rope
+from jaxtrain.model import attention, experts, fp8, pattern, rope
 from jaxtrain.model.attention_xla import SAVED
 from jaxtrain.model.base import BaseModel, one_thread_at_a_time
+from jaxtrain.model.experts import Experts
 from jaxtrain.model.layers import ACTIVATIONS, NORMS, Attend, DecoderLayer, Frame, activation_axes
 from jaxtrain.model.pattern import Extras, Kind
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
@@ -51,7 +52,7 @@ def remat_policy(remat: str) -> Any:
         return None
     policies = jax.checkpoint_policies
     named = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED, experts.SAVED)
     )
     # cuDNN's output and statistics have no name: they belong to JAX's function.
     return lambda primitive, *args, **params: (
@@ -82,6 +83,7 @@ class LlamaConfig:
         no_rope_every: Every N-th layer has no rotary positions (4 in SmolLM3); None if all layers have them, or if
             `layers` says which.
         sliding_window: Tokens that a token sees in local layers, including itself (4,096 in Mistral 7B); None for all.
+        experts: The mixtures of experts in place of MLPs, in all layers or in those that `layers` says.
         norm: "rms", "rms_plus_one" (Gemma) or "layer" (Pythia): see layers.NORMS.
         norm_eps: Added to the mean square in norms.
         norm_position: Norms "before" attention and MLP, "after" them (OLMo 2), or "both" (Gemma 2).
@@ -138,6 +140,7 @@ class LlamaConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     scale_embeddings: bool = False
+    experts: Experts | None = dataclasses.field(default=None, metadata={cli.BEFORE: None})
     initializer_std: float = 0.02
     dtype: str = "bfloat16"
     remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
@@ -152,6 +155,10 @@ class LlamaConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= limit:
                 raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
+        if self.experts is not None:
+            self.experts.check()
+            if (self.hidden_act, self.gated_mlp) != ("silu", True):
+                raise UserError(f"hidden_act='{self.hidden_act}', gated_mlp={self.gated_mlp}: experts are SwiGLU.")
         if self.layers is not None:
             self._check_pattern(self.layers)
         if self.num_heads % self.num_kv_heads:
@@ -197,13 +204,17 @@ class LlamaConfig:
         if is_local != (self.sliding_window is not None):
             fix = "set it to the tokens that local layers see" if is_local else "remove it, or make some layers local"
             raise UserError(f"layers='{layers}' with sliding_window={self.sliding_window}: {fix}.")
+        has_experts = any(kind.experts for kind in pattern.parse(layers))
+        if has_experts != (self.experts is not None):
+            fix = "set experts" if has_experts else "write which layers have them, as in '1 global : 1 global experts'"
+            raise UserError(f"layers='{layers}' with experts={self.experts}: {fix}.")
 
     @property
     def pattern(self) -> tuple[Kind, ...]:
         """The kinds of the layers of one period."""
         if self.layers is not None:
             return pattern.shortest(pattern.parse(self.layers)[: self.num_layers])
-        kinds = [Kind(local=self.sliding_window is not None)] * self.num_layers
+        kinds = [Kind(local=self.sliding_window is not None, experts=self.experts is not None)] * self.num_layers
         if self.no_rope_every is not None:
             for layer in range(self.no_rope_every - 1, self.num_layers, self.no_rope_every):
                 kinds[layer] = dataclasses.replace(kinds[layer], rotary=False)
@@ -241,7 +252,7 @@ class Llama(BaseModel):
     """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
-    Layers with other parameters would have stacks of their own (pattern.Kind.stack).
+    Layers with experts are in a stack of their own, "expert_layers" (pattern.Kind.stack).
     """
 
     config: LlamaConfig
@@ -266,6 +277,8 @@ class Llama(BaseModel):
         self._verdicts: dict[attention.Shape, str | None] = {}
         if mesh is not None:
             self._check_heads(mesh)
+        if config.experts is not None:
+            self.experts_per_token = config.experts.experts_per_token
         super().__init__(config, vocab_size, mesh, axes)
 
     def _frame(self, key: jax.Array) -> Frame:
@@ -274,7 +287,8 @@ class Llama(BaseModel):
 
     def _layer(self, kind: Kind, key: jax.Array) -> DecoderLayer:
         """A layer of a kind. Kinds that share a stack have equal parameters."""
-        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key), self.is_fp8)
+        experts = self.config.experts if kind.experts else None
+        return DecoderLayer(self.config, self.mesh, nnx.Rngs(params=key), self.is_fp8, experts)
 
     def _check_heads(self, mesh: Mesh) -> None:
         tensor = mesh.shape["tensor"]
@@ -325,7 +339,11 @@ class Llama(BaseModel):
             return attend
 
         policy = remat_policy(self.config.remat) if self.config.remat != "none" else None
-        return Hidden(self._decode(params, tokens_BT, positions_BT, attend_with, None, policy)[0])
+        real_BT = segment_ids_BT != 0
+        x_BTD, _, statistics = self._decode(params, tokens_BT, positions_BT, real_BT, attend_with, None, policy)
+        if self.config.experts is None:
+            return Hidden(x_BTD)
+        return Hidden(x_BTD, *experts.losses_and_metrics(self.config.experts, statistics))
 
     def head(self, params: Params) -> jax.Array | SoftCapped:
         """The output head, fp32 w_DV. Its padding columns are zero, so their logits must be masked."""
@@ -336,7 +354,8 @@ class Llama(BaseModel):
     def flops_per_token(self, seq_len: int) -> float:
         """Returns 6 FLOPs per weight in a matmul, plus 12 h H per key (PaLM, Chowdhery et al. 2022, appendix B).
 
-        The causal mask leaves half of the keys, a sliding window fewer. The embedding lookup is free.
+        The causal mask leaves half of the keys, a sliding window fewer. Experts that a token does not choose, and the
+        embedding lookup, are free.
         """
         config = self.config
         keys = 0.0
@@ -344,7 +363,7 @@ class Llama(BaseModel):
             seen = min(seq_len, self._window(self._pattern[layer % len(self._pattern)]) or seq_len)
             keys += seen - seen * seen / (2 * seq_len)
         attention_flops = 12 * config.num_heads * config.resolved_head_dim * keys
-        return 6.0 * (self.num_params_non_embedding + self.vocab_size * config.hidden_size) + attention_flops
+        return 6.0 * (self.num_active_params + self.vocab_size * config.hidden_size) + attention_flops
 
     def memory_advice(self) -> tuple[str, ...]:
         return () if self.config.remat in ("auto", "full") else (f"model.remat=full (now {self.config.remat})",)
@@ -357,20 +376,22 @@ class Llama(BaseModel):
         params: Params,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
+        real_BT: jax.Array,
         attend_with: Any,
         extras: Extras | None,
         policy: Any = None,
-    ) -> tuple[jax.Array, Extras]:
+    ) -> tuple[jax.Array, Extras, list[Any]]:
         """Applies embedding, layers and final norm.
 
         Args:
+            real_BT: Whether a token is one, not padding.
             attend_with: Maps a layer's kind and its part of `extras` to its `Attend`. Training needs no extras;
                 generation passes the key/value cache and gets it back.
             extras: A tree for each layer, in the form of `pattern.run`; or None.
             policy: The checkpoint policy of a layer, if the config asks for remat.
 
         Returns:
-            x_BTD, and the extra outputs of all layers' attention.
+            x_BTD, the extra outputs of all layers' attention, and the statistics of those with experts.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         frame = nnx.merge(
@@ -384,7 +405,7 @@ class Llama(BaseModel):
         def layer_of(kind: Kind) -> Any:
             def layer(x: jax.Array, layer_params: Params, extra: Any) -> tuple[jax.Array, Any]:
                 module = nnx.merge(self._layer_graphs[kind.stack], layer_params)
-                return module(x, tokens_BT.shape, rotations[kind], attend_with(kind, extra))
+                return module(x, real_BT, rotations[kind], attend_with(kind, extra))
 
             if config.remat == "none":
                 return layer
@@ -402,7 +423,10 @@ class Llama(BaseModel):
             extras,
             scan=config.scan_layers is not False,
         )
-        return frame.norm(x).reshape(*tokens_BT.shape, -1), extras
+        scanned, rest = extras
+        statistics = [found for _, found in (*scanned, *rest) if found]
+        extras = tuple(extra for extra, _ in scanned), tuple(extra for extra, _ in rest)
+        return frame.norm(x).reshape(*tokens_BT.shape, -1), extras, statistics
 
     def _rotations(self, positions_BT: jax.Array, dtype: jnp.dtype) -> dict[Kind, tuple[jax.Array, jax.Array] | None]:
         """The rotary tables of each kind of layer; None without rotary positions."""
@@ -428,7 +452,7 @@ class Llama(BaseModel):
         if self.mesh is not None:
             # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
             # device's rows. Neither the table nor its gradient is ever gathered.
-            columns = NamedSharding(self.mesh, PartitionSpec("data", "context" if split else None, "fsdp"))
+            columns = NamedSharding(self.mesh, PartitionSpec(("data", "expert"), "context" if split else None, "fsdp"))
             x = jax.lax.with_sharding_constraint(x, columns)
         x = x.reshape(-1, x.shape[-1]) if flat else x
         return sharding.constrain(x, self.mesh, activation_axes(x))
@@ -518,7 +542,7 @@ class Llama(BaseModel):
         return attention.Shape(
             platform=device.platform,
             compute_capability=None if capability is None else tuple(int(n) for n in str(capability).split(".")),
-            rows=max(1, batch_size // (ways["data"] * ways["fsdp"])),
+            rows=max(1, batch_size // (sharding.batch_ways(ways))),
             seq_len=seq_len,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -554,7 +578,8 @@ class Llama(BaseModel):
 
             return attend_and_keep
 
-        x_BTD, cache = self._decode(params, tokens_BT, positions_BT, attend_with, None)
+        real_BT = segment_ids_BT != 0
+        x_BTD, cache, _ = self._decode(params, tokens_BT, positions_BT, real_BT, attend_with, None)
         return x_BTD[:, -1], cache
 
     def decode_one(
@@ -580,7 +605,9 @@ class Llama(BaseModel):
 
             return attend_to_cache
 
-        x_BTD, cache = self._decode(params, token_B[:, None], (slot - start_B)[:, None], with_cache, cache)
+        real_B1 = jnp.ones((len(token_B), 1), bool)
+        positions_B1 = (slot - start_B)[:, None]
+        x_BTD, cache, _ = self._decode(params, token_B[:, None], positions_B1, real_B1, with_cache, cache)
         return x_BTD[:, 0], cache
 
 

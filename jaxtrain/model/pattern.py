@@ -1,8 +1,9 @@
 """A model's layers as a pattern of kinds, repeated over its depth: "5 local : 1 global".
 
-A layer's kind says what sets it apart from the others: its attention and whether it has rotary positions. Layers whose
-kinds have the same parameters are stacked, [L, ...], in the order of the model. The forward pass scans over the repeats
-of the pattern, with one period written out in the loop's body, so compile time does not grow with depth.
+A layer's kind says what sets it apart from the others: its attention, whether it has rotary positions, and whether its
+MLP is a mixture of experts. Layers whose kinds have the same parameters are stacked, [L, ...], in the order of the
+model. The forward pass scans over the repeats of the pattern, with one period written out in the loop's body, so
+compile time does not grow with depth.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxtrain.errors import UserError
 
-_PART = re.compile(r"(?:(\d+) +)?(local|global)((?: +nope)?)")
+_PART = re.compile(r"(?:(\d+) +)?(local|global)((?: +nope)?)((?: +experts)?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +26,27 @@ class Kind:
     Attributes:
         local: Whether attention sees `sliding_window` tokens; otherwise all earlier ones.
         rotary: Whether queries and keys have rotary positions.
+        experts: Whether its MLP is a mixture of experts.
     """
 
     local: bool = False
     rotary: bool = True
+    experts: bool = False
 
     @property
     def stack(self) -> str:
         """The name, in the model's parameters, of the stack of all layers with the same parameters."""
-        return "layers"
+        return "expert_layers" if self.experts else "layers"
 
     def __str__(self) -> str:
-        return ("local" if self.local else "global") + ("" if self.rotary else " nope")
+        return ("local" if self.local else "global") + " nope" * (not self.rotary) + " experts" * self.experts
 
 
 def parse(text: str) -> tuple[Kind, ...]:
     """Reads a pattern: parts such as "5 local" with ":" between them.
 
-    A part is a number of layers (1 if there is none), "local" or "global", and "nope" if they have no rotary positions.
+    A part is a number of layers (1 if there is none), "local" or "global", "nope" if they have no rotary positions, and
+    "experts" if their MLPs are mixtures of experts.
 
     Raises:
         UserError: The text is not a pattern.
@@ -53,9 +57,10 @@ def parse(text: str) -> tuple[Kind, ...]:
         if found is None or (found[1] and not 1 <= int(found[1]) <= 1 << 16):
             raise UserError(
                 f"layers='{text}': '{part.strip()}' is not a number of layers and their kind. A pattern is written as "
-                "'5 local : 1 global', and layers without rotary positions as '1 global nope'."
+                "'5 local : 1 global', layers without rotary positions as '1 global nope', those with experts as "
+                "'1 global experts'."
             )
-        kinds += [Kind(found[2] == "local", not found[3])] * int(found[1] or 1)
+        kinds += [Kind(found[2] == "local", not found[3], bool(found[4]))] * int(found[1] or 1)
     return shortest(kinds)
 
 

@@ -12,7 +12,7 @@ from jaxtrain.model import pattern
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.model.pattern import Kind
 
-LOCAL, GLOBAL, NOPE = Kind(local=True), Kind(), Kind(rotary=False)
+LOCAL, GLOBAL, NOPE, EXPERTS = Kind(local=True), Kind(), Kind(rotary=False), Kind(experts=True)
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=12, num_heads=2, num_kv_heads=1, remat="full")
 
 
@@ -23,6 +23,8 @@ CONFIG = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=12, num_he
         ("local:global", [LOCAL, GLOBAL], "1 local : 1 global"),
         ("3 global : 1 global nope", [GLOBAL] * 3 + [NOPE], "3 global : 1 global nope"),
         ("2 global : 2 global", [GLOBAL], "1 global"),
+        ("global : 3 global  experts", [GLOBAL] + [EXPERTS] * 3, "1 global : 3 global experts"),
+        ("local nope experts", [Kind(True, False, True)], "1 local nope experts"),
         ("local : global : local : global", [LOCAL, GLOBAL], "1 local : 1 global"),
     ],
 )
