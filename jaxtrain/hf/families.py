@@ -432,7 +432,7 @@ def _rope(known: Json, rope: Json | None, where: str) -> tuple[float, RopeScalin
         raise UserError(f"{where}: rope_type={kind!r} in config.json lacks {', '.join(missing)}.")
     if kind == "yarn" and settings.get("attention_factor") is None:
         # DeepSeek's two scales. transformers ignores one without the other.
-        scales = [settings.get(name) for name in ("mscale", "mscale_all_dim")]
+        scales = [settings.get(name) or 0.0 for name in ("mscale", "mscale_all_dim")]
         if all(scales) and settings["factor"] > 1:
             above, below = (0.1 * scale * math.log(settings["factor"]) + 1 for scale in scales)
             settings["attention_factor"] = above / below
@@ -493,7 +493,7 @@ def _layers(kind: str, family: Family, known: Json, has_experts: list[bool], whe
     if any(slides) and not enabled:
         raise UserError(f"{where}: config.json has layers with a sliding window, and sliding_window=None.")
     kinds = [Kind(*which) for which in zip(slides, rotates, has_experts, strict=True)]
-    is_simple = len(set(slides)) == 1 and (every is not None or all(rotates)) and len(set(has_experts)) == 1
+    is_simple = len(set(slides)) <= 1 and (every is not None or all(rotates)) and len(set(has_experts)) <= 1
     return {
         "sliding_window": window if any(slides) else None,
         "no_rope_every": every if is_simple else None,
@@ -780,7 +780,7 @@ def tensors(path: tuple[str, ...], kind: str, model: Llama) -> list[Tensor]:
 def _part(path: tuple[str, ...], kind: str, config: LlamaConfig) -> Part | None:
     """The rows of a parameter in a tensor of several: of q, k and v, or of the MLP's gate and input."""
     head = config.resolved_head_dim
-    sizes = {"q": config.num_heads * head, **dict.fromkeys("kv", config.num_kv_heads * head)}
+    sizes: dict[str, int] = {"q": config.num_heads * head, **dict.fromkeys("kv", config.num_kv_heads * head)}
     if kind == "gpt_neox" and path[1] in sizes:  # by head
         return Part("qkv".index(path[1]) * head, head, 3 * head, sum(sizes.values()))
     if kind == "phi3" and path[1] in ("gate", "up"):

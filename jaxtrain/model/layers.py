@@ -124,11 +124,9 @@ class Attention(nnx.Module):
         self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.v = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.o = linear((queries, width), ("heads", "embed"), config.output_std, config.attention_output_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm and config.qk_norm_over == "projection":
-            self.q_norm, self.k_norm = Norm(queries, "heads", config), Norm(keys, "kv_heads", config)
-        elif config.qk_norm:
-            self.q_norm, self.k_norm = Norm(head, "head_dim", config), Norm(head, "head_dim", config)
+        # The size and axis of the norms on q and k: a head's, or those of all heads.
+        sizes = ((head, "head_dim"),) * 2 if config.qk_norm_over == "head" else ((queries, "heads"), (keys, "kv_heads"))
+        self.q_norm, self.k_norm = (Norm(*size, config) if config.qk_norm else None for size in sizes)
         self.head_dim = head
 
     def __call__(
