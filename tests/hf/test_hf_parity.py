@@ -65,9 +65,10 @@ def test_gradients_are_those_of_transformers(make_llama, tmp_path):
     positions = np.broadcast_to(np.arange(150, dtype=np.int32), tokens.shape)
     loss = CrossEntropy().build(200, None)
     mask = positions < 149
+    hidden = jax.jit(model.hidden)
 
     def mean(params):
-        x = model.hidden(params, tokens, np.ones_like(tokens), positions).x
+        x = hidden(params, tokens, np.ones_like(tokens), positions).x
         return loss(x, model.head(params), np.roll(tokens, -1, axis=1), mask)["loss"] / mask.sum()
 
     grads = jax.jit(jax.grad(mean))(hf.load(str(tmp_path), model, ONE_DEVICE))
