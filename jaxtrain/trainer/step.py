@@ -31,6 +31,7 @@ from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Mod
 from jaxtrain.losses.chunks import NEVER
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
+from jaxtrain.losses.head import logits
 from jaxtrain.trainer.spikes import NO_LOSS, SpikeRule
 from jaxtrain.trainer.state import State, abstract
 
@@ -255,7 +256,7 @@ def _token_losses(components: StepComponents, params: Params, batch: Batch, micr
 
         def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = column
-            logits_BV = jnp.where(is_id_1V, jnp.dot(x_BD, head_DV, preferred_element_type=jnp.float32), NEVER)
+            logits_BV = jnp.where(is_id_1V, logits(x_BD, head_DV), NEVER)
             return optax.softmax_cross_entropy_with_integer_labels(logits_BV, targets_B)
 
         losses_TB = jax.lax.map(of_column, (x_BTD.swapaxes(0, 1), part["targets"].T))  # no logits of all positions
@@ -356,11 +357,12 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
     Raises:
         UserError: The mesh does not divide the batch.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = sharding.batch_ways(mesh.shape)
     if batch_size % devices:
+        expert = " * mesh.expert" * (mesh.shape["expert"] > 1)
         raise UserError(
-            f"a batch of {batch_size} rows is not divisible by mesh.data * mesh.fsdp = {devices}: batch sizes depend "
-            "on the config alone, so that every machine trains on the same batches. Values of data * fsdp that "
+            f"a batch of {batch_size} rows is not divisible by mesh.data * mesh.fsdp{expert} = {devices}: batch sizes "
+            "depend on the config alone, so that every machine trains on the same batches. Values of the product that "
             f"work: {', '.join(str(d) for d in sharding.divisors(batch_size) if d <= 4096)}."
         )
     if seq_len % mesh.shape["context"]:
