@@ -53,11 +53,10 @@ def inputs(seq_len, heads=4, kv_heads=2, seed=0):
 @pytest.mark.parametrize(("seq_len", "window"), [(20, None), (300, None), (300, 7)])
 def test_equals_float64(seq_len, window):
     q, k, segment_ids = inputs(seq_len)
-    top = jax.jit(attention.max_logits, static_argnames=("mesh", "sliding_window"))(
-        q, k, segment_ids, mesh=None, sliding_window=window
-    )
-    assert (top[0] < 0) & (top[0] > -10)
-    np.testing.assert_allclose(top, reference(q, k, segment_ids, window), rtol=1e-5)
+    find = jax.jit(attention.max_logits, static_argnames=("mesh", "sliding_window", "query_scalar"))
+    top = find(q, k, segment_ids, mesh=None, sliding_window=window, query_scalar=2.0)
+    assert (top[0] < 0) & (top[0] > -20)
+    np.testing.assert_allclose(top, reference(q, k, segment_ids, window) * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,11 @@ def test_scan_and_remat_change_nothing(changes):
     np.testing.assert_allclose(top(dataclasses.replace(config, **changes)), expected, rtol=1e-6)
 
 
-def test_what_cannot_be_clipped():
-    with pytest.raises(UserError, match="qk_norm, which already bounds the logits"):
-        dataclasses.replace(TINY, qk_norm=True).build(50, None).watching_logits()
+@pytest.mark.parametrize("bound", [{"qk_norm": True}, {"attn_logit_softcapping": 50.0}], ids=str)
+def test_what_cannot_be_clipped(bound):
+    with pytest.raises(UserError, match=f"{next(iter(bound))}, which already bounds the logits"):
+        dataclasses.replace(TINY, **bound).build(50, None).watching_logits()
+
+
+def test_who_cannot_be_clipped():
     assert not isinstance(GPT2Config(hidden_size=32, num_layers=1, num_heads=2).build(50, None), ClippableModel)

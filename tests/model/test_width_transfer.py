@@ -57,7 +57,14 @@ def test_logits_and_attention_have_multipliers():
     np.testing.assert_allclose(logits(wide, params), logits(plain, scaled), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "attention_bias": True}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True, "attention_bias": True, "norm": "layer"},
+        {"qk_norm": True, "norm": "rms_plus_one", "final_logit_softcapping": 3.0},
+    ],
+    ids=str,
+)
 def test_an_export_is_the_same_function(changes):
     wide = dataclasses.replace(WIDE, initializer_std=0.5, **changes).build(50, None)
     params = jax.tree.map(lambda leaf: leaf + 0.1, wide.init(KEY))
@@ -116,6 +123,7 @@ def test_who_has_no_rule():
     ("changes", "message"),
     [
         ({"width_transfer": "mup"}, "needs base_width"),
+        ({"width_transfer": "mup", "base_width": 32, "scale_embeddings": True}, "factor grows with the width"),
         ({"base_width": 32}, "base_width=32 and base_head_dim=None do nothing"),
         ({"width_transfer": "mu", "base_width": 32}, "width_transfer='mu' is not known. Use one of: none, mup"),
         ({"width_transfer": "mup", "base_width": 0}, "base_width=0: it must be from 1"),
