@@ -66,6 +66,17 @@ def test_interpreted_splash_is_the_float64_reference(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_capped_scores_of_another_scale_are_the_float64_reference(implementation):
+    arrays, segments, dx = problem(1, 300, 4, 2, 8)
+    options = {"query_scalar": 3.0, "softcap": 1.5}
+    got = forward_and_backward(
+        arrays, segments, dx, mesh=None, implementation=implementation, sliding_window=40, **options
+    )
+    want = reference.attention(arrays, segments, 40, dx, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
 def test_splash_with_two_backward_kernels_is_the_float64_reference(monkeypatch):
     monkeypatch.setattr(attention_splash, "block_sizes", lambda length, kind: (128, False))
     arrays, segments, dx = problem(1, 256, 2, 1, 8)
@@ -288,6 +299,7 @@ GPU = Shape(
         ("auto", {"dtype": "float32"}, "xla", "not in float32"),
         ("auto", {"head_dim": 36}, "xla", "not 36"),
         ("auto", {"seq_len": 8}, "xla", "rows of 8 tokens"),
+        ("auto", {"softcap": 50.0}, "xla", "no soft cap"),
         ("auto", {"platform": "tpu"}, "splash", "flash kernel for tpu"),
         ("auto", {"platform": "tpu", "seq_len": 64}, "xla", "rows of 64 tokens"),
         ("auto", {"platform": "cpu"}, "xla", "no flash kernel for cpu"),
