@@ -356,6 +356,19 @@ def test_the_self_check_passes_a_right_kernel_and_names_what_is_wrong_with_anoth
     assert attention.self_check("splash", SMALL) == "RuntimeError: no such kernel"
 
 
+def test_a_kernel_is_checked_with_the_window_of_each_kind_of_layer(monkeypatch):
+    windows = []
+    monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
+    monkeypatch.setattr(attention, "self_check", lambda name, shape: windows.append(shape.sliding_window))
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=5, num_heads=2, num_kv_heads=2)
+    config = dataclasses.replace(config, layers="3 local : 1 global", sliding_window=4)
+    model = config.build(50, None)
+    assert model.attention_choice(2, 300).name == "cudnn"
+    assert windows == [4, None]
+    monkeypatch.setattr(attention, "self_check", lambda name, shape: None if shape.sliding_window else "it is wrong")
+    assert config.build(50, None).attention_choice(2, 300).name == "xla"
+
+
 def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatch, caplog):
     monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
