@@ -12,6 +12,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory_formula import OUTPUTS_KEPT
 from jaxtrain.cost.roofline import Components, Shape
 from jaxtrain.interfaces import Model
+from jaxtrain.model.experts import SLACK
 
 # Passes over a layer's activations by norms, rotary positions, SwiGLU and layouts, in reads and writes of the ends of
 # its products: 0.8 s of a 1B step on a v5e (docs/benchmarks.md).
@@ -53,7 +54,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
         passes = (3 if remat == "full" else 2) * product(a, b, size)
         products += count * (passes + product(a, b, 4))  # the last is the gradient by the weights, in fp32
 
-    weights = 6.0 * (model.num_params_non_embedding + model.vocab_size * roofline.width(model))
+    weights = 6.0 * (model.num_active_params + model.vocab_size * roofline.width(model))
     attention = (model.flops_per_token(shape.seq_len) - weights) * tokens / tensor
     attention = (2 if remat == "full" else 1) * attention / 3 / rates.attention[
         0
@@ -64,7 +65,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
     scanned = getattr(model.config, "scan_layers", True) is not False
     # A scan copies what is kept into stacked arrays, and out of them.
     saved = 2 * kept_bytes(model, tensor) * tokens if scanned else 0.0
-    local = model.num_params / (shape.mesh["fsdp"] * tensor)
+    local = roofline.device_params(model, shape.mesh)
     # Each micro-batch casts the weights and adds its gradients to the sums.
     sums = local * (6 + (12 if turns > 1 else 0))
     memory = (elementwise + saved + sums) / rates.memory
@@ -85,12 +86,12 @@ def communication(cluster: Cluster, model: Model, shape: Shape, remat: str) -> t
     mesh, size, tensor = shape.mesh, roofline.itemsize(model), shape.mesh["tensor"]
     inside = tensor * mesh["context"]
     # Each micro-batch gathers the parameters forward and backward, scatters their gradients, and sums the shards.
-    whole = size * model.num_params / tensor
+    whole, copies = size * model.num_params / tensor, mesh["data"] * mesh["expert"]
     hidden = shape.micro_batches * _over(cluster, 2 * whole, mesh["fsdp"], inside)
-    summed = shape.micro_batches * _over(cluster, 2 * whole / mesh["fsdp"], mesh["data"], inside * mesh["fsdp"])
+    summed = shape.micro_batches * _over(cluster, 2 * whole / mesh["fsdp"], copies, inside * mesh["fsdp"])
     scattered = shape.micro_batches * _over(cluster, whole, mesh["fsdp"], inside)
     exposed = 0.0
-    if cluster.chip.platform == "tpu" and mesh["data"] * mesh["fsdp"] > _WINDOWED:
+    if cluster.chip.platform == "tpu" and copies * mesh["fsdp"] > _WINDOWED:
         # Nothing overlaps the scatter. If it goes over a whole slice, XLA sums the gradients everywhere and cuts them.
         exposed = scattered * (2 if mesh["fsdp"] * inside >= cluster.chips_per_island else 1) + summed
     else:
@@ -102,6 +103,10 @@ def communication(cluster: Cluster, model: Model, shape: Shape, remat: str) -> t
     exposed += _over(cluster, stream, tensor, mesh["context"]) if tensor > 1 else 0.0
     if mesh["context"] > 1:
         exposed += _over(cluster, stream / tensor, mesh["context"], 1)
+    if mesh["expert"] > 1:
+        # A choice's row goes to its expert and back, and in the backward pass there twice and back once.
+        rows = 5 * SLACK * tokens * layers * getattr(model, "experts_per_token", 1) * roofline.width(model) * size
+        exposed += _over(cluster, rows, mesh["expert"], inside)
     return hidden, exposed
 
 

@@ -70,4 +70,5 @@ def _meshes(chips: int) -> Iterator[dict[str, int]]:
     for context in sharding.divisors(chips):
         for tensor in sharding.divisors(chips // context):
             for data in sharding.divisors(chips // context // tensor) if tensor <= _MOST_TENSOR else ():
-                yield {"data": data, "fsdp": chips // context // tensor // data, "tensor": tensor, "context": context}
+                fsdp = chips // context // tensor // data
+                yield {"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor, "context": context}

@@ -279,7 +279,8 @@ def key_of(target: Target) -> Json:
     }
     return {
         "hardware": device.device_kind,
-        "mesh": dict(target.mesh),
+        # Choices from before there was an `expert` axis stay valid.
+        "mesh": {axis: size for axis, size in target.mesh.items() if axis != "expert" or size > 1},
         "versions": versions,
         "parameters": target.components.model.num_params,
         "settings": settings,

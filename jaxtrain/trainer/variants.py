@@ -90,7 +90,7 @@ def micro_batch_counts(target: Target, stage: StagePlan) -> list[int]:
     """Numbers of micro-batches that the config allows, ascending; one if it sets their size."""
     mesh: Any = AbstractMesh(tuple(target.mesh.values()), tuple(target.mesh))
     fewest = accumulation(mesh, stage.batch_size, stage.seq_len, target.config.micro_batch_tokens)
-    rows = stage.batch_size // (target.mesh["data"] * target.mesh["fsdp"])
+    rows = stage.batch_size // sharding.batch_ways(target.mesh)
     return [fewest] if target.config.micro_batch_tokens is not None else sharding.divisors(rows)
 
 
