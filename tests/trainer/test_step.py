@@ -239,7 +239,8 @@ def test_qk_clip_scales_what_the_optimizer_gives(alone: Any) -> None:
     np.testing.assert_allclose(again["max_logit"], measured["max_logit"], rtol=1e-5)
     for name in ("q", "k"):
         found, expected = (after["params"]["layers"]["attention"][name]["kernel"] for after in (parts, clipped))
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        # Muon's products in bfloat16 amplify rounding; without the clip, weights differ by 0.05.
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -49,6 +49,8 @@ def measure(flags: Flags) -> Json:
     losses: dict[str, dict[str, float]] = {}
     for width in flags.widths:
         config = widths.model(width, flags.widths[0], flags.width_transfer)
+        # About 1 / sqrt(64): with 0.02 so narrow a model learns little in so few steps.
+        config = dataclasses.replace(config, initializer_std=0.1)
         one = Training(config, widths.optimizer(flags.optimizer), flags.batch_size, flags.seq_len)
         losses[str(width)] = {f"{rate:g}": short(one.loss(rate, flags.steps)) for rate in flags.learning_rates}
         progress(f"width {width}: " + ", ".join(f"{rate} {loss:.3f}" for rate, loss in losses[str(width)].items()))

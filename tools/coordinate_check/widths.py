@@ -40,7 +40,6 @@ def model(width: int, base_width: int, width_transfer: str) -> LlamaConfig:
         num_layers=LAYERS,
         num_heads=HEADS,
         num_kv_heads=HEADS,
-        initializer_std=0.1,  # about 1 / sqrt(64): with 0.02 so narrow a model learns little in a few hundred steps
         dtype="float32",
         remat="none",
         **transfer,
