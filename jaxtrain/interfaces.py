@@ -100,6 +100,7 @@ class Model(Protocol):
         shapes: The parameters as `jax.ShapeDtypeStruct`s.
         num_params: Parameters without the vocabulary's padding.
         num_params_non_embedding: Parameters without token embedding and output head.
+        num_active_params: Those of them that a token uses: of experts, only the ones that it chooses.
         padded_vocab_size: Columns of the head.
     """
 
@@ -110,6 +111,7 @@ class Model(Protocol):
     shapes: Params
     num_params: int
     num_params_non_embedding: int
+    num_active_params: int
     padded_vocab_size: int
 
     @abc.abstractmethod

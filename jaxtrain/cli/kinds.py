@@ -23,6 +23,7 @@ BUILT_IN = {
     "monitor": "jaxtrain.metrics.monitor:MonitorConfig",
     "teacher": "jaxtrain.distill.teacher:Teacher",
     "llama": "jaxtrain.model.llama:LlamaConfig",
+    "experts": "jaxtrain.model.experts:Experts",
     "linear_rope_scaling": "jaxtrain.model.rope:LinearRopeScaling",
     "llama3_rope_scaling": "jaxtrain.model.rope:Llama3RopeScaling",
     "cross_entropy": "jaxtrain.losses.cross_entropy:CrossEntropy",

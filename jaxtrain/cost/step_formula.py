@@ -12,6 +12,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory_formula import OUTPUTS_KEPT
 from jaxtrain.cost.roofline import Components, Shape
 from jaxtrain.interfaces import Model
+from jaxtrain.model.experts import SLACK
 
 # Passes over a layer's activations by norms, rotary positions, SwiGLU and layouts, in reads and writes of the ends of
 # its products: 0.8 s of a 1B step on a v5e (docs/benchmarks.md).
@@ -51,7 +52,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
         passes = (3 if remat == "full" else 2) * product(a, b, size)
         products += count * (passes + product(a, b, 4))  # the last is the gradient by the weights, in fp32
 
-    weights = 6.0 * (model.num_params_non_embedding + model.vocab_size * roofline.width(model))
+    weights = 6.0 * (model.num_active_params + model.vocab_size * roofline.width(model))
     attention = (model.flops_per_token(shape.seq_len) - weights) * tokens / tensor
     attention = (2 if remat == "full" else 1) * attention / 3 / rates.attention[
         0
@@ -62,7 +63,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
     scanned = getattr(model.config, "scan_layers", True) is not False
     # A scan copies what is kept into stacked arrays, and out of them.
     saved = 2 * kept_bytes(model, tensor) * tokens if scanned else 0.0
-    local = model.num_params / (shape.mesh["fsdp"] * tensor)
+    local = roofline.device_params(model, shape.mesh)
     # Each micro-batch casts the weights and adds its gradients to the sums.
     sums = local * (6 + (12 if turns > 1 else 0))
     memory = (elementwise + saved + sums) / rates.memory
@@ -86,7 +87,7 @@ def communication(cluster: Cluster, model: Model, shape: Shape, remat: str) -> t
     gathered = (2 * size + 4) * model.num_params / tensor
     hidden = shape.micro_batches * _over(cluster, gathered, mesh["fsdp"], inside)
     reduced = 2 * 4 * model.num_params / tensor / mesh["fsdp"]
-    hidden += _over(cluster, reduced, mesh["data"], inside * mesh["fsdp"])
+    hidden += _over(cluster, reduced, mesh["data"] * mesh["expert"], inside * mesh["fsdp"])
     tokens, layers = shape.chip_tokens, getattr(model.config, "num_layers", 1)
     # Two all-reduces of the residual stream in each pass over a layer.
     passes = 3 if remat == "full" else 2
@@ -94,6 +95,10 @@ def communication(cluster: Cluster, model: Model, shape: Shape, remat: str) -> t
     exposed = _over(cluster, stream, tensor, mesh["context"]) if tensor > 1 else 0.0
     if mesh["context"] > 1:
         exposed += _over(cluster, stream / tensor, mesh["context"], 1)
+    if mesh["expert"] > 1:
+        # A choice's row goes to its expert and back, and in the backward pass there twice and back once.
+        rows = 5 * SLACK * tokens * layers * getattr(model, "experts_per_token", 1) * roofline.width(model) * size
+        exposed += _over(cluster, rows, mesh["expert"], inside)
     return hidden, exposed
 
 

@@ -146,7 +146,7 @@ def _records(
     B, T, E = x_BTE.shape
     mesh = model.mesh
     assert mesh is not None
-    on_device = B // (mesh.shape["data"] * mesh.shape["fsdp"])
+    on_device = B // sharding.batch_ways(mesh.shape)
     most = max(_LOGITS // (on_device * layout.vocab_size), 1)
     C = max(divisor for divisor in sharding.divisors(T) if divisor <= most)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model
+from jaxtrain.model.experts import Experts
 from jaxtrain.model.llama import MOST_LAYERS, Llama, LlamaConfig
+from jaxtrain.model.pattern import Kind, shortest, text_of
 from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, RopeScaling
 
 
@@ -26,6 +28,7 @@ class Family:
         qk_norm: whether it normalizes queries and keys.
         no_rope: whether some layers may have no rotary positions.
         sliding_window: whether attention may have a sliding window.
+        experts: its keys for the number and the width of experts; None for dense models.
     """
 
     architecture: str
@@ -34,6 +37,7 @@ class Family:
     qk_norm: bool = False
     no_rope: bool = False
     sliding_window: bool = False
+    experts: tuple[str, str] | None = None
 
 
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -69,13 +73,55 @@ FAMILIES = {
         sliding_window=True,
     ),
 }
+FAMILIES |= {
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _COMMON
+        | {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+        },
+        (_NONE,),
+        sliding_window=True,
+        experts=("num_local_experts", "intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _COMMON
+        | _QWEN
+        | {
+            "num_key_value_heads": 4,
+            "max_window_layers": 0,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": False,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.001,
+        },
+        (_NONE, _ATTENTION),
+        qk_norm=True,
+        sliding_window=True,
+        experts=("num_experts", "moe_intermediate_size"),
+    ),
+}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TYPES: dict[str, type] = {
     **dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int),
     **dict.fromkeys(("sliding_window", "max_window_layers", "no_rope_layer_interval"), int),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size"), int),
+    "decoder_sparse_step": int,
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), float),
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), float),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool),
-    **dict.fromkeys(("no_rope_layers", "layer_types"), list),
+    "norm_topk_prob": bool,
+    **dict.fromkeys(("no_rope_layers", "layer_types", "mlp_only_layers"), list),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
 }
 _ROPE_TYPES: dict[str, type] = {
@@ -142,6 +188,9 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     theta, scaling = _rope(known, where)
     kv_heads = known.get("num_key_value_heads")
     rotates = _rotates(known, where) if family.no_rope else [True] * known["num_hidden_layers"]
+    window = _sliding_window(kind, known, rotates, where) if family.sliding_window else None
+    experts, has_experts = _experts(known, family, where)
+    kinds = [Kind(local=window is not None, experts=has) for has in has_experts]
     config = LlamaConfig(
         hidden_size=known["hidden_size"],
         intermediate_size=known["intermediate_size"],
@@ -153,7 +202,9 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
         rope_theta=theta,
         rope_scaling=scaling,
         no_rope_every=None if all(rotates) else rotates.index(False) + 1,
-        sliding_window=_sliding_window(kind, known, rotates, where) if family.sliding_window else None,
+        sliding_window=window,
+        experts=experts,
+        layers=text_of(shortest(kinds)) if len(set(has_experts)) > 1 else None,
         norm_eps=known["rms_norm_eps"],
         tie_embeddings=known["tie_word_embeddings"],
         attention_bias=attention_bias or kind == "qwen2",
@@ -168,6 +219,34 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     except UserError as error:
         raise UserError(f"{where}: config.json describes an invalid model. {error}") from error
     return config, known["vocab_size"]
+
+
+def _experts(known: Json, family: Family, where: str) -> tuple[Experts | None, list[bool]]:
+    """The experts, and whether each layer has them."""
+    layers = known["num_hidden_layers"]
+    if family.experts is None:
+        return None, [False] * layers
+    key, width = family.experts
+    # Each is an alias of the other.
+    number = known.get("num_experts" if key == "num_local_experts" else "num_local_experts", known[key])
+    if noise := known.get("router_jitter_noise"):
+        raise UserError(f"{where}: router_jitter_noise={noise} is not supported; routers have no noise.")
+    # Classes without these keys ignore them.
+    mine = known if "decoder_sparse_step" in family.defaults else {}
+    every, dense = mine.get("decoder_sparse_step", 1), mine.get("mlp_only_layers") or ()
+    if every < 1:
+        raise UserError(f"{where}: decoder_sparse_step={every} in config.json must be at least 1.")
+    has = [number > 0 and i not in dense and (i + 1) % every == 0 for i in range(layers)]
+    if not any(has):
+        return None, has
+    return Experts(
+        num_experts=number,
+        experts_per_token=known["num_experts_per_tok"],
+        intermediate_size=known[width],
+        normalize=mine.get("norm_topk_prob", True),
+        balance_loss=known["router_aux_loss_coef"],
+        z_loss=0.0,
+    ), has
 
 
 def _rope(known: Json, where: str) -> tuple[float, RopeScaling | None]:
@@ -215,14 +294,15 @@ def _rotates(known: Json, where: str) -> list[bool]:
 
 def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> int | None:
     window, types = known.get("sliding_window"), known.get("layer_types")
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         if window is None:
             return None
         enabled, slides = True, [True] * len(rotates)
     else:
         enabled = window is not None and known.get("use_sliding_window", False)
         # SmolLM3 applies the window to layers without rotary positions, Qwen to layers from max_window_layers on.
-        slides = [not r if kind == "smollm3" else i >= known["max_window_layers"] for i, r in enumerate(rotates)]
+        first = 0 if kind == "qwen3_moe" else known.get("max_window_layers", 0)  # whose class ignores it
+        slides = [not r if kind == "smollm3" else i >= first for i, r in enumerate(rotates)]
     if types is not None:
         slides = [name == "sliding_attention" for name in types]
         other = [name for name in types if name not in ("sliding_attention", "full_attention")]
@@ -232,7 +312,7 @@ def _sliding_window(kind: str, known: Json, rotates: list[bool], where: str) -> 
                 f"sliding_window={window} is not supported; each of the {len(rotates)} layers must have "
                 "full_attention or sliding_attention, as the other two say."
             )
-    if kind != "mistral" and not (enabled and any(slides)):
+    if kind not in ("mistral", "mixtral") and not (enabled and any(slides)):
         return None
     if not all(slides):
         raise UserError(f"{where}: a sliding window in only some of the layers is not supported.")
@@ -261,6 +341,7 @@ def family_of(config: LlamaConfig) -> str:
             and config.qk_norm == family.qk_norm
             and (config.no_rope_every is None or family.no_rope)
             and (config.sliding_window is None or family.sliding_window)
+            and _can_have(family, config)
             # transformers requires this of the Llama class only.
             and (kind != "llama" or config.hidden_size % config.num_heads == 0)
         ):
@@ -268,8 +349,23 @@ def family_of(config: LlamaConfig) -> str:
     raise UserError(
         f"No architecture of transformers has attention_bias={biases[0]}, attention_output_bias={biases[1]}, "
         f"mlp_bias={biases[2]}, qk_norm={config.qk_norm}, no_rope_every={config.no_rope_every} and "
-        f"sliding_window={config.sliding_window} together, so this model cannot be exported."
+        f"sliding_window={config.sliding_window} together"
+        f"{'' if config.experts is None else f', with {config.experts} in layers={config.layers}'}, so this model "
+        "cannot be exported."
     )
+
+
+def _can_have(family: Family, config: LlamaConfig) -> bool:
+    """Whether a family can have the config's experts, in those layers that have them."""
+    experts = config.experts
+    if experts is None or family.experts is None:
+        return experts is None and family.experts is None
+    if experts.shared_size:
+        return False
+    if family.architecture == "MixtralForCausalLM":
+        is_same = config.intermediate_size == experts.intermediate_size
+        return experts.normalize and is_same and all(kind.experts for kind in config.pattern)
+    return True
 
 
 def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
@@ -287,17 +383,26 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
         rope = {"rope_type": name, **dataclasses.asdict(config.rope_scaling)}
     layers, every = config.num_layers, config.no_rope_every
     extra: dict[str, Any] = {}
-    if kind in ("llama", "smollm3", "qwen3"):
+    if kind in ("llama", "smollm3", "qwen3", "qwen3_moe"):
         extra["attention_bias"] = config.attention_bias
     if kind in ("llama", "smollm3"):
         extra["mlp_bias"] = config.mlp_bias
     if kind != "llama":
         extra["sliding_window"] = config.sliding_window
-    if kind in ("qwen2", "qwen3", "smollm3"):
+    if kind in ("qwen2", "qwen3", "smollm3", "qwen3_moe"):
         windowed = config.sliding_window is not None
         extra["use_sliding_window"] = windowed
         extra["max_window_layers"] = 0 if windowed else layers
         extra["layer_types"] = ["sliding_attention" if windowed else "full_attention"] * layers
+    if config.experts is not None:
+        number, width = FAMILIES[kind].experts or ("", "")
+        extra |= {number: config.experts.num_experts, width: config.experts.intermediate_size}
+        extra["num_experts_per_tok"] = config.experts.experts_per_token
+        extra["router_aux_loss_coef"] = config.experts.balance_loss
+    if kind == "qwen3_moe" and config.experts is not None:
+        extra |= {"norm_topk_prob": config.experts.normalize, "decoder_sparse_step": 1}
+        period = config.pattern
+        extra["mlp_only_layers"] = [i for i in range(layers) if not period[i % len(period)].experts]
     if kind == "smollm3":
         extra["no_rope_layers"] = [int(every is None or (i + 1) % every != 0) for i in range(layers)]
         extra["no_rope_layer_interval"] = every or layers + 1
@@ -332,11 +437,13 @@ class Tensor:
 
     Attributes:
         name: name in the safetensors files.
+        index: its place in the parameter: none, (layer,) or (layer, expert).
         transposed: whether it is [out, in] there and [in, out] in jaxtrain.
         vocabulary: whether its first axis there is the vocabulary.
     """
 
     name: str
+    index: tuple[int, ...]
     transposed: bool
     vocabulary: bool
 
@@ -357,9 +464,36 @@ _LAYER = {
 _FRAME = {("embedding",): EMBEDDING, ("norm", "scale"): "model.norm.weight", ("head",): HEAD}
 
 
-def tensors(path: tuple[str, ...], num_layers: int) -> list[Tensor]:
-    """Returns the checkpoint's tensors for the parameter at `path`: one, or one per layer if it is stacked."""
-    transposed = path[-1] in ("kernel", "head")
-    if path[0] != "layers":
-        return [Tensor(_FRAME[path], transposed, path != ("norm", "scale"))]
-    return [Tensor(f"model.layers.{layer}.{_LAYER[path[1:]]}", transposed, False) for layer in range(num_layers)]
+# By whether the family is Mixtral.
+_EXPERTS = {
+    True: {
+        "router": "block_sparse_moe.gate.weight",
+        **{
+            ours: f"block_sparse_moe.experts.{{}}.{theirs}.weight"
+            for ours, theirs in zip(("gate", "down", "up"), ("w1", "w2", "w3"), strict=True)
+        },
+    },
+    False: {
+        "router": "mlp.gate.weight",
+        **{name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
+    },
+}
+
+
+def tensors(path: tuple[str, ...], model: Llama) -> list[Tensor]:
+    """Returns the checkpoint's tensors for the parameter at `path`: one, or one per layer, or per expert of a layer."""
+    if path[0] not in model.stacks:
+        return [Tensor(_FRAME[path], (), path == ("head",), path != ("norm", "scale"))]
+    config, (stack, *inner) = model.config, path
+    layers = [f"model.layers.{layer}." for layer in model.stacks[stack]]
+    if config.experts is None or len(inner) > 2 or inner[0] != "mlp":
+        name, transposed = _LAYER[tuple(inner)], inner[-1] == "kernel"
+        return [Tensor(layer + name, (i,), transposed, False) for i, layer in enumerate(layers)]
+    name = _EXPERTS[family_of(config) == "mixtral"][inner[-1]]
+    if inner[-1] == "router":
+        return [Tensor(layer + name, (i,), True, False) for i, layer in enumerate(layers)]
+    return [
+        Tensor(layer + name.format(expert), (i, expert), True, False)
+        for i, layer in enumerate(layers)
+        for expert in range(config.experts.num_experts)
+    ]

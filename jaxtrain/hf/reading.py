@@ -99,7 +99,7 @@ def load(
     model = families.llama(model)
     files = _Files(folder_or_id, revision)
     paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
-    files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model.config.num_layers)})
+    files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model)})
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, model.shapes)
     shapes, tree = jax.tree.flatten(model.shapes)
@@ -212,7 +212,7 @@ class _Files:
                     f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
                     f"{getattr(theirs, name)}: its tensors would mean something else."
                 )
-        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window"):
+        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window", "layers", "experts"):
             ours, his = getattr(model.config, name), getattr(theirs, name)
             if ours != his:
                 logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
@@ -240,25 +240,25 @@ class _Files:
 def _leaf(
     files: _Files, path: tuple[str, ...], shape: Shape, sharding: Sharding, model: Llama, dtype: np.dtype
 ) -> jax.Array:
-    tensors = families.tensors(path, model.config.num_layers)
-    if path[0] != "layers":
+    tensors = families.tensors(path, model)
+    stacked = len(tensors[0].index)
+    if not stacked:
         return _tensor(files, tensors[0], shape, sharding, model, dtype)
-    of_one_layer = sharding
+    of_one = sharding
     if isinstance(sharding, NamedSharding):
-        assert not sharding.spec or sharding.spec[0] is None, sharding
-        of_one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        of_one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stacked:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    for layer, tensor in enumerate(tensors):
-        one = _tensor(files, tensor, shape[1:], of_one_layer, model, dtype)
-        stack = _put(sharding)(stack, one, layer)
+    for tensor in tensors:
+        one = _tensor(files, tensor, shape[stacked:], of_one, model, dtype)
+        stack = _put(sharding)(stack, one, tensor.index)
         # Otherwise the host reads ahead of the device and holds every layer at once.
         jax.block_until_ready(stack)
     return stack
 
 
 @functools.cache
-def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    return jax.jit(lambda stack, one, layer: stack.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
+def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]:
+    return jax.jit(lambda stack, one, index: stack.at[index].set(one), donate_argnums=0, out_shardings=sharding)
 
 
 def _tensor(

@@ -103,24 +103,23 @@ def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | No
 
 
 def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, progress: bool) -> None:
-    # Per file: each tensor with its parameter and its layer in that parameter.
-    files: list[list[tuple[families.Tensor, Any, int | None]]] = [[]]
+    files: list[list[tuple[families.Tensor, Any]]] = [[]]  # per file: each tensor with its parameter
     room = SHARD_BYTES
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = tuple(key.key for key in path)
-        stacked = names[0] == "layers"
-        size = dtype.itemsize * leaf.size // (leaf.shape[0] if stacked else 1)
-        for layer, tensor in enumerate(families.tensors(names, model.config.num_layers)):
+        tensors = families.tensors(names, model)
+        size = dtype.itemsize * leaf.size // len(tensors)
+        for tensor in tensors:
             if size > room and files[-1]:
                 files.append([])
                 room = SHARD_BYTES
-            files[-1].append((tensor, leaf, layer if stacked else None))
+            files[-1].append((tensor, leaf))
             room -= size
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        arrays = {tensor.name: _array(tensor, leaf, layer, model, dtype) for tensor, leaf, layer in tensors}
+        arrays = {tensor.name: _array(tensor, leaf, model, dtype) for tensor, leaf in tensors}
         # transformers requires this metadata.
         save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
@@ -129,8 +128,8 @@ def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, 
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _array(tensor: families.Tensor, leaf: Any, layer: int | None, model: Llama, dtype: np.dtype) -> np.ndarray:
-    array = np.asarray(leaf if layer is None else leaf[layer])
+def _array(tensor: families.Tensor, leaf: Any, model: Llama, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(leaf[tensor.index])
     if tensor.vocabulary:
         array = array[:, : model.vocab_size] if tensor.transposed else array[: model.vocab_size]
     return np.ascontiguousarray(array.T if tensor.transposed else array).astype(dtype)

@@ -284,7 +284,7 @@ def _reduced(
     """Combines a device's sums and gradients into the batch's: dx [chunks, C, D] in x's shape, dw in w's."""
     B, T, D = x_BTD.shape
     dx_BTD = dx.reshape(-1, D)[: B * T].reshape(B, T, D)
-    copies = tuple(name for name in ("data", "context") if name in ways)
+    copies = tuple(name for name in ("data", "expert", "context") if name in ways)
     if "fsdp" in ways:
         dw_DV = jax.lax.psum_scatter(dw_DV, "fsdp", scatter_dimension=0, tiled=True)
         sums = jax.lax.psum(sums, "fsdp")

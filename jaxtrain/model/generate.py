@@ -159,7 +159,7 @@ def _left_padded(
     model: Model, prompts_ids: Sequence[Sequence[int]], rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens int32 [B, length], first slot of each prompt int32 [B]). B is `rows`, padded to suit the mesh."""
-    ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    ways = 1 if model.mesh is None else sharding.batch_ways(model.mesh.shape)
     rows = -(-rows // ways) * ways
     tokens_BT = np.zeros((rows, length), np.int32)
     start_B = np.full(rows, length - 1, np.int32)

@@ -4,6 +4,7 @@ Modules are built once, abstractly; training uses the plain dict of their parame
 interfaces.py. Activations are [B * T, D] or [B, T, D] ("..D"); every module here accepts both.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtrain.distributed.sharding import Axes, constrain
 from jaxtrain.model import fp8 as eight_bits
 from jaxtrain.model.attention import platform_of
+from jaxtrain.model.experts import Experts, MixtureOfExperts
 from jaxtrain.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, any extra output, such as the layer's key/value cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Rope = tuple[jax.Array, jax.Array]  # rope.tables; None for a layer without rotary positions
 
 
 class Norm(nnx.Module):
@@ -110,13 +113,15 @@ class Attention(nnx.Module):
         self.k_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
-        shape_BT = rope[0].shape[:2]
+    def __call__(
+        self, x: jax.Array, shape_BT: tuple[int, ...], rope: Rope | None, attend: Attend
+    ) -> tuple[jax.Array, Any]:
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
-        platform = platform_of(self.q.mesh)
-        y_BTHh, extra = attend(rotate(q_BTHh, *rope, platform), rotate(k_BTKh, *rope, platform), v_BTKh)
+        if rope is not None:
+            q_BTHh, k_BTKh = (rotate(x, *rope, platform_of(self.q.mesh)) for x in (q_BTHh, k_BTKh))
+        y_BTHh, extra = attend(q_BTHh, k_BTKh, v_BTKh)
         return self.o.from_heads(y_BTHh, x.ndim), extra
 
 
@@ -135,19 +140,44 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The MLP may be a mixture of experts, with one for all tokens."""
 
-    def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
+    def __init__(
+        self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool, experts: Experts | None = None
+    ):
         self.attention_norm = Norm(config.hidden_size, "norm", config.norm_eps)
         self.attention = Attention(config, mesh, rngs, fp8)
         self.mlp_norm = Norm(config.hidden_size, "norm", config.norm_eps)
-        self.mlp = MLP(config, mesh, rngs, fp8)
+        self.mlp = MLP(config, mesh, rngs, fp8) if experts is None else MixtureOfExperts(config, experts, mesh, rngs)
+        shared = 0 if experts is None else experts.shared_size
+        of_all = dataclasses.replace(config, intermediate_size=shared)
+        self.shared = MLP(of_all, mesh, rngs, fp8) if shared else None
         self.mesh = mesh
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
-        y, extra = self.attention(self.attention_norm(x), rope, attend)
+    def __call__(
+        self, x: jax.Array, real_BT: jax.Array, rope: Rope | None, attend: Attend
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """Applies the layer.
+
+        Args:
+            x: [B, T, D] or [B * T, D].
+            real_BT: Whether a token is one, not padding.
+            rope: The tables of the positions; None for a layer without.
+            attend: Attention between the heads' projections.
+
+        Returns:
+            x, what `attend` returned besides, and the statistics of the experts, if any.
+        """
+        y, extra = self.attention(self.attention_norm(x), real_BT.shape, rope, attend)
         x = constrain(x + y, self.mesh, activation_axes(x))
-        return constrain(x + self.mlp(self.mlp_norm(x)), self.mesh, activation_axes(x)), extra
+        normed, statistics = self.mlp_norm(x), {}
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, statistics = self.mlp(normed, real_BT.reshape(x.shape[:-1]))
+        else:
+            y = self.mlp(normed)
+        if self.shared is not None:
+            y = y + self.shared(normed)
+        return constrain(x + y, self.mesh, activation_axes(x)), (extra, statistics)
 
 
 class Frame(nnx.Module):

@@ -31,6 +31,8 @@ class Functions:
     update: Callable[[Params, Any, Params, jax.Array], tuple[Params, Any]]
 
 
+STACKS = ("layers", "experts")  # axes that stack parameters of the same shape
+
 Transformation = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
 
@@ -117,7 +119,7 @@ def _names(path: Any) -> tuple[str, ...]:
 
 def is_matrix(axes: sharding.Axes) -> bool:
     """Whether it is a hidden layer's matrix: "embed" on one side, any other axis but "vocab" on the other."""
-    inner = [axis for axis in axes if axis != "layers"]
+    inner = [axis for axis in axes if axis not in STACKS]
     return "embed" in inner and len(inner) > 1 and "vocab" not in inner and None not in inner
 
 

@@ -32,7 +32,8 @@ class Muon(AdamW):
 
     A matrix [m, n] moves by learning_rate * 0.2 * sqrt(max(m, n)) times the orthogonalized Nesterov momentum, whose
     entries then have the size of AdamW's (arXiv 2502.16982, equation 4): rates and decays tuned for AdamW carry over.
-    Layers are separate matrices, stacked or not. Embedding, output head, norms and biases use AdamW.
+    Layers and experts are separate matrices, stacked or not, and a router is one. Embedding, output head, norms and
+    biases use AdamW.
 
     Attributes:
         momentum: Decay rate of the matrices' momentum.
@@ -54,7 +55,7 @@ class Muon(AdamW):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
-        """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
+        """The optimizer. Newton-Schulz spreads layers and experts over the devices of `mesh`.
 
         Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
         """
@@ -99,15 +100,22 @@ def flat(tree: Any) -> dict[Path, Any]:
 
 def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """0.2 * sqrt(max(m, n)) * orthogonalized matrices of an array with "embed" on one side, in its own shape, fp32."""
-    inner = axes[1:] if axes[0] == "layers" else axes
+    stacked = [axis for axis in axes if axis in base.STACKS]
+    inner = axes[len(stacked) :]
     assert "embed" in (inner[0], inner[-1]), f"a matrix must have its 'embed' axis first or last, not {axes}"
     sizes = update.shape[-len(inner) :]
     m = sizes[0] if inner[0] == "embed" else math.prod(sizes[:-1])
     n = math.prod(sizes) // m
     # Of the axes that share a side only the first is split: ("heads", "head_dim").
     sides = ("embed", inner[1]) if inner[0] == "embed" else (inner[0], "embed")
-    x_Lmn = _spread(functools.partial(newton_schulz, dtype=dtype), update.reshape(-1, m, n).astype(dtype), sides, mesh)
-    return 0.2 * math.sqrt(max(m, n)) * x_Lmn.astype(jnp.float32).reshape(update.shape)
+    # Experts come first, so that flattening the stacks keeps each device's own together.
+    last = len(stacked) - 1
+    x = jnp.moveaxis(update, last, 0) if last > 0 else update
+    stack = "experts" if "experts" in stacked else None
+    orthogonalize = functools.partial(newton_schulz, dtype=dtype)
+    x_Lmn = _spread(orthogonalize, x.reshape(-1, m, n).astype(dtype), (stack, *sides), mesh)
+    x = x_Lmn.astype(jnp.float32).reshape(x.shape)
+    return 0.2 * math.sqrt(max(m, n)) * (jnp.moveaxis(x, 0, last) if last > 0 else x)
 
 
 def newton_schulz(x_Lmn: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -127,22 +135,23 @@ def newton_schulz(x_Lmn: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _spread(
-    function: Callable[[jax.Array], jax.Array], x_Lmn: jax.Array, sides: tuple[str | None, ...], mesh: Mesh | None
+    function: Callable[[jax.Array], jax.Array], x_Lmn: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None
 ) -> jax.Array:
     """function(x), matrix by matrix, with whole matrices on each device and different ones on different devices.
 
-    sides: logical axes of m and n. An all-to-all for each mesh axis that splits a side trades the split of the matrices
-    for one of the layers; axes that only copy take a part of the layers each, while there are enough. In Auto mode XLA
-    gathers all layers on every device for `fsdp`, and replicates the array where two mesh axes split it.
+    axes: logical axes of L, m and n. An all-to-all for each mesh axis that splits a side trades the split of the
+    matrices for one of the layers; axes that only copy take a part of the layers each, while there are enough. In Auto
+    mode XLA gathers all layers on every device for `fsdp`, and replicates the array where two mesh axes split it.
     """
     if mesh is None:
         return function(x_Lmn)
-    layout = spec((None, *sides))
-    splits = [(name, dim) for dim, name in enumerate(layout) if name is not None and mesh.shape[name] > 1]
+    layout = spec(axes)
+    splits = [(name, dim) for dim, name in enumerate(layout) if dim > 0 and name is not None and mesh.shape[name] > 1]
     ways = math.prod(mesh.shape[name] for name, _ in splits)
+    own = x_Lmn.shape[0] // (1 if layout[0] is None else mesh.shape[layout[0]])
     copies = []
-    for name in ("data", "context"):
-        if mesh.shape[name] > 1 and ways < x_Lmn.shape[0]:
+    for name in ("data", "expert", "context"):
+        if name != layout[0] and mesh.shape[name] > 1 and ways < own:
             copies.append(name)
             ways *= mesh.shape[name]
 

@@ -448,9 +448,10 @@ def bytes_besides_params(components: StepComponents) -> int:
 def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> None:
     model, mesh, distilled = components.model, components.mesh, components.distilled
     logger.info(
-        "Model: %s parameters (%s without embeddings); mesh %s",
+        "Model: %s parameters (%s without embeddings%s); mesh %s",
         f"{model.num_params:,}",
         f"{model.num_params_non_embedding:,}",
+        f", {model.num_active_params:,} active" * (model.num_active_params < model.num_params_non_embedding),
         " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
     # Processes must agree on each choice, so make it here: the compile thread then finds it made.

@@ -359,11 +359,12 @@ def accumulation(mesh: Mesh, batch_size: int, seq_len: int, micro_batch_tokens: 
     Raises:
         UserError: The mesh does not divide the batch.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = sharding.batch_ways(mesh.shape)
     if batch_size % devices:
+        expert = " * mesh.expert" * (mesh.shape["expert"] > 1)
         raise UserError(
-            f"a batch of {batch_size} rows is not divisible by mesh.data * mesh.fsdp = {devices}: batch sizes depend "
-            "on the config alone, so that every machine trains on the same batches. Values of data * fsdp that "
+            f"a batch of {batch_size} rows is not divisible by mesh.data * mesh.fsdp{expert} = {devices}: batch sizes "
+            "depend on the config alone, so that every machine trains on the same batches. Values of the product that "
             f"work: {', '.join(str(d) for d in sharding.divisors(batch_size) if d <= 4096)}."
         )
     if seq_len % mesh.shape["context"]:

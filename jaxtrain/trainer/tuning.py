@@ -131,7 +131,7 @@ def _counts(target: Target, stage: StagePlan) -> list[int]:
     """Numbers of micro-batches that the config allows, ascending; one if it sets their size."""
     mesh: Any = AbstractMesh(tuple(target.mesh.values()), tuple(target.mesh))
     fewest = accumulation(mesh, stage.batch_size, stage.seq_len, target.config.micro_batch_tokens)
-    rows = stage.batch_size // (target.mesh["data"] * target.mesh["fsdp"])
+    rows = stage.batch_size // sharding.batch_ways(target.mesh)
     return [fewest] if target.config.micro_batch_tokens is not None else sharding.divisors(rows)
 
 
@@ -357,7 +357,8 @@ def _meshes(chips: int) -> Iterator[dict[str, int]]:
     for context in sharding.divisors(chips):
         for tensor in sharding.divisors(chips // context):
             for data in sharding.divisors(chips // context // tensor) if tensor <= _MOST_TENSOR else ():
-                yield {"data": data, "fsdp": chips // context // tensor // data, "tensor": tensor, "context": context}
+                fsdp = chips // context // tensor // data
+                yield {"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor, "context": context}
 
 
 # ---- Kept choices
@@ -432,7 +433,8 @@ def key_of(target: Target) -> Json:
     }
     return {
         "hardware": device.device_kind,
-        "mesh": dict(target.mesh),
+        # Choices from before there was an `expert` axis stay valid.
+        "mesh": {axis: size for axis, size in target.mesh.items() if axis != "expert" or size > 1},
         "versions": versions,
         "parameters": target.components.model.num_params,
         "settings": settings,

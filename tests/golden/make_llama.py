@@ -34,6 +34,32 @@ CASES = {
         "default",
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 8}, "default"),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}, "default"),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "head_dim": 8,
+            "moe_intermediate_size": 12,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+        "default",
+    ),
+    "qwen3_moe_sparse": (
+        transformers.Qwen3MoeConfig,
+        {
+            "head_dim": 8,
+            "moe_intermediate_size": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [0],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+        "default",
+    ),
     "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 4, "tie_word_embeddings": True}, "default"),
 }
 

@@ -1,5 +1,6 @@
 """A checkpoint's config against its tensors; damaged, quantized and unsupported checkpoints are refused."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -183,6 +184,9 @@ REFUSED = [
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types"),
     ({"model_type": "qwen2", "layer_types": [{}] * 4}, "layer_types"),
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "in only some of the layers"),
+    ({"model_type": "mixtral", "num_key_value_heads": 2, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ({"model_type": "mixtral", "num_key_value_heads": 2, "num_experts_per_tok": 9}, "experts_per_token=9"),
+    ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
 ]
 
 
@@ -245,6 +249,35 @@ def test_other_spellings(changes, expected):
     config, vocab_size = families.from_json(LLAMA | changes, "org/model")
     assert vocab_size == 40
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, None),
+        ({"decoder_sparse_step": 2}, "1 global : 1 global experts"),
+        ({"mlp_only_layers": [0, 1]}, "2 global : 2 global experts"),
+        ({"mlp_only_layers": [3], "use_sliding_window": True}, "3 local experts : 1 local"),
+        ({"model_type": "mixtral", "decoder_sparse_step": 2}, None),
+    ],
+)
+def test_which_layers_have_experts(changes, layers):
+    given = LLAMA | {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config, _ = families.from_json(given | changes, "org/model")
+    assert config.layers == layers
+    assert config.experts is not None
+    assert config.experts.num_experts == 4
+    assert families.from_json(families.to_json(config, 40, "float32"), "")[0] == dataclasses.replace(
+        config, head_dim=config.resolved_head_dim
+    )
+
+
+def test_a_model_with_shared_experts_is_not_exported():
+    config, _ = families.from_json(LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2}, "")
+    assert config.experts is not None
+    config.experts.shared_size = 8
+    with pytest.raises(UserError, match="shared_size=8"):
+        families.to_json(config, 40, "float32")
 
 
 def test_llama_heads_that_do_not_divide_the_width_are_exported_as_mistral(tmp_path):

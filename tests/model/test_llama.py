@@ -19,8 +19,9 @@ TINY = LlamaConfig(
 )
 EVERYTHING = dataclasses.replace(
     TINY,
+    num_layers=5,
     head_dim=6,
-    no_rope_every=2,
+    layers="1 local : 1 global nope",
     sliding_window=5,
     attention_bias=True,
     attention_output_bias=True,
@@ -191,6 +192,8 @@ def test_counts():
     # The first 512 tokens see 256 on average, the other 1,536 see 512: 448 of them all.
     assert windowed.flops_per_token(2048) == 6 * weights + 12 * 12 * 1024 * 448
     assert windowed.flops_per_token(100) == 6 * weights + 6 * 12 * 1024 * 100
+    some = dataclasses.replace(config, sliding_window=512, layers="2 local : 1 global").build(50_257, None)
+    assert some.flops_per_token(2048) == 6 * weights + 12 * 1024 * (8 * 448 + 4 * 1024)
 
 
 def test_bfloat16_activations():
@@ -211,6 +214,10 @@ def test_bfloat16_activations():
         ({"head_dim": 5}, "A head of width 5"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"sliding_window": 0}, "sliding_window=0"),
+        ({"layers": "1 local : 1 global"}, "sliding_window=None: set it to the tokens that local layers see"),
+        ({"layers": "2 global", "sliding_window": 8}, "sliding_window=8: remove it, or make some layers local"),
+        ({"layers": "2 global", "no_rope_every": 2}, "write 'nope' in the pattern"),
+        ({"layers": "2 round"}, "'2 round' is not a number of layers and their kind"),
         ({"dtype": "float16"}, "dtype='float16' is not known. Use one of: bfloat16, float32"),
         ({"remat": "some"}, "remat='some'"),
         ({"attention": "flash"}, "attention='flash'"),

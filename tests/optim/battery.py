@@ -19,6 +19,7 @@ from jaxtrain.optim.base import state_axes
 
 # One parameter of each kind that the models have; 3 layers, so that no mesh of 8 divides them.
 SIZES = {"layers": 3, "vocab": 32, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 24, "norm": 16}
+SIZES |= {"experts": 2, "router": 2}
 AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
@@ -29,6 +30,11 @@ AXES = {
         "out": {"kernel": ("layers", "heads", "head_dim", "embed")},
         "up": ("layers", "embed", "mlp"),
         "down": ("layers", "mlp", "embed"),
+        "experts": {
+            "up": ("layers", "experts", "embed", "mlp"),
+            "down": ("layers", "experts", "mlp", "embed"),
+            "router": ("layers", "embed", "router"),
+        },
     },
 }
 
@@ -132,7 +138,8 @@ class Battery:
         "sizes",
         [
             pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
-            {"data": 2, "fsdp": 2, "tensor": 2},
+            pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+            {"expert": 2, "fsdp": 2, "tensor": 2},
             pytest.param({"data": 2, "fsdp": 1, "context": 4}, marks=pytest.mark.nightly),
         ],
         ids=str,

@@ -13,6 +13,7 @@ from jaxtrain.data.stores import teacher_store
 from jaxtrain.data.stores.teacher_store import TeacherManifest
 from jaxtrain.data.stores.writer import Job, TeacherWriter
 from jaxtrain.distill.scorer import Scorer
+from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout
@@ -119,7 +120,7 @@ def make_scorer(
         UserError: even one row per device does not fit.
     """
     assert model.mesh is not None
-    devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    devices = sharding.batch_ways(model.mesh.shape)
     most = max(batch_tokens // context, 1)
     scorers: dict[int, Scorer] = {}
 

@@ -131,7 +131,7 @@ def memory(outlook: Outlook) -> Section:
     choices = tuning.choose(target, outlook.plan, None)
     for stage in outlook.stages:
         fewest = accumulation(mesh, stage.batch_size, stage.seq_len, config.micro_batch_tokens)
-        rows = stage.batch_size // (outlook.mesh["data"] * outlook.mesh["fsdp"])
+        rows = stage.batch_size // sharding.batch_ways(outlook.mesh)
         variants = [Variant(micro_batches=count) for count in sharding.divisors(rows) if count >= fewest]
         choice = choices[stage.batch_size, stage.seq_len]
         tried = [tuning.by_arithmetic(target, stage, variant) for variant in (*choice.variants[:1], *variants)]
