@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> Config:
         tokenizer = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
     elif other:
         tokenizer = TrainTokenizer(kind="bpe", vocab_size=1024, max_samples=100)
+    ce_weight = 0.5 if other else 0.2  # a teacher with another tokenizer is silent at some positions
     return Config(
         model=LlamaConfig(
             hidden_size=hidden,
@@ -69,7 +70,9 @@ def get_config(arg: str = "") -> Config:
         ),
         tokenizer=tokenizer,
         teacher=None if arg in ("teacher", "alone", "other_alone") else teacher,
-        distillation=Distillation(divergence=TopK() if cached else ForwardKL(), ce_weight=0.2, kd_weight=0.8),
+        distillation=Distillation(
+            divergence=TopK() if cached else ForwardKL(), ce_weight=ce_weight, kd_weight=1 - ce_weight
+        ),
         data=DataConfig(
             sources={"python": TextFiles(max_samples=200 if cached or other else None)}, num_lanes=8, holdout=0.03
         ),
