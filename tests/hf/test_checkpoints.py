@@ -183,6 +183,7 @@ REFUSED = [
         {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
         r"partial_rotary_factor=0\.5 is not supported by kind of layer",
     ),
+    ({"model_type": "gemma2", "sliding_window": None}, "layers with a sliding window, and sliding_window=None"),
     ({"model_type": "phi3", "rope_scaling": YARN}, "rope_type='yarn' of phi3 means longrope"),
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type='longrope' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' in config.json lacks factor"),
