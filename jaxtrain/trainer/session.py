@@ -33,7 +33,7 @@ from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.trainer import compatibility, compiler_options, open_data, scheduled, state, tuning
+from jaxtrain.trainer import compatibility, compiler_options, meshes, open_data, scheduled, state, tuning, variants
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
@@ -113,7 +113,7 @@ class Session:
         config = compatibility.settled(config, saved)
         self.limit = memory.limit(config.mesh.build(), config.memory_gb)
         self._cluster = clusters.of_devices(jax.devices())
-        if isinstance(config.mesh, AutoMesh):
+        if config.mesh == AutoMesh():
             config = with_mesh(config, self.plan, self._cluster, self.limit)
         self.config, mesh = config, config.mesh.build()
         self._programs_path = workdir.programs
@@ -202,7 +202,7 @@ class Session:
     def _choose(self, components: StepComponents, saved: list[Json]) -> dict[tuple[int, int], Choice]:
         config, cluster = self.config, self._cluster
         mesh = components.mesh.shape
-        target = tuning.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
+        target = variants.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
         measure = None
         if cluster is not None and self.limit is not None:
             compiler = scheduled.Compiler(config, cluster, components.model.vocab_size, components)
@@ -360,7 +360,7 @@ def with_mesh(config: Config, plan: Plan, cluster: clusters.Cluster | None, limi
     """The config with the mesh that `mesh=auto` chooses: all `fsdp` on CPUs and unknown devices."""
     mesh, why = MeshConfig(), "no search on this hardware"
     if cluster is not None and limit is not None:
-        mesh, why = tuning.choose_mesh(config, plan, cluster, limit)
+        mesh, why = meshes.choose(config, plan, cluster, limit)
     logger.info("mesh=auto: %s", why)
     return dataclasses.replace(config, mesh=mesh)
 

@@ -16,7 +16,7 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import AttentionModel, Json
-from jaxtrain.trainer import offline, scheduled, session, state, tuning
+from jaxtrain.trainer import offline, scheduled, session, state, tuning, variants
 from jaxtrain.trainer.programs import DoesNotFitError, Program, StagePrograms
 from jaxtrain.trainer.step import StepComponents
 from tools.compile_check import advice
@@ -39,7 +39,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     plan = config.plan()
     vocab_size, source = offline.vocabulary(config, given_vocab_size)
     limit = memory.limit_of_chip(cluster.chip, config.memory_gb)
-    if isinstance(config.mesh, sharding.AutoMesh):
+    if config.mesh == sharding.AutoMesh():
         config = session.with_mesh(config, plan, cluster, limit)
     mesh = config.mesh.build(clusters.devices(cluster))
     components = offline.components(config, vocab_size, mesh, limit)
@@ -48,7 +48,7 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
     _describe(components, cluster, limit, vocab_size, source)
     # Machine code takes minutes, and nothing here needs it.
     compile = measure = None
-    target = tuning.Target(config=config, components=components, mesh=mesh.shape, cluster=cluster, limit=limit)
+    target = variants.Target(config=config, components=components, mesh=mesh.shape, cluster=cluster, limit=limit)
     if mesh.devices.flat[0].platform != "cpu":
         compile = scheduled.Compiler(config, cluster, vocab_size, components)
         measure = tuning.by_compiler(target, compile)
