@@ -26,6 +26,7 @@ from jaxtrain.losses.divergences import (
     log_sum,
     sorted_distance,
 )
+from jaxtrain.losses.head import Head, logits
 
 # Larger vocabularies get smaller chunks to keep a chunk's memory constant.
 _FULL_CHUNK_VOCABULARY = 32_768
@@ -103,9 +104,9 @@ class Distillation:
         self._check_k(vocab_size)
 
         def divergence(
-            log_q_CV: jax.Array, vocabulary: Vocabulary, teacher_CE: jax.Array, head_EV: jax.Array
+            log_q_CV: jax.Array, vocabulary: Vocabulary, teacher_CE: jax.Array, head_EV: Head
         ) -> tuple[jax.Array, jax.Array, None]:
-            theirs_CV = jnp.dot(teacher_CE, head_EV, preferred_element_type=jnp.float32)
+            theirs_CV = logits(teacher_CE, head_EV)
             return *self.divergence(log_q_CV, self._log_softmax(theirs_CV, vocabulary, vocab_size), vocabulary), None
 
         both = self._with_loss(divergence, vocab_size, mesh, loss)
