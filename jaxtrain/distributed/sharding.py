@@ -151,7 +151,10 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
         inner = (data // data_slices, fsdp // fsdp_slices, expert, context, tensor)
         array = mesh_utils.create_hybrid_device_mesh(inner, (data_slices, fsdp_slices, 1, 1, 1), devices)
     elif devices[0].platform == "tpu":
-        array = mesh_utils.create_device_mesh(shape, devices)
+        try:
+            array = mesh_utils.create_device_mesh(shape, devices)
+        except NotImplementedError:  # two axes of 8 on a torus of 4x4x4
+            array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         # A process owns a host's devices or one of them. Either way ordering by process keeps hosts together.
         ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))

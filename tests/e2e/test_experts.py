@@ -13,11 +13,12 @@ EXPERTS = str(ROOT / "tests/e2e/configs/experts.py")
 @pytest.mark.slow
 def test_killed_runs_go_on_on_other_meshes_with_the_same_data(make_run: MakeRun) -> None:
     whole = make_run("whole", config=EXPERTS)()
-    run = make_run("killed", devices=4, config=EXPERTS)
-    for step, mesh in ((7, ("expert=2", "fsdp=2")), (22, ("expert=4", "fsdp=1"))):
+    for processes, step, mesh in ((2, 7, ("expert=2", "fsdp=2")), (1, 22, ("expert=4", "fsdp=1"))):
+        run = make_run("killed", processes, devices=4 // processes, config=EXPERTS)
         run.start(*(f"--config.mesh.{size}" for size in mesh))
         assert run.wait_for_step(step), run.output
         run.kill()
+    run = make_run("killed", devices=4, config=EXPERTS)
     run("--config.mesh.expert=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
     assert_same_data(run, whole)
     for name in ("router_balance_loss", "router_entropy", "expert_load_max"):
