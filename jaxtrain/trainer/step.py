@@ -31,6 +31,7 @@ from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Mod
 from jaxtrain.losses.chunks import NEVER
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
+from jaxtrain.losses.head import logits
 from jaxtrain.trainer.spikes import NO_LOSS, SpikeRule
 from jaxtrain.trainer.state import State, abstract
 
@@ -255,7 +256,7 @@ def _token_losses(components: StepComponents, params: Params, batch: Batch, micr
 
         def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = column
-            logits_BV = jnp.where(is_id_1V, jnp.dot(x_BD, head_DV, preferred_element_type=jnp.float32), NEVER)
+            logits_BV = jnp.where(is_id_1V, logits(x_BD, head_DV), NEVER)
             return optax.softmax_cross_entropy_with_integer_labels(logits_BV, targets_B)
 
         losses_TB = jax.lax.map(of_column, (x_BTD.swapaxes(0, 1), part["targets"].T))  # no logits of all positions

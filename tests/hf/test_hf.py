@@ -187,14 +187,11 @@ def changed(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type='mamba' is not supported.*LlamaForCausalLM, MistralForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            "in only some of the layers",
-        ),
-        ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 1], "num_hidden_layers": 4}, "only every n-th layer"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "sliding_window": None}, "layers with a sliding window, and sliding_window=None"),
     ],
 )
 def test_an_unsupported_config_is_named(changes, message, tmp_path):

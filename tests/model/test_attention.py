@@ -331,13 +331,13 @@ SMALL = Shape(
 def test_the_self_check_passes_a_right_kernel_and_names_what_is_wrong_with_another(monkeypatch):
     assert attention.self_check("splash", SMALL) is None
 
-    def wrong_groups(q, k, v, segments, *, sliding_window):
+    def wrong_groups(q, k, v, segments, *, sliding_window, **_):
         return attention_xla.attend_xla(q, jnp.roll(k, 1, axis=1), v, segments, sliding_window)
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else wrong_groups)
     assert re.match(r"its output differs from XLA's by \d+", attention.self_check("splash", SMALL) or "")
 
-    def broken(*arrays, sliding_window):
+    def broken(*arrays, **_):
         raise RuntimeError("no such kernel\nin this library")
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else broken)
