@@ -157,6 +157,8 @@ class LlamaConfig:
                 raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.experts is not None:
             self.experts.check()
+            if self.hidden_act != "silu":
+                raise UserError(f"hidden_act='{self.hidden_act}' with experts: they are SwiGLU, so set 'silu'.")
             if (self.hidden_act, self.gated_mlp) != ("silu", True):
                 raise UserError(f"hidden_act='{self.hidden_act}', gated_mlp={self.gated_mlp}: experts are SwiGLU.")
         if self.layers is not None:
