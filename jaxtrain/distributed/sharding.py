@@ -106,7 +106,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class AutoMesh(MeshConfig):
-    """`mesh=auto`: the trainer and the tools that plan choose the mesh (trainer/tuning.py). Elsewhere all is `fsdp`."""
+    """`mesh=auto`: the trainer and the tools that plan choose the mesh (trainer/meshes.py). Elsewhere all is `fsdp`.
+
+    A size that is set makes it an ordinary mesh.
+    """
 
 
 def _size_message(fixed: dict[str, int], automatic: list[str], num_devices: int) -> str:
@@ -149,12 +152,11 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
                 f"multiple of {slices}."
             )
         inner = (data // data_slices, fsdp // fsdp_slices, expert, context, tensor)
-        array = mesh_utils.create_hybrid_device_mesh(inner, (data_slices, fsdp_slices, 1, 1, 1), devices)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, (data_slices, fsdp_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
-        try:
-            array = mesh_utils.create_device_mesh(shape, devices)
-        except NotImplementedError:  # two axes of 8 on a torus of 4x4x4
-            array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         # A process owns a host's devices or one of them. Either way ordering by process keeps hosts together.
         ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))

@@ -306,6 +306,7 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     if kind == "gpt_neox":
         content = {_NEOX_KEYS.get(key, key): value for key, value in content.items()}
         content = {"partial_rotary_factor": 0.25, "use_parallel_residual": True} | content
+        content.pop("num_key_value_heads", None)  # its class has none
     # For these null means "derived" or "none"; any other key that is null counts as omitted.
     nullable = (
         "num_key_value_heads",
@@ -344,7 +345,7 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     if kind == "phi3" and scaling is not None:
         raise UserError(f"{where}: rope_type='yarn' of phi3 means longrope to transformers, which is not supported.")
     experts, has_experts = _experts(known, family, where)
-    kv_heads = known.get("num_key_value_heads") if kind != "gpt_neox" else None
+    kv_heads = known.get("num_key_value_heads")
     scalar, head_dim = known.get("query_pre_attn_scalar"), known.get("head_dim")
     config = LlamaConfig(
         hidden_size=known["hidden_size"],

@@ -116,6 +116,16 @@ def test_tpu_slices_are_split_by_data_then_fsdp(data, fsdp):
     assert [{device.slice_index for device in half} for half in halves] == [{0}, {1}]
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_may_take_a_part_of_a_slice_side(slices):
+    """8 is no product of the sides 4 and 4."""
+    array = _arrange((2 * slices, 8, 1, 1, 1), slices_of_tpu(slices, side=4))
+    assert len({device.id for device in array.flat}) == 16 * slices
+    for group in array.reshape(-1, 8):  # a rectangle
+        assert len({device.slice_index for device in group}) == 1
+        assert len({d.coords[0] for d in group}) * len({d.coords[1] for d in group}) == 8
+
+
 def test_refuses_tensor_across_tpu_slices():
     with pytest.raises(UserError, match="2 TPU slices"):
         _arrange((1, 1, 1, 8, 1), slices_of_tpu(2))

@@ -183,6 +183,7 @@ REFUSED = [
         {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
         r"partial_rotary_factor=0\.5 is not supported by kind of layer",
     ),
+    ({"model_type": "gemma2", "sliding_window": None}, "layers with a sliding window, and sliding_window=None"),
     ({"model_type": "phi3", "rope_scaling": YARN}, "rope_type='yarn' of phi3 means longrope"),
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type='longrope' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' in config.json lacks factor"),
@@ -299,11 +300,12 @@ READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model_type": "olmo3", "rope_theta": 70.0}, {"rope_theta": 70.0, "rope_local_base_freq": 5e5}),
     ({"model_type": "phi3", "attention_bias": True}, {"attention_bias": False, "partial_rotary_factor": 1.0}),
     (
-        {"model_type": "gpt_neox", "num_attention_heads": 2, "rotary_pct": 0.5, "rotary_emb_base": 70},
+        {"model_type": "gpt_neox", "num_attention_heads": 2, "head_dim": 8, "rotary_pct": 0.5, "rotary_emb_base": 70},
         {"partial_rotary_factor": 0.5, "rope_theta": 70, "parallel_residual": True},
     ),
     (
-        {"model_type": "gpt_neox", "num_attention_heads": 2, "use_parallel_residual": False, "attention_bias": False},
+        {"model_type": "gpt_neox", "num_attention_heads": 2, "head_dim": 8}
+        | {"use_parallel_residual": False, "attention_bias": False},
         {"parallel_residual": False, "attention_bias": False, "mlp_bias": True},
     ),
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain import cli
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
@@ -205,6 +206,11 @@ def test_counts():
     assert windowed.flops_per_token(100) == 6 * weights + 6 * 12 * 1024 * 100
     some = dataclasses.replace(config, sliding_window=512, layers="2 local : 1 global").build(50_257, None)
     assert some.flops_per_token(2048) == 6 * weights + 12 * 1024 * (8 * 448 + 4 * 1024)
+
+
+def test_gemma3_1b_has_the_parameters_of_the_published_one():
+    model = cli.load("configs/gemma3_1b.py", ()).model.build(262_144, None)
+    assert model.num_params == 999_885_952
 
 
 def test_bfloat16_activations():
