@@ -61,10 +61,10 @@ class SpikeRule:
         enough_2 = 2 * jnp.isfinite(history_2W).sum(axis=1) >= self.window
         return (enough_2 & (values_2 > median_2 + self.threshold * spread_2)).any()
 
-    def usual(self, losses_W: np.ndarray) -> tuple[float, float] | None:
-        """The median of losses and what is a spike above it; None if too few are known (finite)."""
-        known = losses_W[np.isfinite(losses_W)].astype(np.float64)
-        if 2 * len(known) < self.window - 2:
+    def usual(self, values_W: np.ndarray) -> tuple[float, float] | None:
+        """The median of loss or gradient norm, and what is a spike above it; None if too few are known (finite)."""
+        known = values_W[np.isfinite(values_W)].astype(np.float64)
+        if 2 * len(known) < self.window:
             return None
         median = float(np.median(known))
         spread = max(_SIGMA * np.median(np.abs(known - median)), _LEAST_SPREAD * abs(median))
@@ -72,17 +72,8 @@ class SpikeRule:
 
     def applies_on_host(self, history_2W: np.ndarray, values_2: np.ndarray) -> bool:
         """`applies` in NumPy, or whether a value is not finite."""
-        for row_W, value in zip(history_2W, values_2, strict=True):
-            known = row_W[np.isfinite(row_W)]
-            if not math.isfinite(value):
-                return True
-            if 2 * len(known) >= self.window:
-                median = np.median(known)
-                excess = (value - median) / self.threshold
-                # The first comparison spares nearly all steps the second.
-                if excess > _LEAST_SPREAD * abs(median) and excess > _SIGMA * np.median(np.abs(known - median)):
-                    return True
-        return False
+        found = zip(map(self.usual, history_2W), values_2, strict=True)
+        return not np.isfinite(values_2).all() or any(usual is not None and value > usual[1] for usual, value in found)
 
     def nothing(self) -> np.ndarray:
         """The history at the start of a stage."""

@@ -258,6 +258,14 @@ def test_which_steps_are_due(tmp_path):
         assert monitor.due(step_of(33, 1_000_000_000))
 
 
+def test_an_evaluation_on_the_console(tmp_path, capsys):
+    found = {"web": {"loss": 2.5, "tokens": 1802.0}, "docs": {"loss": None, "tokens": 0.0}}
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
+        monitor.log_eval(20, {"eval_loss": 2.0, "eval_tokens": 1802.0, "eval_by_source": found})
+    said = "Step 20: eval_loss=2.0000, eval_tokens=1,802, web=2.5000, docs: no held-out document\n"
+    assert said in capsys.readouterr().out
+
+
 def test_without_a_target(tmp_path, capsys):
     log(tmp_path, [10], total_tokens=None)
     assert "| Stage 3/10 (10,000,000 tokens)\n" in capsys.readouterr().out
