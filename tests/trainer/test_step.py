@@ -255,7 +255,7 @@ def test_qk_clip_on_every_mesh(shape: tuple[int, ...]) -> None:
 
 
 def test_gradients_are_taken_where_the_optimizer_says(alone: Any) -> None:
-    """The third step's loss is that of the point between the average and the newest iterate, which were equal before."""
+    """The third step's loss is that of the point between the average and the newest iterate, equal until then."""
     components, batch = make_components(name="schedule_free"), make_batch(3)
     optimizer: Any = components.optimizer
     after, metrics = run(components, [make_batch(1), make_batch(2)])
