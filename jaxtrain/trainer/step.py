@@ -38,7 +38,8 @@ from jaxtrain.trainer.state import State, abstract
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# A frozen teacher's parameters (() if its records are in the batch), and the weights of loss and divergence, fp32.
+# A frozen teacher's parameters (if its records are in the batch: the tables of `Aligned`, or ()), and the weights of
+# loss and divergence, fp32.
 Teaching = tuple[Any, Any, Any]
 
 
@@ -48,7 +49,7 @@ class Distilled:
 
     Attributes:
         teacher: The teacher model; None if its records are in the batch.
-        abstract: Shapes, types and shardings of its parameters; () without a teacher model.
+        abstract: Shapes, types and shardings of its parameters, or of the tables of `Aligned` (losses/cached.py).
         loss: The distillation loss, which replaces the step's loss.
         width: Bytes of a record per token; 0 with a teacher model.
     """
@@ -313,7 +314,9 @@ def _sums(components: StepComponents, params: Params, batch: Batch, teaching: Te
         teacher = components.distilled.teacher
         # Stopped gradients: nothing of the teacher's forward pass is kept for a backward pass.
         frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
-        says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
+        says = (
+            (batch[RECORDS], *frozen) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
+        )
         rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
         sums = components.distilled.loss(x_BTD, head_DV, *says, *rest)
     # The model reports means over the micro-batch. Scale them by its tokens, to sum and divide them like the loss.
