@@ -1,7 +1,5 @@
 """Builds everything a run consists of, from a config and a work directory."""
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import logging
@@ -27,25 +25,24 @@ from jaxtrain.data.packing import Spans
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
+from jaxtrain.distributed.sharding import AutoMesh, MeshConfig, replicated
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
-from jaxtrain.losses.cached import Layout
+from jaxtrain.interfaces import AttentionModel, ClippableModel, EightBitModel, Json, LossFn
+from jaxtrain.losses.cached import Aligned, Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
+from jaxtrain.optim import base as optim
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
-from jaxtrain.trainer import compatibility, compiler_options, open_data, scheduled, state, tuning
+from jaxtrain.trainer import compatibility, compiler_options, meshes, open_data, scheduled, state, tuning, variants
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
-from jaxtrain.trainer.spikes import SpikeRule, SpikeWatch
+from jaxtrain.trainer.spikes import THRESHOLD, SpikeRule, SpikeWatch
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 from jaxtrain.trainer.tasks import TaskEvaluator
 
 _SAMPLE_TOKENS = 64
-# (parameter, value) of glibc's mallopt(3): M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD (-1: never trim).
-_KEEP_FREED_MEMORY = ((-8, 1), (-4, 0), (-1, -1))
 
 logger = logging.getLogger("jaxtrain")
 
@@ -54,18 +51,6 @@ def compiler_effort(platform: str) -> None:
     """Lowers XLA's optimization effort on GPUs: the default, close to O3, takes minutes (docs/benchmarks.md)."""
     if platform == "gpu":
         jax.config.update("jax_optimization_level", "O1")
-
-
-def keep_freed_memory() -> None:
-    """Makes this process keep memory that it frees, instead of returning it to the system. For CPUs.
-
-    XLA allocates a step's temporaries anew at each call. Above 32 MB glibc maps new pages for them, which takes 15 to
-    20% of the CPU time of a step of 4,096 tokens (docs/benchmarks.md). In one heap for all threads they are reused;
-    heaps of single threads hold at most 64 MB.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # systems without glibc
-        for parameter, value in _KEEP_FREED_MEMORY:
-            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def configure_runtime(config: Config, workdir: Workdir) -> None:
@@ -78,8 +63,6 @@ def configure_runtime(config: Config, workdir: Workdir) -> None:
         # The path of GPU autotuning results is part of every cache key: moving the work directory would miss all.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     compiler_effort(jax.default_backend())
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     logger.info(
         "%d process(es), %d %s device(s)", jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
     )
@@ -131,7 +114,7 @@ class Session:
         config = compatibility.settled(config, saved)
         self.limit = memory.limit(config.mesh.build(), config.memory_gb)
         self._cluster = clusters.of_devices(jax.devices())
-        if isinstance(config.mesh, AutoMesh):
+        if config.mesh == AutoMesh():
             config = with_mesh(config, self.plan, self._cluster, self.limit)
         self.config, mesh = config, config.mesh.build()
         self._programs_path = workdir.programs
@@ -178,9 +161,9 @@ class Session:
         elif config.teacher is not None:
             self._cached = config.teacher.open_cache(config.data, self.sources, self.tokenizer)
         if vocab_size != self.tokenizer.vocab_size:
-            layout = self._cached and self._cached.layout
+            stored = self._cached and (self._cached.layout, self._cached.aligned)
             size = self.tokenizer.vocab_size
-            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
+            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, stored))
         self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
@@ -220,7 +203,7 @@ class Session:
     def _choose(self, components: StepComponents, saved: list[Json]) -> dict[tuple[int, int], Choice]:
         config, cluster = self.config, self._cluster
         mesh = components.mesh.shape
-        target = tuning.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
+        target = variants.Target(config=config, components=components, mesh=mesh, cluster=cluster, limit=self.limit)
         measure = None
         if cluster is not None and self.limit is not None:
             compiler = scheduled.Compiler(config, cluster, components.model.vocab_size, components)
@@ -251,11 +234,11 @@ class Session:
         )
         return Feed(batches, mesh, lanes, data.num_lanes)
 
-    def watch(self) -> SpikeWatch | None:
-        """Follows the run's steps from its start on; None if they are not compared."""
-        if self.components.spikes is None:
-            return None
-        return SpikeWatch(self, self.components.spikes, self._saved_spikes, self._lane_states)
+    def watch(self) -> SpikeWatch:
+        """Follows the run's steps from its start on."""
+        in_step = self.components.spikes is not None
+        rule = self.components.spikes or SpikeRule(self.config.spike_window, THRESHOLD, skips=False)
+        return SpikeWatch(self, rule, in_step, self._saved_spikes, self._lane_states)
 
     def addresses(self, step: int, states: Mapping[int, np.ndarray]) -> list[tuple[int, int, Spans]]:
         """(row of the batch, source, documents) of each row of a step on this host.
@@ -334,21 +317,26 @@ class Session:
             )
             self.evaluators.append(held_out)
         if config.eval.tasks:
-            tasks = TaskEvaluator(
-                config.eval.tasks,
-                config.eval.task_limit,
-                self._tasks_folder,
-                self.tokenizer,
-                config.data.add_bos,
-                components,
-                (self.eval_plan or self.plan).stages[-1].batch_size,
-                lambda documents: self.programs.tasks(documents).executable,
-            )
-            self.evaluators.append(tasks)
-            self.programs.add_tasks(*tasks.shape)
+            self.add_tasks()
         with monitor.span("compile"):
             self.programs.settle(first, self.start_step + 1)
         return restored
+
+    def add_tasks(self) -> None:
+        """Reads the questions of `eval.tasks`, which then belong to every evaluation. Raises as `TaskEvaluator`."""
+        config = self.config
+        tasks = TaskEvaluator(
+            config.eval.tasks,
+            config.eval.task_limit,
+            self._tasks_folder,
+            self.tokenizer,
+            config.data.add_bos,
+            self.components,
+            (self.eval_plan or self.plan).stages[-1].batch_size,
+            lambda documents: self.programs.tasks(documents).executable,
+        )
+        self.evaluators.append(tasks)
+        self.programs.add_tasks(*tasks.shape)
 
     def _load_teacher(self) -> None:
         if self._frozen is not None:
@@ -356,7 +344,8 @@ class Session:
             self.identities["teacher"] = self._frozen.identity(self._teacher_params)
             logger.info(f"Distilling from {self._frozen.config.model}.")
         elif self._cached is not None:
-            self._teacher_params = ()
+            tables = self._cached.aligned.tables if self._cached.aligned else ()
+            self._teacher_params = jax.device_put(tables, replicated(self.components.mesh))
             self.identities["teacher"] = self._cached.identity
             logger.info(f"Distilling from {self._cached.summary}.")
         if self.start_step:
@@ -373,7 +362,7 @@ def with_mesh(config: Config, plan: Plan, cluster: clusters.Cluster | None, limi
     """The config with the mesh that `mesh=auto` chooses: all `fsdp` on CPUs and unknown devices."""
     mesh, why = MeshConfig(), "no search on this hardware"
     if cluster is not None and limit is not None:
-        mesh, why = tuning.choose_mesh(config, plan, cluster, limit)
+        mesh, why = meshes.choose(config, plan, cluster, limit)
     logger.info("mesh=auto: %s", why)
     return dataclasses.replace(config, mesh=mesh)
 
@@ -403,7 +392,7 @@ def make_components(
     mesh: jax.sharding.Mesh,
     frozen: teacher.Frozen | None,
     limit: int | None,
-    layout: Layout | None = None,
+    stored: tuple[Layout, Aligned | None] | None = None,
 ) -> StepComponents:
     """Builds the components of the config's steps on a mesh.
 
@@ -414,14 +403,20 @@ def make_components(
         mesh: the device mesh.
         frozen: the teacher, if it runs during training.
         limit: bytes that a step may use on a device; None for no limit.
-        layout: layout of the records in each batch, if the teacher is cached.
+        stored: if the teacher is cached, layout of the records in each batch, and how they are used if it has its own
+            tokenizer.
     """
     model = config.model.build(vocab_size, mesh)
     if config.precision == "fp8":
         if not isinstance(model, EightBitModel):
             raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
         model = model.in_fp8()
-    optimizer = config.optimizer.build(model.axes, mesh)
+    optimizer = optim.built(config.optimizer, model, mesh)
+    qk_clip = getattr(config.optimizer, "qk_clip", None)
+    if qk_clip is not None:
+        if not isinstance(model, ClippableModel):
+            raise UserError(f"qk_clip is not for a {type(model).__name__}, which has no `clip_logits`: set it to none")
+        model.watching_logits()  # refused here, if at all
     if frozen is not None:
         frozen.check_stages(plan)
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
@@ -433,9 +428,14 @@ def make_components(
         if frozen is not None:
             divergence = config.distillation.build(model.vocab_size, mesh, loss)
             return loss.build(vocab_size, mesh), Distilled(frozen.model, frozen.abstract, divergence)
-        if layout is not None:
-            divergence = config.distillation.build_cached(layout, mesh, loss)
-            return loss.build(vocab_size, mesh), Distilled(None, (), divergence, layout.width)
+        if stored is not None:
+            layout, aligned = stored
+            divergence = config.distillation.build_cached(layout, mesh, loss, aligned)
+            tables = tuple(
+                jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=replicated(mesh))
+                for table in (aligned.tables if aligned else ())
+            )
+            return loss.build(vocab_size, mesh), Distilled(None, tables, divergence, layout.width)
         return loss.build(vocab_size, mesh), None
 
     loss, distilled = losses(None)
@@ -444,8 +444,9 @@ def make_components(
     if config.spike_threshold is not None:
         spikes = SpikeRule(config.spike_window, config.spike_threshold, config.on_spike == "skip_update")
     has_chunks = hasattr(config.loss, "chunk_tokens")
+    losses_by_chunk = losses if has_chunks else None
     return StepComponents(
-        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None, spikes
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses_by_chunk, spikes, qk_clip
     )
 
 
@@ -459,9 +460,10 @@ def bytes_besides_params(components: StepComponents) -> int:
 def _report(components: StepComponents, plan: Plan, eval_plan: Plan | None) -> None:
     model, mesh, distilled = components.model, components.mesh, components.distilled
     logger.info(
-        "Model: %s parameters (%s without embeddings); mesh %s",
+        "Model: %s parameters (%s without embeddings%s); mesh %s",
         f"{model.num_params:,}",
         f"{model.num_params_non_embedding:,}",
+        f", {model.num_active_params:,} active" * (model.num_active_params < model.num_params_non_embedding),
         " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     )
     # Processes must agree on each choice, so make it here: the compile thread then finds it made.

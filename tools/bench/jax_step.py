@@ -16,7 +16,6 @@ from jaxtrain.losses.distillation import Distillation
 from jaxtrain.model.llama import Llama, LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.trainer import state
-from jaxtrain.trainer.session import keep_freed_memory
 from jaxtrain.trainer.step import Distilled, StepComponents, lower_train_step
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
@@ -82,8 +81,6 @@ class JaxStep:
 
     def __init__(self, size: Size, seed: int = 0, teacher: LlamaConfig | None = None):
         mesh = MeshConfig().build(jax.devices()[:1])
-        if jax.default_backend() == "cpu":  # as in a run
-            keep_freed_memory()
         self.model: Llama = size.model.build(size.vocab_size, mesh)
         optimizer = AdamW(learning_rate=LEARNING_RATE).build(self.model.axes, mesh)
         loss = CrossEntropy().build(size.vocab_size, mesh)
