@@ -4,6 +4,7 @@ from jaxtrain.checkpoint.checkpointer import CheckpointConfig
 from jaxtrain.config import Config, EvalConfig
 from jaxtrain.data.pipeline import DataConfig
 from jaxtrain.data.sources.huggingface import HuggingFace
+from jaxtrain.distributed.sharding import AutoMesh
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.plan import Stage
@@ -34,6 +35,7 @@ def pretrain(
         stages=(Stage(name="main", seq_len=model.max_seq_len, tokens_per_batch=batch_tokens),),
         total_tokens=total_tokens,
         micro_batch_tokens=micro_batch_tokens,
+        mesh=AutoMesh(),
         optimizer=AdamW(learning_rate=learning_rate, schedule=Cosine(warmup_fraction=0.01, final_fraction=0.1)),
         checkpoint=CheckpointConfig(every_steps=500, keep=2),
         eval=EvalConfig(every_steps=1000, tokens=1_048_576),

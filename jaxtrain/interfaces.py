@@ -77,18 +77,21 @@ class Hidden(NamedTuple):
         losses: Auxiliary losses by name, fp32 scalars, each a mean over the rows given and already weighted, such as a
             router's load balance. They are added to the loss, weighted by the tokens of each micro-batch.
         metrics: fp32 scalars to report, averaged in the same way.
+        max_logits: The largest attention logit of each head, fp32 [L, H]; None unless asked for (ClippableModel).
     """
 
     x: Array
     losses: Mapping[str, Array] = {}
     metrics: Mapping[str, Array] = {}
+    max_logits: Array | None = None
 
 
 class Model(Protocol):
     """Pure functions of a tree of fp32 parameters, called inside `jax.jit`.
 
     `model.base.BaseModel` derives the attributes from `axes` and `init`, and has defaults for the last two methods; a
-    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols.
+    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols, and
+    the attribute `width_ratio`: see `WidthScaledConfig`.
 
     Attributes:
         config: What built it, with derived values filled in.
@@ -100,6 +103,7 @@ class Model(Protocol):
         shapes: The parameters as `jax.ShapeDtypeStruct`s.
         num_params: Parameters without the vocabulary's padding.
         num_params_non_embedding: Parameters without token embedding and output head.
+        num_active_params: Those of them that a token uses: of experts, only the ones that it chooses.
         padded_vocab_size: Columns of the head.
     """
 
@@ -110,6 +114,7 @@ class Model(Protocol):
     shapes: Params
     num_params: int
     num_params_non_embedding: int
+    num_active_params: int
     padded_vocab_size: int
 
     @abc.abstractmethod
@@ -124,7 +129,10 @@ class Model(Protocol):
 
     @abc.abstractmethod
     def head(self, params: Params) -> Array:
-        """The output head, fp32 [D, V]. V is `padded_vocab_size`."""
+        """The output head, fp32 [D, V], such that hidden states `x @ head` are the logits. V is `padded_vocab_size`.
+
+        A model that bounds its logits returns `losses.head.SoftCapped`.
+        """
         ...
 
     @abc.abstractmethod
@@ -170,6 +178,23 @@ class EightBitModel(Protocol):
 
     def in_fp8(self) -> Model:
         """The same model, with the same parameters, whose products with its layers' weights are of 8-bit values."""
+        ...
+
+
+@runtime_checkable
+class ClippableModel(Protocol):
+    """A model that QK-clip (an optimizer's `qk_clip`) is for."""
+
+    def watching_logits(self) -> Model:
+        """The same model, with the same parameters, whose `hidden` also returns `max_logits`.
+
+        Raises:
+            UserError: Scaling the weights would not bound the logits.
+        """
+        ...
+
+    def clip_logits(self, params: Params, max_logits_LH: Array, threshold: float) -> Params:
+        """Scales the weights of queries and keys, so that logits of heads above the threshold shrink to it."""
         ...
 
 
@@ -254,12 +279,22 @@ class Optimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class AveragingOptimizer(Optimizer, Protocol):
+    """An optimizer whose parameters are an average: good to evaluate, while gradients are taken elsewhere."""
+
+    def gradient_at(self, params: Params, state: Any, /) -> Params:
+        """The parameters whose loss and gradient a step computes."""
+        ...
+
+
 class OptimizerConfig(Dataclass, Protocol):
     """A dataclass that describes an optimizer. `optim.base.OptaxConfig` makes one of any optax transformation.
 
     Attributes:
         learning_rate: The peak rate.
         schedule: Scales the peak rate over the run.
+        qk_clip: Optional: the largest attention logit that the train step leaves (ClippableModel); None for any.
     """
 
     learning_rate: float
@@ -267,6 +302,19 @@ class OptimizerConfig(Dataclass, Protocol):
 
     def build(self, axes: Axes, mesh: Mesh | None) -> Optimizer:
         """axes: the parameters' logical axes, which distinguish matrices, embeddings and biases."""
+        ...
+
+
+@runtime_checkable
+class WidthScaledConfig(Protocol):
+    """An optimizer's config that a model with width transfer, whose `width_ratio` is not 1, can use."""
+
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        """As `build`, with the learning rates of the matrices of layers for a model so many times as wide.
+
+        Raises:
+            UserError: The optimizer has no rule for it.
+        """
         ...
 
 
@@ -295,6 +343,17 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class SpellingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows the bytes of its tokens, so that they can be aligned with those of another tokenizer.
+
+    Attributes:
+        spellings: The bytes of each id's text, [V]; b"" for special tokens.
+    """
+
+    spellings: list[bytes]
 
 
 class TokenizerConfig(Dataclass, Protocol):

@@ -1,5 +1,6 @@
 """`python -m tools.scale_tables`: writes docs/scale.md's tables from tools.compile_check and tools.estimate."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,9 +10,10 @@ import tempfile
 from typing import Any
 
 from jaxtrain import cli
-from jaxtrain.cost import clusters
+from jaxtrain.cost import clusters, memory
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
+from jaxtrain.trainer import offline, scheduled, session, tuning, variants
 
 COMMAND = cli.Command(
     name="python -m tools.scale_tables",
@@ -56,6 +58,9 @@ def main(flags: cli.Flags) -> None:
             if key not in results:
                 results[key] = compiled(config, f"{chip}:{shape}", slices)
                 cli.write_json(flags.results, dict(sorted(results.items())))
+            if "by_default" not in results[key]:
+                results[key]["by_default"] = by_default(config, clusters.parse(f"{chip}:{shape}", "compile", slices))
+                cli.write_json(flags.results, dict(sorted(results.items())))
     lines = [line for chip in SHAPES for line in table(chip, results)]
     before = page.read_text().partition(MARK)[0] if page.exists() else "# Scale\n\n"
     page.write_text("\n".join([before + MARK, *lines]) + "\n")
@@ -68,7 +73,7 @@ def rows(chip: str) -> list[tuple[str, str, int]]:
 def overrides(config: str, slices: int) -> tuple[str, ...]:
     """What the tables change in a config: all sizes recompute whole layers, which takes the least memory."""
     how = ("model.remat=full", "model.scan_layers=true", "loss.chunk_tokens=1024")
-    how += (f"micro_batch_tokens={_MICRO_BATCH_TOKENS[config]}", f"mesh.data={slices}")
+    how += (f"micro_batch_tokens={_MICRO_BATCH_TOKENS[config]}", "mesh=mesh", f"mesh.data={slices}")
     return tuple(f"--config.{setting}" for setting in how)
 
 
@@ -89,6 +94,36 @@ def compiled(config: str, topology: str, slices: int) -> Json:
         return json.loads(pathlib.Path(answer).read_text())
 
 
+def by_default(config: str, cluster: clusters.Cluster) -> Json | None:
+    """The estimate of a run without flags: of its variants by arithmetic, the first that the compiler fits.
+
+    The trainer compiles up to three and takes the fastest. None if nothing fits.
+    """
+    print(f"Estimating {config} on {cluster}", flush=True)
+    loaded: Any = cli.load(f"configs/{config}.py", ())
+    plan, limit = loaded.plan(), memory.limit_of_chip(cluster.chip, None)
+    loaded = session.with_mesh(loaded, plan, cluster, limit)
+    mesh = loaded.mesh.build(clusters.devices(cluster))
+    vocab_size, _ = offline.vocabulary(loaded, None)
+    components = offline.components(loaded, vocab_size, mesh, limit)
+    target = variants.Target(config=loaded, components=components, mesh=mesh.shape, cluster=cluster, limit=limit)
+    measure = tuning.by_compiler(target, scheduled.Compiler(loaded, cluster, vocab_size, components))
+    (stage,) = plan.stages
+    for one in variants.rank(target, stage, doubt=variants.DOUBT):
+        found = measure(stage, one.variant)
+        if found is not None and found.bytes <= limit:
+            speed = stage.batch_size * stage.seq_len / found.seconds / mesh.size
+            return {
+                "mesh": dict(mesh.shape),
+                "variant": dataclasses.asdict(one.variant),
+                "needed_bytes": found.bytes,
+                "seconds": found.seconds,
+                "tokens_per_sec_per_chip": speed,
+                "mfu": components.flops_per_token(stage.seq_len) * speed / cluster.chip.flops,
+            }
+    return None
+
+
 def table(chip: str, results: dict[str, Json]) -> list[str]:
     """Returns a chip's rows in Markdown."""
     about = clusters.hardware.BY_NAME[chip]
@@ -99,12 +134,14 @@ def table(chip: str, results: dict[str, Json]) -> list[str]:
         f"links {about.links / 1e9:g} GB/s, to {network} {about.network / 1e9:g}",
         "",
         "| model | cluster | mesh | micro-batches | GB per chip | fits | sent per chip and step, GB (links + network) "
-        "| roofline tokens/s (per chip) | MFU at most | bound by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| roofline tokens/s (per chip) | MFU at most | bound by | without flags: mesh, remat, micro-batches, GB "
+        "| tokens/s per chip, MFU, by estimate |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for config, shape, slices in rows(chip):
         answer = results.get(key_of(config, chip, shape, slices))
         cells = estimated(config, chip, shape, slices) if answer is None else measured(answer)
+        cells += _of_default(answer and answer.get("by_default"))
         name = f"{slices} x {chip}:{shape}" if slices > 1 else f"{chip}:{shape}"
         lines.append(f"| {CONFIGS[config]} | {name} | " + " | ".join(cells) + " |")
     return lines
@@ -147,6 +184,14 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
         return [*cells, "~no", "", "", "", ""]
     speed = f"< {_speed(best.tokens_per_sec, cluster.num_chips)}"
     return [*cells, "~yes", "not compiled", speed, f"< {best.mfu:.0%}", best.bound_by]
+
+
+def _of_default(found: Json | None) -> list[str]:
+    if not found:
+        return ["", ""]
+    how = f"{_mesh(found['mesh'])}, {found['variant']['remat']}, {found['variant']['micro_batches']}"
+    how += f", {found['needed_bytes'] / 1e9:.1f}"
+    return [how, f"{found['tokens_per_sec_per_chip']:,.0f}, {found['mfu']:.1%}"]
 
 
 def _mesh(mesh: Any) -> str:

@@ -169,10 +169,10 @@ def _parsed(value: Any, hint: Any, change: Change, given: Mapping[str, Change]) 
     usage = f"; or choose {' or '.join(known)}" if known else ""
     if typed.is_group(value):
         keys = ", ".join(typed.entries(value, hint))
-        below = next(leaves(value, hint, target), (target, hint, None))
+        below, advice = next(leaves(value, hint, target), (target, hint, None)), habits.advice(change.text)
         raise UserError(
             f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, for example "
-            f"{below[0]}={typed.example(below[1])} ({keys}){usage}"
+            f"{below[0]}={typed.example(below[1])} ({keys}){usage}" + (advice and f".{advice}")
         )
     example = typed.example(hint)
     fix = f", for example {target}={example}" if example else usage or "; set it in the config file"
@@ -240,7 +240,9 @@ def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> User
         last = {leaf: re.split(r"[.\[]", leaf)[-1] for leaf in paths}
         close = difflib.get_close_matches(key, set(last.values()), n=1, cutoff=0.8)
         near = [leaf for leaf in paths if last[leaf] in close][:3]
-    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else habits.advice(key)
+    exact = any(re.split(r"[.\[]", match)[-1] == key for match in near)
+    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else ""
+    hint += "" if exact else habits.advice(key)
     noun = "field" if typed.is_config(value) else "entry"
     return UserError(f"{change.flag}: {path} has no {noun} {key!r}.{hint} A{_kind(value)[1:]} has: {', '.join(below)}.")
 

@@ -60,7 +60,8 @@ def temporary_bytes(
     tensor, itemsize, num_layers = mesh["tensor"], roofline.itemsize(model), getattr(model.config, "num_layers", 1)
     gradients = tree_bytes(model.axes, model.shapes, mesh)
     matrices = roofline.matrices(model)
-    layer = sum(a * b for a, b in matrices) / num_layers / tensor
+    unused = (model.num_params_non_embedding - model.num_active_params) / mesh["expert"]  # by a token
+    layer = (sum(a * b for a, b in matrices) + unused) / num_layers / tensor
     width = roofline.width(model)
     head = width * model.padded_vocab_size / tensor
     logits = min(loss_chunk, tokens) * model.padded_vocab_size / tensor

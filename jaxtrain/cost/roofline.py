@@ -17,7 +17,7 @@ from jaxtrain.cost.hlo import Collective
 from jaxtrain.distributed.sharding import is_axes
 from jaxtrain.interfaces import Model
 from jaxtrain.losses.chunks import CHUNK_TOKENS
-from jaxtrain.optim.base import is_matrix
+from jaxtrain.optim.base import STACKS, is_matrix
 
 
 class Components(Protocol):
@@ -96,22 +96,33 @@ def recomputed_flops_per_token(model: Model, seq_len: int) -> float:
 
     remat "full": all of the layers; "dots": no product (with cuDNN attention again, not counted).
     """
-    weights = 6.0 * model.num_params_non_embedding
+    weights = 6.0 * model.num_active_params
     attention = model.flops_per_token(seq_len) - weights - 6.0 * model.vocab_size * width(model)
     return {"none": 0.0, "dots": 0.0, "full": (weights + attention) / 3}[remat(model)]
 
 
 def matrices(model: Model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of each matrix product with weights in the layers, all layers together."""
+    """(inputs, outputs) of each matrix product with weights in the layers, all layers together.
+
+    Of a layer's experts, as many as a token uses.
+    """
     found = []
     axes = jax.tree.leaves(model.axes, is_leaf=is_axes)
     for names, leaf in zip(axes, jax.tree.leaves(model.shapes), strict=True):
         if is_matrix(names):
-            layers = leaf.shape[0] if names[0] == "layers" else 1
-            sizes = leaf.shape[1:] if names[0] == "layers" else leaf.shape
-            inputs = sizes[0] if names[-len(sizes)] == "embed" else math.prod(sizes[:-1])
-            found += layers * [(inputs, math.prod(sizes) // inputs)]
+            stacks = [axis for axis in names if axis in STACKS]
+            sizes = leaf.shape[len(stacks) :]
+            inputs = sizes[0] if names[len(stacks)] == "embed" else math.prod(sizes[:-1])
+            count = leaf.shape[0] if "layers" in stacks else 1
+            count *= getattr(model, "experts_per_token", 1) if "experts" in stacks else 1
+            found += count * [(inputs, math.prod(sizes) // inputs)]
     return found
+
+
+def device_params(model: Model, mesh: Mapping[str, int]) -> float:
+    """Parameters on a device, if all but norms are split."""
+    unused = model.num_params_non_embedding - model.num_active_params  # by a token: nearly all experts
+    return (model.num_params - unused * (1 - 1 / mesh["expert"])) / (mesh["fsdp"] * mesh["tensor"])
 
 
 def loss_chunk(loss: Any) -> int:
@@ -142,13 +153,14 @@ def memory_bytes(parts: Components, shape: Shape, loss_chunk: int) -> float:
     """
     model, tensor, size = parts.model, shape.mesh["tensor"], itemsize(parts.model)
     forwards = 2 if remat(model) == "full" else 1
-    layer_weights = sum(a * b for a, b in matrices(model)) / tensor
+    unused = (model.num_params_non_embedding - model.num_active_params) / shape.mesh["expert"]
+    layer_weights = (sum(a * b for a, b in matrices(model)) + unused) / tensor
     ends = sum(a + b for a, b in matrices(model)) / tensor
     # Forward and the gradient by the input read the weights; the gradient by the weights writes fp32.
     weights = layer_weights * (size * (forwards + 1) + 4)
     # All three products of a matrix have its inputs and outputs at their ends.
     activations = shape.chip_tokens * ends * size * (forwards + 2)
-    local = model.num_params / (shape.mesh["fsdp"] * tensor)
+    local = device_params(model, shape.mesh)
     accumulated = 8 * local * shape.micro_batches if shape.micro_batches > 1 else 0.0
     total = shape.micro_batches * weights + activations + accumulated + _OPTIMIZER_BYTES * local
     total += _head_bytes(model, shape, loss_chunk)

@@ -12,12 +12,15 @@ from jaxtrain.cost.clusters import Cluster
 from jaxtrain.cost.memory_formula import OUTPUTS_KEPT
 from jaxtrain.cost.roofline import Components, Shape
 from jaxtrain.interfaces import Model
+from jaxtrain.model.experts import SLACK
 
 # Passes over a layer's activations by norms, rotary positions, SwiGLU and layouts, in reads and writes of the ends of
 # its products: 0.8 s of a 1B step on a v5e (docs/benchmarks.md).
 _PASSES = 0.55
 # The share of a step that collectives of parameters hide behind.
 _HIDING = 0.8
+# On so many chips or fewer, a TPU's program scatters gradients piece by piece beside the products that make them.
+_WINDOWED = 8
 
 
 def kept_bytes(model: Model, tensor: int) -> float:
@@ -51,7 +54,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
         passes = (3 if remat == "full" else 2) * product(a, b, size)
         products += count * (passes + product(a, b, 4))  # the last is the gradient by the weights, in fp32
 
-    weights = 6.0 * (model.num_params_non_embedding + model.vocab_size * roofline.width(model))
+    weights = 6.0 * (model.num_active_params + model.vocab_size * roofline.width(model))
     attention = (model.flops_per_token(shape.seq_len) - weights) * tokens / tensor
     attention = (2 if remat == "full" else 1) * attention / 3 / rates.attention[
         0
@@ -62,7 +65,7 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
     scanned = getattr(model.config, "scan_layers", True) is not False
     # A scan copies what is kept into stacked arrays, and out of them.
     saved = 2 * kept_bytes(model, tensor) * tokens if scanned else 0.0
-    local = model.num_params / (shape.mesh["fsdp"] * tensor)
+    local = roofline.device_params(model, shape.mesh)
     # Each micro-batch casts the weights and adds its gradients to the sums.
     sums = local * (6 + (12 if turns > 1 else 0))
     memory = (elementwise + saved + sums) / rates.memory
@@ -79,21 +82,31 @@ def seconds(cluster: Cluster, parts: Components, shape: Shape, loss_chunk: int) 
 
 
 def communication(cluster: Cluster, model: Model, shape: Shape, remat: str) -> tuple[float, float]:
-    """Seconds of a step's collectives of parameters and gradients, which computation can hide, and of activations."""
+    """Seconds of a step's collectives: those that computation can hide, and the rest."""
     mesh, size, tensor = shape.mesh, roofline.itemsize(model), shape.mesh["tensor"]
     inside = tensor * mesh["context"]
-    # Bytes of a parameter that a micro-batch sends: gathered forward and backward, its gradient scattered in fp32.
-    gathered = (2 * size + 4) * model.num_params / tensor
-    hidden = shape.micro_batches * _over(cluster, gathered, mesh["fsdp"], inside)
-    reduced = 2 * 4 * model.num_params / tensor / mesh["fsdp"]
-    hidden += _over(cluster, reduced, mesh["data"], inside * mesh["fsdp"])
+    # Each micro-batch gathers the parameters forward and backward, scatters their gradients, and sums the shards.
+    whole, copies = size * model.num_params / tensor, mesh["data"] * mesh["expert"]
+    hidden = shape.micro_batches * _over(cluster, 2 * whole, mesh["fsdp"], inside)
+    summed = shape.micro_batches * _over(cluster, 2 * whole / mesh["fsdp"], copies, inside * mesh["fsdp"])
+    scattered = shape.micro_batches * _over(cluster, whole, mesh["fsdp"], inside)
+    exposed = 0.0
+    if cluster.chip.platform == "tpu" and copies * mesh["fsdp"] > _WINDOWED:
+        # Nothing overlaps the scatter. If it goes over a whole slice, XLA sums the gradients everywhere and cuts them.
+        exposed = scattered * (2 if mesh["fsdp"] * inside >= cluster.chips_per_island else 1) + summed
+    else:
+        hidden += scattered + summed
     tokens, layers = shape.chip_tokens, getattr(model.config, "num_layers", 1)
     # Two all-reduces of the residual stream in each pass over a layer.
     passes = 3 if remat == "full" else 2
     stream = passes * 2 * 2 * layers * tokens * roofline.width(model) * size
-    exposed = _over(cluster, stream, tensor, mesh["context"]) if tensor > 1 else 0.0
+    exposed += _over(cluster, stream, tensor, mesh["context"]) if tensor > 1 else 0.0
     if mesh["context"] > 1:
         exposed += _over(cluster, stream / tensor, mesh["context"], 1)
+    if mesh["expert"] > 1:
+        # A choice's row goes to its expert and back, and in the backward pass there twice and back once.
+        rows = 5 * SLACK * tokens * layers * getattr(model, "experts_per_token", 1) * roofline.width(model) * size
+        exposed += _over(cluster, rows, mesh["expert"], inside)
     return hidden, exposed
 
 

@@ -40,7 +40,7 @@ _PARTS = (
     ("attention's layouts", re.compile(r"model/attention|Attention\.")),
     ("casts and copies of weights", re.compile(r"Linear\.")),
     ("embedding", re.compile(r"_embed")),
-    ("saved activations", re.compile(r"_over_layers|_decode")),
+    ("saved activations", re.compile(r"model/pattern|_decode")),
     ("gradient sums", re.compile(r"_gradients")),
 )
 

@@ -23,7 +23,7 @@ def local_lanes(mesh: jax.sharding.Mesh, num_lanes: int) -> list[int]:
         The lanes, ascending. They are the same for every batch size that the lanes divide.
     """
     # Rows are lane-major: lane l holds the l-th part of a batch, so a batch of `fine` rows shows every boundary.
-    fine = num_lanes * mesh.shape["data"] * mesh.shape["fsdp"]
+    fine = num_lanes * sharding.batch_ways(mesh.shape)
     slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((fine, mesh.shape["context"]))
     rows_in_lane = fine // num_lanes
     lanes: set[int] = set()

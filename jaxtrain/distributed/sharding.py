@@ -7,7 +7,7 @@ activations) and XLA chooses the rest, which behaves the same on every supported
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain import cli
 from jaxtrain.distributed import processes
 from jaxtrain.errors import UserError
 
 Device = Any  # jax.Device; a variable to type checkers, or a stand-in from a compile-only topology
 Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
-BATCH_MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+# Rows of the batch. `fsdp` comes last, so that its group holds consecutive rows (`Llama._embed`).
+BATCH_MESH_AXES = ("data", "expert", "fsdp")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
@@ -37,6 +39,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
+    "router": None,
     "layers": None,
     "head_dim": None,
     "norm": None,
@@ -52,12 +56,15 @@ class MeshConfig:
     Attributes:
         data: Copies of the parameters, each with its own rows of the batch.
         fsdp: Shards of the parameters and optimizer state (ZeRO-3), each with its own rows of the batch.
+        expert: Shards of the experts, each with its own rows of the batch, whose tokens it sends to the experts that
+            they chose. All other parameters are copied along it, as along `data`.
         tensor: Shards of heads, MLP width and vocabulary; adjacent devices, so that they share a host.
         context: Shards of the sequence.
     """
 
     data: int = 1
     fsdp: int = -1
+    expert: int = dataclasses.field(default=1, metadata={cli.BEFORE: 1})
     tensor: int = 1
     context: int = 1
 
@@ -99,7 +106,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class AutoMesh(MeshConfig):
-    """`mesh=auto`: the trainer and the tools that plan choose the mesh (trainer/tuning.py). Elsewhere all is `fsdp`."""
+    """`mesh=auto`: the trainer and the tools that plan choose the mesh (trainer/meshes.py). Elsewhere all is `fsdp`.
+
+    A size that is set makes it an ordinary mesh.
+    """
 
 
 def _size_message(fixed: dict[str, int], automatic: list[str], num_devices: int) -> str:
@@ -129,9 +139,9 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
 
     On TPUs mesh_utils follows each slice's torus; `data`, then `fsdp` cross slices (no torus, slow network).
     """
-    data, fsdp, tensor, context = sizes
+    data, fsdp, expert, tensor, context = sizes
     # mesh_utils wants axes ordered by network intensity: `context` moves less than `tensor`.
-    shape = (data, fsdp, context, tensor)
+    shape = (data, fsdp, expert, context, tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "tpu" and slices > 1:
         data_slices = math.gcd(data, slices)
@@ -141,15 +151,17 @@ def _arrange(sizes: tuple[int, ...], devices: list[Device]) -> np.ndarray:
                 f"mesh.data={data}, mesh.fsdp={fsdp} cannot be split over {slices} TPU slices: make mesh.data a "
                 f"multiple of {slices}."
             )
-        inner = (data // data_slices, fsdp // fsdp_slices, context, tensor)
-        array = mesh_utils.create_hybrid_device_mesh(inner, (data_slices, fsdp_slices, 1, 1), devices)
+        inner = (data // data_slices, fsdp // fsdp_slices, expert, context, tensor)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, (data_slices, fsdp_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
-        array = mesh_utils.create_device_mesh(shape, devices)
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         # A process owns a host's devices or one of them. Either way ordering by process keeps hosts together.
         ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
         array = np.asarray(ordered).reshape(shape)
-    return array.swapaxes(2, 3)
+    return array.swapaxes(3, 4)
 
 
 def is_axes(x: Any) -> bool:
@@ -173,8 +185,13 @@ def tree_shardings(mesh: Mesh, axes_tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a [B, T] array of the batch: rows over `data` and `fsdp`, positions over `context`."""
+    """The sharding of a [B, T] array of the batch: rows over BATCH_MESH_AXES, positions over `context`."""
     return sharding(mesh, ("batch", "sequence"))
+
+
+def batch_ways(mesh: Mapping[str, int]) -> int:
+    """How many ways a mesh with these sizes splits the rows of the batch."""
+    return math.prod(mesh[axis] for axis in BATCH_MESH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.distributed.sharding import spec
+from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
 from jaxtrain.errors import UserError
+from jaxtrain.model import attention_xla
 from jaxtrain.model.attention_xla import attend_xla
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -34,6 +35,7 @@ class Shape:
         platform: "cpu", "gpu" or "tpu".
         compute_capability: Of an NVIDIA GPU; (9, 0) for Hopper.
         rows: Rows of the batch.
+        sliding_window, query_scalar, softcap: See `attend`.
     """
 
     platform: str
@@ -45,6 +47,8 @@ class Shape:
     head_dim: int
     dtype: str
     sliding_window: int | None
+    query_scalar: float | None = None
+    softcap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,8 @@ def _cudnn_obstacle(shape: Shape) -> str | None:
         return f"cuDNN's attention computes in bfloat16, not in {shape.dtype}"
     if shape.head_dim > 256 or shape.head_dim % 8:
         return f"cuDNN's attention needs heads of a multiple of 8 up to 256, not {shape.head_dim}"
+    if shape.softcap is not None:
+        return "cuDNN's packed attention has no soft cap of the scores"
     if shape.seq_len * shape.num_heads * shape.head_dim >= 1 << 31:
         return "a single row's queries have 2^31 elements or more, beyond cuDNN's int32 offsets in JAX"
     return None
@@ -140,6 +146,8 @@ def attend(
     mesh: Mesh | None,
     implementation: str,
     sliding_window: int | None = None,
+    query_scalar: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Computes softmax(q kᵀ / sqrt(h)) v, where a token attends to itself and to earlier tokens of its segment.
 
@@ -151,11 +159,15 @@ def attend(
         mesh: The mesh that the arrays are sharded over, if any.
         implementation: A name from `choose`. "splash" runs interpreted if the mesh has no TPU.
         sliding_window: Visible tokens, including the token itself; None for all.
+        query_scalar: Its root divides the scores, instead of that of h; None for h.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them. Not for "cudnn".
 
     Returns:
         x_BTHh.
     """
-    kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
+    kernel = functools.partial(
+        _kernel(implementation, mesh), sliding_window=sliding_window, query_scalar=query_scalar, softcap=softcap
+    )
     if mesh is None or mesh.size == 1:
         return kernel(q_BTHh, k_BTKh, v_BTKh, documents)
     rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
@@ -168,15 +180,66 @@ def attend(
     )
 
 
-def attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_BS: jax.Array) -> jax.Array:
-    """Attention of a single query (T = 1) to the visible keys: x_BTHh."""
+def attend_one(
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    visible_BS: jax.Array,
+    *,
+    query_scalar: float | None,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention of a single query (T = 1) to the visible keys, otherwise as `attend`: x_BTHh."""
     batch, _, heads, width = q_BTHh.shape
     q_BKGh = q_BTHh.reshape(batch, k_BSKh.shape[2], -1, width)
     wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * width**-0.5
+    scores = (
+        jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * (query_scalar or width) ** -0.5
+    )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, -jnp.inf), axis=-1)
     x_BKGh = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v_BSKh.dtype), v_BSKh, preferred_element_type=wide)
     return x_BKGh.reshape(batch, 1, heads, width).astype(q_BTHh.dtype)
+
+
+def max_logits(
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    mesh: Mesh | None,
+    sliding_window: int | None = None,
+    query_scalar: float | None = None,
+) -> jax.Array:
+    """The largest attention logit of each query head over the rows and all visible keys. Arguments: see `attend`.
+
+    Exact for any implementation of `attend`, by one more product of queries and keys, which has no gradient.
+
+    Returns:
+        fp32 [H], the same on all devices.
+    """
+    q_BTHh, k_BTKh = jax.lax.stop_gradient((q_BTHh, k_BTKh))
+    find = functools.partial(attention_xla.max_logits, sliding_window=sliding_window, query_scalar=query_scalar)
+    if mesh is None or mesh.size == 1:
+        return find(q_BTHh, k_BTKh, segment_ids_BT)
+    rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
+    trades = mesh.shape["context"] > 1 and share_of_context(mesh, q_BTHh.shape[2], k_BTKh.shape[2]) is not None
+    if trades:
+        names = ("batch", "sequence", "activation_heads", None)
+
+    def device(q_BTHh: jax.Array, k_BTKh: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        if trades:
+            q_BTHh, k_BTKh = _to_heads(mesh.shape["context"], q_BTHh, k_BTKh)
+        top_H = find(q_BTHh, k_BTKh, segment_ids_BT)
+        if trades:
+            top_H = jax.lax.all_gather(top_H, "context", tiled=True)
+        return jax.lax.pmax(top_H, BATCH_MESH_AXES)
+
+    heads, all_heads = spec(names), spec(("activation_heads",))
+    return jax.shard_map(device, mesh=mesh, in_specs=(heads, heads, rows), out_specs=all_heads, check_vma=False)(
+        q_BTHh, k_BTKh, segment_ids_BT
+    )
 
 
 def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:
@@ -200,16 +263,18 @@ def _repeats(heads: int, kv_heads: int, context: int) -> int:
 
 
 def _by_heads(kernel: Any, context: int) -> Any:
-    def trade(x: jax.Array, give: int, take: int) -> jax.Array:
-        return jax.lax.all_to_all(x, "context", split_axis=give, concat_axis=take, tiled=True)
-
     def attend_share(q_BTHh, k_BTKh, v_BTKh, documents):
-        copies = _repeats(q_BTHh.shape[2], k_BTKh.shape[2], context)
-        k, v = (x if copies == 1 else x.repeat(copies, axis=2) for x in (k_BTKh, v_BTKh))
-        x_BTHh = kernel(*(trade(x, 2, 1) for x in (q_BTHh, k, v)), documents)
-        return trade(x_BTHh, 1, 2)
+        x_BTHh = kernel(*_to_heads(context, q_BTHh, k_BTKh, v_BTKh), documents)
+        return jax.lax.all_to_all(x_BTHh, "context", split_axis=1, concat_axis=2, tiled=True)
 
     return attend_share
+
+
+def _to_heads(context: int, q_BTHh: jax.Array, *keys_BTKh: jax.Array) -> list[jax.Array]:
+    """Trades a device's part of the sequence for its part of the heads, of queries, and of keys and values."""
+    copies = _repeats(q_BTHh.shape[2], keys_BTKh[0].shape[2], context)
+    arrays = [q_BTHh, *(x if copies == 1 else x.repeat(copies, axis=2) for x in keys_BTKh)]
+    return [jax.lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in arrays]
 
 
 def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
@@ -243,8 +308,8 @@ def _kernel(implementation: str, mesh: Mesh | None) -> Any:
     return _xla
 
 
-def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window):
-    return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
+def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window, query_scalar, softcap):
+    return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window, query_scalar, softcap)
 
 
 def self_check(implementation: str, shape: Shape) -> str | None:
@@ -283,7 +348,8 @@ def _run(implementation: str, shape: Shape) -> tuple[jax.Array, ...]:
 
     @jax.jit
     def run(q, k, v, dx, segment_ids):
-        options: Any = {"mesh": None, "implementation": implementation, "sliding_window": shape.sliding_window}
+        options: Any = {"mesh": None, "implementation": implementation}
+        options |= {name: getattr(shape, name) for name in ("sliding_window", "query_scalar", "softcap")}
         found = documents(segment_ids, None, implementation, shape)
         x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, found, **options), q, k, v)
         return x, *pull(dx)

@@ -34,7 +34,12 @@ class BaseModel(Model):
 
     A subclass writes `init`, `hidden`, `head` and `flops_per_token`. It sets what `init` needs, then calls
     `super().__init__`, which raises UserError if the mesh does not divide the parameters.
+
+    Attributes:
+        experts_per_token: Experts that a token uses, of parameters with an axis "experts".
     """
+
+    experts_per_token = 1
 
     def __init__(self, config: Any, vocab_size: int, mesh: Mesh | None, axes: Axes):
         self.config = config
@@ -46,12 +51,15 @@ class BaseModel(Model):
             sharding.check_divides(mesh, axes, self.shapes)
         self.padded_vocab_size = jax.eval_shape(self.head, self.shapes).shape[1]
         all_axes = jax.tree.leaves(axes, is_leaf=sharding.is_axes)
-        counts = [
-            (math.prod(vocab_size if a == "vocab" else n for a, n in zip(axes, leaf.shape, strict=True)), axes)
-            for axes, leaf in zip(all_axes, jax.tree.leaves(self.shapes), strict=True)
-        ]
-        self.num_params = sum(count for count, _ in counts)
-        self.num_params_non_embedding = sum(count for count, axes in counts if "vocab" not in axes)
+        leaves = list(zip(all_axes, jax.tree.leaves(self.shapes), strict=True))
+
+        def count(axes: Axes, leaf: Any, **sizes: int) -> int:
+            return math.prod(sizes.get(a or "", n) for a, n in zip(axes, leaf.shape, strict=True))
+
+        inner = [(axes, leaf) for axes, leaf in leaves if "vocab" not in axes]
+        self.num_params = sum(count(*leaf, vocab=vocab_size) for leaf in leaves)
+        self.num_params_non_embedding = sum(count(*leaf) for leaf in inner)
+        self.num_active_params = sum(count(*leaf, experts=self.experts_per_token) for leaf in inner)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         return {}

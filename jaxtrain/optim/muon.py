@@ -32,17 +32,22 @@ class Muon(AdamW):
 
     A matrix [m, n] moves by learning_rate * 0.2 * sqrt(max(m, n)) times the orthogonalized Nesterov momentum, whose
     entries then have the size of AdamW's (arXiv 2502.16982, equation 4): rates and decays tuned for AdamW carry over.
-    Layers are separate matrices, stacked or not. Embedding, output head, norms and biases use AdamW.
+    Layers and experts are separate matrices, stacked or not, and a router is one. Embedding, output head, norms and
+    biases use AdamW.
 
     Attributes:
         momentum: Decay rate of the matrices' momentum.
         adam_ratio: The learning rate of AdamW's parameters, as a multiple of the matrices' rate.
-        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32". Other fields: see AdamW.
+        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
+        qk_clip: After an update, the weights of a head's queries and keys shrink so that its largest attention logit of
+            the step would have been at most this: MuonClip (Kimi K2, arXiv 2507.20534, algorithm 1), which uses 100.
+            None for no clipping. Other fields: see AdamW.
     """
 
     momentum: float = 0.95
     adam_ratio: float = 1.0
     newton_schulz_dtype: str = "bfloat16"
+    qk_clip: float | None = None
 
     def check(self) -> None:
         super().check()
@@ -50,19 +55,28 @@ class Muon(AdamW):
             raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:
             raise UserError(f"adam_ratio={self.adam_ratio}: give 0 or more; 1 gives AdamW the same rate.")
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            raise UserError(f"qk_clip={self.qk_clip}: give the largest attention logit, for example 100, or none.")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
-    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
-        """The optimizer. Newton-Schulz spreads the layers over the devices of `mesh`.
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        """The optimizer. Newton-Schulz spreads layers and experts over the devices of `mesh`.
 
         Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
+
+        Args:
+            axes: The parameters' logical axes.
+            mesh: The device mesh.
+            width_ratio: The spectral norm of a matrix's update should be sqrt(n / m) (arXiv 2310.17813, condition 1),
+                which no width changes in proportion; that of Moonlight's scale grows with its root.
         """
         adam = optax.scale_by_adam(*self.betas, eps=self.epsilon)
         axes = flat(axes)
         matrices = [path for path, leaf in axes.items() if base.is_matrix(leaf)]
         others = [path for path in axes if path not in matrices]
         decays: Any = base.decay_mask(axes, self.decay_embeddings)
+        scales: Any = base.rate_scales(axes, width_ratio**-0.5)
         dtype = jnp.dtype(self.newton_schulz_dtype)
 
         def select(tree: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
@@ -86,7 +100,8 @@ class Muon(AdamW):
                 (matrices, directions, learning_rate),
                 (others, flat(updates), learning_rate * self.adam_ratio),
             ):
-                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, select(decays, paths))
+                masks = (select(decays, paths), select(scales, paths))
+                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, *masks)
             return unflatten_dict(new), {"momentum": unflatten_dict(momentum), "adam": adam_state}
 
         return base.Functions(init, update)
@@ -99,15 +114,22 @@ def flat(tree: Any) -> dict[Path, Any]:
 
 def _orthogonalized(update: jax.Array, axes: sharding.Axes, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """0.2 * sqrt(max(m, n)) * orthogonalized matrices of an array with "embed" on one side, in its own shape, fp32."""
-    inner = axes[1:] if axes[0] == "layers" else axes
+    stacked = [axis for axis in axes if axis in base.STACKS]
+    inner = axes[len(stacked) :]
     assert "embed" in (inner[0], inner[-1]), f"a matrix must have its 'embed' axis first or last, not {axes}"
     sizes = update.shape[-len(inner) :]
     m = sizes[0] if inner[0] == "embed" else math.prod(sizes[:-1])
     n = math.prod(sizes) // m
     # Of the axes that share a side only the first is split: ("heads", "head_dim").
     sides = ("embed", inner[1]) if inner[0] == "embed" else (inner[0], "embed")
-    x_Lmn = _spread(functools.partial(newton_schulz, dtype=dtype), update.reshape(-1, m, n).astype(dtype), sides, mesh)
-    return 0.2 * math.sqrt(max(m, n)) * x_Lmn.astype(jnp.float32).reshape(update.shape)
+    # Experts come first, so that flattening the stacks keeps each device's own together.
+    last = len(stacked) - 1
+    x = jnp.moveaxis(update, last, 0) if last > 0 else update
+    stack = "experts" if "experts" in stacked else None
+    orthogonalize = functools.partial(newton_schulz, dtype=dtype)
+    x_Lmn = _spread(orthogonalize, x.reshape(-1, m, n).astype(dtype), (stack, *sides), mesh)
+    x = x_Lmn.astype(jnp.float32).reshape(x.shape)
+    return 0.2 * math.sqrt(max(m, n)) * (jnp.moveaxis(x, 0, last) if last > 0 else x)
 
 
 def newton_schulz(x_Lmn: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -127,22 +149,23 @@ def newton_schulz(x_Lmn: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _spread(
-    function: Callable[[jax.Array], jax.Array], x_Lmn: jax.Array, sides: tuple[str | None, ...], mesh: Mesh | None
+    function: Callable[[jax.Array], jax.Array], x_Lmn: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None
 ) -> jax.Array:
     """function(x), matrix by matrix, with whole matrices on each device and different ones on different devices.
 
-    sides: logical axes of m and n. An all-to-all for each mesh axis that splits a side trades the split of the matrices
-    for one of the layers; axes that only copy take a part of the layers each, while there are enough. In Auto mode XLA
-    gathers all layers on every device for `fsdp`, and replicates the array where two mesh axes split it.
+    axes: logical axes of L, m and n. An all-to-all for each mesh axis that splits a side trades the split of the
+    matrices for one of the layers; axes that only copy take a part of the layers each, while there are enough. In Auto
+    mode XLA gathers all layers on every device for `fsdp`, and replicates the array where two mesh axes split it.
     """
     if mesh is None:
         return function(x_Lmn)
-    layout = spec((None, *sides))
-    splits = [(name, dim) for dim, name in enumerate(layout) if name is not None and mesh.shape[name] > 1]
+    layout = spec(axes)
+    splits = [(name, dim) for dim, name in enumerate(layout) if dim > 0 and name is not None and mesh.shape[name] > 1]
     ways = math.prod(mesh.shape[name] for name, _ in splits)
+    own = x_Lmn.shape[0] // (1 if layout[0] is None else mesh.shape[layout[0]])
     copies = []
-    for name in ("data", "context"):
-        if mesh.shape[name] > 1 and ways < x_Lmn.shape[0]:
+    for name in ("data", "expert", "context"):
+        if name != layout[0] and mesh.shape[name] > 1 and ways < own:
             copies.append(name)
             ways *= mesh.shape[name]
 

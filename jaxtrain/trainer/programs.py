@@ -353,7 +353,7 @@ class StagePrograms:
     def _counts(self, key: Key) -> list[int]:
         """Numbers of micro-batches that divide a device's rows, ascending from what micro_batch_tokens implies."""
         mesh = self._components.mesh
-        rows = key.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+        rows = key.batch_size // sharding.batch_ways(mesh.shape)
         fewest = self._fewest[dataclasses.replace(key, crowded=False, later=False)]
         return [count for count in sharding.divisors(rows) if count >= fewest]
 

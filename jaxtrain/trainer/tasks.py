@@ -150,7 +150,7 @@ class TaskEvaluator:
         longest = max(len(request.tokens) - 1 for request in self._requests)
         seq_len = min(max(1 << (longest - 1).bit_length(), _SHORTEST), context)
         self._rows = _rows([len(request.tokens) - 1 for request in self._requests], seq_len)
-        devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        devices = sharding.batch_ways(self._mesh.shape)
         self.shape = (-(-min(batch_size, len(self._rows)) // devices) * devices, seq_len)
         if isinstance(model, AttentionModel):  # processes must agree on it: here, before anything compiles
             model.attention_choice(*self.shape)

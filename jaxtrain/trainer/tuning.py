@@ -1,9 +1,9 @@
-"""Chooses how a step is computed: what the backward pass recomputes, micro-batches, chunks of the loss, and the mesh.
+"""Chooses how a step is computed: what the backward pass recomputes, micro-batches, and chunks of the loss.
 
 None of it changes data or meaning: losses differ by rounding. What the config leaves open (`model.remat="auto"`,
 `model.scan_layers=None`, `loss.chunk_tokens=None`, `micro_batch_tokens=None`) is chosen for each batch shape of a run:
 
-1. Variants are ordered by arithmetic (cost/step_formula.py, cost/memory_formula.py).
+1. Variants are ordered by arithmetic (variants.py).
 2. For the shape with the most work, the first few are compiled as far as their schedule, and ordered by its estimate
    (cost/step_time.py) and the compiler's memory. CPUs, and devices that cost/ does not know, have no such search.
 3. The choice is kept in `programs.json` of the work directory and in every checkpoint, with hardware, mesh, versions
@@ -16,27 +16,24 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import AbstractMesh
 
 from jaxtrain.checkpoint.workdir import write_atomically
-from jaxtrain.config import Config
-from jaxtrain.cost import clusters, memory, memory_formula, roofline, step_formula, step_time
-from jaxtrain.cost.clusters import Cluster
-from jaxtrain.distributed import consensus, sharding
+from jaxtrain.cost import clusters, memory, step_time
+from jaxtrain.distributed import consensus
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
+from jaxtrain.trainer import variants
 from jaxtrain.trainer.programs import Choice, Key
-from jaxtrain.trainer.step import StepComponents, Variant, accumulation
+from jaxtrain.trainer.step import Variant
+from jaxtrain.trainer.variants import Ranked, Target
 
-_REMAT = ("none", "dots", "full")
-_CHUNKS = (1024, 4096)
 # Compiled for the shape with the most work; more only while none of them fits.
 _COMPILED, _MOST_COMPILED = 3, 6
 # Variants that arithmetic finds so much slower than its best are not compiled.
@@ -50,108 +47,9 @@ _SECONDS_PER_LAYER = 15.0
 # Of a machine's memory, on CPUs, where nothing else limits a step.
 _CPU_SHARE = 0.5
 
-# For a mesh, while a tokenizer's size is not known.
-_SOME_VOCABULARY = 32_768
-_MOST_TENSOR = 16
-
-logger = logging.getLogger("jaxtrain")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """A variant with the seconds of a step and the bytes of a device, by arithmetic or by the compiler."""
-
-    variant: Variant
-    seconds: float
-    bytes: float
-
-
 Measure = Callable[[StagePlan, Variant], Ranked | None]  # None: the compiler could not fit it
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a choice is for.
-
-    Attributes:
-        config: The run's config.
-        components: The components of a step, on any mesh.
-        mesh: Sizes of the run's mesh by axis.
-        cluster: None for CPUs and unknown devices.
-        limit: Bytes that a step may use on a device; None for no limit but the machine's memory.
-    """
-
-    config: Config
-    components: StepComponents
-    mesh: Mapping[str, int]
-    cluster: Cluster | None
-    limit: int | None
-
-
-# ---- Variants by arithmetic
-
-
-def rank(target: Target, stage: StagePlan, unrolled: bool = False) -> list[Ranked]:
-    """The variants that a config leaves open and that fit by arithmetic, the fastest first.
-
-    Args:
-        target: What the choice is for.
-        stage: The stage whose steps are meant.
-        unrolled: Whether layers are unrolled, rather than scanned, if the config leaves it open.
-    """
-    assert target.limit is not None
-    found: list[Ranked] = []
-    for remat in _open(target, "remat", _REMAT):
-        for chunk in _open(target, "chunk_tokens", _CHUNKS):
-            (scan,) = _open(target, "scan_layers", (not unrolled,))
-            how = Variant(remat=remat, scan_layers=scan, chunk_tokens=chunk, micro_batches=1)
-            variants = [dataclasses.replace(how, micro_batches=count) for count in _counts(target, stage)]
-            fitting = [one for one in (by_arithmetic(target, stage, v) for v in variants) if one.bytes <= target.limit]
-            # Time falls and memory grows with larger micro-batches, usually: the largest that fit and the next.
-            found += fitting[:2]
-    found.sort(key=lambda one: (one.seconds, one.bytes))
-    # Chunks are chosen by arithmetic alone.
-    best: dict[Variant, Ranked] = {}
-    for one in found:
-        best.setdefault(dataclasses.replace(one.variant, chunk_tokens=None), one)
-    return list(best.values())
-
-
-def _open(target: Target, field: str, values: Sequence[Any]) -> Sequence[Any]:
-    """`values` if the config leaves the field open; otherwise None alone: what the config says."""
-    return values if _is_open(target, field) else (None,)
-
-
-def _is_open(target: Target, field: str) -> bool:
-    config: Any = target.config.loss if field == "chunk_tokens" else target.config.model
-    return getattr(config, field, ()) in ("auto", None)
-
-
-def _counts(target: Target, stage: StagePlan) -> list[int]:
-    """Numbers of micro-batches that the config allows, ascending; one if it sets their size."""
-    mesh: Any = AbstractMesh(tuple(target.mesh.values()), tuple(target.mesh))
-    fewest = accumulation(mesh, stage.batch_size, stage.seq_len, target.config.micro_batch_tokens)
-    rows = stage.batch_size // (target.mesh["data"] * target.mesh["fsdp"])
-    return [fewest] if target.config.micro_batch_tokens is not None else sharding.divisors(rows)
-
-
-def by_arithmetic(target: Target, stage: StagePlan, variant: Variant) -> Ranked:
-    """The seconds (0 without a cluster) and bytes of a stage's step, without compiling it."""
-    parts, chip = target.components.arranged(variant), target.cluster and target.cluster.chip
-    shape = roofline.Shape(
-        batch_size=stage.batch_size, seq_len=stage.seq_len, micro_batches=variant.micro_batches, mesh=dict(target.mesh)
-    )
-    chunk = variant.chunk_tokens or roofline.loss_chunk(target.config.loss)
-    held = memory_formula.state_bytes(parts.model, parts.optimizer, target.mesh)
-    teacher = None if parts.distilled is None else parts.distilled.teacher
-    if parts.distilled is not None and teacher is not None:
-        held += memory_formula.tree_bytes(teacher.axes, parts.distilled.abstract, target.mesh)
-    tokens = shape.chip_tokens / variant.micro_batches
-    held += memory_formula.temporary_bytes(parts.model, chip, target.mesh, chunk, tokens, variant.micro_batches)
-    seconds = 0.0
-    if target.cluster is not None:
-        seconds = step_formula.seconds(target.cluster, parts, shape, chunk)
-    return Ranked(variant=variant, seconds=seconds, bytes=held)
+logger = logging.getLogger("jaxtrain")
 
 
 # ---- The choice
@@ -219,8 +117,9 @@ def choose(target: Target, plan: Plan, measure: Measure | None, start_step: int 
     longest = max(stages.values(), key=lambda stage: _work(target, plan, stage))
     found = {}
     for shape, stage in stages.items():
-        ranked = rank(target, stage)
-        if stage is longest and measure is not None and len(ranked) > 1:
+        measured = stage is longest and measure is not None
+        ranked = variants.rank(target, stage, doubt=variants.DOUBT if measured else 1.0)
+        if measured and len(ranked) > 1:
             choice = pick(ranked, target.limit, lambda variant, stage=stage: measure(stage, variant))
         else:
             why = f"{ranked[0].variant}: the fastest by arithmetic." if ranked else "Nothing fits by arithmetic."
@@ -236,15 +135,15 @@ def _work(target: Target, plan: Plan, stage: StagePlan) -> float:
 
 def _choose_on_cpu(target: Target, stage: StagePlan) -> Choice:
     """The first that fits, by arithmetic, into a share of the machine's memory: no remat, and few micro-batches."""
-    counts, remats = _counts(target, stage), _open(target, "remat", ("none", "full"))
-    variants = [Variant(remat=remat, micro_batches=count) for remat in remats for count in counts]
+    counts, remats = variants.micro_batch_counts(target, stage), variants.open_values(target, "remat", ("none", "full"))
+    tried = [Variant(remat=remat, micro_batches=count) for remat in remats for count in counts]
     if target.limit is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         most = _CPU_SHARE * memory / math.prod(target.mesh.values())
-        fits = (one for one in variants if by_arithmetic(target, stage, one).bytes <= most)
-        chosen = next(fits, variants[-1])
-    elif _is_open(target, "remat"):
-        chosen = variants[0]
+        fits = (one for one in tried if variants.by_arithmetic(target, stage, one).bytes <= most)
+        chosen = next(fits, tried[-1])
+    elif variants.is_open(target, "remat"):
+        chosen = tried[0]
     else:
         return Choice(variants=(), why="the fewest micro-batches that fit")
     return Choice(variants=(chosen,), why=f"{chosen} (no search on this hardware)")
@@ -260,10 +159,10 @@ def _with_later(
     """
     assert target.cluster is not None
     alone = target.cluster.chip.platform == "gpu" and target.cluster.num_chips == 1
-    gains = alone and _is_open(target, "scan_layers")
+    gains = alone and variants.is_open(target, "scan_layers")
     if not gains or not ranked or not choice.variants:
         return choice
-    unrolled = rank(target, stage, unrolled=True)
+    unrolled = variants.rank(target, stage, unrolled=True)
     if not unrolled or unrolled[0].seconds > _FASTER_UNROLLED * ranked[0].seconds:
         return choice
     best = unrolled[0]
@@ -306,58 +205,6 @@ def by_compiler(target: Target, compile: Callable[[Key, Variant], Any]) -> Measu
         return Ranked(variant=variant, seconds=found.seconds, bytes=memory.needed(program) or 0)
 
     return measure
-
-
-# ---- The mesh
-
-
-def choose_mesh(config: Config, plan: Plan, cluster: Cluster, limit: int) -> tuple[sharding.MeshConfig, str]:
-    """Chooses among the meshes that divide the model and the batches, by arithmetic.
-
-    Args:
-        config: The run's config.
-        plan: The run's plan.
-        cluster: The chips.
-        limit: Bytes that a step may use on a chip.
-
-    Returns:
-        The fastest mesh on which every stage fits, and the reasons, in a line. If none does, all of it is `fsdp`.
-    """
-    one = sharding.MeshConfig(fsdp=1).build(jax.devices()[:1])
-    vocab_size = getattr(config.tokenizer, "vocab_size", None) or _SOME_VOCABULARY
-    model = config.model.build(vocab_size, one)
-    optimizer = config.optimizer.build(model.axes, one)
-    loss = config.loss.build(vocab_size, one)
-    components = StepComponents(model, loss, optimizer, one, config.clip_norm, losses=lambda _: (loss, None))
-    found = []
-    heads = getattr(config.model, "num_heads", 1)
-    for sizes in _meshes(cluster.num_chips):
-        if sizes["context"] > 1 and heads % (sizes["tensor"] * sizes["context"]):
-            continue  # each of its devices would compute the whole attention
-        target = Target(config=config, components=components, mesh=sizes, cluster=cluster, limit=limit)
-        mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        try:
-            sharding.check_divides(mesh, model.axes, model.shapes)
-            best = [rank(target, stage)[:1] for stage in plan.stages if stage.has_steps]
-        except UserError:
-            continue
-        if all(best):
-            found.append((sum(one[0].seconds for one in best), sizes))
-    if not found:
-        return sharding.MeshConfig(), "no mesh fits by arithmetic"
-    found.sort(key=lambda item: item[0])
-    texts = [" ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1" for _, sizes in found]
-    others = [f"{text} {seconds / found[0][0]:.2f}" for text, (seconds, _) in zip(texts, found, strict=True)][1:4]
-    why = f"{texts[0]}, the fastest of {len(found)} that fit by arithmetic"
-    return sharding.MeshConfig(**found[0][1]), why + (f" (relative times: {', '.join(others)})" if others else "")
-
-
-def _meshes(chips: int) -> Iterator[dict[str, int]]:
-    """Yields every mesh of so many chips, those of `fsdp` alone first."""
-    for context in sharding.divisors(chips):
-        for tensor in sharding.divisors(chips // context):
-            for data in sharding.divisors(chips // context // tensor) if tensor <= _MOST_TENSOR else ():
-                yield {"data": data, "fsdp": chips // context // tensor // data, "tensor": tensor, "context": context}
 
 
 # ---- Kept choices
@@ -432,7 +279,8 @@ def key_of(target: Target) -> Json:
     }
     return {
         "hardware": device.device_kind,
-        "mesh": dict(target.mesh),
+        # Choices from before there was an `expert` axis stay valid.
+        "mesh": {axis: size for axis, size in target.mesh.items() if axis != "expert" or size > 1},
         "versions": versions,
         "parameters": target.components.model.num_params,
         "settings": settings,

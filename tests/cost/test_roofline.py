@@ -29,7 +29,10 @@ def make_components(remat: str = "full") -> StepComponents:
 
 def make_shape(micro_batches: int) -> roofline.Shape:
     return roofline.Shape(
-        batch_size=16, seq_len=T, micro_batches=micro_batches, mesh={"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+        batch_size=16,
+        seq_len=T,
+        micro_batches=micro_batches,
+        mesh={"data": 2, "fsdp": 2, "expert": 1, "tensor": 2, "context": 1},
     )
 
 

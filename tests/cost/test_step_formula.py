@@ -56,6 +56,12 @@ def test_what_slows_a_step_down(components: StepComponents) -> None:
     assert seconds(components, "v6e:2x4", Variant(micro_batches=16, remat="dots", chunk_tokens=256)) > v6e
     assert seconds(components, "v6e:2x4", usual, tensor=4) > v6e
     assert seconds(components, "v6e:2x4", usual, context=4) > v6e
+    # Gradients scattered over a whole slice are summed everywhere first; over half of it, not.
+    few = Variant(micro_batches=2, remat="dots")
+    halves = seconds(components, "v5e:8x8", few, data=2)
+    assert halves < seconds(components, "v5e:8x8", few)
+    assert halves < seconds(components, "v5e:8x8", few, data=8)
+    assert seconds(components, "v5e:2x4", usual) < seconds(components, "v5e:2x4", usual, data=2)
     # A host's GPUs are joined by fast links, hosts by a slow network.
     one, many = (seconds(components, f"h200:{hosts}x8", usual) for hosts in (1, 8))
     assert many > one / 8

@@ -24,11 +24,11 @@ from jaxtrain.errors import UserError
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (1, 8, 1, 1)),
-        (MeshConfig(data=2), (2, 4, 1, 1)),
-        (MeshConfig(data=-1, fsdp=1, tensor=2), (4, 1, 2, 1)),
-        (MeshConfig(data=1, fsdp=2, tensor=2, context=-1), (1, 2, 2, 2)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2, 1)),
+        (MeshConfig(), (1, 8, 1, 1, 1)),
+        (MeshConfig(data=2), (2, 4, 1, 1, 1)),
+        (MeshConfig(data=-1, fsdp=1, tensor=2), (4, 1, 1, 2, 1)),
+        (MeshConfig(data=1, fsdp=2, tensor=2, context=-1), (1, 2, 1, 2, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 2, 1)),
     ],
 )
 def test_one_axis_is_filled(config, sizes):
@@ -40,7 +40,7 @@ def test_one_axis_is_filled(config, sizes):
 
 
 def test_devices_can_be_given():
-    assert MeshConfig().build(jax.devices()[:3]).devices.shape == (1, 3, 1, 1)
+    assert MeshConfig().build(jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_tensor_stays_inside_a_host(tensor):
     hosts, per_host = 3, 4
     devices = [FakeDevice(id=i, process_index=i // per_host) for i in range(hosts * per_host)]
     devices = [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
-    array = _arrange((hosts, per_host // tensor, tensor, 1), devices)
+    array = _arrange((hosts, per_host // tensor, 1, tensor, 1), devices)
     for block in array.reshape(-1, tensor):
         assert len({device.process_index for device in block}) == 1
     for host in array:
@@ -85,9 +85,16 @@ def test_tensor_stays_inside_a_host(tensor):
 
 def test_context_is_further_apart_than_tensor():
     devices = [FakeDevice(id=i, process_index=i // 2) for i in range(8)]
-    array = _arrange((1, 2, 2, 2), devices)
-    assert len({device.process_index for device in array[0, 0, :, 0]}) == 1
-    assert len({device.process_index for device in array[0, 0, 0, :]}) == 2
+    array = _arrange((1, 2, 1, 2, 2), devices)
+    assert len({device.process_index for device in array[0, 0, 0, :, 0]}) == 1
+    assert len({device.process_index for device in array[0, 0, 0, 0, :]}) == 2
+
+
+def test_experts_are_nearer_than_fsdp():
+    devices = [FakeDevice(id=i, process_index=i // 4) for i in range(8)]
+    array = _arrange((1, 2, 4, 1, 1), devices)
+    for host in array[0]:
+        assert len({device.process_index for device in host.flat}) == 1
 
 
 def slices_of_tpu(slices, side=2):
@@ -101,17 +108,27 @@ def slices_of_tpu(slices, side=2):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (1, 4), (4, 1)])
 def test_tpu_slices_are_split_by_data_then_fsdp(data, fsdp):
-    array = _arrange((data, fsdp, 2, 1), slices_of_tpu(2))
-    assert array.shape == (data, fsdp, 2, 1)
+    array = _arrange((data, fsdp, 1, 2, 1), slices_of_tpu(2))
+    assert array.shape == (data, fsdp, 1, 2, 1)
     for pair in array.reshape(-1, 2):
         assert len({device.slice_index for device in pair}) == 1
     halves = array.reshape(2, 4)
     assert [{device.slice_index for device in half} for half in halves] == [{0}, {1}]
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_may_take_a_part_of_a_slice_side(slices):
+    """8 is no product of the sides 4 and 4."""
+    array = _arrange((2 * slices, 8, 1, 1, 1), slices_of_tpu(slices, side=4))
+    assert len({device.id for device in array.flat}) == 16 * slices
+    for group in array.reshape(-1, 8):  # a rectangle
+        assert len({device.slice_index for device in group}) == 1
+        assert len({d.coords[0] for d in group}) * len({d.coords[1] for d in group}) == 8
+
+
 def test_refuses_tensor_across_tpu_slices():
     with pytest.raises(UserError, match="2 TPU slices"):
-        _arrange((1, 1, 8, 1), slices_of_tpu(2))
+        _arrange((1, 1, 1, 8, 1), slices_of_tpu(2))
 
 
 def test_logical_axes():
@@ -119,9 +136,9 @@ def test_logical_axes():
     assert sharding(mesh, ("layers", "embed", "mlp")).spec == PartitionSpec(None, "fsdp", "tensor")
     assert sharding(mesh, ("vocab", "embed")).spec == PartitionSpec("tensor", "fsdp")
     assert sharding(mesh, ("batch", "sequence", "activation_embed")).spec == PartitionSpec(
-        ("data", "fsdp"), "context", None
+        ("data", "expert", "fsdp"), "context", None
     )
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"), "context")
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "expert", "fsdp"), "context")
     assert replicated(mesh).spec == PartitionSpec()
     with pytest.raises(KeyError):
         sharding(mesh, ("embd",))
@@ -158,5 +175,5 @@ def test_check_divides():
         check_divides(mesh, axes, shapes)
     shapes["layers"]["up"] = jax.ShapeDtypeStruct((3, 8, 6), jnp.float32)
     shapes["tokens"] = jax.ShapeDtypeStruct((6, 7), jnp.int32)
-    with pytest.raises(UserError, match=r"mesh.data \* mesh.fsdp = 4"):
+    with pytest.raises(UserError, match=r"mesh.data \* mesh.expert \* mesh.fsdp = 4"):
         check_divides(mesh, axes, shapes)

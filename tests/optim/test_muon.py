@@ -84,7 +84,7 @@ def test_the_rest_takes_adamw():
         ("layers", "query", "bias"),
     ]:
         np.testing.assert_allclose(at(params, path), at(adam, path), rtol=1e-6)
-    assert len(jax.tree.leaves(state["momentum"])) == len(MATRICES)
+    assert len(jax.tree.leaves(state["momentum"])) == len(MATRICES) + len(AXES["layers"]["experts"])
     assert len(jax.tree.leaves(state["adam"].mu)) == 5
 
 
@@ -106,6 +106,20 @@ def test_equals_unstacked_layers():
         [{"up": g["layers"]["up"][1]} for g in gradients],
     )
     np.testing.assert_allclose(single["up"], stacked["layers"]["up"][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_each_expert_is_a_matrix(name):
+    axes, (start, *gradients) = (
+        AXES["layers"]["experts"][name],
+        (sample(s)["layers"]["experts"][name] for s in range(4)),
+    )
+    stacked, _ = run(EXACT.build({"w": axes}), {"w": start}, [{"w": g} for g in gradients])
+    layers = (axes[0], *axes[2:])
+    for expert in range(SIZES["experts"]):
+        of_one = [{"w": array[:, expert]} for array in (start, *gradients)]
+        single, _ = run(EXACT.build({"w": layers}), of_one[0], of_one[1:])
+        np.testing.assert_allclose(single["w"], stacked["w"][:, expert], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

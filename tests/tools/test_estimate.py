@@ -117,7 +117,10 @@ def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
         "roofline_mfu": 0.767,
         "bound_by": "links",
     }
+    chosen = {"mesh": {"data": 2, "fsdp": 4}, "variant": {"remat": "dots", "micro_batches": 16}, "needed_bytes": 11.7e9}
+    chosen |= {"tokens_per_sec_per_chip": 21_459.7, "mfu": 0.7375}
     answer = {"mesh": {"data": 1, "fsdp": 8}, "limit_bytes": 15.8e9, "chips": 8, "stages": [stage]}
+    answer["by_default"] = chosen
     (tmp_path / "results.json").write_text(json.dumps({"1b v5e:2x4": answer}))
     page = tmp_path / "page.md"
     page.write_text(f"# Mine\n\n{scale_tables.MARK}\nold\n")
@@ -130,7 +133,8 @@ def test_the_tables_of_the_docs(tmp_path: pathlib.Path) -> None:
     text = page.read_text()
     assert text.startswith("# Mine\n\n<!--")
     assert "old" not in text
-    compiled = "| 1B | v5e:2x4 | fsdp=8 | 8 | 9.8 of 15.8 | yes | 62.0 + 0.0 | 178,574 (22,322) | 77% | links |"
+    compiled = "| 1B | v5e:2x4 | fsdp=8 | 8 | 9.8 of 15.8 | yes | 62.0 + 0.0 | 178,574 (22,322) | 77% | links "
+    compiled += "| data=2 fsdp=4, dots, 16, 11.7 | 21,460, 73.8% |"
     assert compiled in text
     assert "| 1B | 2 x v5e:16x16 | data=2 fsdp=256 | ~1 | ~" in text
     assert "| 8B (Llama 3's shape) | v5e:2x4 | fsdp=8 | ~64 | ~" in text

@@ -159,7 +159,7 @@ def test_nothing_is_compiled_ahead_without_a_limit(fake: Fake) -> None:
 def test_gpus_compile_all_stages_before_the_first_step(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autotuning would make steps wait."""
     chips = np.array([SimpleNamespace(platform="gpu")])
-    mesh: Any = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+    mesh: Any = SimpleNamespace(devices=chips, shape={"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1})
     components = dataclasses.replace(make_components(), mesh=mesh)
     stages = StagePrograms(components, PLAN, None, limit=None)
     stages.settle(2)

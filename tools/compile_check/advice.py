@@ -54,10 +54,10 @@ def _meshes(components: StepComponents, seq_len: int, batch_sizes: Sequence[int]
     heads = math.gcd(getattr(config, "num_heads", 1), getattr(config, "num_kv_heads", 0))
     for tensor in (now["tensor"], *(d for d in (2, 4, 8) if heads % d == 0 and d > now["tensor"])):
         for context in (now["context"], *(d for d in (2, 4, 8) if seq_len % d == 0 and d > now["context"])):
-            if chips % (tensor * context):
+            if chips % (tensor * context * now["expert"]):
                 continue
-            fsdp = chips // (tensor * context)
-            other = {"data": 1, "fsdp": fsdp, "tensor": tensor, "context": context}
+            fsdp = chips // (tensor * context * now["expert"])
+            other = {**now, "data": 1, "fsdp": fsdp, "tensor": tensor, "context": context}
             divides = width % fsdp == 0 and all(size % fsdp == 0 for size in batch_sizes)
             if other != now and divides and shown < _MAX_MESHES:
                 shown += 1

@@ -17,7 +17,7 @@ from jaxtrain.distributed import processes, sharding
 from jaxtrain.interfaces import Json
 from jaxtrain.plan import Plan
 from jaxtrain.plan.plan import StagePlan
-from jaxtrain.trainer import offline, session, tuning
+from jaxtrain.trainer import offline, session, tuning, variants
 from jaxtrain.trainer.step import StepComponents, Variant, accumulation
 
 # Dollars per chip-hour, on demand: list prices of Google Cloud for TPUs (us-central), of Lambda and RunPod for GPUs, as
@@ -79,7 +79,7 @@ def make_outlook(config: Config, cluster: Cluster, vocab_size: int | None, mfu: 
         price: dollars per chip-hour; None for the listed price.
     """
     ids, _ = offline.vocabulary(config, vocab_size)
-    if isinstance(config.mesh, sharding.AutoMesh):
+    if config.mesh == sharding.AutoMesh():
         config = session.with_mesh(config, config.plan(), cluster, limit_of_chip(cluster.chip, config.memory_gb))
     one = sharding.MeshConfig(fsdp=1).build(processes.devices()[:1])
     return Outlook(
@@ -125,16 +125,16 @@ def memory(outlook: Outlook) -> Section:
     lines.append(f"  state {held / 1e9:.2f} GB" + (f", teacher {teacher / 1e9:.2f} GB" if teacher else ""))
     worst, chosen = 0.0, list[Variant]()
     mesh: Any = AbstractMesh(tuple(outlook.mesh.values()), tuple(outlook.mesh))
-    target = tuning.Target(
+    target = variants.Target(
         config=config, components=components, mesh=outlook.mesh, cluster=outlook.cluster, limit=limit
     )
     choices = tuning.choose(target, outlook.plan, None)
     for stage in outlook.stages:
         fewest = accumulation(mesh, stage.batch_size, stage.seq_len, config.micro_batch_tokens)
-        rows = stage.batch_size // (outlook.mesh["data"] * outlook.mesh["fsdp"])
-        variants = [Variant(micro_batches=count) for count in sharding.divisors(rows) if count >= fewest]
+        rows = stage.batch_size // sharding.batch_ways(outlook.mesh)
+        others = [Variant(micro_batches=count) for count in sharding.divisors(rows) if count >= fewest]
         choice = choices[stage.batch_size, stage.seq_len]
-        tried = [tuning.by_arithmetic(target, stage, variant) for variant in (*choice.variants[:1], *variants)]
+        tried = [variants.by_arithmetic(target, stage, variant) for variant in (*choice.variants[:1], *others)]
         found = next((one for one in tried if one.bytes <= limit), tried[-1])
         worst = max(worst, found.bytes)
         chosen.append(found.variant)
