@@ -300,6 +300,21 @@ def test_a_failing_part_does_not_stop_the_others(numbers, monkeypatch):
     assert found["step_dots"] is None
 
 
+def test_no_gpu_part_gets_more_than_the_time_left(numbers, monkeypatch):
+    now, given = [0.0], []
+
+    def child(command: list[str], **options: Any) -> SimpleNamespace:
+        given.append(options["timeout"])
+        now[0] += options["timeout"]
+        return SimpleNamespace(returncode=0, stdout='{"platform": "gpu"}\n')
+
+    monkeypatch.setattr(gpu.subprocess, "run", child)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    numbers("gpu")
+    assert sum(given) == 480
+    assert all(a <= b for a, b in zip(given, gpu.PARTS.values(), strict=False))
+
+
 def test_a_part_that_raises_reports_it(run, monkeypatch):
     def out_of_memory(sizes: Any) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: 3 GB\nand more")
