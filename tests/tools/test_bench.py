@@ -137,6 +137,7 @@ def test_a_prepared_tokenizer_is_a_function_of_the_text():
     assert len(tokenizer.encode_batch([])[0]) == 0
 
 
+@pytest.mark.slow
 def test_width(numbers):
     found = numbers("width --widths=16,32 --learning_rates=1e-3,1e-2 --steps=10 --batch_size=2 --seq_len=32")
     losses = found["losses"]
