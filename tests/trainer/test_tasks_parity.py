@@ -137,7 +137,7 @@ def test_examples_are_those_of_lm_eval(hub: LoopbackHub, tmp_path: pathlib.Path)
         export(tmp_path / kind, kind, add_bos, max_seq_len=256)
     file, changes, ours = tmp_path / "shots.py", {}, {}
     lines = ["import dataclasses", "from jaxtrain.data.benchmarks import TASKS"]
-    for task in ("arc_easy", "piqa", "boolq", "lambada_openai"):
+    for task in ("arc_easy", "piqa", "boolq"):
         examples = task_data.rows(task, count=3, seed=1)[1:]
         shown = {"sampler": "first_n", "samples": examples}
         changes[task] = {"num_fewshot": 2, "fewshot_split": None, "fewshot_config": shown}
