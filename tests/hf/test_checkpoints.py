@@ -183,6 +183,7 @@ REFUSED = [
         {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
         r"partial_rotary_factor=0\.5 is not supported by kind of layer",
     ),
+    ({"model_type": "gemma2", "sliding_window": None}, "layers with a sliding window, and sliding_window=None"),
     ({"model_type": "phi3", "rope_scaling": YARN}, "rope_type='yarn' of phi3 means longrope"),
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type='longrope' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' in config.json lacks factor"),
@@ -199,6 +200,8 @@ REFUSED = [
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types=.*sliding_window=4096"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "num_experts_per_tok": 9}, "experts_per_token=9"),
+    ({"model_type": "mixtral", "num_key_value_heads": 2, "hidden_act": "gelu"}, "hidden_act='gelu' with experts"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
 ]
 

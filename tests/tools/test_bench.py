@@ -137,6 +137,15 @@ def test_a_prepared_tokenizer_is_a_function_of_the_text():
     assert len(tokenizer.encode_batch([])[0]) == 0
 
 
+def test_width(numbers):
+    found = numbers("width --widths=16,32 --learning_rates=1e-3,1e-2 --steps=10 --batch_size=2 --seq_len=32")
+    losses = found["losses"]
+    assert list(losses) == ["16", "32"]
+    for width, rates in losses.items():
+        assert 0 < rates["0.01"] < rates["0.001"] < np.log(256)
+        assert found["best_learning_rate"][width] == 0.01
+
+
 @pytest.mark.slow
 def test_step_without_baselines(numbers):
     cores = available_cores()
@@ -289,6 +298,21 @@ def test_a_failing_part_does_not_stop_the_others(numbers, monkeypatch):
     assert found["step"] == {"error": "not finished after 180 s"}
     assert found["torch"] is None
     assert found["step_dots"] is None
+
+
+def test_no_gpu_part_gets_more_than_the_time_left(numbers, monkeypatch):
+    now, given = [0.0], []
+
+    def child(command: list[str], **options: Any) -> SimpleNamespace:
+        given.append(options["timeout"])
+        now[0] += options["timeout"]
+        return SimpleNamespace(returncode=0, stdout='{"platform": "gpu"}\n')
+
+    monkeypatch.setattr(gpu.subprocess, "run", child)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    numbers("gpu")
+    assert sum(given) == 480
+    assert all(a <= b for a, b in zip(given, gpu.PARTS.values(), strict=False))
 
 
 def test_a_part_that_raises_reports_it(run, monkeypatch):

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "checkpoint": "how long a save blocks and runs in the background, and how long a restore takes, by size",
     "simulate": "how evenly 16,384 lanes and 100,000 files spread over 1 to 4,096 hosts, without any I/O",
     "gpu": "everything that needs a GPU, within minutes",
+    "width": "the best learning rate by width, with and without width transfer",
 }
 COMMAND = cli.Command(
     name="python -m tools.bench",
