@@ -157,9 +157,9 @@ class Distillation:
             if by_rank:
                 value_C, gradient_CV = sorted_distance(log_q_CV, log_p_CK, vocabulary)
             elif tables:
-                cells_V, *members = tables
+                cells_V, members_V, starts = tables
                 value_C, gradient_CV = cells_and_tail(
-                    log_q_CV, log_p_CK, tail_C, cells_V[ids_CK], (*members, most), vocabulary
+                    log_q_CV, log_p_CK, tail_C, cells_V[ids_CK], (members_V, starts, most), vocabulary
                 )
             else:
                 local_CK = vocabulary.local(ids_CK, log_q_CV.shape[1])

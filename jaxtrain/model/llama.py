@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -647,7 +647,9 @@ class Llama(BaseModel):
         config = self.config
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
         capability = getattr(device, "compute_capability", None)
-        ways = dict[str, int].fromkeys(sharding.MESH_AXES, 1) if self.mesh is None else self.mesh.shape
+        ways: Mapping[str, int] = (
+            self.mesh.shape if self.mesh is not None else dict.fromkeys(map(str, sharding.MESH_AXES), 1)
+        )
         whole = (config.num_heads // ways["tensor"], config.num_kv_heads // ways["tensor"])
         heads, kv_heads = attention.share_of_context(self.mesh, config.num_heads, config.num_kv_heads) or whole
         return attention.Shape(

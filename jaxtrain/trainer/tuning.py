@@ -11,6 +11,7 @@ None of it changes data or meaning: losses differ by rounding. What the config l
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -117,10 +118,10 @@ def choose(target: Target, plan: Plan, measure: Measure | None, start_step: int 
     longest = max(stages.values(), key=lambda stage: _work(target, plan, stage))
     found = {}
     for shape, stage in stages.items():
-        measured = stage is longest and measure is not None
-        ranked = variants.rank(target, stage, doubt=variants.DOUBT if measured else 1.0)
-        if measured and len(ranked) > 1:
-            choice = pick(ranked, target.limit, lambda variant, stage=stage: measure(stage, variant))
+        compiled = measure if stage is longest else None
+        ranked = variants.rank(target, stage, doubt=variants.DOUBT if compiled else 1.0)
+        if compiled is not None and len(ranked) > 1:
+            choice = pick(ranked, target.limit, functools.partial(compiled, stage))
         else:
             why = f"{ranked[0].variant}: the fastest by arithmetic." if ranked else "Nothing fits by arithmetic."
             choice = Choice(variants=tuple(one.variant for one in ranked[:_COMPILED]), why=why)

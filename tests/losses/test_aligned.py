@@ -68,7 +68,7 @@ def theirs() -> tuple[Layout, jnp.ndarray]:
 
 def by_definition(x: Any, w: Any, records: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Values and gradients with respect to the student's logits, from sums of probabilities by cell."""
-    q = softmax(np.float64(x @ w)[..., :VOCAB] / HEAT)
+    q = softmax(np.asarray(x @ w, np.float64)[..., :VOCAB] / HEAT)
     ids, log_p, _ = (np.asarray(part, np.float64) for part in layout.unpack(records, 1))
     values, gradients = np.zeros(q.shape[:2]), np.zeros(q.shape)
     for at in np.ndindex(q.shape[:2]):
@@ -99,7 +99,7 @@ def test_by_cells() -> None:
     gradients *= mask[..., None]
     says = mask & np.asarray(records).any(-1)
     assert sums["kd_aligned"] == says.sum()
-    wanted = np.einsum("BTV,DV->BTD", gradients, np.float64(w)[:, :VOCAB])
+    wanted = np.einsum("BTV,DV->BTD", gradients, np.asarray(w, np.float64)[:, :VOCAB])
     padded = np.zeros(w.shape)
     padded[:, :VOCAB] = np.einsum("BTD,BTV->DV", np.float64(x), gradients)
     only = {name: sums[name] for name in ("loss", "kd_loss")}

@@ -70,8 +70,9 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(made: Any, workers: int = 1, score: Any = score, spellers: Any = None) -> list[bool]:
+    where, planned = made
     return [
-        TeacherWriter(*made, worker, workers, spellers).write(score, lambda documents, tokens: None)
+        TeacherWriter(where, planned, worker, workers, spellers).write(score, lambda documents, tokens: None)
         for worker in range(workers)
     ]
 
@@ -214,7 +215,7 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
 class Bytes(WordTokenizer):
     """A token is a byte, or two digits if there is a token for them."""
 
-    bos_id = 1
+    bos_id: int | None = 1
     eos_id = 0
 
     def __init__(self, pairs: int):
@@ -263,19 +264,20 @@ def test_a_teacher_with_another_tokenizer(theirs: int, ours: int, tmp_path: path
             ids = run.encode_batch([text])[0]
             if not len(ids):
                 continue
-            tokens = np.concatenate([[run.bos_id], ids, [run.eos_id]]).astype(np.int32)
+            tokens = np.array([1, *ids, run.eos_id], np.int32)
             found = store.read(file, np.array([row]), tokens, np.array([len(tokens)]))
             at = {
                 end: 2 + index for index, end in enumerate(ends_of(teacher, teacher.encode_batch([text])[0]).tolist())
             }
             at[0] = 1  # after BOS
             mine = ends_of(run, tokens).tolist()
-            wanted = [records_of(np.int64(end), np.int64(at[end])) if end in at else np.zeros(5) for end in mine]
+            wanted = [records_of(np.array(end), np.array(at[end])) if end in at else np.zeros(5) for end in mine]
             wanted[-1] = np.zeros(5)
             np.testing.assert_array_equal(found, wanted)
             share[0] += sum(end in at for end in mine[1:-1])
             share[1] += len(ids)
-    counts = TeacherWriter(*made(tmp_path / "again"), 0, 1, spellers)
+    where, planned = made(tmp_path / "again")
+    counts = TeacherWriter(where, planned, 0, 1, spellers)
     counts.sample()
     assert (counts.alignment.unfollowed, counts.alignment.documents > 5) == (0, True)
     assert (share[0] == share[1]) == (theirs in (0, ours))
