@@ -147,7 +147,8 @@ class Config:
             reserve; no limit if they report none (CPU).
         max_skipped_steps: Stop (exit code 1) after this many skipped updates in a row.
         spike_threshold: A step whose loss or gradient norm is this many standard deviations above the median of the
-            steps before it is a spike, which is logged with its documents. None for no comparison.
+            steps before it is a spike, which is logged with its documents and the loss of each. None: the host compares
+            alone, with 10; it costs no step anything, and documents have no losses.
         spike_window: How many steps before it, of the same stage, are compared.
         on_spike: "log"; "skip_update" also keeps parameters and optimizer as they were; "rewind" returns to the newest
             checkpoint and goes on without the documents that stand out, or all of the step's if none does.
@@ -229,7 +230,9 @@ class Config:
         if self.spike_threshold is None and self.on_spike != "log":
             raise UserError(f"on_spike={self.on_spike!r} needs spike_threshold, for example 10")
         if self.spike_threshold is not None and not self.spike_threshold > 0:
-            raise UserError(f"spike_threshold={self.spike_threshold}: give a number above 0, or none for no comparison")
+            raise UserError(
+                f"spike_threshold={self.spike_threshold}: give a number above 0, or none for the host alone"
+            )
         watchdog = self.monitor.watchdog_minutes
         if watchdog is not None and watchdog <= self.data.retry_minutes:
             raise UserError(

@@ -126,7 +126,10 @@ class Model(Protocol):
 
     @abc.abstractmethod
     def head(self, params: Params) -> Array:
-        """The output head, fp32 [D, V]. V is `padded_vocab_size`."""
+        """The output head, fp32 [D, V], such that hidden states `x @ head` are the logits. V is `padded_vocab_size`.
+
+        A model that bounds its logits returns `losses.head.SoftCapped`.
+        """
         ...
 
     @abc.abstractmethod

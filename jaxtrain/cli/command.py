@@ -252,12 +252,12 @@ def _next_value(argument: str, arguments: Iterator[str]) -> str:
 
 
 def _near(name: str, known: dict[str, Flag], command: Command) -> str:
+    field = f" A field of the config is set by --config.{name}=VALUE." if "." in name else ""
+    if command.config != "none" and (advice := habits.advice(name)):
+        return advice + field
     near = difflib.get_close_matches(name, [*known, "help"])
     if near:
         return f" Did you mean {' or '.join(f'--{match}' for match in near)}?"
-    if command.config != "none" and (advice := habits.advice(name)):
-        return advice
-    field = f" A field of the config is set by --config.{name}=VALUE." if "." in name else ""
     return f" It has --{', --'.join([*known, 'help'])}.{field}"
 
 
@@ -298,6 +298,11 @@ def _positional_values(command: Command, bare: list[str]) -> dict[str, Any]:
             is_flag = command.config == "none" or name == "config" or any(flag.name == name for flag in command.flags)
             is_field = not is_flag and not name.startswith(("config.", "config["))
             fix = f"; did you mean --{'config.' if is_field else ''}{bare[0]}?"
+            advice = habits.advice(name) if is_field else ""
+            if f"--config.{name}=" not in advice:
+                fix = f".{advice}" if advice else fix
+        elif command.config != "none" and bare[0].endswith((".yaml", ".yml", ".toml", ".gin")):
+            fix = "; a config is a Python file, given as --config=FILE.py, for example --config=configs/1b.py"
         elif os.path.exists(bare[0]):
             fix = "; quote a pattern, so that the shell does not replace it by the files that match"
         raise UserError(f"{' '.join(bare)}: not understood; {command.name} takes flags of the form --NAME=VALUE{fix}")

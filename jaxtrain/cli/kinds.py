@@ -26,6 +26,7 @@ BUILT_IN = {
     "experts": "jaxtrain.model.experts:Experts",
     "linear_rope_scaling": "jaxtrain.model.rope:LinearRopeScaling",
     "llama3_rope_scaling": "jaxtrain.model.rope:Llama3RopeScaling",
+    "yarn_rope_scaling": "jaxtrain.model.rope:YarnRopeScaling",
     "cross_entropy": "jaxtrain.losses.cross_entropy:CrossEntropy",
     "distillation": "jaxtrain.losses.distillation:Distillation",
     "forward_kl": "jaxtrain.losses.divergences:ForwardKL",

@@ -240,7 +240,9 @@ def _unknown(value: Any, change: Change, path: str, key: str, root: Any) -> User
         last = {leaf: re.split(r"[.\[]", leaf)[-1] for leaf in paths}
         close = difflib.get_close_matches(key, set(last.values()), n=1, cutoff=0.8)
         near = [leaf for leaf in paths if last[leaf] in close][:3]
-    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else habits.advice(key)
+    exact = any(re.split(r"[.\[]", match)[-1] == key for match in near)
+    hint = f" Did you mean {' or '.join(f'--{match}' for match in near)}?" if near else ""
+    hint += "" if exact else habits.advice(key)
     noun = "field" if typed.is_config(value) else "entry"
     return UserError(f"{change.flag}: {path} has no {noun} {key!r}.{hint} A{_kind(value)[1:]} has: {', '.join(below)}.")
 

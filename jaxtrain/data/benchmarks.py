@@ -1,7 +1,7 @@
 """Benchmarks of multiple choice: where their questions are, and how each becomes texts to score.
 
-Prompts, choices and splits are those of lm-evaluation-harness 0.4 (its tasks/*.yaml), without examples (zero-shot). A
-task is a value, so one of your own needs no registration: see examples/benchmark.py.
+Prompts, choices and splits are those of lm-evaluation-harness 0.4 (its tasks/*.yaml), without examples (zero-shot)
+unless a task has some. A task is a value, so one of your own needs no registration: see examples/benchmark.py.
 """
 
 import contextlib
@@ -42,6 +42,8 @@ class Task:
         metrics: "acc" is the share of questions whose right choice has the highest log-likelihood; with a single
             choice, whose every token is the likeliest. "acc_norm" divides log-likelihoods by the choices' characters.
             "perplexity" is that of right choices, by choice and not by token.
+        examples: Questions shown with their answers before each question, as lm-eval shows the first `num_fewshot` of
+            `fewshot_config.samples`. Each is a dict of the columns.
     """
 
     dataset: HuggingFace
@@ -50,6 +52,7 @@ class Task:
     choices: Callable[[Json], list[str]]
     answer: Callable[[Json], int] = lambda question: 0
     metrics: tuple[Metric, ...] = ("acc", "acc_norm")
+    examples: tuple[Json, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,20 +187,21 @@ def title(name: str) -> str:
 
 def questions(task: Task, documents: Sequence[Json], name: str) -> list[Question]:
     """Applies the task's functions. Raises UserError if one fails."""
-    found = []
-    for number, document in enumerate(documents):
-        try:
-            prompts, choices, answer = task.prompt(document), list(task.choices(document)), task.answer(document)
-        except Exception as error:
-            raise UserError(f"task {name}: question {number} fails: {type(error).__name__}: {error}") from error
-        prompts = [prompts] * len(choices) if isinstance(prompts, str) else prompts
-        if len(prompts) != len(choices) or not 0 <= answer < len(choices):
-            raise UserError(
-                f"task {name}: question {number} has {len(prompts)} prompt(s) and {len(choices)} choice(s), and the "
-                f"answer {answer}"
-            )
-        found.append(Question(prompts, choices, answer))
-    return found
+    shown = [_question(task, document, f"task {name}: example {n}") for n, document in enumerate(task.examples)]
+    before = "".join(f"{one.prompts[one.answer]} {one.choices[one.answer]}\n\n" for one in shown)
+    found = [_question(task, document, f"task {name}: question {n}") for n, document in enumerate(documents)]
+    return [dataclasses.replace(one, prompts=[before + prompt for prompt in one.prompts]) for one in found]
+
+
+def _question(task: Task, document: Json, what: str) -> Question:
+    try:
+        prompts, choices, answer = task.prompt(document), list(task.choices(document)), task.answer(document)
+    except Exception as error:
+        raise UserError(f"{what} fails: {type(error).__name__}: {error}") from error
+    prompts = [prompts] * len(choices) if isinstance(prompts, str) else prompts
+    if len(prompts) != len(choices) or not 0 <= answer < len(choices):
+        raise UserError(f"{what} has {len(prompts)} prompt(s) and {len(choices)} choice(s), and the answer {answer}")
+    return Question(prompts, choices, answer)
 
 
 def read(task: Task, name: str, kept: epath.Path | None) -> list[Json]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtrain.distributed import sharding
 from jaxtrain.interfaces import BoundedModel, Model, Params
 from jaxtrain.losses.cached import Layout, top_records
+from jaxtrain.losses.head import logits
 
 # Logits per device at a time: 128 MB in fp32.
 _LOGITS = 1 << 25
@@ -151,8 +152,7 @@ def _records(
     C = max(divisor for divisor in sharding.divisors(T) if divisor <= most)
 
     def chunk(x_BCE: jax.Array) -> jax.Array:
-        logits = jnp.dot(x_BCE, head_EV, preferred_element_type=jnp.float32)
-        found = top_records(logits.reshape(B * C, layout.vocab_size), layout)
+        found = top_records(logits(x_BCE, head_EV).reshape(B * C, layout.vocab_size), layout)
         return found.reshape(B, C, layout.width)
 
     chunks = jax.lax.map(chunk, x_BTE.reshape(B, T // C, C, E).swapaxes(0, 1))

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from jaxtrain.data.io.retry import classified
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families
-from jaxtrain.hf.families import EMBEDDING, HEAD
 from jaxtrain.interfaces import Json, Model, Params
 from jaxtrain.model.llama import Llama, LlamaConfig
 
@@ -30,8 +29,8 @@ logger = logging.getLogger("jaxtrain")
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Old Llama checkpoints contain the rotary frequencies, which the config determines.
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+# Old checkpoints contain the rotary frequencies and Pythia's the causal mask, which the config determines.
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attention\.(masked_)?bias")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int, ...]
@@ -56,8 +55,10 @@ def config(folder_or_id: str, revision: str | None = None) -> tuple[LlamaConfig,
     """
     folder = _folder(folder_or_id, revision, [CONFIG, INDEX])
     found, vocab_size = families.from_json(_json(folder / CONFIG), folder_or_id)
-    if found.tie_embeddings and HEAD in _names(folder_or_id, folder):
-        found.tie_embeddings = _Files(folder_or_id, revision).are_equal(HEAD, EMBEDDING)
+    names = families.frame(_json(folder / CONFIG)["model_type"])
+    head, embedding = names[("head",)], names[("embedding",)]
+    if found.tie_embeddings and head in _names(folder_or_id, folder):
+        found.tie_embeddings = _Files(folder_or_id, revision).are_equal(head, embedding)
     return found, vocab_size
 
 
@@ -99,7 +100,7 @@ def load(
     model = families.llama(model)
     files = _Files(folder_or_id, revision)
     paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
-    files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, model)})
+    files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, files.kind, model)})
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, model.shapes)
     shapes, tree = jax.tree.flatten(model.shapes)
@@ -179,6 +180,7 @@ class _Files:
             names = sorted(set(_weight_map(folder).values()))
         if not all((folder / name).exists() for name in names):
             folder = _folder(folder_or_id, revision, names)
+        self.kind: str = _json(self._folder / CONFIG).get("model_type", "")
         self._where: dict[str, Any] = {}
         for name in names:
             if not (folder / name).exists():
@@ -212,7 +214,7 @@ class _Files:
                     f"model.{name.removeprefix('resolved_')}={getattr(model.config, name)}, but {where} has "
                     f"{getattr(theirs, name)}: its tensors would mean something else."
                 )
-        for name in ("rope_theta", "rope_scaling", "norm_eps", "no_rope_every", "sliding_window", "layers", "experts"):
+        for name in families.SAME_TENSORS:
             ours, his = getattr(model.config, name), getattr(theirs, name)
             if ours != his:
                 logger.warning("model.%s=%s, but %s was trained with %s.", name, ours, where, his)
@@ -222,7 +224,9 @@ class _Files:
                     f"{where}: {name} is {dtype}. Quantized checkpoints are not supported: save it with weights in "
                     "bfloat16, float16 or float32."
                 )
-        unknown = sorted(name for name in self._where.keys() - wanted - {HEAD} if not IGNORED.fullmatch(name))
+        names = families.frame(self.kind)
+        head, embedding = names[("head",)], names[("embedding",)]
+        unknown = sorted(name for name in self._where.keys() - wanted - {head} if not IGNORED.fullmatch(name))
         for title, names in (
             ("lacks", sorted(wanted - self._where.keys())),
             ("has tensors that this model does not:", unknown),
@@ -233,14 +237,14 @@ class _Files:
                     f"{where} {title} {', '.join(names[:5])}{more}. Does the model's config match the checkpoint "
                     "(tie_embeddings, biases, qk_norm, num_layers)?"
                 )
-        if HEAD in self._where and HEAD not in wanted and not self.are_equal(HEAD, EMBEDDING):
+        if head in self._where and head not in wanted and not self.are_equal(head, embedding):
             raise UserError(f"{where} has an output head separate from its embedding: set model.tie_embeddings=false.")
 
 
 def _leaf(
     files: _Files, path: tuple[str, ...], shape: Shape, sharding: Sharding, model: Llama, dtype: np.dtype
 ) -> jax.Array:
-    tensors = families.tensors(path, model)
+    tensors = families.tensors(path, files.kind, model)
     stacked = len(tensors[0].index)
     if not stacked:
         return _tensor(files, tensors[0], shape, sharding, model, dtype)
@@ -271,6 +275,8 @@ def _tensor(
     if tensor.vocabulary:
         expected = (model.vocab_size, *expected[1:])
     real = expected[::-1] if tensor.transposed else expected
+    if tensor.part is not None:
+        expected = (tensor.part.rows, *expected[1:])
     rows, ids = size[0], expected[0]
     # Many checkpoints round their vocabulary up. Rows that no id uses are dropped.
     if size[1:] != expected[1:] or (rows < ids if tensor.vocabulary else rows != ids):
@@ -286,7 +292,13 @@ def _tensor(
         if any(start >= n for (start, _), n in zip(wanted, real, strict=True)):
             return np.zeros([stop - start for start, stop in wanted], dtype)  # a shard of only padding
         cut = tuple(slice(start, min(stop, n)) for (start, stop), n in zip(wanted, real, strict=True))
-        part = stored[cut[::-1]].T if tensor.transposed else stored[cut]
+        first, *others = cut[::-1] if tensor.transposed else cut
+        if tensor.part is None:
+            part = stored[(first, *others)]
+        else:
+            of_tensor = tensor.part.of(np.arange(first.start, first.stop))
+            part = stored[(slice(of_tensor.min(), of_tensor.max() + 1), *others)][of_tensor - of_tensor.min()]
+        part = part.T if tensor.transposed else part
         padding = [(0, stop - start - n) for (start, stop), n in zip(wanted, part.shape, strict=True)]
         return np.pad(part.astype(dtype), padding)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,29 +104,44 @@ def _generation_config(content: dict[str, bytes], tokenizer: SavedTokenizer | No
 
 
 def _write_tensors(params: Params, model: Llama, folder: Path, dtype: np.dtype, progress: bool) -> None:
-    files: list[list[tuple[families.Tensor, Any]]] = [[]]  # per file: each tensor with its parameter
-    room = SHARD_BYTES
+    kind = families.family_of(model.config)
+    # By name: the parts of each tensor, with the parameter that each belongs to.
+    tensors: dict[str, list[tuple[families.Tensor, Any]]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = tuple(key.key for key in path)
-        tensors = families.tensors(names, model)
-        size = dtype.itemsize * leaf.size // len(tensors)
-        for tensor in tensors:
-            if size > room and files[-1]:
-                files.append([])
-                room = SHARD_BYTES
-            files[-1].append((tensor, leaf))
-            room -= size
+        for tensor in families.tensors(tuple(key.key for key in path), kind, model):
+            tensors.setdefault(tensor.name, []).append((tensor, leaf))
+    files: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, parts in tensors.items():
+        size = sum(dtype.itemsize * math.prod(leaf.shape[len(tensor.index) :]) for tensor, leaf in parts)
+        if size > room and files[-1]:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(name)
+        room -= size
     weight_map: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
+    for number, names in enumerate(tqdm(files, desc="Writing files", disable=not progress), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        arrays = {tensor.name: _array(tensor, leaf, model, dtype) for tensor, leaf in tensors}
+        arrays = {name: _joined(tensors[name], model, dtype) for name in names}
         # transformers requires this metadata.
         save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _joined(parts: list[tuple[families.Tensor, Any]], model: Llama, dtype: np.dtype) -> np.ndarray:
+    """A tensor of one parameter, or of the parts of several."""
+    arrays = [_array(tensor, leaf, model, dtype) for tensor, leaf in parts]
+    if (part := parts[0][0].part) is None:
+        return arrays[0]
+    whole = np.empty((part.rows, *arrays[0].shape[1:]), dtype)
+    for (tensor, _), array in zip(parts, arrays, strict=True):
+        assert tensor.part is not None
+        whole[tensor.part.of(np.arange(len(array)))] = array
+    return whole
 
 
 def _array(tensor: families.Tensor, leaf: Any, model: Llama, dtype: np.dtype) -> np.ndarray:

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossFn
+from jaxtrain.losses.head import Head, before_cap, logits
 
 Sums = dict[str, jax.Array]  # fp32 scalars; only "loss" is differentiated
 NEVER = -1e30  # the logit of padding: zero probability, and finite after division by a temperature
@@ -83,7 +84,8 @@ def from_function(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens:
     Args:
         function: (x_CD, w_DV, targets_C, mask_C) -> a dict of sums over the positions where the mask is True, fp32
             scalars, including "loss"; or the loss alone. x and w are in the compute dtype. w has all its columns;
-            columns from the vocabulary size on are padding. Targets are 0 where the mask is False.
+            columns from the vocabulary size on are padding. The logits are `x @ w`. Targets are 0 where the mask is
+            False.
         mesh: The run's mesh. Devices along `tensor` split the positions.
         chunk_tokens: The most positions per chunk on each device. The function may allocate arrays of [C, V].
 
@@ -91,25 +93,26 @@ def from_function(function: Callable[..., Any], mesh: Mesh | None, chunk_tokens:
         The loss function.
     """
 
-    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: Head, constants: Constants) -> tuple[Sums, Any, Any]:
         (targets_BT, mask_BT), _, _ = constants
         tensor = ways.get("tensor", 1)
         head_DV = _gather(w_DV.astype(x_BTD.dtype), ways)
         if tensor > 1:
             head_DV = jax.lax.all_gather(head_DV, "tensor", axis=1, tiled=True)
+        (weights_DV,), tree = jax.tree.flatten(head_DV)
         rows = _cut((x_BTD, jnp.where(mask_BT, targets_BT, 0), mask_BT), chunk_tokens, tensor)
         if tensor > 1:
             share = rows[0].shape[0] // tensor
             begin = jax.lax.axis_index("tensor") * share
             rows = tuple(jax.lax.dynamic_slice_in_dim(array, begin, share) for array in rows)
 
-        def loss(x_CD: jax.Array, head_DV: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Sums]:
-            found = function(x_CD, head_DV, *rest)
+        def loss(x_CD: jax.Array, weights_DV: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Sums]:
+            found = function(x_CD, tree.unflatten([weights_DV]), *rest)
             sums = found if isinstance(found, dict) else {"loss": found}
             return sums["loss"], sums
 
         def body(dw_DV: jax.Array, chunk: Arrays) -> tuple[jax.Array, Any]:
-            (_, sums), (dx_CD, dw) = jax.value_and_grad(loss, (0, 1), has_aux=True)(chunk[0], head_DV, *chunk[1:])
+            (_, sums), (dx_CD, dw) = jax.value_and_grad(loss, (0, 1), has_aux=True)(chunk[0], weights_DV, *chunk[1:])
             return dw_DV + dw.astype(jnp.float32), (sums, dx_CD)
 
         dw_DV, (sums, dx) = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), rows)
@@ -141,18 +144,19 @@ def chunked_loss(chunk_fn: ChunkFn, mesh: Mesh | None, chunk_tokens: int) -> Cal
         [B, T, ...]. Each of `heads` (a teacher's) is [*, V], sharded like w.
     """
 
-    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: Head, constants: Constants) -> tuple[Sums, Any, Any]:
         rows, heads, scalars = constants
         vocabulary = _vocabulary(w_DV, ways)
         head_DV, heads = _gather((w_DV.astype(x_BTD.dtype), heads), ways)
+        (weights_DV,) = jax.tree.leaves(head_DV)
 
         def body(dw_DV: jax.Array, chunk: Arrays) -> tuple[jax.Array, Any]:
             x_CD, *rows_C = chunk
-            logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
+            logits_CV = logits(x_CD, head_DV)
             sums, dlogits_CV = chunk_fn(logits_CV, vocabulary, *rows_C, *heads, *scalars)
-            dlogits_CV = dlogits_CV.astype(x_CD.dtype)
+            dlogits_CV = before_cap(dlogits_CV, logits_CV, head_DV).astype(x_CD.dtype)
             # Reduced in fp32: a bf16 psum inside shard_map aborts XLA on CPU.
-            dx_CD = vocabulary.sum(jnp.einsum("CV,DV->CD", dlogits_CV, head_DV, preferred_element_type=jnp.float32))
+            dx_CD = vocabulary.sum(jnp.einsum("CV,DV->CD", dlogits_CV, weights_DV, preferred_element_type=jnp.float32))
             dw_DV += jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
             return dw_DV, (sums, dx_CD.astype(x_CD.dtype))
 
@@ -175,17 +179,17 @@ def for_each_position(function: Callable[..., Any], mesh: Mesh | None, chunk_tok
         A function (x_BTD, w_DV, *rows [B, T]) -> the arrays of all positions, [B, T], sharded like the batch.
     """
 
-    def device(ways: Ways, x_BTD: jax.Array, w_DV: jax.Array, rows: Arrays) -> Any:
+    def device(ways: Ways, x_BTD: jax.Array, w_DV: Head, rows: Arrays) -> Any:
         B, T, _ = x_BTD.shape
         vocabulary, head_DV = _vocabulary(w_DV, ways), _gather(w_DV.astype(x_BTD.dtype), ways)
 
         def values(chunk: Arrays) -> Any:
-            return function(jnp.dot(chunk[0], head_DV, preferred_element_type=jnp.float32), vocabulary, *chunk[1:])
+            return function(logits(chunk[0], head_DV), vocabulary, *chunk[1:])
 
         found = jax.lax.map(values, _cut((x_BTD, *rows), chunk_tokens, 1))
         return jax.tree.map(lambda array: array.reshape(-1)[: B * T].reshape(B, T), found)
 
-    def apply(x_BTD: jax.Array, w_DV: jax.Array, *rows: jax.Array) -> Any:
+    def apply(x_BTD: jax.Array, w_DV: Head, *rows: jax.Array) -> Any:
         if mesh is None:
             return device({}, x_BTD, w_DV, rows)
         batch = spec(("batch", "sequence"))
@@ -203,7 +207,7 @@ def for_each_position(function: Callable[..., Any], mesh: Mesh | None, chunk_tok
 def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | None) -> Callable[..., Sums]:
     """The loss whose value and gradient `device` computes on each device from its rows of x and its slice of w."""
 
-    def with_gradients(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, Any, Any]:
+    def with_gradients(x_BTD: jax.Array, w_DV: Head, constants: Constants) -> tuple[Sums, Any, Any]:
         if mesh is None:
             return device({}, x_BTD, w_DV, constants)
         for size, names, what in (
@@ -226,16 +230,17 @@ def _differentiable(device: Callable[..., tuple[Sums, Any, Any]], mesh: Mesh | N
         )(x_BTD, w_DV, constants)
 
     @jax.custom_vjp
-    def loss(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> Sums:
+    def loss(x_BTD: jax.Array, w_DV: Head, constants: Constants) -> Sums:
         return with_gradients(x_BTD, w_DV, constants)[0]
 
-    def forward(x_BTD: jax.Array, w_DV: jax.Array, constants: Constants) -> tuple[Sums, tuple]:
+    def forward(x_BTD: jax.Array, w_DV: Head, constants: Constants) -> tuple[Sums, tuple]:
         sums, dx_BTD, dw_DV = with_gradients(x_BTD, w_DV, constants)
         return sums, (dx_BTD, dw_DV)
 
     def backward(gradients: tuple, cotangents: Sums) -> tuple:
         scale = cotangents["loss"]
-        return (*((scale * g.astype(jnp.float32)).astype(g.dtype) for g in gradients), None)
+        scaled = jax.tree.map(lambda g: (scale * g.astype(jnp.float32)).astype(g.dtype), gradients)
+        return (*scaled, None)
 
     loss.defvjp(forward, backward)
     return lambda x_BTD, w_DV, *rows, heads=(), scalars=(): loss(x_BTD, w_DV, (rows, heads, scalars))
@@ -245,7 +250,7 @@ def _ways(mesh: Mesh) -> Ways:
     return {name: size for name, size in mesh.shape.items() if size > 1}
 
 
-def _vocabulary(w_DV: jax.Array, ways: Ways) -> Vocabulary:
+def _vocabulary(w_DV: Head, ways: Ways) -> Vocabulary:
     V = w_DV.shape[1]
     columns = jnp.arange(V, dtype=jnp.int32)[None, :]
     if "tensor" in ways:
@@ -272,7 +277,7 @@ def _cut(rows: Arrays, chunk_tokens: int, multiple: int) -> Arrays:
 
 
 def _reduced(
-    sums: Sums, dx: jax.Array, dw_DV: jax.Array, x_BTD: jax.Array, w_DV: jax.Array, ways: Ways
+    sums: Sums, dx: jax.Array, dw_DV: jax.Array, x_BTD: jax.Array, w_DV: Head, ways: Ways
 ) -> tuple[Sums, jax.Array, jax.Array]:
     """Combines a device's sums and gradients into the batch's: dx [chunks, C, D] in x's shape, dw in w's."""
     B, T, D = x_BTD.shape
@@ -283,4 +288,4 @@ def _reduced(
         sums = jax.lax.psum(sums, "fsdp")
     if copies:
         dw_DV, sums = jax.lax.psum((dw_DV, sums), copies)
-    return sums, dx_BTD, dw_DV.astype(w_DV.dtype)
+    return sums, dx_BTD, jax.tree.map(lambda _: dw_DV.astype(w_DV.dtype), w_DV)

@@ -17,6 +17,7 @@ from jaxtrain.interfaces import LossConfig, Schedule, ScheduleConfig
 from jaxtrain.losses.cached import Layout
 from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
 from jaxtrain.losses.divergences import Divergence, ForwardKL, TopK, kept_and_tail, log_sum
+from jaxtrain.losses.head import Head, logits
 
 # Larger vocabularies get smaller chunks to keep a chunk's memory constant.
 _FULL_CHUNK_VOCABULARY = 32_768
@@ -96,9 +97,9 @@ class Distillation:
             )
 
         def divergence(
-            log_q_CV: jax.Array, vocabulary: Vocabulary, teacher_CE: jax.Array, head_EV: jax.Array
+            log_q_CV: jax.Array, vocabulary: Vocabulary, teacher_CE: jax.Array, head_EV: Head
         ) -> tuple[jax.Array, jax.Array]:
-            theirs_CV = jnp.dot(teacher_CE, head_EV, preferred_element_type=jnp.float32)
+            theirs_CV = logits(teacher_CE, head_EV)
             return self.divergence(log_q_CV, self._log_softmax(theirs_CV, vocabulary, vocab_size), vocabulary)
 
         both = self._with_loss(divergence, vocab_size, mesh, loss)

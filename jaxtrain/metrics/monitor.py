@@ -296,8 +296,12 @@ class Monitor:
             return
         self._write(step, {**values, "time": self._seconds_before + self._goodput.elapsed()})
         by_source, tasks = values.get("eval_by_source", {}), values.get("eval_tasks", {})
-        shown = [f"{name}={value:.4f}" for name, value in values.items() if not isinstance(value, Mapping)]
-        shown += [f"{name}={found['loss']:.4f}" for name, found in by_source.items() if found["loss"] is not None]
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
+        shown = [f"{name}={value:,.{0 if name == 'eval_tokens' else 4}f}" for name, value in numbers.items()]
+        losses = {name: found["loss"] for name, found in by_source.items()}
+        shown += [
+            f"{name}: no held-out document" if loss is None else f"{name}={loss:.4f}" for name, loss in losses.items()
+        ]
         for name, found in tasks.items():
             errors = {key: found.get(f"{key}_stderr") for key in found}
             shown += [

@@ -149,10 +149,17 @@ class Tracker:
             write_atomically(workdir.wandb_id, run["id"] + "\n")
         public = {key: value for key, value in config.items() if not key.startswith("_")}  # Trackio refuses the others
         self._call("init", project=project, name=workdir.path.name, config=public, resume="allow", **run)
+        if module == "wandb":
+            # The server may lack lines of a killed process that the run had logged. 0: offline, or a new run.
+            self._last_step = getattr(getattr(self._module, "run", None), "starting_step", 0) or last_step
 
     def write(self, step: int, values: Json) -> None:
-        if step >= self._last_step:
-            self._call("log", scalars(values), step=step)
+        if step < self._last_step:
+            return
+        named = scalars(values)
+        if self._name == "trackio" and "time" in named:
+            named["run_time"] = named.pop("time")  # Trackio has a time of its own
+        self._call("log", named, step=step)
 
     def attach(self, path: epath.Path) -> None:
         """Adds a local file to the run (W&B), or to its project under the file's path (Trackio)."""

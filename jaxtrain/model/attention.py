@@ -34,6 +34,7 @@ class Shape:
         platform: "cpu", "gpu" or "tpu".
         compute_capability: Of an NVIDIA GPU; (9, 0) for Hopper.
         rows: Rows of the batch.
+        sliding_window, query_scalar, softcap: See `attend`.
     """
 
     platform: str
@@ -45,6 +46,8 @@ class Shape:
     head_dim: int
     dtype: str
     sliding_window: int | None
+    query_scalar: float | None = None
+    softcap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,8 @@ def _cudnn_obstacle(shape: Shape) -> str | None:
         return f"cuDNN's attention computes in bfloat16, not in {shape.dtype}"
     if shape.head_dim > 256 or shape.head_dim % 8:
         return f"cuDNN's attention needs heads of a multiple of 8 up to 256, not {shape.head_dim}"
+    if shape.softcap is not None:
+        return "cuDNN's packed attention has no soft cap of the scores"
     if shape.seq_len * shape.num_heads * shape.head_dim >= 1 << 31:
         return "a single row's queries have 2^31 elements or more, beyond cuDNN's int32 offsets in JAX"
     return None
@@ -140,6 +145,8 @@ def attend(
     mesh: Mesh | None,
     implementation: str,
     sliding_window: int | None = None,
+    query_scalar: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Computes softmax(q kᵀ / sqrt(h)) v, where a token attends to itself and to earlier tokens of its segment.
 
@@ -151,11 +158,15 @@ def attend(
         mesh: The mesh that the arrays are sharded over, if any.
         implementation: A name from `choose`. "splash" runs interpreted if the mesh has no TPU.
         sliding_window: Visible tokens, including the token itself; None for all.
+        query_scalar: Its root divides the scores, instead of that of h; None for h.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them. Not for "cudnn".
 
     Returns:
         x_BTHh.
     """
-    kernel = functools.partial(_kernel(implementation, mesh), sliding_window=sliding_window)
+    kernel = functools.partial(
+        _kernel(implementation, mesh), sliding_window=sliding_window, query_scalar=query_scalar, softcap=softcap
+    )
     if mesh is None or mesh.size == 1:
         return kernel(q_BTHh, k_BTKh, v_BTKh, documents)
     rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
@@ -168,12 +179,24 @@ def attend(
     )
 
 
-def attend_one(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, visible_BS: jax.Array) -> jax.Array:
-    """Attention of a single query (T = 1) to the visible keys: x_BTHh."""
+def attend_one(
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    visible_BS: jax.Array,
+    *,
+    query_scalar: float | None,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention of a single query (T = 1) to the visible keys, otherwise as `attend`: x_BTHh."""
     batch, _, heads, width = q_BTHh.shape
     q_BKGh = q_BTHh.reshape(batch, k_BSKh.shape[2], -1, width)
     wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * width**-0.5
+    scores = (
+        jnp.einsum("bkgh,bskh->bkgs", q_BKGh, k_BSKh, preferred_element_type=wide) * (query_scalar or width) ** -0.5
+    )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, -jnp.inf), axis=-1)
     x_BKGh = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v_BSKh.dtype), v_BSKh, preferred_element_type=wide)
     return x_BKGh.reshape(batch, 1, heads, width).astype(q_BTHh.dtype)
@@ -244,8 +267,8 @@ def _kernel(implementation: str, mesh: Mesh | None) -> Any:
     return _xla
 
 
-def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window):
-    return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)
+def _xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, *, sliding_window, query_scalar, softcap):
+    return attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window, query_scalar, softcap)
 
 
 def self_check(implementation: str, shape: Shape) -> str | None:
@@ -284,7 +307,8 @@ def _run(implementation: str, shape: Shape) -> tuple[jax.Array, ...]:
 
     @jax.jit
     def run(q, k, v, dx, segment_ids):
-        options: Any = {"mesh": None, "implementation": implementation, "sliding_window": shape.sliding_window}
+        options: Any = {"mesh": None, "implementation": implementation}
+        options |= {name: getattr(shape, name) for name in ("sliding_window", "query_scalar", "softcap")}
         found = documents(segment_ids, None, implementation, shape)
         x, pull = jax.vjp(lambda q, k, v: attend(q, k, v, found, **options), q, k, v)
         return x, *pull(dx)

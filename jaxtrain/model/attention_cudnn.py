@@ -83,7 +83,14 @@ def row_parts(shape_BTHh: tuple[int, ...]) -> int:
 
 
 def attend_cudnn(
-    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, found: Documents, *, sliding_window: int | None
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    found: Documents,
+    *,
+    sliding_window: int | None,
+    query_scalar: float | None,
+    softcap: None,
 ) -> jax.Array:
     """Computes softmax(q kᵀ / sqrt(h)) v in bfloat16, within documents, up to `sliding_window` - 1 tokens back.
 
@@ -93,6 +100,8 @@ def attend_cudnn(
         v_BTKh: Values.
         found: The documents, from `documents`.
         sliding_window: Visible tokens, including the token itself; None for all.
+        query_scalar: Its root divides the scores, instead of that of h; None for h.
+        softcap: The kernel has none.
 
     Returns:
         x_BTHh.
@@ -100,7 +109,8 @@ def attend_cudnn(
     parts = row_parts(q_BTHh.shape)
     if parts > 1:
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (q_BTHh, k_BTKh, v_BTKh, found))
-        x = jax.lax.map(lambda part: attend_cudnn(*part, sliding_window=sliding_window), split)
+        options: Any = {"sliding_window": sliding_window, "query_scalar": query_scalar, "softcap": softcap}
+        x = jax.lax.map(lambda part: attend_cudnn(*part, **options), split)
         return x.reshape(q_BTHh.shape)
     x_BTHh: Any = cudnn.dot_product_attention(
         q_BTHh,
@@ -110,7 +120,7 @@ def attend_cudnn(
         kv_seqlen=found.lengths,
         q_offsets=found.starts * math.prod(q_BTHh.shape[2:]),
         kv_offsets=found.starts * math.prod(k_BTKh.shape[2:]),
-        scale=1 / math.sqrt(q_BTHh.shape[-1]),
+        scale=1 / math.sqrt(query_scalar or q_BTHh.shape[-1]),
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
         sliding_window_length=sliding_window,
     )

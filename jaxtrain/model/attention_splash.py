@@ -20,6 +20,8 @@ def attend_splash(
     segment_ids_BT: jax.Array,
     *,
     sliding_window: int | None,
+    query_scalar: float | None,
+    softcap: float | None,
     device_kind: str,
     interpret: bool,
 ) -> jax.Array:
@@ -33,6 +35,8 @@ def attend_splash(
         v_BTKh: Values.
         segment_ids_BT: Document of each token, int32.
         sliding_window: Visible tokens, including the token itself; None for all.
+        query_scalar: Its root divides the scores, instead of that of h; None for h.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
         device_kind: JAX's name of the TPU, which determines the blocks.
         interpret: Run the kernel without a TPU, slowly.
 
@@ -46,9 +50,13 @@ def attend_splash(
     segments = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     kv_heads = k.shape[2]
     # The kernel has no scale argument.
-    q_BKGTh = (q / math.sqrt(width)).reshape(batch, -1, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    q_BKGTh = (
+        (q / math.sqrt(query_scalar or width))
+        .reshape(batch, -1, kv_heads, heads // kv_heads, width)
+        .transpose(0, 2, 3, 1, 4)
+    )
     k_BKTh, v_BKTh = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    kernel = _kernel(heads // kv_heads, q.shape[1], sliding_window, device_kind, interpret)
+    kernel = _kernel(heads // kv_heads, q.shape[1], sliding_window, softcap, device_kind, interpret)
     by_kv_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     x_BKGTh: Any = jax.vmap(by_kv_head)(q_BKGTh, k_BKTh, v_BKTh, splash.SegmentIds(segments, segments))
     x_BTHh = x_BKGTh.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, width)
@@ -77,7 +85,7 @@ def block_sizes(length: int, device_kind: str) -> tuple[int, bool]:
 
 
 def _kernel(
-    group: int, length: int, sliding_window: int | None, device_kind: str, interpret: bool
+    group: int, length: int, sliding_window: int | None, softcap: float | None, device_kind: str, interpret: bool
 ) -> splash.SplashAttentionKernel:
     shape = (length, length)
     mask = masks.CausalMask(shape) if sliding_window is None else masks.LocalMask(shape, (sliding_window - 1, 0), 0)
@@ -96,6 +104,7 @@ def _kernel(
     return splash.make_splash_mqa(
         masks.MultiHeadMask([mask] * group),
         block_sizes=sizes,
+        attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=SAVED,

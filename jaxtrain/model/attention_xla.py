@@ -26,9 +26,15 @@ MAX_GROUPS = 8
 MASKED = -1e30  # finite: no row is fully masked (each query sees itself), but -inf would produce NaN in padding
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def attend_xla(
-    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    segment_ids_BT: jax.Array,
+    sliding_window: int | None,
+    query_scalar: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Computes softmax(q kᵀ / sqrt(h)) v within segments, up to `sliding_window` - 1 tokens back.
 
@@ -38,14 +44,17 @@ def attend_xla(
         v_BTKh: Values.
         segment_ids_BT: Document of each token, int32.
         sliding_window: Visible tokens, including the token itself; None for all.
+        query_scalar: Its root divides the scores, instead of that of h; None for h.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
 
     Returns:
         x_BTHh.
     """
-    return _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window)[0]
+    return _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window, query_scalar, softcap)[0]
 
 
-def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window):
+def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window, query_scalar, softcap):
+    divisor = math.sqrt(query_scalar or q_BTHh.shape[-1])
     q_BKGTh, k_BKTh, v_BKTh = _grouped(q_BTHh, k_BTKh.shape[2]), _by_head(k_BTKh), _by_head(v_BTKh)
     see = _Mask(segment_ids_BT, sliding_window)
     outs, lses = [], []
@@ -53,7 +62,7 @@ def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window):
         k_BKSh, v_BKSh = k_BKTh[:, :, first:stop], v_BKTh[:, :, first:stop]
 
         def block_row(row, carry, k_BKSh=k_BKSh, v_BKSh=v_BKSh, first=first):
-            scores_BKRS = see(_scores(_rows(q_BKGTh, row), k_BKSh), row, first)
+            scores_BKRS = see(_scores(_rows(q_BKGTh, row), k_BKSh, divisor, softcap), row, first)
             top = scores_BKRS.max(-1, keepdims=True)
             weights = jnp.exp(scores_BKRS - top)
             total = weights.sum(-1, keepdims=True)
@@ -68,7 +77,7 @@ def _forward(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, sliding_window):
     return x_BTHh, (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, lse_BKGT)
 
 
-def _backward(sliding_window, residuals, dx_BTHh):
+def _backward(sliding_window, query_scalar, softcap, residuals, dx_BTHh):
     q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, x_BTHh, lse_BKGT = residuals
     kv_heads, wide = k_BTKh.shape[2], lse_BKGT.dtype
     q_BKGTh, k_BKTh, v_BKTh = _grouped(q_BTHh, kv_heads), _by_head(k_BTKh), _by_head(v_BTKh)
@@ -76,16 +85,21 @@ def _backward(sliding_window, residuals, dx_BTHh):
     # The softmax's Jacobian needs sum(dx * x) of each query (Dao et al. 2022, section B.2).
     delta_BKGT = jnp.sum(dx_BKGTh.astype(wide) * _grouped(x_BTHh, kv_heads).astype(wide), -1)
     see = _Mask(segment_ids_BT, sliding_window)
-    scale = 1 / math.sqrt(q_BTHh.shape[-1])
+    divisor = math.sqrt(query_scalar or q_BTHh.shape[-1])
+    scale = 1 / divisor
     dqs, dk_BKTh, dv_BKTh = [], jnp.zeros(k_BKTh.shape, wide), jnp.zeros(v_BKTh.shape, wide)
     for start, stop, first in _groups(see.length, sliding_window):
         k_BKSh, v_BKSh = k_BKTh[:, :, first:stop], v_BKTh[:, :, first:stop]
 
         def block_row(row, carry, k_BKSh=k_BKSh, v_BKSh=v_BKSh, first=first):
             q_BKRh, dx_BKRh = _rows(q_BKGTh, row), _rows(dx_BKGTh, row)
-            weights = jnp.exp(see(_scores(q_BKRh, k_BKSh), row, first) - _rows(lse_BKGT, row)[..., None])
+            scores = _scores(q_BKRh, k_BKSh, divisor, softcap)
+            weights = jnp.exp(see(scores, row, first) - _rows(lse_BKGT, row)[..., None])
             dweights = _matmul(dx_BKRh, v_BKSh, transpose_b=True)
-            dscores = (weights * (dweights - _rows(delta_BKGT, row)[..., None]) * scale).astype(q_BKRh.dtype)
+            dscores = weights * (dweights - _rows(delta_BKGT, row)[..., None]) * scale
+            if softcap is not None:
+                dscores *= 1 - jnp.square(scores / softcap)
+            dscores = dscores.astype(q_BKRh.dtype)
             dk, dv = carry
             dk = dk + _matmul(dscores, q_BKRh, transpose_a=True)
             dv = dv + _matmul(weights.astype(q_BKRh.dtype), dx_BKRh, transpose_a=True)
@@ -145,8 +159,9 @@ class _Mask:
         return jnp.where(visible[:, None, None], scores, MASKED).reshape(scores_BKRS.shape)
 
 
-def _scores(q_BKRh: jax.Array, k_BKSh: jax.Array) -> jax.Array:
-    return _matmul(q_BKRh, k_BKSh, transpose_b=True) / math.sqrt(q_BKRh.shape[-1])
+def _scores(q_BKRh: jax.Array, k_BKSh: jax.Array, divisor: float, softcap: float | None) -> jax.Array:
+    scores_BKRS = _matmul(q_BKRh, k_BKSh, transpose_b=True) / divisor
+    return scores_BKRS if softcap is None else softcap * jnp.tanh(scores_BKRS / softcap)
 
 
 def _matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:

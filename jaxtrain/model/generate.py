@@ -16,6 +16,7 @@ import numpy as np
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import CachingModel, Model, Params, Tokenizer
+from jaxtrain.losses.head import logits
 
 Sampling = Literal["greedy", "plain", "filtered"]
 
@@ -223,8 +224,7 @@ def _programs(model: Model) -> tuple[Any, Any]:
 
 def _logits(model: Model, params: Params, x_BD: jax.Array) -> jax.Array:
     """Returns logits fp32 [B, V], replicated on every device, without vocabulary padding."""
-    wide = jnp.promote_types(x_BD.dtype, jnp.float32)
-    logits_BV = jnp.dot(x_BD, model.head(params).astype(x_BD.dtype), preferred_element_type=wide)
+    logits_BV = logits(x_BD, model.head(params))
     if model.mesh is not None:
         logits_BV = jax.lax.with_sharding_constraint(logits_BV, sharding.replicated(model.mesh))
     return logits_BV[:, : model.vocab_size]

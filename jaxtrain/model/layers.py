@@ -25,22 +25,37 @@ if TYPE_CHECKING:
 
 # (q_BTHh, k_BTKh, v_BTKh) → (x_BTHh, any extra output, such as the layer's key/value cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# RMSNorm; RMSNorm times 1 + scale, for a scale that starts at 0 (Gemma); LayerNorm with a bias (Ba et al. 2016,
+# arXiv:1607.06450).
+NORMS = ("rms", "rms_plus_one", "layer")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 Rope = tuple[jax.Array, jax.Array]  # rope.tables; None for a layer without rotary positions
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in fp32 or wider."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in fp32 or wider, or another of NORMS."""
 
-    def __init__(self, size: int, axis: str, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
-        self.epsilon = epsilon
+    def __init__(self, size: int, axis: str, config: "LlamaConfig"):
+        self.kind, self.epsilon = config.norm, config.norm_eps
+        ones = jnp.zeros if self.kind == "rms_plus_one" else jnp.ones
+        self.scale = nnx.Param(ones((size,), jnp.float32), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), axes=(axis,)) if self.kind == "layer" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.kind == "layer":
+            wide -= jnp.mean(wide, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (normed * scale).astype(x.dtype)
+        y = normed * (1 + scale if self.kind == "rms_plus_one" else scale)
+        if self.bias is not None:
+            y += self.bias[...].reshape(scale.shape)
+        return y.astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -109,8 +124,9 @@ class Attention(nnx.Module):
         self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.v = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.o = linear((queries, width), ("heads", "embed"), config.output_std, config.attention_output_bias)
-        self.q_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
-        self.k_norm = Norm(head, "head_dim", config.norm_eps) if config.qk_norm else None
+        # The size and axis of the norms on q and k: a head's, or those of all heads.
+        sizes = ((head, "head_dim"),) * 2 if config.qk_norm_over == "head" else ((queries, "heads"), (keys, "kv_heads"))
+        self.q_norm, self.k_norm = (Norm(*size, config) if config.qk_norm else None for size in sizes)
         self.head_dim = head
 
     def __call__(
@@ -118,40 +134,58 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHh, k_BTKh = self.q_norm(q_BTHh), self.k_norm(k_BTKh)
+            q_BTHh, k_BTKh = _normed(self.q_norm, q_BTHh), _normed(self.k_norm, k_BTKh)
         if rope is not None:
             q_BTHh, k_BTKh = (rotate(x, *rope, platform_of(self.q.mesh)) for x in (q_BTHh, k_BTKh))
         y_BTHh, extra = attend(q_BTHh, k_BTKh, v_BTKh)
         return self.o.from_heads(y_BTHh, x.ndim), extra
 
 
+def _normed(norm: Norm, x_BTHh: jax.Array) -> jax.Array:
+    """Normalizes each head, or all heads together."""
+    width = norm.scale.shape[0]
+    if width == x_BTHh.shape[-1]:
+        return norm(x_BTHh)
+    return norm(x_BTHh.reshape(*x_BTHh.shape[:2], width)).reshape(x_BTHh.shape)
+
+
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU or another gated unit (Shazeer 2020, arXiv:2002.05202), or without a gate, by the config's options."""
 
     def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
         linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs, fp8=fp8)
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std)
+        self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std) if config.gated_mlp else None
         self.up = linear((width, inner), ("embed", "mlp"), config.initializer_std)
         self.down = linear((inner, width), ("mlp", "embed"), config.output_std)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). The MLP may be a mixture of experts, with one for all tokens."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The MLP may be a mixture of experts, with one for all tokens.
+
+    By the config the norms come after attention and MLP, too or instead, and the MLP may read what attention reads.
+    """
 
     def __init__(
         self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool, experts: Experts | None = None
     ):
-        self.attention_norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        def norm(position: str) -> Norm | None:
+            return Norm(config.hidden_size, "norm", config) if config.norm_position in (position, "both") else None
+
+        self.attention_norm, self.attention_post_norm = norm("before"), norm("after")
         self.attention = Attention(config, mesh, rngs, fp8)
-        self.mlp_norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        self.mlp_norm, self.mlp_post_norm = norm("before"), norm("after")
         self.mlp = MLP(config, mesh, rngs, fp8) if experts is None else MixtureOfExperts(config, experts, mesh, rngs)
         shared = 0 if experts is None else experts.shared_size
         of_all = dataclasses.replace(config, intermediate_size=shared)
         self.shared = MLP(of_all, mesh, rngs, fp8) if shared else None
+        self.is_parallel = config.parallel_residual
         self.mesh = mesh
 
     def __call__(
@@ -168,16 +202,21 @@ class DecoderLayer(nnx.Module):
         Returns:
             x, what `attend` returned besides, and the statistics of the experts, if any.
         """
-        y, extra = self.attention(self.attention_norm(x), real_BT.shape, rope, attend)
-        x = constrain(x + y, self.mesh, activation_axes(x))
-        normed, statistics = self.mlp_norm(x), {}
+
+        def normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+            return x if norm is None else norm(x)
+
+        y, extra = self.attention(normed(self.attention_norm, x), real_BT.shape, rope, attend)
+        attended = constrain(x + normed(self.attention_post_norm, y), self.mesh, activation_axes(x))
+        read, statistics = normed(self.mlp_norm, x if self.is_parallel else attended), {}
         if isinstance(self.mlp, MixtureOfExperts):
-            y, statistics = self.mlp(normed, real_BT.reshape(x.shape[:-1]))
+            y, statistics = self.mlp(read, real_BT.reshape(x.shape[:-1]))
         else:
-            y = self.mlp(normed)
+            y = self.mlp(read)
         if self.shared is not None:
-            y = y + self.shared(normed)
-        return constrain(x + y, self.mesh, activation_axes(x)), (extra, statistics)
+            y = y + self.shared(read)
+        x = attended + normed(self.mlp_post_norm, y)
+        return constrain(x, self.mesh, activation_axes(x)), (extra, statistics)
 
 
 class Frame(nnx.Module):
@@ -194,7 +233,7 @@ class Frame(nnx.Module):
             return jnp.where(real, config.initializer_std * normal, 0)
 
         self.embedding = nnx.Param(rows(), axes=("vocab", "embed"))
-        self.norm = Norm(config.hidden_size, "norm", config.norm_eps)
+        self.norm = Norm(config.hidden_size, "norm", config)
         self.head = None if config.tie_embeddings else nnx.Param(rows().T, axes=("embed", "vocab"))
 
 

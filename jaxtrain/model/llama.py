@@ -1,4 +1,4 @@
-"""The decoder of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM, as options of one config.
+"""The decoder of all families of dense models, from Llama and Gemma to OLMo and Pythia, as options of one config.
 
 Start with `Llama.hidden`, the forward pass. The modules of a layer are in layers.py, attention is in attention.py. NNX
 modules are built once, abstractly, for their structure; training uses the plain dict of their parameters. The layers
@@ -22,13 +22,14 @@ from jaxtrain import cli
 from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
+from jaxtrain.losses.head import SoftCapped
 from jaxtrain.model import attention, embedding, experts, fp8, pattern, rope
 from jaxtrain.model.attention_xla import SAVED
 from jaxtrain.model.base import BaseModel, one_thread_at_a_time
 from jaxtrain.model.experts import Experts
-from jaxtrain.model.layers import Attend, DecoderLayer, Frame, activation_axes
+from jaxtrain.model.layers import ACTIVATIONS, NORMS, Attend, DecoderLayer, Frame, activation_axes
 from jaxtrain.model.pattern import Extras, Kind
-from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
+from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 
 logger = logging.getLogger("jaxtrain")
 
@@ -73,18 +74,32 @@ class LlamaConfig:
         max_seq_len: Context length in tokens that the model is meant for. Recorded in exports; no array depends on it.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: Scaling of the frequencies for a longer context; None for no scaling.
+        rope_local_base_freq: Base of local layers' frequencies, which are not scaled (10,000 in Gemma 3). None: theirs
+            are those of all layers.
+        partial_rotary_factor: The part of each head that has rotary positions, from its first element on (0.25 in
+            Pythia).
         layers: The repeated pattern of the layers' kinds, as "5 local : 1 global" (pattern.py). None: all layers are of
             one kind, local if sliding_window is set, but for no_rope_every.
         no_rope_every: Every N-th layer has no rotary positions (4 in SmolLM3); None if all layers have them, or if
             `layers` says which.
         sliding_window: Tokens that a token sees in local layers, including itself (4,096 in Mistral 7B); None for all.
         experts: The mixtures of experts in place of MLPs, in all layers or in those that `layers` says.
-        norm_eps: Added to the mean square in RMSNorm.
+        norm: "rms", "rms_plus_one" (Gemma) or "layer" (Pythia): see layers.NORMS.
+        norm_eps: Added to the mean square in norms.
+        norm_position: Norms "before" attention and MLP, "after" them (OLMo 2), or "both" (Gemma 2).
+        parallel_residual: Whether the MLP reads what attention reads, instead of its result (Pythia).
+        hidden_act: "silu", "gelu" or "gelu_pytorch_tanh" (Gemma).
+        gated_mlp: Whether the MLP is gated (SwiGLU, GeGLU).
         tie_embeddings: Use the transposed embedding as the output head.
         attention_bias: Biases on q, k and v (Qwen2).
         attention_output_bias: A bias on the output projection of attention.
         mlp_bias: Biases in the MLP.
-        qk_norm: RMSNorm on each head of q and k (Qwen3).
+        qk_norm: Norms on q and k.
+        qk_norm_over: Each "head" (Qwen3), or all heads together, the "projection" (OLMo 2).
+        query_pre_attn_scalar: Attention scores are divided by its root, instead of that of a head's width (Gemma).
+        attn_logit_softcapping: Bounds attention scores: s becomes c tanh(s / c) (50 in Gemma 2); None for no bound.
+        final_logit_softcapping: Bounds logits in the same way (30 in Gemma 2).
+        scale_embeddings: Whether embeddings are multiplied by the root of hidden_size (Gemma).
         initializer_std: Standard deviation of all matrices. The two projections into the residual stream use it divided
             by sqrt(2 * num_layers) (GPT-2, Radford et al. 2019, section 2.3).
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
@@ -103,16 +118,28 @@ class LlamaConfig:
     head_dim: int | None = None
     max_seq_len: int = 2048
     rope_theta: float = 10_000.0
-    rope_scaling: LinearRopeScaling | Llama3RopeScaling | None = None
+    rope_scaling: LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling | None = None
+    rope_local_base_freq: float | None = None
+    partial_rotary_factor: float = 1.0
     layers: str | None = None
     no_rope_every: int | None = None
     sliding_window: int | None = None
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    norm_position: str = "before"
+    parallel_residual: bool = False
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
     tie_embeddings: bool = False
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    scale_embeddings: bool = False
     experts: Experts | None = dataclasses.field(default=None, metadata={cli.BEFORE: None})
     initializer_std: float = 0.02
     dtype: str = "bfloat16"
@@ -130,6 +157,8 @@ class LlamaConfig:
                 raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.experts is not None:
             self.experts.check()
+            if (self.hidden_act, self.gated_mlp) != ("silu", True):
+                raise UserError(f"hidden_act='{self.hidden_act}', gated_mlp={self.gated_mlp}: experts are SwiGLU.")
         if self.layers is not None:
             self._check_pattern(self.layers)
         if self.num_heads % self.num_kv_heads:
@@ -142,15 +171,25 @@ class LlamaConfig:
             raise UserError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: set head_dim."
             )
-        if self.resolved_head_dim < 2 or self.resolved_head_dim % 2:
-            raise UserError(f"A head of width {self.resolved_head_dim}: rotary positions need an even one, at least 2.")
-        for name in ("rope_theta", "norm_eps", "initializer_std"):
-            if not getattr(self, name) > 0:
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"partial_rotary_factor={self.partial_rotary_factor}: it must be above 0 and at most 1.")
+        if self.rotary_width < 2 or self.rotary_width % 2:
+            raise UserError(
+                f"A head of width {self.resolved_head_dim} with partial_rotary_factor={self.partial_rotary_factor}: "
+                "rotary positions need an even part of it, at least 2."
+            )
+        above_zero = ("rope_theta", "rope_local_base_freq", "norm_eps", "initializer_std", "query_pre_attn_scalar")
+        for name in (*above_zero, "attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be above 0.")
         for name, allowed in (
             ("dtype", ("bfloat16", "float32", "float64")),
             ("remat", REMAT),
             ("attention", attention.IMPLEMENTATIONS),
+            ("norm", NORMS),
+            ("norm_position", ("before", "after", "both")),
+            ("hidden_act", tuple(ACTIVATIONS)),
+            ("qk_norm_over", ("head", "projection")),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}='{getattr(self, name)}' is not known. Use one of: {', '.join(allowed)}.")
@@ -185,6 +224,11 @@ class LlamaConfig:
     def resolved_head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that have rotary positions, as transformers rounds."""
+        return int(self.resolved_head_dim * self.partial_rotary_factor)
 
     @property
     def output_std(self) -> float:
@@ -229,7 +273,6 @@ class Llama(BaseModel):
                 nnx.eval_shape(lambda kind=kind: self._layer(kind, jax.random.key(0)))
             )
             axes[kind.stack] = jax.tree.map(lambda axes: ("layers", *axes), _axes(layer), is_leaf=sharding.is_axes)
-        self._frequencies = rope.frequencies(config.resolved_head_dim, config.rope_theta, config.rope_scaling)
         self._choices: dict[Sequence[attention.Shape], attention.Choice] = {}
         self._verdicts: dict[attention.Shape, str | None] = {}
         if mesh is not None:
@@ -302,9 +345,11 @@ class Llama(BaseModel):
             return Hidden(x_BTD)
         return Hidden(x_BTD, *experts.losses_and_metrics(self.config.experts, statistics))
 
-    def head(self, params: Params) -> jax.Array:
+    def head(self, params: Params) -> jax.Array | SoftCapped:
         """The output head, fp32 w_DV. Its padding columns are zero, so their logits must be masked."""
-        return params["embedding"].T if self.config.tie_embeddings else params["head"]
+        w_DV = params["embedding"].T if self.config.tie_embeddings else params["head"]
+        cap = self.config.final_logit_softcapping
+        return w_DV if cap is None else SoftCapped(w_DV, cap)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns 6 FLOPs per weight in a matmul, plus 12 h H per key (PaLM, Chowdhery et al. 2022, appendix B).
@@ -353,12 +398,14 @@ class Llama(BaseModel):
             self._frame_graph, {name: leaf for name, leaf in params.items() if name not in self._layer_graphs}
         )
         x = self._embed(frame.embedding[...], tokens_BT).astype(dtype)
-        cos_sin = rope.tables(positions_BT, self._frequencies, jnp.promote_types(dtype, jnp.float32))
+        if config.scale_embeddings:
+            x *= jnp.asarray(math.sqrt(config.hidden_size), dtype)  # rounded to the compute dtype, as in Gemma's code
+        rotations = self._rotations(positions_BT, jnp.promote_types(dtype, jnp.float32))
 
         def layer_of(kind: Kind) -> Any:
             def layer(x: jax.Array, layer_params: Params, extra: Any) -> tuple[jax.Array, Any]:
                 module = nnx.merge(self._layer_graphs[kind.stack], layer_params)
-                return module(x, real_BT, cos_sin if kind.rotary else None, attend_with(kind, extra))
+                return module(x, real_BT, rotations[kind], attend_with(kind, extra))
 
             if config.remat == "none":
                 return layer
@@ -380,6 +427,19 @@ class Llama(BaseModel):
         statistics = [found for _, found in (*scanned, *rest) if found]
         extras = tuple(extra for extra, _ in scanned), tuple(extra for extra, _ in rest)
         return frame.norm(x).reshape(*tokens_BT.shape, -1), extras, statistics
+
+    def _rotations(self, positions_BT: jax.Array, dtype: jnp.dtype) -> dict[Kind, tuple[jax.Array, jax.Array] | None]:
+        """The rotary tables of each kind of layer; None without rotary positions."""
+        config, found = self.config, {}
+        width, local_base = config.rotary_width, config.rope_local_base_freq
+        for kind in dict.fromkeys(self._pattern):
+            theta, scaling = config.rope_theta, config.rope_scaling
+            if kind.local and local_base is not None:
+                theta, scaling = local_base, None
+            amplitude = scaling.amplitude if isinstance(scaling, YarnRopeScaling) else 1.0
+            frequencies = rope.frequencies(width, theta, scaling)
+            found[kind] = rope.tables(positions_BT, frequencies, dtype, amplitude) if kind.rotary else None
+        return found
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         """Returns [B, T, D] on TPU. Elsewhere [B * T, D], which is faster there, unless `context` splits T.
@@ -416,6 +476,8 @@ class Llama(BaseModel):
             mesh=self.mesh,
             implementation=implementation,
             sliding_window=self._window(kind),
+            query_scalar=self.config.query_pre_attn_scalar,
+            softcap=self.config.attn_logit_softcapping,
         )
 
     def attention_choice(self, batch_size: int, seq_len: int) -> attention.Choice:
@@ -491,6 +553,8 @@ class Llama(BaseModel):
             head_dim=config.resolved_head_dim,
             dtype=config.dtype,
             sliding_window=self._window(kind),
+            query_scalar=config.query_pre_attn_scalar,
+            softcap=config.attn_logit_softcapping,
         )
 
     # ---- Generation (interfaces.CachingModel)
@@ -536,7 +600,12 @@ class Llama(BaseModel):
                     jax.lax.dynamic_update_slice_in_dim(old, new, slot % size, 1)
                     for old, new in zip(layer_cache, (k_BTKh, v_BTKh), strict=True)
                 )
-                return attention.attend_one(q_BTHh, k_BSKh, v_BSKh, visible_BS), (k_BSKh, v_BSKh)
+                x_BTHh = attention.attend_one(
+                    *(q_BTHh, k_BSKh, v_BSKh, visible_BS),
+                    query_scalar=self.config.query_pre_attn_scalar,
+                    softcap=self.config.attn_logit_softcapping,
+                )
+                return x_BTHh, (k_BSKh, v_BSKh)
 
             return attend_to_cache
 

@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864, section 3.4), in the half-split layout of Llama.
 
-Shapes: see interfaces.py. A table is [B, T, h]: the pair (i, i + h // 2) of a head shares an angle.
+Shapes: see interfaces.py. A table is [B, T, h], or as wide as the part of a head that
+is rotated: the pair (i, i + h // 2) shares an angle.
 """
 
 import dataclasses
@@ -64,27 +65,85 @@ class Llama3RopeScaling:
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
-RopeScaling = LinearRopeScaling | Llama3RopeScaling
+@dataclasses.dataclass(kw_only=True)
+class YarnRopeScaling:
+    """Divides low frequencies by `factor`, keeps high ones, ramps between over pairs, and scales queries and keys.
+
+    (YaRN, Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4.)
+
+    Attributes:
+        factor: Ratio of the context length to the one trained on.
+        original_max_position_embeddings: Context length trained on, in tokens.
+        beta_fast: Pairs that turn more often than this over the original context keep their frequency.
+        beta_slow: Those that turn less often are divided by `factor`.
+        attention_factor: Multiplies queries and keys; None for 0.1 ln(factor) + 1.
+        truncate: Whether the ends of the ramp are whole pairs.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def check(self) -> None:
+        if self.factor < 1:
+            raise UserError(f"rope_scaling.factor={self.factor} would shorten the context: it must be at least 1.")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise UserError(
+                f"rope_scaling.beta_slow={self.beta_slow} must be above 0 and at most beta_fast={self.beta_fast}: they "
+                "are the two ends of a ramp."
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """The factor on queries and keys."""
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    def scale(self, frequencies: np.ndarray) -> np.ndarray:
+        """Returns the scaled frequencies."""
+        pairs = len(frequencies)
+        # Pair i turns at theta^(-i / pairs): the pair, as a real number, that turns `beta` times.
+        log_theta = -math.log(frequencies[1]) * pairs if pairs > 1 else 1.0
+        low, high = (
+            pairs * math.log(self.original_max_position_embeddings / (beta * 2 * math.pi)) / log_theta
+            for beta in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)  # transformers bounds it by the width, not by the pairs
+        divided = np.clip((np.arange(pairs) - low) / (high - low or 0.001), 0, 1)
+        return frequencies * (1 - divided + divided / self.factor)
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Returns radians per token for each pair of a head: float64 [h // 2]."""
-    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
+
+
+def frequencies(width: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Returns radians per token for each pair of the rotated part of a head: float64 [width // 2]."""
+    plain = theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     return plain if scaling is None else scaling.scale(plain)
 
 
-def tables(positions_BT: jax.Array, frequencies: np.ndarray, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns ([cos, cos], [-sin, sin]) for `rotate`, each [B, T, h] in `dtype`.
+def tables(
+    positions_BT: jax.Array, frequencies: np.ndarray, dtype: jnp.dtype, amplitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ([cos, cos], [-sin, sin]) for `rotate`, times `amplitude`, each [B, T, 2 * len(frequencies)] in `dtype`.
 
     `dtype` must be fp32 or wider, as bf16 cannot tell position 256 from 257.
     """
     angles = positions_BT[..., None].astype(dtype) * frequencies.astype(dtype)[None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if amplitude != 1:
+        cos, sin = cos * amplitude, sin * amplitude
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x_BTHh: jax.Array, cos: jax.Array, sin: jax.Array, platform: str | None = None) -> jax.Array:
     """Rotates x by the angles of `tables`. Computes in the tables' dtype and returns x's.
+
+    Tables narrower than a head rotate its first elements only.
 
     Multiplying whole heads by the tables keeps the rotation in one fusion, forward and backward. XLA's TPU compiler
     writes the halves of a split head to memory in fp32: 16% of a 1B model's step on a v6e (docs/benchmarks.md). On CPU
@@ -96,6 +155,10 @@ def rotate(x_BTHh: jax.Array, cos: jax.Array, sin: jax.Array, platform: str | No
         sin: [-sin, sin] of `tables`.
         platform: Of the devices that run it; None for JAX's default.
     """
+    width = cos.shape[-1]
+    if width < x_BTHh.shape[-1]:
+        first = rotate(x_BTHh[..., :width], cos, sin, platform)
+        return jnp.concatenate([first, x_BTHh[..., width:]], axis=-1)
     rotated = _rotate_halves if (platform or jax.default_backend()) == "cpu" else _rotate_heads
     return rotated(x_BTHh, cos[:, :, None], sin[:, :, None])
 
@@ -112,7 +175,7 @@ def _rotate_forward(x_BTHh, cos, sin):
 
 
 def _rotate_backward(tables, dx_BTHh):
-    # The inverse of a rotation is the one by the opposite angle. Positions have no gradient.
+    # A rotation's transpose is the one by the opposite angle. Positions have no gradient.
     cos, sin = tables
     return _rotate_heads(dx_BTHh, cos, -sin), None, None
 

@@ -39,13 +39,16 @@ def describe(session: Session, workdir: Workdir) -> None:
 
 
 def _describe_memory(session: Session) -> None:
-    """Compiles every stage and the evaluation. Raises UserError listing all that do not fit."""
+    """Compiles every stage, the evaluation and the tasks. Raises UserError listing all that do not fit."""
     logger.info("\nMemory of each device, by the compiler's analysis:")
     compiles: list[Callable[[], Any]] = [
         lambda s=shape: session.programs.last_program(*s) for shape in session.programs.shapes
     ]
     if session.eval_plan is not None:
         compiles.append(session.programs.evaluation)
+    if session.config.eval.tasks:
+        session.add_tasks()
+        compiles.append(session.programs.tasks)
     misfits: dict[str, None] = {}
     for compile in compiles:
         try:

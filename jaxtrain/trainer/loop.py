@@ -267,12 +267,11 @@ class Loop:
                 programs.get(at.batch_size, at.seq_len, step=at.step)
         executable = programs.get(at.batch_size, at.seq_len, batch.documents, at.step)
         rate, rows = np.float32(at.learning_rate), fingerprint.split(at.rows_before)
-        history = {} if self._watch is None else {"history": self._watch.history(at)}
+        history = self._watch.inputs(at)
         teaching = self._session.teaching(at)
         with jax.profiler.StepTraceAnnotation("train", step_num=at.step):
             self.state, metrics, *found = executable(self.state, batch.arrays, rate, rows, *teaching, **history)
-        if self._watch is not None:
-            self._watch.add(at, batch, found[0])
+        self._watch.add(at, batch, metrics, *found)
         programs.start(at.stage, at.step)  # after dispatching: tracing holds the GIL
         self._in_flight.append(metrics)
         if len(self._in_flight) > _STEPS_AHEAD:
@@ -285,7 +284,7 @@ class Loop:
         If so, the documents to leave out are in the work directory's list.
         """
         config, listed = self._session.config, self._session.forgotten
-        for step, spike in () if self._watch is None else self._watch.spikes(ahead):
+        for step, spike in self._watch.spikes(ahead):
             rewinds = config.on_spike == "rewind" and listed.rewinds < config.max_rewinds
             done = {"log": "the run goes on", "skip_update": "its update is skipped"}.get(config.on_spike, "")
             if rewinds:
@@ -366,6 +365,6 @@ class Loop:
                 "lanes": ledger.to_json(session.gather(last.batch), session.plan.source_names),
                 # Up to date, because the last step of a stage is always logged.
                 "stage_ends": session.stage_ends.to_json(),
-                "spikes": None if self._watch is None else self._watch.to_json(),
+                "spikes": self._watch.to_json(),
             }
             self._checkpointer.save(step, self.state, data, last.evaluated)

@@ -37,7 +37,7 @@ from jaxtrain.trainer import compatibility, compiler_options, meshes, open_data,
 from jaxtrain.trainer.evaluate import Evaluator
 from jaxtrain.trainer.generation import generate
 from jaxtrain.trainer.programs import Choice, StagePrograms
-from jaxtrain.trainer.spikes import SpikeRule, SpikeWatch
+from jaxtrain.trainer.spikes import THRESHOLD, SpikeRule, SpikeWatch
 from jaxtrain.trainer.step import Distilled, StepComponents, Teaching
 from jaxtrain.trainer.tasks import TaskEvaluator
 
@@ -233,11 +233,11 @@ class Session:
         )
         return Feed(batches, mesh, lanes, data.num_lanes)
 
-    def watch(self) -> SpikeWatch | None:
-        """Follows the run's steps from its start on; None if they are not compared."""
-        if self.components.spikes is None:
-            return None
-        return SpikeWatch(self, self.components.spikes, self._saved_spikes, self._lane_states)
+    def watch(self) -> SpikeWatch:
+        """Follows the run's steps from its start on."""
+        in_step = self.components.spikes is not None
+        rule = self.components.spikes or SpikeRule(self.config.spike_window, THRESHOLD, skips=False)
+        return SpikeWatch(self, rule, in_step, self._saved_spikes, self._lane_states)
 
     def addresses(self, step: int, states: Mapping[int, np.ndarray]) -> list[tuple[int, int, Spans]]:
         """(row of the batch, source, documents) of each row of a step on this host.
@@ -316,21 +316,26 @@ class Session:
             )
             self.evaluators.append(held_out)
         if config.eval.tasks:
-            tasks = TaskEvaluator(
-                config.eval.tasks,
-                config.eval.task_limit,
-                self._tasks_folder,
-                self.tokenizer,
-                config.data.add_bos,
-                components,
-                (self.eval_plan or self.plan).stages[-1].batch_size,
-                lambda documents: self.programs.tasks(documents).executable,
-            )
-            self.evaluators.append(tasks)
-            self.programs.add_tasks(*tasks.shape)
+            self.add_tasks()
         with monitor.span("compile"):
             self.programs.settle(first, self.start_step + 1)
         return restored
+
+    def add_tasks(self) -> None:
+        """Reads the questions of `eval.tasks`, which then belong to every evaluation. Raises as `TaskEvaluator`."""
+        config = self.config
+        tasks = TaskEvaluator(
+            config.eval.tasks,
+            config.eval.task_limit,
+            self._tasks_folder,
+            self.tokenizer,
+            config.data.add_bos,
+            self.components,
+            (self.eval_plan or self.plan).stages[-1].batch_size,
+            lambda documents: self.programs.tasks(documents).executable,
+        )
+        self.evaluators.append(tasks)
+        self.programs.add_tasks(*tasks.shape)
 
     def _load_teacher(self) -> None:
         if self._frozen is not None:

@@ -93,6 +93,42 @@ ANSWERED = [
     ("--config=1b.py", "there is no file 1b.py"),
     ("", "--config=FILE is missing"),
     (f"{ONE} --config.data.sources.web=WebDataset --config.data.sources.web.urls=a.jsonl", "are not tar archives"),
+    # nanochat
+    (f"{ONE} --device_batch_size=32", "--config.micro_batch_tokens=N"),
+    (f"{ONE} --total_batch_size=524288", "--config.stages[0].tokens_per_batch=N"),
+    (f"{ONE} --depth=20", "--config=configs/pretrain.py:small"),
+    (f"{ONE} --num_iterations=1000", "--config.steps=N"),
+    # MaxText
+    ("src/maxtext/configs/base.yml run_name=mine", "a config is a Python file"),
+    (f"{ONE} run_name=mine", "Here that is --workdir=DIR"),
+    (f"{ONE} per_device_batch_size=4", "--config.stages[0].batch_size=ROWS"),
+    (f"{ONE} ici_fsdp_parallelism=8", "--config.mesh.fsdp=N"),
+    (f"{ONE} --config.model.base_emb_dim=256", "Here that is --config.model.hidden_size=N"),
+    # torchtitan
+    (f"{ONE} --training.seq_len=2048", "--config.stages[0].seq_len=N"),
+    (f"{ONE} --parallelism.tensor_parallel_degree=4", "--config.mesh.tensor=N"),
+    (f"{ONE} --activation_checkpoint.mode=full", "--config.model.remat=full"),
+    (f"{ONE} --training.compile", "every step is compiled"),
+    (f"{ONE} --job.config_file=a.toml", "--config=configs/1b.py"),
+    # llm-foundry
+    ("train.yaml", "--config=FILE.py"),
+    (f"{ONE} max_duration=100ba", "--config.steps=N"),
+    (f"{ONE} optimizer.lr=1e-4", "--config.optimizer.learning_rate=3e-4"),
+    # transformers
+    (f"{ONE} --weight_decay=0.1", "--config.optimizer.weight_decay=0.1"),
+    (f"{ONE} --deepspeed=z3.json", "--config.mesh.fsdp=N"),
+    (f"{ONE} --push_to_hub", "python -m tools.export_hf"),
+    # litgpt
+    (f"{ONE} --train.max_tokens=1000", "--config.total_tokens=N"),
+    (f"{ONE} --initial_checkpoint_dir=x", "--config.init_from=ORG/MODEL"),
+    (f"{ONE} --num_nodes=2", "launch/slurm.sbatch"),
+    # axolotl
+    (f"{ONE} --base_model=ORG/MODEL", "--config.init_from=ORG/MODEL"),
+    (f"{ONE} --num_epochs=3", "--config.epochs=N"),
+    (f"{ONE} --val_set_size=0.01", "--config.data.holdout=0.01"),
+    (f"{ONE} --sample_packing=true", "documents are always packed"),
+    (f"{ONE} --config.save_every=100", "--config.checkpoint.every_steps=N"),
+    (f"{ONE} --config.fp8=true", "--config.precision=fp8"),
 ]
 
 

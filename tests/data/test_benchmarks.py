@@ -1,5 +1,6 @@
 """Benchmarks: questions as texts, read once and kept, tasks from files. Prompts are lm-eval's: test_tasks_parity.py."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -91,6 +92,11 @@ def test_a_task_of_ones_own(tmp_path: pathlib.Path) -> None:
         Question(["The capital of Italy is"] * 2, ["Paris", "Rome"], 1)
     ]
     assert not kept.exists()  # a local file may change
+    shown = "The capital of France is Paris\n\nThe capital of Italy is Rome\n\nThe capital of Italy is"
+    (two,) = benchmarks.questions(benchmarks.find(f"{name}_2"), documents, "CAPITALS_2")
+    assert two == Question([shown] * 2, ["Paris", "Rome"], 1)
+    with pytest.raises(UserError, match="task mine: example 0 fails: KeyError"):
+        benchmarks.questions(dataclasses.replace(task, examples=({"country": "Peru"},)), documents, "mine")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from tests.e2e.conftest import MakeRun
 from tests.e2e.runs import COMPILED, Run
+from tests.hub import LoopbackHub
+from tests.trainer import task_data
 
 
 @pytest.mark.slow
@@ -32,9 +34,11 @@ def test_an_evaluation_that_cannot_fit_ends_the_run_before_it_begins(make_run: M
 
 
 @pytest.mark.nightly
-def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun) -> None:
+def test_a_dry_run_names_every_stage_that_does_not_fit(make_run: MakeRun, datasets: LoopbackHub) -> None:
+    task_data.fill(datasets)
     run = make_run()
-    run("--dry_run", "--config.memory_gb=0.0001", code=2)
+    run("--dry_run", "--config.memory_gb=0.0001", "--config.eval.tasks=boolq", code=2)
+    assert "The program of eval.tasks does not fit" in run.output
     for stage in ("1 (short)", "2 (mixed)", "3 (long)"):
         assert f"Stage {stage} does not fit" in run.output
 

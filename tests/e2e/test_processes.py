@@ -14,14 +14,19 @@ from tests.hub import LoopbackHub, parquet_bytes
 from tests.tiers import nightly_but
 
 
+def assert_same_batches(run: Run, reference: Run) -> None:
+    """Asserts equal fingerprints at all steps."""
+    mine, theirs = run.steps(), reference.steps()
+    for key in ("step", "fingerprint", "tokens", "sources", "stage"):
+        assert [line[key] for line in mine] == [line[key] for line in theirs]
+    assert run.data_state()["lanes"] == reference.data_state()["lanes"]
+
+
 def assert_same_data(run: Run, reference: Run) -> None:
     """Asserts equal fingerprints at all steps, and losses equal within rounding: devices sum in another order."""
+    assert_same_batches(run, reference)
     mine, theirs = run.steps(), reference.steps()
-    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
-    for key in ("fingerprint", "tokens", "sources", "stage"):
-        assert [line[key] for line in mine] == [line[key] for line in theirs]
     np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in theirs], rtol=2e-3)
-    assert run.data_state()["lanes"] == reference.data_state()["lanes"]
 
 
 def stop_after(run: Run, step: int, number: signal.Signals) -> int:
@@ -66,6 +71,20 @@ def test_four_processes_then_fewer(make_run: MakeRun, reference: Run, count: int
     fewer = make_run(processes=count, devices=4 // count)
     fewer(*MESHES["context"])
     assert_same_data(fewer, reference)
+
+
+@pytest.mark.slow
+def test_windows_in_some_layers_resume_on_another_mesh(make_run: MakeRun, reference: Run) -> None:
+    """Killed on one mesh and resumed on another, it trains on the batches of any other model."""
+    windows = ("--config.model.num_layers=3", "--config.model.layers=1 local : 1 global")
+    windows = (*windows, "--config.model.sliding_window=8")
+    run = make_run(processes=2, devices=2)
+    run.start(*windows, *MESHES["context"])
+    assert run.wait_for_step(17), run.output
+    run.kill()
+    alone = make_run(devices=4)
+    alone(*windows, *MESHES["tensor"])
+    assert_same_batches(alone, reference)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Writes tests/golden/<family>/: tiny random checkpoints of transformers with the logits that it computes for them.
 
-`python -m tests.golden.make_llama` (needs the `parity` extra). The tests then run without torch.
+`python -m tests.golden.make_llama [NAME ...]` (needs the `parity` extra). The tests then run without torch.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,28 @@ ROPE = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "phi3": {"rope_type": "default", "partial_rotary_factor": 0.75},
+    "gpt_neox": {"rope_type": "default", "partial_rotary_factor": 0.25},
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Of the architectures with rotary settings by kind of layer.
+ROPE_BY_KIND = {
+    "gemma3": {
+        FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+    },
+    "olmo3": {
+        FULL: {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
+GEMMA = {
+    "num_hidden_layers": 3,
+    "head_dim": 4,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 9,
+    "final_logit_softcapping": 4.0,
 }
 CASES = {
     "llama2": (transformers.LlamaConfig, {}, "default"),
@@ -34,6 +57,26 @@ CASES = {
         "default",
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 8}, "default"),
+    "qwen2_some": (
+        transformers.Qwen2Config,
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "default",
+    ),
+    "llama_yarn": (transformers.LlamaConfig, {"head_dim": 12}, "yarn"),
+    "gemma2": (transformers.Gemma2Config, GEMMA | {"attn_logit_softcapping": 2.0}, "default"),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA | {"layer_types": [SLIDING, SLIDING, FULL]}, "gemma3"),
+    "olmo2": (transformers.Olmo2Config, {}, "default"),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {"num_hidden_layers": 3, "sliding_window": 4, "layer_types": [SLIDING, FULL, SLIDING]},
+        "olmo3",
+    ),
+    "phi3": (
+        transformers.Phi3Config,
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 5},
+        "phi3",
+    ),
+    "gpt_neox": (transformers.GPTNeoXConfig, {"num_attention_heads": 2}, "gpt_neox"),
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}, "default"),
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
@@ -80,7 +123,7 @@ def random_model(name: str, seed: int, **sizes: int) -> transformers.PreTrainedM
             "pad_token_id": None,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "rope_parameters": ROPE[rope] | {"rope_theta": 500.0},
+            "rope_parameters": ROPE_BY_KIND.get(rope) or ROPE[rope] | {"rope_theta": 500.0},
         }
         | options
         | sizes
@@ -100,7 +143,7 @@ def logits(model: transformers.PreTrainedModel, tokens_BT: np.ndarray) -> np.nda
 
 
 if __name__ == "__main__":
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         model = random_model(name, seed=0)
         tokens = np.random.default_rng(0).integers(0, 40, (2, 12))
         model.save_pretrained(HERE / name)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtrain import hf
 from jaxtrain.errors import UserError
 from jaxtrain.hf import families, reading
-from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
+from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 from tests.hf.test_hf import GOLDEN, ONE_DEVICE, in_float32, logits
 from tests.hub import LoopbackHub
 
@@ -30,6 +30,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 
 
 def copied(
@@ -173,17 +174,30 @@ REFUSED = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),
     ({"rope_parameters": {"rope_type": ["x"]}}, r"rope_type=\['x'\] is not supported"),
     ({"rope_parameters": {"full_attention": SCALED}}, "separate rotary settings for full_attention"),
+    (
+        {"model_type": "olmo3", "rope_parameters": {"sliding_attention": SCALED}},
+        "scaled rotary positions in layers with",
+    ),
+    ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 1}}, "an object for each kind of layer"),
+    (
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+        r"partial_rotary_factor=0\.5 is not supported by kind of layer",
+    ),
+    ({"model_type": "gemma2", "sliding_window": None}, "layers with a sliding window, and sliding_window=None"),
+    ({"model_type": "phi3", "rope_scaling": YARN}, "rope_type='yarn' of phi3 means longrope"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type='longrope' is not supported"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' in config.json lacks factor"),
+    ({"model_type": "phi3", "partial_rotary_factor": 1.5}, r"partial_rotary_factor=1\.5: it must be above 0"),
+    ({"model_type": "gpt_neox", "rotary_pct": 0.2}, r"partial_rotary_factor=0\.2: rotary positions need an even part"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
     ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25"),
-    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}, "in only some of the layers"),
     ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers"),
-    ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2}, "in only some of the layers"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "layer_types.*use_sliding_window=None"),
     ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types=.*chunked_attention"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types"),
     ({"model_type": "qwen2", "layer_types": [{}] * 4}, "layer_types"),
-    ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "in only some of the layers"),
+    ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types=.*sliding_window=4096"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "num_experts_per_tok": 9}, "experts_per_token=9"),
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
@@ -200,7 +214,7 @@ def llama3(original: int) -> Llama3RopeScaling:
     return Llama3RopeScaling(factor=8.0, original_max_position_embeddings=original)
 
 
-READ = [
+READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # As transformers 5.24 reads them: tests/hf/test_hf_parity.py compares the logits.
     ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": LinearRopeScaling(factor=2)}),
     ({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
@@ -241,6 +255,57 @@ READ = [
     ({"model_type": "mistral", "num_key_value_heads": 2}, {"sliding_window": 4096}),
     ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None}, {"sliding_window": None}),
     ({"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True}, {"attention_bias": False}),
+    (
+        {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8},
+        {"layers": "3 global : 1 local nope", "sliding_window": 8, "no_rope_every": None},
+    ),
+    (
+        {"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2},
+        {"layers": "2 global : 2 local", "sliding_window": 4096},
+    ),
+    (
+        {"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 1]},
+        {"layers": "1 global nope : 3 global", "no_rope_every": None},
+    ),
+    ({"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ({"rope_scaling": YARN}, {"rope_scaling": YarnRopeScaling(factor=8.0, original_max_position_embeddings=32)}),
+    (
+        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False, "beta_fast": 4}},
+        {
+            "rope_scaling": YarnRopeScaling(
+                factor=8.0,
+                original_max_position_embeddings=32,
+                beta_fast=4,
+                truncate=False,
+                attention_factor=(0.07 * math.log(8) + 1) / (0.13 * math.log(8) + 1),
+            )
+        },
+    ),
+    (
+        {"model_type": "gemma2", "head_dim": 4, "num_key_value_heads": 2, "sliding_window": 4},
+        {"layers": "1 local : 1 global", "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256},
+    ),
+    (
+        {"model_type": "gemma3_text", "head_dim": 4, "num_key_value_heads": 2, "sliding_window_pattern": 2},
+        {"layers": "1 local : 1 global", "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_embeddings": True},
+    ),
+    (
+        {"model_type": "gemma3_text", "head_dim": 4, "num_key_value_heads": 2, "rope_local_base_freq": 7.0}
+        | {"rope_theta": 70.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 4},
+        {"layers": None, "rope_theta": 70.0, "rope_local_base_freq": 7.0},
+    ),
+    ({"model_type": "olmo3", "sliding_window": 4}, {"layers": "3 local : 1 global", "rope_local_base_freq": None}),
+    ({"model_type": "olmo3", "rope_theta": 70.0}, {"rope_theta": 70.0, "rope_local_base_freq": 5e5}),
+    ({"model_type": "phi3", "attention_bias": True}, {"attention_bias": False, "partial_rotary_factor": 1.0}),
+    (
+        {"model_type": "gpt_neox", "num_attention_heads": 2, "head_dim": 8, "rotary_pct": 0.5, "rotary_emb_base": 70},
+        {"partial_rotary_factor": 0.5, "rope_theta": 70, "parallel_residual": True},
+    ),
+    (
+        {"model_type": "gpt_neox", "num_attention_heads": 2, "head_dim": 8}
+        | {"use_parallel_residual": False, "attention_bias": False},
+        {"parallel_residual": False, "attention_bias": False, "mlp_bias": True},
+    ),
 ]
 
 

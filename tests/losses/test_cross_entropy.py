@@ -10,7 +10,9 @@ import pytest
 
 from jaxtrain.distributed.sharding import MeshConfig, batch_sharding, sharding
 from jaxtrain.errors import UserError
+from jaxtrain.losses.chunks import from_function
 from jaxtrain.losses.cross_entropy import CrossEntropy
+from jaxtrain.losses.head import SoftCapped
 from tests.tiers import diagonal, nightly_but
 
 B, T, D, VOCAB, PADDED = 8, 6, 16, 37, 64
@@ -160,6 +162,30 @@ def test_any_mesh_equals_one_device(sizes, dtype):
     assert_close(sharded, evaluate(config, None, arrays), rtol=1e-5 if dtype == jnp.float32 else 2**-7)
     assert sharded[1].sharding.is_equivalent_to(sharding(mesh, ("batch", "sequence", None)), 3)
     assert sharded[2].sharding.is_equivalent_to(sharding(mesh, ("embed", "vocab")), 2)
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "tensor": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize("written", ["by hand", "plainly"])
+def test_capped_logits(sizes, written):
+    x, w, targets, mask = example()
+
+    def plain(x, w, targets, mask):
+        log_p = jax.nn.log_softmax((3.0 * jnp.tanh((x @ w) / 3.0))[..., :VOCAB].astype(jnp.float32))
+        return -jnp.where(mask, jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], 0).sum()
+
+    def of_head(x, w, targets, mask):
+        log_p = jax.nn.log_softmax((x @ w)[..., :VOCAB])
+        return -jnp.where(mask, jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], 0).sum()
+
+    mesh = None if sizes is None else MeshConfig(**sizes).build()
+    loss = from_function(of_head, mesh, 7) if written == "plainly" else CrossEntropy(chunk_tokens=7).build(VOCAB, mesh)
+
+    def with_cap(x, w):
+        return loss(x, SoftCapped(w, 3.0), targets, mask)["loss"]
+
+    got = jax.jit(jax.value_and_grad(with_cap, (0, 1)))(x, w)
+    want = jax.value_and_grad(plain, (0, 1))(x, w, np.where(mask, targets, 0), mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
 
 
 @pytest.mark.parametrize(("batch", "seq_len", "name"), [(6, 4, "batch size 6"), (8, 3, "seq_len 3")])

@@ -258,6 +258,14 @@ def test_which_steps_are_due(tmp_path):
         assert monitor.due(step_of(33, 1_000_000_000))
 
 
+def test_an_evaluation_on_the_console(tmp_path, capsys):
+    found = {"web": {"loss": 2.5, "tokens": 1802.0}, "docs": {"loss": None, "tokens": 0.0}}
+    with console_logging() as console, Monitor(MonitorConfig(), Workdir(tmp_path), RUN, console) as monitor:
+        monitor.log_eval(20, {"eval_loss": 2.0, "eval_tokens": 1802.0, "eval_by_source": found})
+    said = "Step 20: eval_loss=2.0000, eval_tokens=1,802, web=2.5000, docs: no held-out document\n"
+    assert said in capsys.readouterr().out
+
+
 def test_without_a_target(tmp_path, capsys):
     log(tmp_path, [10], total_tokens=None)
     assert "| Stage 3/10 (10,000,000 tokens)\n" in capsys.readouterr().out
@@ -298,10 +306,10 @@ def test_trackers(tmp_path, monkeypatch):
     ("name", "attached"), [("wandb", {"base_path": "FOLDER", "policy": "now"}), ("trackio", {"project": "p"})]
 )
 def test_files_are_attached_and_steps_never_go_back(tmp_path, monkeypatch, name, attached):
-    steps, files = [], []
+    steps, files, names = [], [], set()
     fake = types.SimpleNamespace(
         init=lambda **kwargs: None,
-        log=lambda values, step: steps.append(step),
+        log=lambda values, step: steps.append(step) or names.update(values),
         save=lambda path, **kwargs: files.append((path, kwargs)),
         finish=lambda: None,
     )
@@ -310,6 +318,7 @@ def test_files_are_attached_and_steps_never_go_back(tmp_path, monkeypatch, name,
     log(tmp_path, [10, 20, 30], config=config)
     log(tmp_path, [20, 30, 40], start_step=10, config=config)  # the checkpoint of step 10 was the newest
     assert steps == [10, 20, 30, 30, 40]
+    assert ("run_time" if name == "trackio" else "time") in names
     assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 30, 40]
     with console_logging() as console, config.build(Workdir(tmp_path), RUN, console) as monitor:
         monitor.attach(tmp_path / "config.json")
@@ -331,6 +340,12 @@ def test_a_resume_continues_the_run_of_wandb(tmp_path, monkeypatch):
     assert ids[0] == ids[1] == (tmp_path / "a/wandb_id.txt").read_text().strip()
     assert ids[2] != ids[0]
     assert re.fullmatch("[0-9a-f]{8}", ids[3])
+    # The server knows better than metrics.jsonl what it has of a killed process.
+    steps, fake.run = [], types.SimpleNamespace(starting_step=21)
+    fake.log = lambda values, step: steps.append(step)
+    log(tmp_path / "c", [20, 30], start_step=10, config=config)
+    log(tmp_path / "c", [20, 30, 40], start_step=10, config=config)
+    assert steps == [30, 30, 40]
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

@@ -66,6 +66,17 @@ def test_interpreted_splash_is_the_float64_reference(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_capped_scores_of_another_scale_are_the_float64_reference(implementation):
+    arrays, segments, dx = problem(1, 300, 4, 2, 8)
+    options = {"query_scalar": 3.0, "softcap": 1.5}
+    got = forward_and_backward(
+        arrays, segments, dx, mesh=None, implementation=implementation, sliding_window=40, **options
+    )
+    want = reference.attention(arrays, segments, 40, dx, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), got, want)
+
+
 def test_splash_with_two_backward_kernels_is_the_float64_reference(monkeypatch):
     monkeypatch.setattr(attention_splash, "block_sizes", lambda length, kind: (128, False))
     arrays, segments, dx = problem(1, 256, 2, 1, 8)
@@ -288,6 +299,7 @@ GPU = Shape(
         ("auto", {"dtype": "float32"}, "xla", "not in float32"),
         ("auto", {"head_dim": 36}, "xla", "not 36"),
         ("auto", {"seq_len": 8}, "xla", "rows of 8 tokens"),
+        ("auto", {"softcap": 50.0}, "xla", "no soft cap"),
         ("auto", {"platform": "tpu"}, "splash", "flash kernel for tpu"),
         ("auto", {"platform": "tpu", "seq_len": 64}, "xla", "rows of 64 tokens"),
         ("auto", {"platform": "cpu"}, "xla", "no flash kernel for cpu"),
@@ -331,17 +343,30 @@ SMALL = Shape(
 def test_the_self_check_passes_a_right_kernel_and_names_what_is_wrong_with_another(monkeypatch):
     assert attention.self_check("splash", SMALL) is None
 
-    def wrong_groups(q, k, v, segments, *, sliding_window):
+    def wrong_groups(q, k, v, segments, *, sliding_window, **_):
         return attention_xla.attend_xla(q, jnp.roll(k, 1, axis=1), v, segments, sliding_window)
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else wrong_groups)
     assert re.match(r"its output differs from XLA's by \d+", attention.self_check("splash", SMALL) or "")
 
-    def broken(*arrays, sliding_window):
+    def broken(*arrays, **_):
         raise RuntimeError("no such kernel\nin this library")
 
     monkeypatch.setattr(attention, "_kernel", lambda name, mesh: attention._xla if name == "xla" else broken)
     assert attention.self_check("splash", SMALL) == "RuntimeError: no such kernel"
+
+
+def test_a_kernel_is_checked_with_the_window_of_each_kind_of_layer(monkeypatch):
+    windows = []
+    monkeypatch.setattr(attention, "choose", lambda *_: attention.Choice("cudnn", "the flash kernel"))
+    monkeypatch.setattr(attention, "self_check", lambda name, shape: windows.append(shape.sliding_window))
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_layers=5, num_heads=2, num_kv_heads=2)
+    config = dataclasses.replace(config, layers="3 local : 1 global", sliding_window=4)
+    model = config.build(50, None)
+    assert model.attention_choice(2, 300).name == "cudnn"
+    assert windows == [4, None]
+    monkeypatch.setattr(attention, "self_check", lambda name, shape: None if shape.sliding_window else "it is wrong")
+    assert config.build(50, None).attention_choice(2, 300).name == "xla"
 
 
 def test_a_kernel_that_fails_its_check_is_replaced_even_while_tracing(monkeypatch, caplog):

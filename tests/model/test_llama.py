@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain import cli
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
 from jaxtrain.model.llama import Llama, LlamaConfig
-from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling
+from jaxtrain.model.rope import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 
 VOCAB = 300
 TINY = LlamaConfig(
@@ -23,13 +24,24 @@ EVERYTHING = dataclasses.replace(
     head_dim=6,
     layers="1 local : 1 global nope",
     sliding_window=5,
+    rope_local_base_freq=100.0,
+    partial_rotary_factor=0.7,
+    norm="rms_plus_one",
+    norm_position="both",
+    hidden_act="gelu_pytorch_tanh",
+    qk_norm_over="projection",
+    query_pre_attn_scalar=9.0,
+    attn_logit_softcapping=4.0,
+    final_logit_softcapping=5.0,
+    scale_embeddings=True,
     attention_bias=True,
     attention_output_bias=True,
     mlp_bias=True,
     qk_norm=True,
     tie_embeddings=True,
-    rope_scaling=Llama3RopeScaling(factor=4.0, original_max_position_embeddings=32),
+    rope_scaling=YarnRopeScaling(factor=4.0, original_max_position_embeddings=32),
 )
+PARALLEL = dataclasses.replace(TINY, norm="layer", parallel_residual=True, gated_mlp=False, hidden_act="gelu")
 MESHES = [
     {"fsdp": 8},
     pytest.param({"data": 8}, marks=pytest.mark.nightly),
@@ -90,7 +102,7 @@ def moved(tree, direction, step):
     return jax.tree.map(lambda a, d: a + step * d, tree, direction)
 
 
-@pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("config", [TINY, EVERYTHING, PARALLEL], ids=["plain", "everything", "parallel"])
 def test_gradients_are_finite_differences(config):
     model = dataclasses.replace(config, dtype="float64").build(VOCAB, None)
     params = jax.tree.map(lambda a: a.astype(np.float64), random_params(model))
@@ -196,6 +208,11 @@ def test_counts():
     assert some.flops_per_token(2048) == 6 * weights + 12 * 1024 * (8 * 448 + 4 * 1024)
 
 
+def test_gemma3_1b_has_the_parameters_of_the_published_one():
+    model = cli.load("configs/gemma3_1b.py", ()).model.build(262_144, None)
+    assert model.num_params == 999_885_952
+
+
 def test_bfloat16_activations():
     model = dataclasses.replace(EVERYTHING, dtype="bfloat16").build(VOCAB, None)
     params = random_params(model)
@@ -222,6 +239,10 @@ def test_bfloat16_activations():
         ({"remat": "some"}, "remat='some'"),
         ({"attention": "flash"}, "attention='flash'"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
+        ({"norm": "batch"}, "norm='batch' is not known. Use one of: rms, rms_plus_one, layer"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0: it must be above 0"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+        ({"partial_rotary_factor": 0.2}, "need an even part of it, at least 2"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes, message):
@@ -232,6 +253,8 @@ def test_a_config_that_cannot_be_is_refused(changes, message):
 def test_scaling_of_positions_is_checked():
     with pytest.raises(UserError, match=r"factor=0\.5"):
         LinearRopeScaling(factor=0.5).check()
+    with pytest.raises(UserError, match="beta_slow=0"):
+        YarnRopeScaling(factor=8, original_max_position_embeddings=32, beta_slow=0).check()
     with pytest.raises(UserError, match="low_freq_factor=4"):
         Llama3RopeScaling(factor=8, low_freq_factor=4, high_freq_factor=4).check()
 

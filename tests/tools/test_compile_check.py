@@ -93,12 +93,16 @@ def test_it_shows_the_choice_that_estimate_shows(
 
 
 def test_evaluation_is_part_of_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = run("--config.eval.every_steps=2", "--config.eval.tokens=2048", "--config.data.holdout=0.01")
+    flags = ("--config.eval.every_steps=2", "--config.eval.tokens=2048", "--config.data.holdout=0.01")
+    code, answer = run(*flags, "--config.eval.tasks=hellaswag")
     assert code == 0
     assert answer["evaluation"]["fits"]
     # AdamW's moments, two thirds of the state, stay on the chips meanwhile.
     assert answer["evaluation"]["needed_bytes"] > answer["state_bytes"]
-    assert "Evaluation: 1 micro-batch of 16 x 32 tokens" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Evaluation: 1 micro-batch of 16 x 32 tokens" in printed
+    assert answer["tasks"]["needed_bytes"] > answer["state_bytes"]
+    assert "The program of eval.tasks: 1 micro-batch of 16 x " in printed
 
 
 def test_a_config_that_does_not_fit(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

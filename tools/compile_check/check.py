@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ logger = logging.getLogger("jaxtrain")
 
 
 def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Json:
-    """Compiles every stage and the evaluation, and prints the results.
+    """Compiles every stage, the evaluation and its benchmarks, and prints the results.
 
     Returns:
         The results; "fits" is whether everything fits.
@@ -75,20 +76,28 @@ def check(config: Config, cluster: Cluster, given_vocab_size: int | None) -> Jso
         ):
             logger.info(line)
     elif evaluation is not None:
-        logger.info(f"\nEvaluation: {evaluation.batch_size:,} rows of {evaluation.seq_len:,} tokens")
-        try:
-            program = stages.evaluation()
-            needed = memory.needed(program.executable)
-            answer["evaluation"] = {
-                "fits": True,
-                "micro_batches": program.micro_batches,
-                "needed_bytes": needed and needed + extra,
-            }
-        except DoesNotFitError as error:
-            logger.info(f"  DOES NOT FIT. {error}")
-            answer["evaluation"] = {"fits": False, "error": str(error)}
-        answer["fits"] = answer["evaluation"]["fits"]
+        checked = [("evaluation", "Evaluation", evaluation.seq_len, stages.evaluation)]
+        if config.eval.tasks:
+            # Rows are as long as the longest question, at most the context.
+            context = config.model.max_seq_len
+            stages.add_tasks(evaluation.batch_size, context)
+            checked.append(("tasks", "Benchmarks, if a question fills the context", context, stages.tasks))
+        for key, title, seq_len, compiled in checked:
+            logger.info(f"\n{title}: {evaluation.batch_size:,} rows of {seq_len:,} tokens")
+            answer[key] = _held_out(compiled, extra)
+            answer["fits"] &= answer[key]["fits"]
     return answer
+
+
+def _held_out(compiled: Callable[[], Program], extra: int) -> Json:
+    """A program of the evaluation: whether it fits. extra: bytes that training keeps besides the parameters."""
+    try:
+        program = compiled()
+    except DoesNotFitError as error:
+        logger.info(f"  DOES NOT FIT. {error}")
+        return {"fits": False, "error": str(error)}
+    needed = memory.needed(program.executable)
+    return {"fits": True, "micro_batches": program.micro_batches, "needed_bytes": needed and needed + extra}
 
 
 def _describe(components: StepComponents, cluster: Cluster, limit: int, vocab_size: int, source: str) -> None:

@@ -294,7 +294,8 @@ def _spikes(run: RunLog) -> str:
         rows.append(_row((*cells, *[""] * 4, loss, norm), 5, ' class="first"'))
         for document in documents[: min(max(count, 1), _MAX_DOCUMENTS)]:
             shown = (document.get(name, _NONE) for name in ("source", "file", "row", "tokens"))
-            rows.append(_row(("", "", "", *shown, _decimal(document.get("loss")), ""), 5))
+            loss = _decimal(document["loss"]) if "loss" in document else _NONE
+            rows.append(_row(("", "", "", *shown, loss, ""), 5))
     return _table(columns, rows, 5)
 
 
