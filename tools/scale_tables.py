@@ -141,7 +141,7 @@ def table(chip: str, results: dict[str, Json]) -> list[str]:
     for config, shape, slices in rows(chip):
         answer = results.get(key_of(config, chip, shape, slices))
         cells = estimated(config, chip, shape, slices) if answer is None else measured(answer)
-        cells += _of_default(answer and answer.get("by_default"))
+        cells += _of_default(answer.get("by_default", {}) if answer else {})
         name = f"{slices} x {chip}:{shape}" if slices > 1 else f"{chip}:{shape}"
         lines.append(f"| {CONFIGS[config]} | {name} | " + " | ".join(cells) + " |")
     return lines
@@ -188,7 +188,7 @@ def estimated(config: str, chip: str, shape: str, slices: int) -> list[str]:
 
 def _of_default(found: Json | None) -> list[str]:
     if not found:
-        return ["", ""]
+        return ["nothing fits" if found is None else "", ""]
     how = f"{_mesh(found['mesh'])}, {found['variant']['remat']}, {found['variant']['micro_batches']}"
     how += f", {found['needed_bytes'] / 1e9:.1f}"
     return [how, f"{found['tokens_per_sec_per_chip']:,.0f}, {found['mfu']:.1%}"]

@@ -28,16 +28,18 @@ from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Model, Optimizer, Params
-from jaxtrain.losses.chunks import Vocabulary, for_each_position
-from jaxtrain.losses.cross_entropy import CrossEntropy, softmax_terms
+from jaxtrain.losses.chunks import NEVER
+from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
+from jaxtrain.losses.head import logits
 from jaxtrain.trainer.spikes import NO_LOSS, SpikeRule
 from jaxtrain.trainer.state import State, abstract
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# A frozen teacher's parameters (() if its records are in the batch), and the weights of loss and divergence, fp32.
+# A frozen teacher's parameters (if its records are in the batch: the tables of `Aligned`, or ()), and the weights of
+# loss and divergence, fp32.
 Teaching = tuple[Any, Any, Any]
 
 
@@ -47,7 +49,7 @@ class Distilled:
 
     Attributes:
         teacher: The teacher model; None if its records are in the batch.
-        abstract: Shapes, types and shardings of its parameters; () without a teacher model.
+        abstract: Shapes, types and shardings of its parameters, or of the tables of `Aligned` (losses/cached.py).
         loss: The distillation loss, which replaces the step's loss.
         width: Bytes of a record per token; 0 with a teacher model.
     """
@@ -246,38 +248,25 @@ def _watch(
 
 def _token_losses(components: StepComponents, params: Params, batch: Batch, micro_batches: int) -> jax.Array:
     """Returns the cross-entropy of every token, fp32 [B, T]; NO_LOSS where there is no target."""
+    model, mesh = components.model, components.mesh
 
-    def loss(logits_CV: jax.Array, vocabulary: Vocabulary, targets_C: jax.Array) -> jax.Array:
-        _, _, log_z_C, target_C = softmax_terms(logits_CV, vocabulary, targets_C, components.model.vocab_size)
-        return log_z_C - target_C
-
-    losses_BT = of_positions(components, loss, params, batch, micro_batches)
-    return jnp.where(batch["loss_mask"], losses_BT, NO_LOSS)
-
-
-def of_positions(
-    components: StepComponents, function: Callable[..., Any], params: Params, batch: Batch, micro_batches: int
-) -> Any:
-    """Returns values of each position, [B, T], that a function makes of the position's logits and target.
-
-    Args:
-        components: The components of the step.
-        function: (logits_CV fp32, vocabulary, targets_C) -> arrays [C].
-        params: The model's parameters.
-        batch: The batch.
-        micro_batches: Number of micro-batches.
-    """
-    model = components.model
-    values = for_each_position(function, components.mesh)
-
-    def of_part(part: Batch) -> Any:
+    def of_part(part: Batch) -> jax.Array:
         x_BTD = model.hidden(params, part["tokens"], part["segment_ids"], part["positions"]).x
-        return values(x_BTD, model.head(params), part["targets"])
+        head_DV = sharding.constrain(model.head(params).astype(x_BTD.dtype), mesh, (None, "vocab"))
+        is_id_1V = (jnp.arange(head_DV.shape[1]) < model.vocab_size)[None, :]
+
+        def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x_BD, targets_B = column
+            logits_BV = jnp.where(is_id_1V, logits(x_BD, head_DV), NEVER)
+            return optax.softmax_cross_entropy_with_integer_labels(logits_BV, targets_B)
+
+        losses_TB = jax.lax.map(of_column, (x_BTD.swapaxes(0, 1), part["targets"].T))  # no logits of all positions
+        return jnp.where(part["loss_mask"], losses_TB.T, NO_LOSS)
 
     if micro_batches == 1:
         return of_part(batch)
-    found = jax.lax.map(of_part, split_batch(batch, micro_batches, components.mesh))
-    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(batch["tokens"].shape), found)
+    losses = jax.lax.map(of_part, split_batch(batch, micro_batches, mesh))
+    return losses.swapaxes(0, 1).reshape(batch["tokens"].shape)
 
 
 def _gradients(
@@ -325,7 +314,9 @@ def _sums(components: StepComponents, params: Params, batch: Batch, teaching: Te
         teacher = components.distilled.teacher
         # Stopped gradients: nothing of the teacher's forward pass is kept for a backward pass.
         frozen, ce_weight, kd_weight = jax.lax.stop_gradient(teaching)
-        says = (batch[RECORDS],) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
+        says = (
+            (batch[RECORDS], *frozen) if teacher is None else (teacher.hidden(frozen, *inputs).x, teacher.head(frozen))
+        )
         rest = (batch["targets"], batch["loss_mask"], ce_weight, kd_weight)
         sums = components.distilled.loss(x_BTD, head_DV, *says, *rest)
     # The model reports means over the micro-batch. Scale them by its tokens, to sum and divide them like the loss.
