@@ -12,6 +12,12 @@ The same from a cache of the teacher's outputs for 200 documents, about 300 MB i
     python -m tools.cache_teacher --config=configs/distill_smoke.py:cached
     python -m jaxtrain.main --config=configs/distill_smoke.py:cached
 
+A student with a tokenizer of its own, from a cache by the teacher's, and for comparison the same student alone:
+
+    python -m tools.cache_teacher --config=configs/distill_smoke.py:other
+    python -m jaxtrain.main --config=configs/distill_smoke.py:other
+    python -m jaxtrain.main --config=configs/distill_smoke.py:other_alone
+
 Repeat a command to resume where it stopped. All commands read the teacher's tokenizer, and some its parameters, from
 runs/distill_smoke-teacher, so start them in the same folder as the first.
 """
@@ -32,20 +38,24 @@ from jaxtrain.tokenizers.sentencepiece import SentencePiece
 from jaxtrain.tokenizers.training import TrainTokenizer
 
 TEACHER = "runs/distill_smoke-teacher"
-CACHE = "runs/distill_smoke-cached/teacher"
 STUDENT = (48, 128, 2, 2, 120)
 # Hidden size, MLP size, layers, heads, steps.
-SIZES = {"teacher": (128, 352, 3, 4, 240), "": STUDENT, "alone": STUDENT, "cached": STUDENT}
+SIZES = {"teacher": (128, 352, 3, 4, 240)} | dict.fromkeys(("", "alone", "cached", "other", "other_alone"), STUDENT)
 
 
 def get_config(arg: str = "") -> Config:
     if arg not in SIZES:
-        raise UserError(f"configs/distill_smoke.py:{arg}: give teacher, alone, cached, or nothing")
+        raise UserError(f"configs/distill_smoke.py:{arg}: give {', '.join(filter(None, SIZES))}, or nothing")
     hidden, mlp, layers, heads, steps = SIZES[arg]
-    cached = arg == "cached"
+    cached, other = arg in ("cached", "other"), arg.startswith("other")
     # CPUs have no bfloat16 units.
-    teacher = Teacher(model=TEACHER, dtype="float32", cache=CACHE if cached else None)
-    trained = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
+    teacher = Teacher(model=TEACHER, dtype="float32", cache=f"runs/distill_smoke-{arg}/teacher" if cached else None)
+    tokenizer = SentencePiece(path=f"{TEACHER}/tokenizer/tokenizer.model")
+    if arg == "teacher":
+        tokenizer = TrainTokenizer(kind="sentencepiece", vocab_size=2048, max_samples=300, sample_mb=2.0)
+    elif other:
+        tokenizer = TrainTokenizer(kind="bpe", vocab_size=1024, max_samples=100)
+    ce_weight = 0.5 if other else 0.2  # a teacher with another tokenizer is silent at some positions
     return Config(
         model=LlamaConfig(
             hidden_size=hidden,
@@ -58,10 +68,14 @@ def get_config(arg: str = "") -> Config:
             dtype="float32",
             remat="none",
         ),
-        tokenizer=trained if arg == "teacher" else SentencePiece(path=f"{TEACHER}/tokenizer/tokenizer.model"),
-        teacher=None if arg in ("teacher", "alone") else teacher,
-        distillation=Distillation(divergence=TopK() if cached else ForwardKL(), ce_weight=0.2, kd_weight=0.8),
-        data=DataConfig(sources={"python": TextFiles(max_samples=200 if cached else None)}, num_lanes=8, holdout=0.03),
+        tokenizer=tokenizer,
+        teacher=None if arg in ("teacher", "alone", "other_alone") else teacher,
+        distillation=Distillation(
+            divergence=TopK() if cached else ForwardKL(), ce_weight=ce_weight, kd_weight=1 - ce_weight
+        ),
+        data=DataConfig(
+            sources={"python": TextFiles(max_samples=200 if cached or other else None)}, num_lanes=8, holdout=0.03
+        ),
         stages=(Stage(seq_len=128, batch_size=16),),
         steps=steps,
         optimizer=Muon(learning_rate=5e-3, schedule=Cosine(warmup_fraction=0.05)),

@@ -302,6 +302,17 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+@runtime_checkable
+class SpellingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows the bytes of its tokens, so that they can be aligned with those of another tokenizer.
+
+    Attributes:
+        spellings: The bytes of each id's text, [V]; b"" for special tokens.
+    """
+
+    spellings: list[bytes]
+
+
 class TokenizerConfig(Dataclass, Protocol):
     """A dataclass that names a tokenizer. See tokenizers/."""
 

@@ -65,6 +65,17 @@ def test_distillation_configs(spec):
     assert config.plan().last_step
 
 
+@pytest.mark.parametrize(
+    ("spec", "total", "active"), [("moe_smoke.py", 4.1e6, 1.6e6), ("qwen3_moe_small.py", 6.45e9, 0.97e9)]
+)
+def test_configs_with_experts(spec, total, active):
+    config = cli.load(f"configs/{spec}", [])
+    model = config.model.build(config.tokenizer.vocab_size, None)
+    assert model.num_params == pytest.approx(total, rel=0.02)
+    assert model.num_active_params == pytest.approx(active, rel=0.02)
+    assert config.plan().last_step
+
+
 def test_one_field_scales_all_stages():
     base, half = (cli.load("configs/curriculum_smoke.py", flags) for flags in ([], ["--config.scale_to=250_000"]))
     (whole, scaled) = (config.plan() for config in (base, half))

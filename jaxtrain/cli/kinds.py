@@ -33,6 +33,7 @@ BUILT_IN = {
     "reverse_kl": "jaxtrain.losses.divergences:ReverseKL",
     "jsd": "jaxtrain.losses.divergences:JSD",
     "top_k": "jaxtrain.losses.divergences:TopK",
+    "uld": "jaxtrain.losses.divergences:ULD",
     "adamw": "jaxtrain.optim.adamw:AdamW",
     "muon": "jaxtrain.optim.muon:Muon",
     "constant": "jaxtrain.plan.schedules:Constant",

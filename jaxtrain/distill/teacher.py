@@ -1,8 +1,8 @@
 """The teacher of a distillation run: a frozen model on the run's mesh, or a cache of its outputs.
 
-The tokenizer is checked against the run's. The parameters are an input of the train step, not part of the train state,
-so they are neither trained nor saved. A checkpoint identifies the teacher by a hash of its parameters as used,
-independent of the files they came from.
+The tokenizer is checked against the run's; only a cache may be of a teacher with another. The parameters are an input
+of the train step, not part of the train state, so they are neither trained nor saved. A checkpoint identifies the
+teacher by a hash of its parameters as used, independent of the files they came from.
 """
 
 import dataclasses
@@ -28,10 +28,12 @@ from jaxtrain.data.stores.teacher_store import TeacherManifest, TeacherStore
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Json, Model, ModelConfig, Params, Source, Tokenizer
+from jaxtrain.losses.cached import Aligned
 from jaxtrain.plan import Plan
 from jaxtrain.tokenizers import files
 from jaxtrain.tokenizers.hf import HuggingFaceTokenizer
 from jaxtrain.tokenizers.identity import PROBE
+from jaxtrain.tokenizers.spelling import Speller, cells
 
 T = TypeVar("T")
 
@@ -44,7 +46,8 @@ _HOW = ("dtype", "remat", "scan_layers", "attention", "max_seq_len", "initialize
 
 @dataclasses.dataclass(kw_only=True)
 class Teacher:
-    """The teacher. Its own config determines its shape. Its vocabulary must equal the run's, except for padding.
+    """The teacher. Its own config determines its shape. Its vocabulary must equal the run's, except for padding, unless
+    it is read from a cache.
 
     Attributes:
         model: A Hugging Face model (a folder or a Hub id), or a jaxtrain work directory or checkpoint.
@@ -86,17 +89,21 @@ class Teacher:
             commit = self._attempt(lambda: hf.commit(self.model, self.revision))
             fixed = dataclasses.replace(self, revision=commit)
         config, vocab_size = self._attempt(fixed._shape)
+        remedy = (
+            "Set `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), choose a "
+            "teacher with the run's, or write a cache, which serves any tokenizer: python -m tools.cache_teacher with "
+            "this config, then teacher.cache."
+        )
         if vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{where} has a vocabulary of {vocab_size:,}, the run's tokenizer has {tokenizer.vocab_size:,} ids: "
-                "student and teacher must share a tokenizer. Set `tokenizer` to the teacher's."
+                f"during training student and teacher must share a tokenizer. {remedy}"
             )
-        problem = self._attempt(lambda: fixed._other_tokenizer(tokenizer))
+        problem = fixed.other_tokenizer(tokenizer)
         if problem is not None:
             raise UserError(
                 f"{where} has a different tokenizer than the run, so its probabilities refer to other tokens:\n"
-                f"{problem}\nSet `tokenizer` to the teacher's own (HuggingFaceTokenizer(name=...) for one of the Hub), "
-                "or choose a teacher with the run's."
+                f"{problem}\n{remedy}"
             )
         return Frozen(fixed, config, tokenizer.vocab_size, mesh)
 
@@ -124,12 +131,12 @@ class Teacher:
             folder = os.path.join(self.cache, name)
             manifests[name] = TeacherManifest.load(folder)
             teacher_store.check(manifests[name], folder, config, resolved[name], tokenizer)
-            if manifests[name].add_bos != data.add_bos:
+            if manifests[name].add_bos != data.add_bos and not manifests[name].by_text:
                 raise UserError(
                     f"the teacher's cache {folder} was written with data.add_bos={manifests[name].add_bos}, and the "
                     f"run has {data.add_bos}: set it back, or write another cache with tools.cache_teacher."
                 )
-        return Cached(self, manifests)
+        return Cached(self, manifests, tokenizer)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -142,14 +149,33 @@ class Teacher:
         saved = restore.load_data(self.model)
         return cli.from_json(saved["config"]["model"]), saved["tokenizer"]["vocab_size"]
 
-    def _other_tokenizer(self, ours: Tokenizer) -> str | None:
+    def own_tokenizer(self) -> Tokenizer:
+        """Loads the teacher's own tokenizer. Raises as `build`."""
+        return self._attempt(self._own_tokenizer)
+
+    def other_tokenizer(self, ours: Tokenizer) -> str | None:
         """Returns the differences between the teacher's tokenizer and the run's, one per line; None if ids agree."""
+        return self._attempt(lambda: self._other_tokenizer(ours))
+
+    def _own_tokenizer(self) -> Tokenizer:
+        if self.is_checkpoint and self.tokenizer is None:
+            saved, folder = restore.load_data(self.model), restore.step_folder(self.model)
+            built = cli.from_json(saved["config"]["tokenizer"]).build(os.fspath(folder.parent.parent))
+            if built.identity["hash"] != saved["tokenizer"]["hash"]:
+                raise UserError(f"teacher.model={self.model}: its tokenizer's files have changed since its checkpoint.")
+            return built
+        name, revision = self._tokenizer_files()
+        return HuggingFaceTokenizer(name=name, revision=revision).build("")
+
+    def _tokenizer_files(self) -> tuple[str, str | None]:
+        """Name and revision of the tokenizer's files."""
+        return (self.model, self.revision) if self.tokenizer is None else (self.tokenizer, None)
+
+    def _other_tokenizer(self, ours: Tokenizer) -> str | None:
         if self.is_checkpoint and self.tokenizer is None:
             theirs = restore.load_data(self.model)["tokenizer"]
             return None if theirs["hash"] == ours.identity["hash"] else _differences(ours.identity, theirs)
-        name = self.tokenizer or self.model
-        revision = self.revision if self.tokenizer is None else None
-        found = files.find(name, revision)
+        found = files.find(*self._tokenizer_files())
         kinds = [kind for kind in (files.TOKENIZER_JSON, files.SENTENCEPIECE_MODEL) if kind in found.content]
         if not kinds:
             raise UserError(
@@ -159,7 +185,7 @@ class Teacher:
             )
         if hashlib.sha256(found.content[kinds[0]]).hexdigest() == ours.identity["hash"]:
             return None
-        theirs = HuggingFaceTokenizer(name=name, revision=revision).build("")
+        theirs = self._own_tokenizer()
         # The same tokens in a different file, for example in another order or with another chat template.
         if ours.identity["probe"] == theirs.identity["probe"] and _texts(ours) == _texts(theirs):
             return None
@@ -262,14 +288,15 @@ class Cached:
     Attributes:
         config: The config it was opened from.
         layout: Layout of its records, the same for all sources.
+        aligned: How they are used if the teacher has its own tokenizer; None if it has the run's.
     """
 
-    def __init__(self, config: Teacher, manifests: Mapping[str, TeacherManifest]):
+    def __init__(self, config: Teacher, manifests: Mapping[str, TeacherManifest], tokenizer: Tokenizer):
         self.config = config
         self._manifests = manifests
         (first, one), *others = manifests.items()
         for name, manifest in others:
-            for field in ("teacher", "layout", "context", "stride"):
+            for field in ("teacher", "layout", "context", "stride", "by_text", "tokenizer"):
                 here, there = getattr(one, field), getattr(manifest, field)
                 if here != there:
                     raise UserError(
@@ -277,6 +304,13 @@ class Cached:
                         f"{first} is {here}, of {name} {there}. Write all of them with one command."
                     )
         self.layout = one.layout
+        self.aligned: Aligned | None = None
+        self._speller: Speller | None = None
+        if one.vocabulary is not None:
+            self._speller = Speller(tokenizer, "the run's")
+            theirs, ours = [text.encode("latin-1") for text in one.vocabulary], self._speller.tokenizer.spellings
+            tables = cells(theirs, one.tokenizer["eos_id"], ours, tokenizer.eos_id)
+            self.aligned = Aligned(tokenizer.vocab_size, tables or ())
         self._teacher = one.teacher
         found, wanted = one.teacher["found"], cli.public("found", os.fspath(config.model))
         if config.model and found != wanted:
@@ -288,22 +322,34 @@ class Cached:
     @property
     def identity(self) -> Json:
         """What a checkpoint records of the teacher."""
-        return {**self._teacher, "cache": {name: manifest.identity for name, manifest in self._manifests.items()}}
+        found = {**self._teacher, "cache": {name: manifest.identity for name, manifest in self._manifests.items()}}
+        if self.aligned is not None:
+            tables = b"".join(table.tobytes() for table in self.aligned.tables)
+            found["mapping"] = hashlib.blake2b(tables, digest_size=8).hexdigest()
+        return found
 
     @property
     def summary(self) -> str:
         """One line for the log."""
         some = next(iter(self._manifests.values()))
         tokens = sum(manifest.total("tokens") for manifest in self._manifests.values())
-        return (
+        said = (
             f"the {self.layout.k} most likely tokens by {self._teacher['found']} for each of {tokens:,} tokens, with "
             f"contexts of {some.context:,}, in {self.config.cache}"
         )
+        if self.aligned is not None and self.aligned.tables:
+            found = self.aligned.tables[0]
+            said += (
+                f", by its own tokenizer: it tells {len(np.unique(found[found >= 0])):,} of the run's "
+                f"{self.aligned.vocab_size:,} tokens (kd_aligned is the share of positions where both end one)"
+            )
+        return said
 
     def records(self) -> dict[str, TeacherStore]:
         """The teacher stores by source."""
         assert self.config.cache is not None
-        return {n: TeacherStore(os.path.join(self.config.cache, n), m) for n, m in self._manifests.items()}
+        folders = {name: os.path.join(self.config.cache, name) for name in self._manifests}
+        return {n: TeacherStore(folders[n], m, self._speller) for n, m in self._manifests.items()}
 
 
 def bytes_per_device(abstract: object) -> int:
@@ -324,6 +370,8 @@ def mismatch(saved: Json | None, now: Json | None) -> str | None:
         return f"the teacher was {was}, is {is_now} ({_where(now)}): they agree except for rounding and context"
     saved, now = ({**each, "model": _meaning(cli.complete(each["model"]))} for each in (saved, now))
     changed = [name for name in _ENFORCED if saved[name] != now[name]]
+    if not changed and saved.get("mapping") != now.get("mapping"):
+        return f"the mapping of the teacher's tokens to the run's was {saved.get('mapping')}, is {now.get('mapping')}"
     if not changed:
         before, after = was_cached or {}, cached or {}
         others = [name for name in before.keys() & after.keys() if before[name] != after[name]]

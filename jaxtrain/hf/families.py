@@ -221,6 +221,20 @@ FAMILIES |= {
         windows="some",
         experts=("num_experts", "moe_intermediate_size"),
     ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        _OLMO
+        | {
+            "max_position_embeddings": 4096,
+            "norm_topk_prob": False,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.01,
+        },
+        (_NONE, _ATTENTION),
+        options={"qk_norm": True, "qk_norm_over": "projection"},
+        experts=("num_experts", "intermediate_size"),
+    ),
 }
 # transformers has separate rotary settings for the local and the global layers of these.
 _ROPE_BY_KIND = ("gemma3_text", "olmo3")
@@ -234,7 +248,7 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("sliding_window", "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), int),
     **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size"), int),
     "decoder_sparse_step": int,
-    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), float),
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "clip_qkv"), float),
     "norm_topk_prob": bool,
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"), float),
     **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), float),
@@ -382,11 +396,12 @@ def _experts(known: Json, family: Family, where: str) -> tuple[Experts | None, l
     key, width = family.experts
     # Each is an alias of the other.
     number = known.get("num_experts" if key == "num_local_experts" else "num_local_experts", known[key])
-    if noise := known.get("router_jitter_noise"):
-        raise UserError(f"{where}: router_jitter_noise={noise} is not supported; routers have no noise.")
-    # Classes without these keys ignore them.
-    mine = known if "decoder_sparse_step" in family.defaults else {}
-    every, dense = mine.get("decoder_sparse_step", 1), mine.get("mlp_only_layers") or ()
+    for key in ("router_jitter_noise", "clip_qkv"):
+        if known.get(key):
+            raise UserError(f"{where}: {key}={known[key]} is not supported.")
+    every, dense = 1, ()
+    if "decoder_sparse_step" in family.defaults:  # classes without these keys ignore them
+        every, dense = known["decoder_sparse_step"], known.get("mlp_only_layers") or ()
     if every < 1:
         raise UserError(f"{where}: decoder_sparse_step={every} in config.json must be at least 1.")
     has = [number > 0 and i not in dense and (i + 1) % every == 0 for i in range(layers)]
@@ -396,7 +411,7 @@ def _experts(known: Json, family: Family, where: str) -> tuple[Experts | None, l
         num_experts=number,
         experts_per_token=known["num_experts_per_tok"],
         intermediate_size=known[width],
-        normalize=mine.get("norm_topk_prob", True),
+        normalize=known["norm_topk_prob"] if "norm_topk_prob" in family.defaults else True,
         balance_loss=known["router_aux_loss_coef"],
         z_loss=0.0,
     ), has
@@ -578,12 +593,10 @@ def _can_have(family: Family, config: LlamaConfig) -> bool:
     experts = config.experts
     if experts is None or family.experts is None:
         return experts is None and family.experts is None
-    if experts.shared_size:
-        return False
-    if family.architecture == "MixtralForCausalLM":
-        is_same = config.intermediate_size == experts.intermediate_size
-        return experts.normalize and is_same and all(kind.experts for kind in config.pattern)
-    return True
+    normalizes = experts.normalize or "norm_topk_prob" in family.defaults
+    # A family without a width of experts has no other MLPs.
+    is_whole = config.intermediate_size == experts.intermediate_size and all(kind.experts for kind in config.pattern)
+    return normalizes and not experts.shared_size and (is_whole or family.experts[1] != "intermediate_size")
 
 
 def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
@@ -614,8 +627,9 @@ def to_json(config: LlamaConfig, vocab_size: int, dtype: str) -> Json:
         extra |= {number: config.experts.num_experts, width: config.experts.intermediate_size}
         extra["num_experts_per_tok"] = config.experts.experts_per_token
         extra["router_aux_loss_coef"] = config.experts.balance_loss
-    if kind == "qwen3_moe" and config.experts is not None:
-        extra |= {"norm_topk_prob": config.experts.normalize, "decoder_sparse_step": 1}
+        extra["norm_topk_prob"] = config.experts.normalize
+    if kind == "qwen3_moe":
+        extra["decoder_sparse_step"] = 1
         extra["mlp_only_layers"] = [i for i, kind in enumerate(kinds) if not kind.experts]
     if kind == "smollm3":
         extra["no_rope_layers"] = [int(kind.rotary) for kind in kinds]

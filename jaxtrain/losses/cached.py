@@ -101,6 +101,28 @@ class Layout:
         return ids, log_p, tail
 
 
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """How the records of a teacher with its own tokenizer are used.
+
+    A record of zeros says nothing: where no token of the teacher ends with the student's. It has no weight in the
+    loss.
+
+    Attributes:
+        vocab_size: Size of the student's vocabulary.
+        tables: As from `tokenizers.spelling.cells`; () if the vocabularies are the same.
+    """
+
+    vocab_size: int
+    tables: tuple[np.ndarray, ...]
+
+    @property
+    def most(self) -> int:
+        """The most tokens of the student in the cell of a token of the teacher."""
+        cells, _, starts = self.tables
+        return int(np.diff(starts)[cells[cells >= 0]].max(initial=1))
+
+
 def top_records(logits_CV: jax.Array, layout: Layout) -> jax.Array:
     """The records of C positions, uint8 [C, W]. logits_CV: fp32, without the padding columns of the vocabulary."""
     log_p_CV = jax.nn.log_softmax(logits_CV)

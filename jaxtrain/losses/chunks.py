@@ -44,7 +44,7 @@ class Vocabulary:
 
     Attributes:
         columns: int32 [1, V], the ids of the slice.
-        split: Whether other devices hold the rest. If so, `sum`, `max` and `kth_largest` reduce over them.
+        split: Whether other devices hold the rest. If so, `sum`, `max` and `largest` reduce over them.
     """
 
     columns: jax.Array
@@ -58,13 +58,20 @@ class Vocabulary:
         """The maximum of x over the devices that share the vocabulary."""
         return jax.lax.pmax(x, "tensor") if self.split else x
 
-    def kth_largest(self, x_CV: jax.Array, k: int) -> jax.Array:
-        """The k-th largest value over the whole vocabulary, [C]. k must not exceed its size."""
-        top = jax.lax.top_k(x_CV, min(k, x_CV.shape[1]))[0]
+    def largest(self, x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k largest values over the whole vocabulary, descending, and their ids, [C, K]. k is at most its size."""
+        top, ids = jax.lax.top_k(x_CV, min(k, x_CV.shape[1]))
+        ids += self.columns[0, 0]
         if self.split:
-            top = jax.lax.all_gather(top, "tensor", axis=1, tiled=True)
-            top = jax.lax.top_k(top, k)[0]
-        return top[:, -1]
+            top, ids = (jax.lax.all_gather(found, "tensor", axis=1, tiled=True) for found in (top, ids))
+            top, places = jax.lax.top_k(top, k)
+            ids = jnp.take_along_axis(ids, places, axis=1)
+        return top, ids
+
+    def local(self, ids: jax.Array, size: int) -> jax.Array:
+        """The columns of ids in a slice of this size. Those of other devices get `size`, which is out of bounds."""
+        columns = ids - self.columns[0, 0]
+        return jnp.where((columns >= 0) & (columns < size), columns, size)
 
     def pick(self, x_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
         """x_CV at ids_C, fp32 [C]; 0 if the id is outside the slice."""

@@ -14,15 +14,25 @@ from jax.sharding import Mesh
 
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossConfig, Schedule, ScheduleConfig
-from jaxtrain.losses.cached import Layout
+from jaxtrain.losses.cached import Aligned, Layout
 from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
-from jaxtrain.losses.divergences import Divergence, ForwardKL, TopK, kept_and_tail, log_sum
+from jaxtrain.losses.divergences import (
+    ULD,
+    Divergence,
+    ForwardKL,
+    TopK,
+    cells_and_tail,
+    kept_and_tail,
+    log_sum,
+    sorted_distance,
+)
 from jaxtrain.losses.head import Head, logits
 
 # Larger vocabularies get smaller chunks to keep a chunk's memory constant.
 _FULL_CHUNK_VOCABULARY = 32_768
 
-# (x_BTD, w_DV, teacher's x_BTE and w_EV or its records_BTW, targets_BT, mask_BT, ce_weight, kd_weight) -> sums
+# (x_BTD, w_DV, teacher's x_BTE and w_EV or its records_BTW and the tables of `Aligned`, targets_BT, mask_BT, ce_weight,
+# kd_weight) -> sums
 DistillationFn = Callable[..., Sums]
 
 
@@ -45,7 +55,7 @@ class Distillation:
     follow schedules of tokens, like the learning rate: weight * schedule, with the schedule from 0 to 1.
 
     Attributes:
-        divergence: ForwardKL, ReverseKL, JSD or TopK (losses/divergences.py).
+        divergence: ForwardKL, ReverseKL, JSD, TopK or ULD (losses/divergences.py).
         temperature: T, which divides the logits of both.
         ce_weight: The peak weight of the config's loss, by default the cross-entropy.
         kd_weight: The peak weight of the divergence.
@@ -91,16 +101,13 @@ class Distillation:
         Raises:
             UserError: The divergence keeps more tokens than the vocabulary has.
         """
-        if isinstance(self.divergence, TopK) and self.divergence.k > vocab_size:
-            raise UserError(
-                f"divergence.k={self.divergence.k}: the vocabulary has {vocab_size} tokens; give that or fewer."
-            )
+        self._check_k(vocab_size)
 
         def divergence(
             log_q_CV: jax.Array, vocabulary: Vocabulary, teacher_CE: jax.Array, head_EV: Head
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, jax.Array, None]:
             theirs_CV = logits(teacher_CE, head_EV)
-            return self.divergence(log_q_CV, self._log_softmax(theirs_CV, vocabulary, vocab_size), vocabulary)
+            return *self.divergence(log_q_CV, self._log_softmax(theirs_CV, vocabulary, vocab_size), vocabulary), None
 
         both = self._with_loss(divergence, vocab_size, mesh, loss)
 
@@ -110,60 +117,85 @@ class Distillation:
 
         return distillation
 
-    def build_cached(self, layout: Layout, mesh: Mesh | None, loss: LossConfig) -> DistillationFn:
+    def build_cached(
+        self, layout: Layout, mesh: Mesh | None, loss: LossConfig, aligned: Aligned | None = None
+    ) -> DistillationFn:
         """Builds the loss against a teacher's stored records; otherwise like `build`.
 
-        The divergence is TopK's: forward KL over the stored tokens and one outcome for all others.
+        TopK is the forward KL over the stored tokens and one outcome for all others. With `aligned` there is also
+        "kd_aligned", the number of positions with a record that says something.
 
         Args:
             layout: The layout of the records.
             mesh: The run's mesh.
             loss: The config's loss.
+            aligned: If the teacher has its own tokenizer.
 
         Returns:
-            (x_BTD, w_DV, records uint8 [B, T, W], targets_BT, mask_BT, ce_weight, kd_weight) -> sums.
+            (x_BTD, w_DV, records uint8 [B, T, W], *aligned.tables, targets_BT, mask_BT, ce_weight, kd_weight) -> sums.
 
         Raises:
             UserError: The records do not support the divergence, its k, or the temperature.
         """
-        if not (isinstance(self.divergence, TopK) and self.divergence.k == layout.k):
+        if not (isinstance(self.divergence, TopK | ULD) and self.divergence.k == layout.k):
             raise UserError(
                 f"distillation.divergence={self.divergence}: the teacher's cache holds its {layout.k} most likely "
-                f"tokens and the mass of the others, which only TopK(k={layout.k}) can use. Set that "
+                f"tokens and the mass of the others, which only TopK(k={layout.k}) can use, and ULD. Set one of these "
                 "(--config.distillation.divergence.k= changes only k), or remove teacher.cache."
             )
         slot = layout.slot(self.temperature)
+        vocab_size = layout.vocab_size if aligned is None else aligned.vocab_size
+        by_rank = isinstance(self.divergence, ULD)
+        most = aligned.most if aligned is not None and aligned.tables else 0
+        if by_rank:
+            self._check_k(vocab_size)
 
         def divergence(
-            log_q_CV: jax.Array, vocabulary: Vocabulary, records_CW: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
+            log_q_CV: jax.Array, vocabulary: Vocabulary, records_CW: jax.Array, *tables: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
             ids_CK, log_p_CK, tail_C = layout.unpack(records_CW, slot)
-            # Ids of other devices' slices are out of range. Negative ones would index from the end.
-            local_CK = ids_CK - vocabulary.columns[0, 0]
-            local_CK = jnp.where(local_CK < 0, log_q_CV.shape[1], local_CK)
-            rows = jnp.arange(len(log_q_CV))[:, None]
-            log_p_CV = jnp.full(log_q_CV.shape, NEVER).at[rows, local_CK].set(log_p_CK, mode="drop")
-            return kept_and_tail(log_q_CV, log_p_CV, log_p_CV > NEVER, tail_C, vocabulary)
+            if by_rank:
+                value_C, gradient_CV = sorted_distance(log_q_CV, log_p_CK, vocabulary)
+            elif tables:
+                cells_V, *members = tables
+                value_C, gradient_CV = cells_and_tail(
+                    log_q_CV, log_p_CK, tail_C, cells_V[ids_CK], (*members, most), vocabulary
+                )
+            else:
+                local_CK = vocabulary.local(ids_CK, log_q_CV.shape[1])
+                rows = jnp.arange(len(log_q_CV))[:, None]
+                log_p_CV = jnp.full(log_q_CV.shape, NEVER).at[rows, local_CK].set(log_p_CK, mode="drop")
+                value_C, gradient_CV = kept_and_tail(log_q_CV, log_p_CV, log_p_CV > NEVER, tail_C, vocabulary)
+            # Zeros are a tail with all of the mass, which no real record has.
+            return value_C, gradient_CV, None if aligned is None else tail_C < 0
 
-        both = self._with_loss(divergence, layout.vocab_size, mesh, loss)
+        both = self._with_loss(divergence, vocab_size, mesh, loss)
 
-        def distillation(x_BTD, w_DV, records_BTW, targets_BT, mask_BT, ce_weight, kd_weight) -> Sums:
-            return both(x_BTD, w_DV, (targets_BT, mask_BT, records_BTW), (), ce_weight, kd_weight)
+        def distillation(x_BTD, w_DV, records_BTW, *rest) -> Sums:
+            *tables, targets_BT, mask_BT, ce_weight, kd_weight = rest
+            return both(x_BTD, w_DV, (targets_BT, mask_BT, records_BTW), (), ce_weight, kd_weight, tables)
 
         return distillation
 
+    def _check_k(self, vocab_size: int) -> None:
+        if isinstance(self.divergence, TopK | ULD) and self.divergence.k > vocab_size:
+            raise UserError(
+                f"divergence.k={self.divergence.k}: the vocabulary has {vocab_size} tokens; give that or fewer."
+            )
+
     def _with_loss(
         self,
-        divergence: Callable[..., tuple[jax.Array, jax.Array]],
+        divergence: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
         vocab_size: int,
         mesh: Mesh | None,
         loss: LossConfig,
     ) -> DistillationFn:
-        """(x_BTD, w_DV, rows, heads, ce_weight, kd_weight) -> sums of the loss and the divergence together.
+        """(x_BTD, w_DV, rows, heads, ce_weight, kd_weight, tables) -> sums of the loss and the divergence together.
 
         Args:
             divergence: (log-probabilities of the student at the temperature [C, V], vocabulary, the teacher's rows
-                [C, ...], its heads) -> (values [C], gradients with respect to the logits at the temperature [C, V]).
+                [C, ...], its heads, the tables) -> (values [C], gradients with respect to the logits at the temperature
+                [C, V], and where they count, bool [C], or None: everywhere).
         """
         heat = self.temperature
         loss_chunk = loss_alone = None
@@ -182,7 +214,10 @@ class Distillation:
                 sums, dlogits_CV = loss_chunk(logits_CV, vocabulary, targets_C, mask_C, ce_weight)
             # At T = 1 XLA reuses the cross-entropy's value (common subexpression).
             log_q_CV = self._log_softmax(logits_CV, vocabulary, vocab_size)
-            value_C, gradient_CV = divergence(log_q_CV, vocabulary, *teacher)
+            value_C, gradient_CV, says_C = divergence(log_q_CV, vocabulary, *teacher)
+            if says_C is not None:
+                mask_C &= says_C
+                sums["kd_aligned"] = mask_C.sum(dtype=jnp.float32)
             sums["kd_loss"] = heat**2 * jnp.where(mask_C, value_C, 0.0).sum()
             sums["loss"] += kd_weight * sums["kd_loss"]
             # T² for the scale, 1 / T for the step from tempered logits to logits.
@@ -192,8 +227,8 @@ class Distillation:
         tokens = max(1, tokens * _FULL_CHUNK_VOCABULARY // max(columns, _FULL_CHUNK_VOCABULARY))
         chunked = chunked_loss(chunk, mesh, tokens)
 
-        def both(x_BTD, w_DV, rows, heads, ce_weight, kd_weight) -> Sums:
-            sums = chunked(x_BTD, w_DV, *rows, heads=heads, scalars=(ce_weight, kd_weight))
+        def both(x_BTD, w_DV, rows, heads, ce_weight, kd_weight, tables=()) -> Sums:
+            sums = chunked(x_BTD, w_DV, *rows, heads=heads, scalars=(*tables, ce_weight, kd_weight))
             if loss_alone is None:
                 return sums
             others = loss_alone(x_BTD, w_DV, *rows[:2])

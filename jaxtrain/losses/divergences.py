@@ -101,9 +101,54 @@ class TopK:
             raise UserError(f"k={self.k}: keep at least one token (64 is usual).")
 
     def __call__(self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
-        kept_CV = log_p_CV >= vocabulary.kth_largest(log_p_CV, self.k)[:, None]
+        kept_CV = log_p_CV >= vocabulary.largest(log_p_CV, self.k)[0][:, -1:]
         tail_p_C = log_sum(jnp.where(kept_CV, NEVER, log_p_CV), vocabulary)
         return kept_and_tail(log_q_CV, log_p_CV, kept_CV, tail_p_C, vocabulary)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ULD:
+    """L1 distance of the sorted probabilities: sum of |p_(i) - q_(i)|, whatever the tokens are.
+
+    (Universal logit distillation, Boizard et al. 2024, arXiv:2402.12030, equation 5.) The k largest of each are
+    compared one by one, and the others as one outcome, which never raises the distance: a lower bound, equal for
+    k = vocabulary.
+
+    Attributes:
+        k: Probabilities to compare one by one.
+    """
+
+    k: int = 64
+
+    def check(self) -> None:
+        """Raises UserError if k is out of range."""
+        if self.k < 1:
+            raise UserError(f"k={self.k}: compare at least one probability (64 is usual).")
+
+    def __call__(self, log_q_CV: jax.Array, log_p_CV: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
+        return sorted_distance(log_q_CV, vocabulary.largest(log_p_CV, self.k)[0], vocabulary)
+
+
+def sorted_distance(log_q_CV: jax.Array, log_p_CK: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
+    """ULD's value and gradient.
+
+    Args:
+        log_q_CV: The student's log-probabilities.
+        log_p_CK: The teacher's K largest log-probabilities, descending.
+        vocabulary: The device's slice of the student's vocabulary, which has at least K tokens.
+
+    Returns:
+        Values [C] and gradients with respect to u [C, V].
+    """
+    log_top_CK, ids_CK = vocabulary.largest(log_q_CV, log_p_CK.shape[1])
+    apart_CK = jnp.exp(log_top_CK) - jnp.exp(log_p_CK)
+    rest_C = -apart_CK.sum(axis=1)  # both sum to 1
+    local_CK = vocabulary.local(ids_CK, log_q_CV.shape[1])
+    sign_CV = jnp.broadcast_to(jnp.sign(rest_C)[:, None], log_q_CV.shape)
+    sign_CV = sign_CV.at[jnp.arange(len(log_q_CV))[:, None], local_CK].set(jnp.sign(apart_CK), mode="drop")
+    q_CV = jnp.exp(log_q_CV)
+    mean_C = vocabulary.sum((q_CV * sign_CV).sum(axis=1))
+    return jnp.abs(apart_CK).sum(axis=1) + jnp.abs(rest_C), q_CV * (sign_CV - mean_C[:, None])
 
 
 def kept_and_tail(
@@ -134,3 +179,48 @@ def log_sum(x_CV: jax.Array, vocabulary: Vocabulary) -> jax.Array:
     """log of the sum of exp(x) over the whole vocabulary, [C]."""
     max_C = vocabulary.max(x_CV.max(axis=1))
     return jnp.log(vocabulary.sum(jnp.exp(x_CV - max_C[:, None]).sum(axis=1))) + max_C
+
+
+def cells_and_tail(
+    log_q_CV: jax.Array,
+    log_p_CK: jax.Array,
+    tail_p_C: jax.Array,
+    cells_CK: jax.Array,
+    members: tuple[jax.Array, jax.Array, int],
+    vocabulary: Vocabulary,
+) -> tuple[jax.Array, jax.Array]:
+    """Forward KL over cells of tokens and one outcome for all others. See tokenizers/spelling.py.
+
+    Args:
+        log_q_CV: The student's log-probabilities.
+        log_p_CK: The teacher's log-probabilities of K of its tokens.
+        tail_p_C: The log of the teacher's mass of all other tokens.
+        cells_CK: The cell of each of the K tokens, or -1. Several may have the same.
+        members: The student's tokens by cell, where those of each cell begin, and the most of a cell, M.
+        vocabulary: The device's slice of the student's vocabulary.
+
+    Returns:
+        Values [C] and gradients with respect to u [C, V].
+    """
+    size, rows = log_q_CV.shape[1], jnp.arange(len(log_q_CV))[:, None]
+    tail_p_C = jnp.logaddexp(tail_p_C, jax.nn.logsumexp(jnp.where(cells_CK < 0, log_p_CK, NEVER), axis=1))
+    # Not a scatter that adds, whose order of sums differs from run to run on a GPU.
+    same_CKK = cells_CK[:, :, None] == cells_CK[:, None, :]
+    log_p_CK = jax.nn.logsumexp(jnp.where(same_CKK, log_p_CK[:, None, :], NEVER), axis=2)
+    counts_CK = (cells_CK >= 0) & (jnp.argmax(same_CKK, axis=2) == jnp.arange(cells_CK.shape[1])[None, :])
+    tokens_N, starts, most = members
+    place_CKM = starts[cells_CK][..., None] + jnp.arange(most)[None, None, :]
+    inside_CKM = (cells_CK[..., None] >= 0) & (place_CKM < starts[cells_CK + 1][..., None])
+    local_CKM = vocabulary.local(jnp.where(inside_CKM, jnp.take(tokens_N, place_CKM, mode="clip"), -1), size)
+    log_q_CKM = log_q_CV.at[rows[..., None], local_CKM].get(mode="fill", fill_value=NEVER)
+    max_CK = vocabulary.max(log_q_CKM.max(axis=2))
+    log_q_CK = max_CK + jnp.log(vocabulary.sum(jnp.exp(log_q_CKM - max_CK[..., None]).sum(axis=2)))
+    value_C = jnp.where(counts_CK, jnp.exp(log_p_CK) * (log_p_CK - log_q_CK), 0.0).sum(axis=1)
+    kept_CV = jnp.zeros(log_q_CV.shape, bool).at[rows[..., None], local_CKM].set(True, mode="drop")
+    ratio_CKM = jnp.broadcast_to((log_p_CK - log_q_CK)[..., None], local_CKM.shape)
+    ratio_CV = jnp.zeros_like(log_q_CV).at[rows[..., None], local_CKM].set(ratio_CKM, mode="drop")
+    tail_q_C = log_sum(jnp.where(kept_CV, NEVER, log_q_CV), vocabulary)
+    # If the cells cover the student's whole vocabulary, it cannot say the rest.
+    tail_C = jnp.where(tail_q_C > NEVER / 2, tail_p_C - tail_q_C, 0.0)
+    value_C += jnp.exp(tail_p_C) * tail_C
+    return value_C, jnp.exp(log_q_CV) - jnp.exp(log_q_CV + jnp.where(kept_CV, ratio_CV, tail_C[:, None]))

@@ -54,7 +54,7 @@ class BaseModel(Model):
         leaves = list(zip(all_axes, jax.tree.leaves(self.shapes), strict=True))
 
         def count(axes: Axes, leaf: Any, **sizes: int) -> int:
-            return math.prod(sizes.get(a, n) for a, n in zip(axes, leaf.shape, strict=True))
+            return math.prod(sizes.get(a or "", n) for a, n in zip(axes, leaf.shape, strict=True))
 
         inner = [(axes, leaf) for axes, leaf in leaves if "vocab" not in axes]
         self.num_params = sum(count(*leaf, vocab=vocab_size) for leaf in leaves)

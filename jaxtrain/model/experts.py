@@ -208,15 +208,17 @@ def _device(
     if experts.normalize:
         weights_Nk /= jnp.where(real_N1, weights_Nk.sum(-1, keepdims=True), 1)
     order_M, inverse_M = _sorted(ids_Nk.reshape(-1))
-    gate, up, down = (_gathered(leaf, dim, dtype, "fsdp" in ways) for leaf, dim in zip(weights, (1, 1, 2), strict=True))
-    x_MD = _permuted(x_ND, order_M, inverse_M, k)
+    whole: Weights = tuple(  # type: ignore[assignment]
+        _gathered(leaf, dim, dtype, "fsdp" in ways) for leaf, dim in zip(weights, (1, 1, 2), strict=True)
+    )
+    x_MD: jax.Array = _permuted(x_ND, order_M, inverse_M, k)  # type: ignore[assignment]
     counts_E = chosen_NkE.sum((0, 1), dtype=jnp.int32)
     if "expert" in ways:
-        y_MD = _exchanged(x_MD, counts_E, (gate, up, down), ways["expert"], k, tuple(ways))
+        y_MD: jax.Array = _exchanged(x_MD, counts_E, whole, ways["expert"], k, tuple(ways))  # type: ignore[assignment]
     else:
-        y_MD = _apply(x_MD, counts_E, (gate, up, down))
-    y_NkD = _permuted(y_MD, inverse_M, order_M, 1).reshape(-1, k, D)
-    y_ND = jnp.sum(weights_Nk[..., None] * y_NkD.astype(weights_Nk.dtype), axis=1)
+        y_MD = _apply(x_MD, counts_E, whole)
+    y_MD = _permuted(y_MD, inverse_M, order_M, 1)  # type: ignore[assignment]
+    y_ND = jnp.sum(weights_Nk[..., None] * y_MD.reshape(-1, k, D).astype(weights_Nk.dtype), axis=1)
     if "tensor" in ways:  # each of its devices has a part of every expert's width
         y_ND = jax.lax.psum(y_ND, "tensor")
     return y_ND.astype(dtype).reshape(x.shape), ids_Nk.reshape(*x.shape[:-1], k)

@@ -157,6 +157,8 @@ class LlamaConfig:
                 raise UserError(f"{name}={value}: it must be from 1 to {limit:,}.")
         if self.experts is not None:
             self.experts.check()
+            if self.hidden_act != "silu":
+                raise UserError(f"hidden_act='{self.hidden_act}' with experts: they are SwiGLU, so set 'silu'.")
             if (self.hidden_act, self.gated_mlp) != ("silu", True):
                 raise UserError(f"hidden_act='{self.hidden_act}', gated_mlp={self.gated_mlp}: experts are SwiGLU.")
         if self.layers is not None:
@@ -532,15 +534,17 @@ class Llama(BaseModel):
         return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
-        name, unrolled = self.attention_choice(batch_size, seq_len).name, self.config.scan_layers is False
-        options = attention.compiler_options(self.mesh, name, unrolled=unrolled)
+        names = [self.attention_choice(batch_size, seq_len).name]
+        if self.config.experts is not None and self.mesh is not None and self.mesh.shape["expert"] > 1:
+            names.append("xla")  # exchanges of experts are loops inside the loop over layers too
+        options = attention.compiler_options(self.mesh, *names)
         return options | (fp8.GPU_OPTIONS if self.is_fp8 and attention.platform_of(self.mesh) == "gpu" else {})
 
     def _attention_shape(self, batch_size: int, seq_len: int, kind: Kind) -> attention.Shape:
         config = self.config
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
         capability = getattr(device, "compute_capability", None)
-        ways = dict.fromkeys(sharding.MESH_AXES, 1) if self.mesh is None else self.mesh.shape
+        ways = dict[str, int].fromkeys(sharding.MESH_AXES, 1) if self.mesh is None else self.mesh.shape
         whole = (config.num_heads // ways["tensor"], config.num_kv_heads // ways["tensor"])
         heads, kv_heads = attention.share_of_context(self.mesh, config.num_heads, config.num_kv_heads) or whole
         return attention.Shape(

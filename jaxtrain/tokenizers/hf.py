@@ -149,7 +149,8 @@ class HFTokenizer:
         self.eos_id: int = eos_id
         self.bos_id = files.special_id(tokenizer_files, "bos_token", bos_token, vocabulary)
         unknown = {vocabulary.get(spec["model"].get("unk_token")), spec["model"].get("unk_id")}
-        self.token_bytes = self._token_bytes(spec, vocabulary, byte_level, unknown)
+        self.spellings = self._spellings(spec, vocabulary, byte_level, unknown)
+        self.token_bytes = np.array(list(map(len, self.spellings)), np.int32)
         self._renamed = self._seal(spec, unknown)
         self.identity = identity(
             self,
@@ -229,23 +230,24 @@ class HFTokenizer:
                 content[files.TOKENIZER_JSON] = json.dumps(spec | changes, ensure_ascii=False, indent=2).encode()
         return content
 
-    def _token_bytes(
+    def _spellings(
         self, spec: Json, vocabulary: dict[str, int], byte_level: bool, unknown: Collection[int | None]
-    ) -> np.ndarray:
+    ) -> list[bytes]:
         # Each character of a byte-level token is a byte. "▁" is a space if spaces are marked as in sentencepiece.
         byte_fallback = spec["model"].get("byte_fallback", False)
-        count = np.zeros(self.vocab_size, np.int32)
+        found = [b""] * self.vocab_size
         for token, id in vocabulary.items():
             if byte_level:
-                count[id] = len(token)
+                found[id] = bytes(_BYTE_LEVEL.get(character, 0xFF) for character in token)
             elif byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                count[id] = 1
+                found[id] = bytes.fromhex(token[3:5])
             else:
-                count[id] = len(token.replace("\u2581", " ").encode())
+                found[id] = token.replace("\u2581", " ").encode()
         for id, added in self._tokenizer.get_added_tokens_decoder().items():
-            count[id] = 0 if added.special else len(added.content.encode())
-        count[[id for id in {self.eos_id, self.bos_id, *unknown} if id is not None]] = 0
-        return count
+            found[id] = b"" if added.special else added.content.encode()
+        for id in {self.eos_id, self.bos_id, *unknown} - {None}:
+            found[id] = b""
+        return found
 
     def _spec(self) -> Json:
         """The tokenizer.json that the encoder was loaded from."""
@@ -295,6 +297,16 @@ class HFTokenizer:
                 "`eos_token` to another token"
             )
         return renamed
+
+
+def _byte_level() -> dict[str, int]:
+    """The bytes that the characters of byte-level tokens stand for: printable ones themselves (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 def _load(content: bytes) -> tokenizers.Tokenizer:

@@ -96,7 +96,8 @@ class SentencePieceTokenizer:
         found = [id for id in ends if not (self._processor.is_control(id) or self._processor.is_unused(id))]
         if found:
             self._processor = self._sealed(model, found)
-        self.token_bytes = self._token_bytes()
+        self.spellings = self._spellings()
+        self.token_bytes = np.array(list(map(len, self.spellings)), np.int32)
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARK.encode()]
         lossless = all(map(self._processor.is_byte, mark)) and self._processor.normalize(_KEPT) == _KEPT.replace(
             " ", _MARK
@@ -188,16 +189,17 @@ class SentencePieceTokenizer:
             proto.pieces[id].type = message.SentencePiece.CONTROL
         return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-    def _token_bytes(self) -> np.ndarray:
+    def _spellings(self) -> list[bytes]:
         processor = self._processor
-        count = np.zeros(self.vocab_size, np.int32)
+        found = [b""] * self.vocab_size
         for id, piece in enumerate(self._pieces):
             if processor.is_byte(id):
-                count[id] = 1
+                found[id] = bytes.fromhex(piece[3:5])
             elif not (processor.is_control(id) or processor.is_unknown(id) or processor.is_unused(id)):
-                count[id] = len(piece.replace(_MARK, " ").encode())
-        count[[id for id in (self.eos_id, self.bos_id) if id is not None]] = 0
-        return count
+                found[id] = piece.replace(_MARK, " ").encode()
+        for id in {self.eos_id, self.bos_id} - {None}:
+            found[id] = b""
+        return found
 
 
 def check_threads(threads: int | None) -> None:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config
 from jaxtrain.errors import TransientError, UserError
 from jaxtrain.losses.cached import Layout
-from jaxtrain.losses.divergences import TopK
+from jaxtrain.losses.divergences import ULD, TopK
 from jaxtrain.trainer.session import make_components
 from jaxtrain.trainer.step import StepComponents
 
@@ -51,9 +51,9 @@ def components(config: Config, vocab_size: int, mesh: Mesh, limit: int | None) -
     Raises:
         UserError: the mesh does not fit the model, or the teacher's config is not available locally.
     """
-    frozen, layout, teacher = None, None, config.teacher
+    frozen, stored, teacher = None, None, config.teacher
     if teacher is not None and teacher.cache is not None:
-        layout = teacher_layout(config, vocab_size)
+        stored = teacher_layout(config, vocab_size), None
     elif teacher is not None:
         try:
             frozen = teacher.outline(vocab_size, mesh)
@@ -64,11 +64,12 @@ def components(config: Config, vocab_size: int, mesh: Mesh, limit: int | None) -
                 f"teacher.model={teacher.model}: its config.json is not on this machine, and this command does not use "
                 "the network. Put that file into a folder, and give --config.teacher.model=FOLDER"
             ) from error
-    return make_components(config, vocab_size, config.plan(), mesh, frozen, limit, layout)
+    return make_components(config, vocab_size, config.plan(), mesh, frozen, limit, stored)
 
 
 def teacher_layout(config: Config, vocab_size: int) -> Layout:
-    """Record layout of a teacher cache for this config: tools.cache_teacher's default k, or that of TopK."""
+    """Record layout of a teacher cache for this config, if the teacher has the run's tokenizer: tools.cache_teacher's
+    default k, or the divergence's."""
     divergence = config.distillation.divergence
-    k = divergence.k if isinstance(divergence, TopK) else TopK().k
+    k = divergence.k if isinstance(divergence, TopK | ULD) else TopK().k
     return Layout(vocab_size, min(k, vocab_size), (config.distillation.temperature,))

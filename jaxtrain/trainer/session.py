@@ -25,10 +25,10 @@ from jaxtrain.data.packing import Spans
 from jaxtrain.data.pipeline import StepBatch
 from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
-from jaxtrain.distributed.sharding import AutoMesh, MeshConfig
+from jaxtrain.distributed.sharding import AutoMesh, MeshConfig, replicated
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
-from jaxtrain.losses.cached import Layout
+from jaxtrain.losses.cached import Aligned, Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
 from jaxtrain.plan import Plan, StepPlan
@@ -160,9 +160,9 @@ class Session:
         elif config.teacher is not None:
             self._cached = config.teacher.open_cache(config.data, self.sources, self.tokenizer)
         if vocab_size != self.tokenizer.vocab_size:
-            layout = self._cached and self._cached.layout
+            stored = self._cached and (self._cached.layout, self._cached.aligned)
             size = self.tokenizer.vocab_size
-            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, layout))
+            self._set_components(make_components(config, size, self.plan, mesh, self._frozen, self.limit, stored))
         self.evaluators: list[Evaluator | TaskEvaluator] = []
 
         # Where to continue.
@@ -343,7 +343,8 @@ class Session:
             self.identities["teacher"] = self._frozen.identity(self._teacher_params)
             logger.info(f"Distilling from {self._frozen.config.model}.")
         elif self._cached is not None:
-            self._teacher_params = ()
+            tables = self._cached.aligned.tables if self._cached.aligned else ()
+            self._teacher_params = jax.device_put(tables, replicated(self.components.mesh))
             self.identities["teacher"] = self._cached.identity
             logger.info(f"Distilling from {self._cached.summary}.")
         if self.start_step:
@@ -390,7 +391,7 @@ def make_components(
     mesh: jax.sharding.Mesh,
     frozen: teacher.Frozen | None,
     limit: int | None,
-    layout: Layout | None = None,
+    stored: tuple[Layout, Aligned | None] | None = None,
 ) -> StepComponents:
     """Builds the components of the config's steps on a mesh.
 
@@ -401,7 +402,8 @@ def make_components(
         mesh: the device mesh.
         frozen: the teacher, if it runs during training.
         limit: bytes that a step may use on a device; None for no limit.
-        layout: layout of the records in each batch, if the teacher is cached.
+        stored: if the teacher is cached, layout of the records in each batch, and how they are used if it has its own
+            tokenizer.
     """
     model = config.model.build(vocab_size, mesh)
     if config.precision == "fp8":
@@ -420,9 +422,14 @@ def make_components(
         if frozen is not None:
             divergence = config.distillation.build(model.vocab_size, mesh, loss)
             return loss.build(vocab_size, mesh), Distilled(frozen.model, frozen.abstract, divergence)
-        if layout is not None:
-            divergence = config.distillation.build_cached(layout, mesh, loss)
-            return loss.build(vocab_size, mesh), Distilled(None, (), divergence, layout.width)
+        if stored is not None:
+            layout, aligned = stored
+            divergence = config.distillation.build_cached(layout, mesh, loss, aligned)
+            tables = tuple(
+                jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=replicated(mesh))
+                for table in (aligned.tables if aligned else ())
+            )
+            return loss.build(vocab_size, mesh), Distilled(None, tables, divergence, layout.width)
         return loss.build(vocab_size, mesh), None
 
     loss, distilled = losses(None)

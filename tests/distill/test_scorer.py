@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.gpt2 import GPT2Config
 from jaxtrain.data import fingerprint
 from jaxtrain.distill.scorer import Scorer, rows_of, windows
 from jaxtrain.distributed import sharding
@@ -27,10 +28,13 @@ from tests.trainer.test_step_distilled import TEACHER
 LENGTHS = (1, 7, 16, 17, 33, 40, 3, 3)
 
 
+FAMILIES = {"llama": TEACHER, "gpt2": GPT2Config(hidden_size=32, num_layers=1, num_heads=2, num_positions=64)}
+
+
 @functools.cache
-def teacher(*shape: int) -> tuple[Any, Any]:
+def teacher(*shape: int, family: str = "llama") -> tuple[Any, Any]:
     mesh = make_mesh(*shape)
-    model = TEACHER.build(VOCAB, mesh)
+    model = FAMILIES[family].build(VOCAB, mesh)
     layout = sharding.tree_shardings(mesh, model.axes)
     return model, jax.jit(model.init, out_shardings=layout)(jax.random.key(1))
 
@@ -114,10 +118,10 @@ def whole_documents(seed: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [VOCAB, 6])
-def test_from_the_cache_as_on_the_fly(k: int) -> None:
+@pytest.mark.parametrize(("family", "k"), [("llama", VOCAB), ("llama", 6), ("gpt2", 6)])
+def test_from_the_cache_as_on_the_fly(family: str, k: int) -> None:
     """On rows of whole documents, losses and parameters agree except for the rounding of the stored values."""
-    model, frozen = teacher()
+    model, frozen = teacher(family=family)
     student = MODEL.build(VOCAB, model.mesh)
     made = Distillation(divergence=TopK(k=k) if k < VOCAB else ForwardKL(), temperature=2.0)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), frozen)

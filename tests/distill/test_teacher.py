@@ -188,6 +188,7 @@ def test_another_tokenizer_is_refused(
         assert f"hash: the run's {other.identity['hash']}, the teacher's {tokenizer.identity['hash']}" in said
         assert "ids of 'The quick brown fox jump'...: the run's [" in said
         assert "Set `tokenizer` to the teacher's own" in said
+        assert "write a cache, which serves any tokenizer: python -m tools.cache_teacher" in said
     larger = TrainTokenizer(kind="bpe", vocab_size=320).train(TEXTS, tmp_path / "c", progress=False)
     assert "has a vocabulary of 300, the run's tokenizer has 320 ids" in refusal(exported, larger)
     smaller = TrainTokenizer(kind="bpe", vocab_size=290).train(TEXTS, tmp_path / "d", progress=False)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from jaxtrain.tokenizers.training import TrainTokenizer
 from tests.e2e.conftest import MakeRun
-from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, assert_equal, environment
+from tests.e2e.runs import LOCAL, ROOT, STOPPED, Run, assert_equal, documents, environment
 from tests.hub import LoopbackHub
 
 DISTILL = "tests/e2e/configs/distill.py"
@@ -19,9 +20,17 @@ SAMPLES = [
 
 
 @pytest.fixture
-def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_path: pathlib.Path) -> pathlib.Path:
+def other(tmp_path: pathlib.Path) -> tuple[str, ...]:
+    """Flags for another tokenizer than the teacher's."""
+    config = TrainTokenizer(kind="sentencepiece", model_type="bpe", vocab_size=320, max_samples=100)
+    config.train(documents(1, 100), tmp_path / "other", progress=False)
+    return (f"--config.tokenizer.path={tmp_path / 'other' / 'tokenizer' / 'tokenizer.model'}",)
+
+
+def write_cache(
+    output: pathlib.Path, datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, others: tuple[str, ...]
+) -> pathlib.Path:
     """A cache with the reference run as the teacher: two workers, killed once, then three, one of them late."""
-    output = tmp_path / "cache"
     flags = [
         f"--config={DISTILL}:{tokenizer}",
         f"--config.teacher.model={reference.workdir}",
@@ -31,7 +40,8 @@ def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_pa
         "--temperatures=1.5,1",
         "--batch_tokens=512",
         f"--output={output}",
-        f"--workdir={tmp_path / 'work'}",
+        f"--workdir={output.parent / 'work'}",
+        *others,
     ]
     command = [sys.executable, "-m", "tools.cache_teacher", *flags]
     settings = environment(datasets.env())
@@ -47,15 +57,28 @@ def cache(datasets: LoopbackHub, tokenizer: pathlib.Path, reference: Run, tmp_pa
         said += done.stdout
     assert "Train from it with --config.teacher.cache=" in said
     assert said.count("All bytes match their checksums.") == 3
+    assert ("of the run's tokens end where one of the teacher's does" in said) == bool(others)
     return output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: Run, cache: pathlib.Path) -> None:
-    flags = (f"--config.teacher.cache={cache}", *SAMPLES)
+@pytest.mark.parametrize("by_text", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_from_a_cache_killed_and_on_two_processes(
+    make_run: MakeRun,
+    reference: Run,
+    datasets: LoopbackHub,
+    tokenizer: pathlib.Path,
+    other: tuple[str, ...],
+    tmp_path: pathlib.Path,
+    by_text: bool,
+) -> None:
+    others = other if by_text else ()
+    cache = write_cache(tmp_path / "cache", datasets, tokenizer, reference, others)
+    flags = (f"--config.teacher.cache={cache}", *SAMPLES, *others)
     whole = make_run("whole", config=DISTILL)(*flags)
     lines = whole.steps()
+    assert all(0.2 < line["kd_aligned"] < 1 for line in lines) if by_text else "kd_aligned" not in lines[0]
     assert lines[-1]["kd_loss"] < 0.9 * lines[0]["kd_loss"]
     rng = random.Random(1)
     run = make_run("killed", config=DISTILL)
@@ -67,9 +90,10 @@ def test_from_a_cache_killed_and_on_two_processes(make_run: MakeRun, reference: 
     if run.wait_for_step(run.last_step() + 2):
         run.signal(signal.SIGTERM)
         assert run.wait() == STOPPED, run.output
-        live = (f"--config.teacher.model={reference.workdir}", "--config.teacher.dtype=float32", *SAMPLES)
+        live = (f"--config.teacher.model={reference.workdir}", "--config.teacher.dtype=float32", *SAMPLES, *others)
         run(*live, code=2)
-        assert "the teacher was a cache, is the model itself" in run.output
+        said = "has a different tokenizer than the run" if by_text else "the teacher was a cache, is the model itself"
+        assert said in run.output
         run(*flags)
     assert_equal(run, whole)
     both = make_run("both", processes=2, config=DISTILL)(*flags)

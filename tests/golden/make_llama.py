@@ -89,6 +89,7 @@ CASES = {
         },
         "default",
     ),
+    "olmoe": (transformers.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}, "default"),
     "qwen3_moe_sparse": (
         transformers.Qwen3MoeConfig,
         {

@@ -200,6 +200,8 @@ REFUSED = [
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types=.*sliding_window=4096"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ({"model_type": "mixtral", "num_key_value_heads": 2, "num_experts_per_tok": 9}, "experts_per_token=9"),
+    ({"model_type": "mixtral", "num_key_value_heads": 2, "hidden_act": "gelu"}, "hidden_act='gelu' with experts"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
 ]
 

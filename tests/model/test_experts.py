@@ -131,8 +131,10 @@ def test_a_load_that_is_too_uneven_for_one_exchange_takes_several(single):
 def test_the_same_bits_each_time(single):
     built = MeshConfig(fsdp=2, expert=2, tensor=2).build()
     arrays = single[3.0][0]
-    function = jax.jit(jax.grad(lambda p, x, r, dy: (through_module(build(built)[0])(p, x, r)[0] * dy).sum(), (0, 1)))
-    first, second = jax.device_get([function(*arrays), function(*arrays)])
+    function = jax.grad(lambda p, x, r, dy: (through_module(build(built)[0])(p, x, r)[0] * dy).sum(), (0, 1))
+    compiled = jax.jit(function).lower(*arrays).compile()
+    assert "all-to-all" in (compiled.as_text() or "")
+    first, second = jax.device_get([compiled(*arrays) for _ in range(2)])
     jax.tree.map(np.testing.assert_array_equal, first, second)
     # Sums that a scatter makes have no order.
     assert not re.findall(r"= scatter\S*\[", str(jax.make_jaxpr(function)(*arrays)))
@@ -235,6 +237,7 @@ def test_stacks_and_counts():
     assert model.num_params_non_embedding - model.num_active_params == 2 * (4 - 2) * one
     every = dataclasses.replace(MIXED, layers=None).build(VOCAB, None)
     assert every.stacks == {"expert_layers": [0, 1, 2, 3]}
+    assert MIXED.experts is not None
     more = dataclasses.replace(MIXED.experts, num_experts=8)
     assert dataclasses.replace(MIXED, experts=more).build(VOCAB, None).flops_per_token(32) == pytest.approx(
         model.flops_per_token(32) + 6 * 2 * 16 * 4  # more columns of the routers

@@ -15,7 +15,9 @@ COMMAND = cli.Command(
         "tokens, otherwise 5 (k=64: 260 or 324 GB for a billion tokens). They are stored by document, so training "
         "from them (teacher.cache, distillation.divergence=TopK(k=...)) can use any sequence length, packing, mix, "
         "lanes and hosts. Several workers share the documents, each with its own devices; whichever finishes last "
-        "completes the cache. A worker that is stopped or killed continues with the documents it was at."
+        "completes the cache. A worker that is stopped or killed continues with the documents it was at. A teacher "
+        "with another tokenizer than the run reads each document by its own; its predictions are stored by their place "
+        "in the text, and serve runs with any tokenizer, at each place where both end a token."
     ),
     examples=(
         "python -m tools.cache_teacher --config=configs/distill.py --max_samples=1000000",
@@ -65,6 +67,13 @@ COMMAND = cli.Command(
             default=16_384,
             help="maximum tokens per device and batch; fewer if memory (or memory_gb) is too small",
         ),
+        cli.Flag(
+            name="own_tokenizer",
+            type=bool,
+            default=False,
+            help="store by place in the text, for runs with any tokenizer, even if the run's is the teacher's; done "
+            "anyway if they differ",
+        ),
         cli.WORKER,
         cli.WORKDIR,
         cli.Flag(name="verify", type=bool, default=False, help="only check a finished cache against its checksums"),
@@ -111,6 +120,7 @@ def main(flags: cli.Flags) -> None:
             context=flags.context,
             stride=flags.stride,
             batch_tokens=flags.batch_tokens,
+            own_tokenizer=flags.own_tokenizer,
         )
         write.write(config, workdir, output, settings, *worker)
 

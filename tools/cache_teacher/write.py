@@ -17,6 +17,7 @@ from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Model, Params
 from jaxtrain.losses.cached import Layout
+from jaxtrain.tokenizers.spelling import Speller
 from jaxtrain.trainer import open_data
 
 # Documents per part of a file. A kill loses at most one part: 70 MB for documents of 1,000 tokens with k = 64.
@@ -33,6 +34,7 @@ class Settings:
         context: Tokens per row; None for the default.
         stride: Tokens between windows of a long document; None for the default.
         batch_tokens: Maximum tokens per device in a batch.
+        own_tokenizer: Use the teacher's own tokenizer even if it agrees with the run's.
     """
 
     k: int
@@ -40,6 +42,7 @@ class Settings:
     context: int | None
     stride: int | None
     batch_tokens: int
+    own_tokenizer: bool
 
     def sizes(self, config: Config, longest: int) -> tuple[int, int]:
         """Returns (context, stride). `longest` is the teacher's max_seq_len."""
@@ -56,6 +59,16 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
     """Writes this worker's share of all sources. Raises UserError, TransientError or CorruptError."""
     assert config.teacher is not None
     sources, tokenizer = open_data.for_writing(config, workdir, TeacherManifest, output)
+    vocabulary = spellers = None
+    other = config.teacher.other_tokenizer(tokenizer)
+    if other is not None or settings.own_tokenizer:
+        run = Speller(tokenizer, "the run's")
+        tokenizer = config.teacher.own_tokenizer()
+        spellers = Speller(tokenizer, "the teacher's"), run
+        vocabulary = [spelling.decode("latin-1") for spelling in spellers[0].tokenizer.spellings]
+        print("Caching by the teacher's own tokenizer, for runs with any.", flush=True)
+        if other is not None:
+            print(f"The run has another:\n{other}", flush=True)
     config.data.row_spec(tokenizer, None)  # raises if add_bos is set but the tokenizer has no such token
     if settings.k > tokenizer.vocab_size:
         raise UserError(f"--k={settings.k}: the vocabulary has {tokenizer.vocab_size} tokens; give that or fewer")
@@ -78,11 +91,12 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
             context=context,
             stride=stride,
             part_rows=PART_ROWS,
+            vocabulary=vocabulary,
         )
         folder, retry = os.path.join(output, name), 60 * config.data.retry_minutes
         job = Job(name, folder, config.data.sources[name], source, tokenizer, retry)
-        writers[name] = TeacherWriter(job, manifest, worker, workers)
-    documents = _check_space(writers, output, layout)
+        writers[name] = TeacherWriter(job, manifest, worker, workers, spellers)
+    documents = _check_space(writers, output)
     limit = memory.limit(mesh, config.memory_gb)
     scorer = make_scorer(frozen.model, params, layout, context, stride, settings.batch_tokens, limit)
     for name, writer in writers.items():
@@ -92,7 +106,7 @@ def write(config: Config, workdir: str, output: str, settings: Settings, worker:
             print(f"Source {name}: this worker is done with its documents; other workers are not.", flush=True)
     print(
         f"Train from it with --config.teacher.cache={output} --config.distillation.divergence.k={layout.k} (k only if "
-        "the config distils with TopK).",
+        "the config distills with TopK or ULD).",
         flush=True,
     )
 
@@ -140,7 +154,7 @@ def _write_source(name: str, writer: TeacherWriter, scorer: Scorer, documents: i
         return writer.write(scorer, progress)
 
 
-def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout) -> dict[str, int | None]:
+def _check_space(writers: dict[str, TeacherWriter], output: str) -> dict[str, int | None]:
     """Returns the remaining documents of each source; None if they are known only by reading it.
 
     Raises:
@@ -160,11 +174,20 @@ def _check_space(writers: dict[str, TeacherWriter], output: str, layout: Layout)
             continue
         mean = tokens / sampled
         parts = max(min(len(writer.job.source.files), documents), -(-documents // PART_ROWS))
-        size = teacher_store.size_of(round(mean * documents), documents, parts, layout)
+        width = writer.manifest.token_bytes
+        size = teacher_store.size_of(round(mean * documents), documents, parts, width)
         needed += max(size - written, 0)
+        if writer.manifest.by_text:
+            found = writer.alignment
+            print(
+                f"Source {name}: {found.aligned / max(found.positions, 1):.1%} of the run's tokens end where one of "
+                f"the teacher's does, and learn from it; {found.unfollowed:,} of {found.documents:,} documents have "
+                "none, since a tokenizer changes their text.",
+                flush=True,
+            )
         print(
             f"Source {name}: {documents:,} documents of about {mean:,.0f} tokens (estimated from the first "
-            f"{sampled:,}), {layout.width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
+            f"{sampled:,}), {width} bytes each: about {size / 1e9:.3g} GB, {written / 1e9:.3g} of them written",
             flush=True,
         )
     free = shutil.disk_usage(output).free

@@ -29,7 +29,7 @@ TASKS = "eval_tasks"
 STEPS, LOST = "steps", "lost"
 _SPANS = (STEPS, *SPANS, LOST)
 _SHAPE = {"stage", "seq_len", "batch_size"}
-_PARAMETERS = re.compile(r"Model: ([\d,]+ parameters \([\d,]+ without embeddings\))")
+_PARAMETERS = re.compile(r"Model: ([\d,]+ parameters \([\d,]+ without embeddings(?:, [\d,]+ active)?\))")
 
 
 class StageLog:

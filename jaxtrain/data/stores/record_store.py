@@ -298,14 +298,14 @@ class Manifest:
                 )
         return manifest
 
-    def differences(self, has: Json, wanted: Json, config: SourceConfig, tokenizer: Tokenizer) -> list[str]:
+    def differences(self, has: Json, wanted: Json, config: SourceConfig, tokenizer: Tokenizer | None) -> list[str]:
         """Compares the store with what `config` reads with `tokenizer`.
 
         Args:
             has: The source identity or settings that the store was made from.
             wanted: The source identity or settings of the run.
             config: The run's source config.
-            tokenizer: The run's tokenizer.
+            tokenizer: The run's tokenizer; None if the store serves any.
 
         Returns:
             Lines that show both sides of each difference; empty if there is none.
@@ -321,8 +321,9 @@ class Manifest:
             lines.append(f"  transforms: the {which} has {self.transforms}, the config {transforms}")
         if self.max_samples is not None and (config.max_samples is None or config.max_samples > self.max_samples):
             lines.append(f"  max_samples: the {which} has {self.max_samples}, the config {config.max_samples}")
-        if self.tokenizer != tokenizer.identity and (different := mismatch(self.tokenizer, tokenizer.identity)):
-            lines.append(f"  tokenizer: {different}")
+        if tokenizer is not None and self.tokenizer != tokenizer.identity:
+            different = mismatch(self.tokenizer, tokenizer.identity)
+            lines += [f"  tokenizer: {different}"] if different else []
         return lines + names.inexact(self.source)
 
 

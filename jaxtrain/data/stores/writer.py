@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from jaxtrain.data.token_arrays import TokenArrays
 from jaxtrain.data.tokenizing import CHUNK_CHARACTERS, encode
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Block, Source, SourceConfig, Tokenizer
+from jaxtrain.tokenizers.identity import well_formed
+from jaxtrain.tokenizers.spelling import Speller, predicts
 
 # Messages of the operating system for a full disk and for an unwritable folder.
 _FULL = ("No space left", "quota")
@@ -54,13 +56,38 @@ _SAMPLED_FILES = 16  # for the size estimate
 _SCORED_TOKENS = 200_000
 
 Progress = Callable[[int, int], None]  # called with the (documents, tokens) written since the last call
-_TokenizedShard = tuple[int, int, list[np.ndarray]]  # file, number of the shard in it, the tokens of each row
+_TokenizedShard = tuple[int, int, list["_Row"]]  # file, number of the shard in it, its rows
 
 
 class Score(Protocol):
     """A teacher: maps the tokens of documents, int32 [n] each, to their records, uint8 [n, W] each."""
 
     def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]: ...
+
+
+class _Row(NamedTuple):
+    """A row of a teacher store: the tokens to score, int32 [n], what precedes their records, and how many to store."""
+
+    tokens: np.ndarray
+    head: bytes
+    records: int
+
+
+@dataclasses.dataclass
+class Alignment:
+    """How the tokens of a teacher with its own tokenizer fit the run's.
+
+    Attributes:
+        documents: Documents read.
+        unfollowed: Those that one of the two tokenizers changes, so that nothing aligns.
+        positions: The run's tokens that predict another or the end.
+        aligned: Those that end where one of the teacher's does.
+    """
+
+    documents: int = 0
+    unfollowed: int = 0
+    positions: int = 0
+    aligned: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,19 +380,29 @@ class TeacherWriter(_Writer):
 
     manifest: TeacherManifest
 
-    def __init__(self, job: Job, manifest: TeacherManifest, worker: int, workers: int):
+    def __init__(
+        self,
+        job: Job,
+        manifest: TeacherManifest,
+        worker: int,
+        workers: int,
+        spellers: tuple[Speller, Speller] | None = None,
+    ):
         """Joins the plan in the store's folder, or writes it.
 
         Args:
-            job: The source and where its store goes.
+            job: The source and where its store goes; its tokenizer is the teacher's.
             manifest: The manifest to write, without shards.
             worker: Index of this worker, from 0.
             workers: Number of workers.
+            spellers: Of the teacher's own tokenizer and the run's, if they differ.
 
         Raises:
             UserError: The folder holds a different store, finished or not. The message shows both sides.
         """
         super().__init__(job, _begin_teacher(job.folder, manifest), worker, workers)
+        self.alignment = Alignment()
+        self._spellers = spellers
         self._largest = 0  # bytes of the largest shard so far
 
     @functools.cached_property
@@ -383,7 +420,7 @@ class TeacherWriter(_Writer):
         for file in range(min(len(self.job.source.files), _SAMPLED_FILES)):
             left = None if self.manifest.max_samples is None else self.manifest.max_samples - documents
             for _, _, found in self._shards(file, 0, left, {0}):
-                documents, tokens = documents + len(found), tokens + sum(map(len, found))
+                documents, tokens = documents + len(found), tokens + sum(row.records for row in found)
             if documents >= self.manifest.part_rows or documents == self.manifest.max_samples:
                 break
         return documents, tokens, self.manifest.max_samples if self.known_rows is None else sum(self.known_rows)
@@ -414,10 +451,10 @@ class TeacherWriter(_Writer):
                 free = shutil.disk_usage(self.job.folder).free
                 if free < 2 * self._largest + _RESERVED_BYTES:
                     raise self._full(f"{free / 1e9:.2f} GB are free")
-                records = iter(score([document for _, _, tokens in group for document in tokens if len(document)]))
-                for file, number, tokens in group:
-                    self._shard(file, number, tokens, records)
-                    progress(len(tokens), sum(map(len, tokens)))
+                records = iter(score([row.tokens for _, _, rows in group for row in rows if len(row.tokens)]))
+                for file, number, rows in group:
+                    self._shard(file, number, rows, records)
+                    progress(len(rows), sum(row.records for row in rows))
         finally:
             pool.shutdown(wait=False)
         counts = self.known_rows
@@ -482,46 +519,76 @@ class TeacherWriter(_Writer):
                 rows += len(block["text"])
                 mine = (file + number) % self.workers == self.worker and not self._is_done(f"{file}-{number}.json")
                 if number in wanted if wanted is not None else mine:
-                    yield file, number, self._tokens(block, file, number * size)
+                    yield file, number, self._rows(block, file, number * size)
         finally:
             retry.close(blocks)
         if wanted is None:
             self._mark_done(f"{file}.rows", rows)
 
-    def _tokens(self, block: Block, file: int, first: int) -> list[np.ndarray]:
-        """The tokens of each row, from row `first` on, as training sees them; empty for a row without text."""
+    def _rows(self, block: Block, file: int, first: int) -> list[_Row]:
+        """The rows of a block, from row `first` on, tokenized as training does. A row without text is empty."""
         tokenizer, texts = self.job.tokenizer, self._texts(block)
         rows = [row for row, text in enumerate(texts) if text]
+        found = [_Row(np.empty(0, np.int32), b"", 0)] * len(texts)
         ids, lengths = self._ids([texts[row] for row in rows], file, first + np.array(rows, np.int64))
         kept = np.flatnonzero(lengths)
         bos_id = tokenizer.bos_id if self.manifest.add_bos else None
         flat, closed = TokenArrays(ids, lengths).closed(kept, tokenizer.eos_id, bos_id)
-        found = [np.empty(0, np.int32)] * len(texts)
-        for index, tokens in zip(kept.tolist(), np.split(flat, closed.cumsum()[:-1]), strict=False):
-            found[rows[index]] = tokens
+        documents = dict(zip(kept.tolist(), np.split(flat, closed.cumsum()[:-1]), strict=False))
+        for index, row in enumerate(rows):
+            tokens = documents.get(index)
+            if self._spellers is not None:
+                found[row] = self._aligned(texts[row], tokens, *self._spellers)
+            elif tokens is not None:
+                found[row] = _Row(tokens, teacher_store.head_of_tokens(tokens), len(tokens))
         return found
 
-    def _shard(self, file: int, number: int, tokens: list[np.ndarray], records: Iterator[np.ndarray]) -> None:
+    def _aligned(self, text: str, tokens: np.ndarray | None, theirs: Speller, ours: Speller) -> _Row:
+        """A row by the teacher's own tokenizer. Compares it with the run's."""
+        content = well_formed([text])[0].encode()
+        ends = None if tokens is None else _ends(theirs, tokens, content)
+        ids = ours.tokenizer.encode_batch([text])[0]
+        our_ends = _ends(ours, np.append(ids, ours.tokenizer.eos_id), content)
+        count = self.alignment
+        count.documents += 1
+        if our_ends is not None:
+            places = our_ends[predicts(our_ends)]
+            count.positions += len(places)
+            count.aligned += 0 if ends is None else int(np.isin(places, ends).sum())
+        count.unfollowed += ends is None or our_ends is None
+        if tokens is None or ends is None:
+            return _Row(np.empty(0, np.int32), teacher_store.head_of_text(content, None), 0)
+        return _Row(tokens, teacher_store.head_of_text(content, ends[:-1]), len(tokens) - 1)
+
+    def _shard(self, file: int, number: int, rows: list[_Row], records: Iterator[np.ndarray]) -> None:
         name = shard_name(file, number)
         half = os.path.join(self._work, name + self._half)
         with self._record_writer(half, _TEACHER_OPTIONS) as writer:
-            for document in tokens:
-                writer.write(teacher_store.encode(document, next(records)) if len(document) else b"")
-        shard = Shard(
-            rows=len(tokens), tokens=sum(map(len, tokens)), size=os.path.getsize(half), digest=digest_of(half)
-        )
+            for row in rows:
+                writer.write(row.head + (next(records)[: row.records].tobytes() if len(row.tokens) else b""))
+        tokens = sum(row.records for row in rows)
+        shard = Shard(rows=len(rows), tokens=tokens, size=os.path.getsize(half), digest=digest_of(half))
         os.replace(half, os.path.join(self.job.folder, name))
         self._mark_done(f"{file}-{number}.json", dataclasses.asdict(shard))
         self._largest = max(self._largest, shard.size)
+
+
+def _ends(speller: Speller, tokens: np.ndarray, text: bytes) -> np.ndarray | None:
+    """Where tokens end in a text that they spell, perhaps after a space; None if they do not."""
+    spelled, ends = speller.follow(tokens)
+    return ends - (len(spelled) - len(text)) if spelled in (text, b" " + text) else None
 
 
 def _begin_teacher(folder: str, manifest: TeacherManifest) -> TeacherManifest:
     """The store's plan, from the first worker. Raises UserError if it differs from `manifest`."""
     begun = manifest.begun(folder)
     wanted, found = (json.loads(dataclasses.replace(each, parts=[]).to_json()) for each in (manifest, begun))
-    changed = [name for name in wanted if wanted[name] != found[name] and name not in ("digest", "settings", "names")]
+    names = sorted((wanted.keys() | found.keys()) - {"digest", "settings", "names"})
+    changed = [name for name in names if wanted.get(name) != found.get(name)]
     if changed:
-        lines = [f"  {name}: the cache has {found[name]}, expected {wanted[name]}" for name in changed]
+        lines = [
+            f"  {n}: the cache has {str(found.get(n))[:500]}, expected {str(wanted.get(n))[:500]}" for n in changed
+        ]
         raise UserError(
             f"{folder} holds a different cache:\n" + "\n".join(lines) + "\nGive another --output, or "
             "remove that folder."
@@ -535,7 +602,7 @@ def _grouped(shards: Iterator[_TokenizedShard]) -> Iterator[list[_TokenizedShard
     size = 0
     for shard in shards:
         group.append(shard)
-        size += sum(map(len, shard[2]))
+        size += sum(len(row.tokens) for row in shard[2])
         if size >= _SCORED_TOKENS:
             yield group
             group, size = [], 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from jaxtrain.errors import CorruptError, UserError
 from jaxtrain.interfaces import RECORDS
 from jaxtrain.losses.cached import Layout
 from jaxtrain.plan import Stage
+from jaxtrain.tokenizers.spelling import Speller
 from tests.data.memory_source import MemorySource, WordTokenizer, documents
 from tests.data.runs import Drop, plan_of
 
@@ -41,14 +43,14 @@ class KilledError(Exception):
 class Killed:
     """Scores a few times, and then dies."""
 
-    def __init__(self, times: int):
-        self.left = times
+    def __init__(self, times: int, score: Any = score):
+        self.left, self._score = times, score
 
     def __call__(self, found: list[np.ndarray]) -> list[np.ndarray]:
         self.left -= 1
         if self.left < 0:
             raise KilledError
-        return score(found)
+        return self._score(found)
 
 
 def source(seed: int = 0, **options: Any) -> MemorySource:
@@ -67,9 +69,10 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxtrain.data.stores.writer._SCORED_TOKENS", 300)
 
 
-def write(made: tuple[Job, TeacherManifest], workers: int = 1, score: Any = score) -> list[bool]:
+def write(made: Any, workers: int = 1, score: Any = score, spellers: Any = None) -> list[bool]:
     return [
-        TeacherWriter(*made, worker, workers).write(score, lambda documents, tokens: None) for worker in range(workers)
+        TeacherWriter(*made, worker, workers, spellers).write(score, lambda documents, tokens: None)
+        for worker in range(workers)
     ]
 
 
@@ -111,7 +114,7 @@ def test_any_workers_killed_anywhere_write_the_same(name: str, tmp_path: pathlib
     parts = [part for file in made.parts for part in file]
     rows = sum(part.rows for part in parts)
     assert rows == (164 if config.max_samples is None else 70)
-    estimate = teacher_store.size_of(made.total("tokens"), rows, len(parts), LAYOUT)
+    estimate = teacher_store.size_of(made.total("tokens"), rows, len(parts), LAYOUT.width)
     assert made.total("size") <= estimate <= 1.2 * made.total("size")
 
 
@@ -206,6 +209,81 @@ def test_what_was_cached_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cache.json").write_text((tmp_path / "cache.json").read_text().replace('"stride": 4', '"stride": 3'))
     with pytest.raises(UserError, match="is damaged"):
         TeacherManifest.planned(str(tmp_path))
+
+
+class Bytes(WordTokenizer):
+    """A token is a byte, or two digits if there is a token for them."""
+
+    bos_id = 1
+    eos_id = 0
+
+    def __init__(self, pairs: int):
+        digits = [f"{pair:02}".encode() for pair in range(pairs)]
+        self.spellings = [b"", b"", *(bytes([byte]) for byte in range(256)), *digits]
+        self.vocab_size, self.identity = len(self.spellings), {"kind": "bytes", "hash": pairs, "eos_id": 0}
+        self._id = {spelling: id for id, spelling in enumerate(self.spellings)}
+        self._pieces = re.compile(b"|".join([*digits, b"."]), re.DOTALL)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [[self._id[piece] for piece in self._pieces.findall(text.encode())] for text in texts]
+        return np.array([id for some in ids for id in some], np.int32), np.array(list(map(len, ids)), np.int64)
+
+
+def ends_of(tokenizer: Bytes, tokens: np.ndarray) -> np.ndarray:
+    return np.cumsum([len(tokenizer.spellings[token]) for token in tokens])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(40, 70), (0, 100), (100, 0), (50, 50)])
+def test_a_teacher_with_another_tokenizer(theirs: int, ours: int, tmp_path: pathlib.Path) -> None:
+    """Killed anywhere, it writes the same; each token that ends where one of the teacher's does gets that record."""
+    config, teacher, run = source(), Bytes(theirs), Bytes(ours)
+    spellers = Speller(teacher, "the teacher's"), Speller(run, "the run's")
+
+    def score(found: list[np.ndarray]) -> list[np.ndarray]:
+        assert all(tokens[-1] == teacher.eos_id for tokens in found)
+        return [records_of(ends_of(teacher, tokens), 1 + np.arange(len(tokens))) for tokens in found]
+
+    def made(folder: pathlib.Path) -> Any:
+        vocabulary = [spelling.decode("latin-1") for spelling in teacher.spellings]
+        said = {"layout": LAYOUT, "context": 8, "stride": 4, "part_rows": 16, "vocabulary": vocabulary}
+        planned = TeacherManifest.of(config, config, teacher, add_bos=True, teacher={"found": "x"}, **said)
+        return Job("a", str(folder), config, config, teacher, 5.0), planned
+
+    assert write(made(tmp_path / "whole"), score=score, spellers=spellers) == [True]
+    for _ in range(2):
+        with pytest.raises(KilledError):
+            write(made(tmp_path / "killed"), score=Killed(1, score), spellers=spellers)
+    assert write(made(tmp_path / "killed"), workers=2, score=score, spellers=spellers)[-1]
+    manifest = TeacherManifest.verify(str(tmp_path / "whole"))
+    assert manifest == TeacherManifest.verify(str(tmp_path / "killed"))
+    store = TeacherStore(str(tmp_path / "killed"), manifest, spellers[1])
+    share = [0, 0]
+    for file, texts in enumerate(config.rows):
+        for row, text in enumerate(texts):
+            ids = run.encode_batch([text])[0]
+            if not len(ids):
+                continue
+            tokens = np.concatenate([[run.bos_id], ids, [run.eos_id]]).astype(np.int32)
+            found = store.read(file, np.array([row]), tokens, np.array([len(tokens)]))
+            at = {
+                end: 2 + index for index, end in enumerate(ends_of(teacher, teacher.encode_batch([text])[0]).tolist())
+            }
+            at[0] = 1  # after BOS
+            mine = ends_of(run, tokens).tolist()
+            wanted = [records_of(np.int64(end), np.int64(at[end])) if end in at else np.zeros(5) for end in mine]
+            wanted[-1] = np.zeros(5)
+            np.testing.assert_array_equal(found, wanted)
+            share[0] += sum(end in at for end in mine[1:-1])
+            share[1] += len(ids)
+    counts = TeacherWriter(*made(tmp_path / "again"), 0, 1, spellers)
+    counts.sample()
+    assert (counts.alignment.unfollowed, counts.alignment.documents > 5) == (0, True)
+    assert (share[0] == share[1]) == (theirs in (0, ours))
+    with pytest.raises(UserError, match="has other tokens for row 0 of file-0"):
+        store.read(0, np.array([0]), np.append(run.encode_batch(["another"])[0], 0), np.array([8]))
+    where, planned = made(tmp_path / "whole")
+    with pytest.raises(UserError, match="vocabulary: the cache has"):
+        TeacherWriter(where, dataclasses.replace(planned, vocabulary=None), 0, 1)
 
 
 def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
