@@ -537,7 +537,7 @@ class Llama(BaseModel):
         names = [self.attention_choice(batch_size, seq_len).name]
         if self.config.experts is not None and self.mesh is not None and self.mesh.shape["expert"] > 1:
             names.append("xla")  # exchanges of experts are loops inside the loop over layers too
-        options = attention.compiler_options(self.mesh, *names)
+        options = attention.compiler_options(self.mesh, *names, unrolled=self.config.scan_layers is False)
         return options | (fp8.GPU_OPTIONS if self.is_fp8 and attention.platform_of(self.mesh) == "gpu" else {})
 
     def _attention_shape(self, batch_size: int, seq_len: int, kind: Kind) -> attention.Shape:
