@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> Config:
             dtype="float32",
             remat="none",
         ),
-        tokenizer=TrainTokenizer(kind="sentencepiece", vocab_size=4096, max_samples=400, sample_mb=4.0),
+        tokenizer=TrainTokenizer(kind="sentencepiece", vocab_size=4096, max_samples=400, sample_mb=1.0),
         data=DataConfig(sources={"python": TextFiles()}, num_lanes=8, holdout=0.03),
         stages=(Stage(seq_len=256, batch_size=16),),
         steps=120,

@@ -1,5 +1,7 @@
 """An optimizer in one file: Lion (Chen et al. 2023, arXiv:2302.06675) from optax.
 
+`--config.optimizer=Lion` is built in; this file shows how one is added.
+
 python -m jaxtrain.main --config=examples/lion.py
 """
 

@@ -77,18 +77,21 @@ class Hidden(NamedTuple):
         losses: Auxiliary losses by name, fp32 scalars, each a mean over the rows given and already weighted, such as a
             router's load balance. They are added to the loss, weighted by the tokens of each micro-batch.
         metrics: fp32 scalars to report, averaged in the same way.
+        max_logits: The largest attention logit of each head, fp32 [L, H]; None unless asked for (ClippableModel).
     """
 
     x: Array
     losses: Mapping[str, Array] = {}
     metrics: Mapping[str, Array] = {}
+    max_logits: Array | None = None
 
 
 class Model(Protocol):
     """Pure functions of a tree of fp32 parameters, called inside `jax.jit`.
 
     `model.base.BaseModel` derives the attributes from `axes` and `init`, and has defaults for the last two methods; a
-    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols.
+    subclass of it writes `init`, `hidden`, `head` and `flops_per_token`. Optional abilities are separate protocols, and
+    the attribute `width_ratio`: see `WidthScaledConfig`.
 
     Attributes:
         config: What built it, with derived values filled in.
@@ -179,6 +182,23 @@ class EightBitModel(Protocol):
 
 
 @runtime_checkable
+class ClippableModel(Protocol):
+    """A model that QK-clip (an optimizer's `qk_clip`) is for."""
+
+    def watching_logits(self) -> Model:
+        """The same model, with the same parameters, whose `hidden` also returns `max_logits`.
+
+        Raises:
+            UserError: Scaling the weights would not bound the logits.
+        """
+        ...
+
+    def clip_logits(self, params: Params, max_logits_LH: Array, threshold: float) -> Params:
+        """Scales the weights of queries and keys, so that logits of heads above the threshold shrink to it."""
+        ...
+
+
+@runtime_checkable
 class CachingModel(Protocol):
     """A model that generates with a key/value cache. For any other, each new token recomputes the whole text.
 
@@ -259,12 +279,22 @@ class Optimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class AveragingOptimizer(Optimizer, Protocol):
+    """An optimizer whose parameters are an average: good to evaluate, while gradients are taken elsewhere."""
+
+    def gradient_at(self, params: Params, state: Any, /) -> Params:
+        """The parameters whose loss and gradient a step computes."""
+        ...
+
+
 class OptimizerConfig(Dataclass, Protocol):
     """A dataclass that describes an optimizer. `optim.base.OptaxConfig` makes one of any optax transformation.
 
     Attributes:
         learning_rate: The peak rate.
         schedule: Scales the peak rate over the run.
+        qk_clip: Optional: the largest attention logit that the train step leaves (ClippableModel); None for any.
     """
 
     learning_rate: float
@@ -272,6 +302,19 @@ class OptimizerConfig(Dataclass, Protocol):
 
     def build(self, axes: Axes, mesh: Mesh | None) -> Optimizer:
         """axes: the parameters' logical axes, which distinguish matrices, embeddings and biases."""
+        ...
+
+
+@runtime_checkable
+class WidthScaledConfig(Protocol):
+    """An optimizer's config that a model with width transfer, whose `width_ratio` is not 1, can use."""
+
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        """As `build`, with the learning rates of the matrices of layers for a model so many times as wide.
+
+        Raises:
+            UserError: The optimizer has no rule for it.
+        """
         ...
 
 

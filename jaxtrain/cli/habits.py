@@ -34,6 +34,13 @@ _INSTEAD = {
         "max_target_length"
     ),
     "--config.optimizer.learning_rate=3e-4": "lr learning_rate max_lr peak_lr",
+    "--config.optimizer=AdamW": "adam adam_w adamw_torch adamw_torch_fused",
+    "--config.optimizer=ScheduleFreeAdamW": "schedule_free schedulefree schedule_free_adam",
+    "--config.optimizer=Signum": "tiger signsgd sign_sgd",
+    (
+        "--config.optimizer=Muon or a file of your own (CONTRIBUTING.md), since optax has no SOAP or Shampoo, and its "
+        "Sophia needs second derivatives of the loss, which no step computes"
+    ): "soap shampoo sophia",
     "--config.optimizer.schedule=Cosine, Constant, Linear or WSD": "lr_scheduler lr_scheduler_type scheduler schedule",
     "--config.optimizer.schedule.warmup_fraction=0.01 or --config.optimizer.schedule.warmup_tokens=N": (
         "warmup warmup_steps warmup_ratio num_warmup_steps warmup_iters"

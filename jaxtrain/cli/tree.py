@@ -169,10 +169,10 @@ def _parsed(value: Any, hint: Any, change: Change, given: Mapping[str, Change]) 
     usage = f"; or choose {' or '.join(known)}" if known else ""
     if typed.is_group(value):
         keys = ", ".join(typed.entries(value, hint))
-        below = next(leaves(value, hint, target), (target, hint, None))
+        below, advice = next(leaves(value, hint, target), (target, hint, None)), habits.advice(change.text)
         raise UserError(
             f"{change.flag}: {_kind(value)} cannot be written as text; set its entries, for example "
-            f"{below[0]}={typed.example(below[1])} ({keys}){usage}"
+            f"{below[0]}={typed.example(below[1])} ({keys}){usage}" + (advice and f".{advice}")
         )
     example = typed.example(hint)
     fix = f", for example {target}={example}" if example else usage or "; set it in the config file"

@@ -98,6 +98,11 @@ def load(
         TransientError: the network fails.
     """
     model = families.llama(model)
+    if model.config.width_transfer != "none":
+        raise UserError(
+            f"{folder_or_id} was trained without width transfer, and with width_transfer='mup' its weights would be "
+            "another function: set model.width_transfer, base_width and base_head_dim to none."
+        )
     files = _Files(folder_or_id, revision)
     paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(model.shapes)[0]]
     files.check(model, {tensor.name for path in paths for tensor in families.tensors(path, files.kind, model)})

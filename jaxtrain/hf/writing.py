@@ -61,7 +61,7 @@ def export(
     Raises:
         UserError: no architecture in transformers can express the model.
     """
-    model = families.llama(model)
+    model, params = families.llama(model).without_width_transfer(params)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}.")
     content = {} if tokenizer is None else tokenizer.content(add_bos=add_bos)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.distributed.sharding import spec
+from jaxtrain.distributed.sharding import BATCH_MESH_AXES, spec
 from jaxtrain.errors import UserError
+from jaxtrain.model import attention_xla
 from jaxtrain.model.attention_xla import attend_xla
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -202,6 +203,45 @@ def attend_one(
     return x_BKGh.reshape(batch, 1, heads, width).astype(q_BTHh.dtype)
 
 
+def max_logits(
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    mesh: Mesh | None,
+    sliding_window: int | None = None,
+    query_scalar: float | None = None,
+) -> jax.Array:
+    """The largest attention logit of each query head over the rows and all visible keys. Arguments: see `attend`.
+
+    Exact for any implementation of `attend`, by one more product of queries and keys, which has no gradient.
+
+    Returns:
+        fp32 [H], the same on all devices.
+    """
+    q_BTHh, k_BTKh = jax.lax.stop_gradient((q_BTHh, k_BTKh))
+    find = functools.partial(attention_xla.max_logits, sliding_window=sliding_window, query_scalar=query_scalar)
+    if mesh is None or mesh.size == 1:
+        return find(q_BTHh, k_BTKh, segment_ids_BT)
+    rows, names = spec(("batch", None)), ("batch", None, "activation_heads", None)
+    trades = mesh.shape["context"] > 1 and share_of_context(mesh, q_BTHh.shape[2], k_BTKh.shape[2]) is not None
+    if trades:
+        names = ("batch", "sequence", "activation_heads", None)
+
+    def device(q_BTHh: jax.Array, k_BTKh: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        if trades:
+            q_BTHh, k_BTKh = _to_heads(mesh.shape["context"], q_BTHh, k_BTKh)
+        top_H = find(q_BTHh, k_BTKh, segment_ids_BT)
+        if trades:
+            top_H = jax.lax.all_gather(top_H, "context", tiled=True)
+        return jax.lax.pmax(top_H, BATCH_MESH_AXES)
+
+    heads, all_heads = spec(names), spec(("activation_heads",))
+    return jax.shard_map(device, mesh=mesh, in_specs=(heads, heads, rows), out_specs=all_heads, check_vma=False)(
+        q_BTHh, k_BTKh, segment_ids_BT
+    )
+
+
 def share_of_context(mesh: Mesh | None, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:
     """Returns (query heads, key heads) per device, over whole rows, if `context` splits the sequence.
 
@@ -223,16 +263,18 @@ def _repeats(heads: int, kv_heads: int, context: int) -> int:
 
 
 def _by_heads(kernel: Any, context: int) -> Any:
-    def trade(x: jax.Array, give: int, take: int) -> jax.Array:
-        return jax.lax.all_to_all(x, "context", split_axis=give, concat_axis=take, tiled=True)
-
     def attend_share(q_BTHh, k_BTKh, v_BTKh, documents):
-        copies = _repeats(q_BTHh.shape[2], k_BTKh.shape[2], context)
-        k, v = (x if copies == 1 else x.repeat(copies, axis=2) for x in (k_BTKh, v_BTKh))
-        x_BTHh = kernel(*(trade(x, 2, 1) for x in (q_BTHh, k, v)), documents)
-        return trade(x_BTHh, 1, 2)
+        x_BTHh = kernel(*_to_heads(context, q_BTHh, k_BTKh, v_BTKh), documents)
+        return jax.lax.all_to_all(x_BTHh, "context", split_axis=1, concat_axis=2, tiled=True)
 
     return attend_share
+
+
+def _to_heads(context: int, q_BTHh: jax.Array, *keys_BTKh: jax.Array) -> list[jax.Array]:
+    """Trades a device's part of the sequence for its part of the heads, of queries, and of keys and values."""
+    copies = _repeats(q_BTHh.shape[2], keys_BTKh[0].shape[2], context)
+    arrays = [q_BTHh, *(x if copies == 1 else x.repeat(copies, axis=2) for x in keys_BTKh)]
+    return [jax.lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in arrays]
 
 
 def compiler_options(mesh: Mesh | None, *names: str, unrolled: bool = False) -> dict[str, str]:

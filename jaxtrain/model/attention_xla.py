@@ -117,6 +117,30 @@ def _backward(sliding_window, query_scalar, softcap, residuals, dx_BTHh):
 attend_xla.defvjp(_forward, _backward)
 
 
+def max_logits(
+    q_BTHh: jax.Array,
+    k_BTKh: jax.Array,
+    segment_ids_BT: jax.Array,
+    sliding_window: int | None,
+    query_scalar: float | None,
+) -> jax.Array:
+    """The largest score of each query head over all rows and visible keys, fp32 or wider [H]. Padding is left out."""
+    divisor = math.sqrt(query_scalar or q_BTHh.shape[-1])
+    q_BKGTh, k_BKTh = _grouped(q_BTHh, k_BTKh.shape[2]), _by_head(k_BTKh)
+    see = _Mask(segment_ids_BT, sliding_window)
+    tops = []
+    for start, stop, first in _groups(see.length, sliding_window):
+
+        def block_row(row, carry, k_BKSh=k_BKTh[:, :, first:stop], first=first):
+            top_BKR = see(_scores(_rows(q_BKGTh, row), k_BKSh, divisor, None), row, first).max(-1)
+            top_BKGr = top_BKR.reshape(*q_BKGTh.shape[:3], -1)
+            own_Br = jax.lax.dynamic_slice_in_dim(see.segments, row, top_BKGr.shape[-1], 1)
+            return jnp.where(own_Br[:, None, None] > 0, top_BKGr, MASKED).max((0, 3)), carry
+
+        tops.append(_over_rows(block_row, start, stop, ())[0])
+    return jnp.concatenate(tops).max(0).reshape(-1)
+
+
 def _padded_length(seq_len: int) -> int:
     return seq_len if seq_len <= BLOCK else -(-seq_len // BLOCK) * BLOCK
 

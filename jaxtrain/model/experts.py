@@ -92,9 +92,9 @@ class MixtureOfExperts(nnx.Module):
         def normal(std: float, sizes: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return nnx.Param(std * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes)
 
-        self.router = normal(config.initializer_std, (D, E), ("embed", "router"))
-        self.gate = normal(config.initializer_std, (E, D, F), ("experts", "embed", "mlp"))
-        self.up = normal(config.initializer_std, (E, D, F), ("experts", "embed", "mlp"))
+        self.router = normal(config.hidden_std, (D, E), ("embed", "router"))
+        self.gate = normal(config.hidden_std, (E, D, F), ("experts", "embed", "mlp"))
+        self.up = normal(config.hidden_std, (E, D, F), ("experts", "embed", "mlp"))
         self.down = normal(config.output_std, (E, F, D), ("experts", "mlp", "embed"))
         self.experts = experts
         self.mesh = mesh

@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         width, head = config.hidden_size, config.resolved_head_dim
         queries, keys = config.num_heads * head, config.num_kv_heads * head
         linear = functools.partial(Linear, mesh=mesh, rngs=rngs, fp8=fp8)
-        std, bias = config.initializer_std, config.attention_bias
+        std, bias = config.hidden_std, config.attention_bias
         self.q = linear((width, queries), ("embed", "heads"), std, bias)
         self.k = linear((width, keys), ("embed", "kv_heads"), std, bias)
         self.v = linear((width, keys), ("embed", "kv_heads"), std, bias)
@@ -128,6 +128,7 @@ class Attention(nnx.Module):
         sizes = ((head, "head_dim"),) * 2 if config.qk_norm_over == "head" else ((queries, "heads"), (keys, "kv_heads"))
         self.q_norm, self.k_norm = (Norm(*size, config) if config.qk_norm else None for size in sizes)
         self.head_dim = head
+        self.query_scale = config.query_scale
 
     def __call__(
         self, x: jax.Array, shape_BT: tuple[int, ...], rope: Rope | None, attend: Attend
@@ -135,6 +136,8 @@ class Attention(nnx.Module):
         q_BTHh, k_BTKh, v_BTKh = (p.to_heads(x, shape_BT, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHh, k_BTKh = _normed(self.q_norm, q_BTHh), _normed(self.k_norm, k_BTKh)
+        if self.query_scale != 1:
+            q_BTHh = q_BTHh * self.query_scale
         if rope is not None:
             q_BTHh, k_BTKh = (rotate(x, *rope, platform_of(self.q.mesh)) for x in (q_BTHh, k_BTKh))
         y_BTHh, extra = attend(q_BTHh, k_BTKh, v_BTKh)
@@ -155,8 +158,8 @@ class MLP(nnx.Module):
     def __init__(self, config: "LlamaConfig", mesh: Mesh | None, rngs: nnx.Rngs, fp8: bool):
         linear = functools.partial(Linear, bias=config.mlp_bias, mesh=mesh, rngs=rngs, fp8=fp8)
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate = linear((width, inner), ("embed", "mlp"), config.initializer_std) if config.gated_mlp else None
-        self.up = linear((width, inner), ("embed", "mlp"), config.initializer_std)
+        self.gate = linear((width, inner), ("embed", "mlp"), config.hidden_std) if config.gated_mlp else None
+        self.up = linear((width, inner), ("embed", "mlp"), config.hidden_std)
         self.down = linear((inner, width), ("mlp", "embed"), config.output_std)
         self.activation = ACTIVATIONS[config.hidden_act]
 

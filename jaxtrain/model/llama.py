@@ -6,6 +6,7 @@ repeat a pattern of kinds (pattern.py). They are stacked ([L, ...] parameters) a
 not grow with depth. Shapes: see interfaces.py.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -102,6 +104,11 @@ class LlamaConfig:
         scale_embeddings: Whether embeddings are multiplied by the root of hidden_size (Gemma).
         initializer_std: Standard deviation of all matrices. The two projections into the residual stream use it divided
             by sqrt(2 * num_layers) (GPT-2, Radford et al. 2019, section 2.3).
+        width_transfer: "mup": initialization, multipliers and learning rates such that the best learning rate is that
+            of the model with base_width, whose other widths are smaller in the same proportion; see docs/optimizers.md.
+            "none": as at base_width.
+        base_width: The hidden_size of that model, for "mup".
+        base_head_dim: Its head_dim; None for this model's, if a wider model has more heads instead of wider ones.
         dtype: Type of activations and matmuls: "bfloat16", "float32", or "float64" for tests. Parameters, norms and
             softmax are fp32.
         remat: What the backward pass recomputes: "none"; "full", a whole layer; "dots", everything but its matmuls with
@@ -142,6 +149,9 @@ class LlamaConfig:
     scale_embeddings: bool = False
     experts: Experts | None = dataclasses.field(default=None, metadata={cli.BEFORE: None})
     initializer_std: float = 0.02
+    width_transfer: str = "none"
+    base_width: int | None = None
+    base_head_dim: int | None = None
     dtype: str = "bfloat16"
     remat: str = dataclasses.field(default="auto", metadata={cli.BEFORE: "full"})
     scan_layers: bool | None = dataclasses.field(default=None, metadata={cli.BEFORE: True})
@@ -149,6 +159,7 @@ class LlamaConfig:
 
     def check(self) -> None:
         widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        widths += ("base_width", "base_head_dim")
         positions = ("max_seq_len", "sliding_window", "no_rope_every")
         most = {**dict.fromkeys(widths, 1 << 24), "num_layers": MOST_LAYERS, **dict.fromkeys(positions, (1 << 31) - 1)}
         for name, limit in most.items():
@@ -185,6 +196,7 @@ class LlamaConfig:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be above 0.")
         for name, allowed in (
+            ("width_transfer", ("none", "mup")),
             ("dtype", ("bfloat16", "float32", "float64")),
             ("remat", REMAT),
             ("attention", attention.IMPLEMENTATIONS),
@@ -195,6 +207,15 @@ class LlamaConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}='{getattr(self, name)}' is not known. Use one of: {', '.join(allowed)}.")
+        if self.width_transfer == "mup" and self.base_width is None:
+            raise UserError("width_transfer='mup' needs base_width: the hidden_size at which you tune learning rates.")
+        if self.width_transfer == "none" and (self.base_width or self.base_head_dim):
+            raise UserError(
+                f"base_width={self.base_width} and base_head_dim={self.base_head_dim} do nothing with "
+                "width_transfer='none': set it to 'mup', or them to none."
+            )
+        if self.width_transfer == "mup" and self.scale_embeddings:
+            raise UserError("width_transfer='mup' is not for scale_embeddings, whose factor grows with the width.")
 
     def _check_pattern(self, layers: str) -> None:
         if self.no_rope_every is not None:
@@ -233,9 +254,24 @@ class LlamaConfig:
         return int(self.resolved_head_dim * self.partial_rotary_factor)
 
     @property
+    def width_ratio(self) -> float:
+        """The width as a multiple of that of the model whose learning rates it shares; 1 without width transfer."""
+        return 1.0 if self.base_width is None else self.hidden_size / self.base_width
+
+    @property
+    def hidden_std(self) -> float:
+        """Initial standard deviation of the layers' matrices."""
+        return self.initializer_std / math.sqrt(self.width_ratio)
+
+    @property
     def output_std(self) -> float:
         """Initial standard deviation of the projections into the residual stream."""
-        return self.initializer_std / math.sqrt(2 * self.num_layers)
+        return self.hidden_std / math.sqrt(2 * self.num_layers)
+
+    @property
+    def query_scale(self) -> float:
+        """With width transfer, logits of attention are divided by the width of a head, not by its root."""
+        return math.sqrt((self.base_head_dim or self.resolved_head_dim) / self.resolved_head_dim)
 
     def build(self, vocab_size: int, mesh: Mesh | None) -> "Llama":
         """Builds the model for ids below `vocab_size`.
@@ -251,19 +287,21 @@ class LlamaConfig:
 
 
 class Llama(BaseModel):
-    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel and CachingModel.
+    """Implements interfaces.Model, AttentionModel, BoundedModel, EightBitModel, ClippableModel and CachingModel.
 
     Parameters are {"embedding": [V, D], "norm": ..., "head": [D, V] unless tied, "layers": a DecoderLayer's, stacked}.
     Layers with experts are in a stack of their own, "expert_layers" (pattern.Kind.stack).
     """
 
     config: LlamaConfig
+    watches_logits = False
 
     @one_thread_at_a_time
     def __init__(self, config: LlamaConfig, vocab_size: int, mesh: Mesh | None, in_fp8: bool = False):
         config.check()
         self.config = config = dataclasses.replace(config, head_dim=config.resolved_head_dim)
         self.vocab_size, self.mesh, self.is_fp8 = vocab_size, mesh, in_fp8
+        self.width_ratio = config.width_ratio
         # An NNX module consists of a graph (structure) and a state (arrays). Here the arrays are abstract.
         self._frame_graph, frame = nnx.split(nnx.eval_shape(lambda: self._frame(jax.random.key(0))))
         self._pattern = config.pattern
@@ -335,17 +373,28 @@ class Llama(BaseModel):
         documents = attention.documents(segment_ids_BT, self.mesh, implementation, shape)
 
         def attend_with(kind: Kind, _: None) -> Attend:
-            def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, None]:
-                return self._attend(kind, q_BTHh, k_BTKh, v_BTKh, documents, implementation), None
+            def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, Any]:
+                top_H = None
+                if self.watches_logits:
+                    top_H = attention.max_logits(
+                        q_BTHh,
+                        k_BTKh,
+                        segment_ids_BT,
+                        mesh=self.mesh,
+                        sliding_window=self._window(kind),
+                        query_scalar=self.config.query_pre_attn_scalar,
+                    )
+                return self._attend(kind, q_BTHh, k_BTKh, v_BTKh, documents, implementation), top_H
 
             return attend
 
         policy = remat_policy(self.config.remat) if self.config.remat != "none" else None
         real_BT = segment_ids_BT != 0
-        x_BTD, _, statistics = self._decode(params, tokens_BT, positions_BT, real_BT, attend_with, None, policy)
+        x_BTD, tops, statistics = self._decode(params, tokens_BT, positions_BT, real_BT, attend_with, None, policy)
+        max_logits_LH = pattern.in_order(tops) if self.watches_logits else None
         if self.config.experts is None:
-            return Hidden(x_BTD)
-        return Hidden(x_BTD, *experts.losses_and_metrics(self.config.experts, statistics))
+            return Hidden(x_BTD, max_logits=max_logits_LH)
+        return Hidden(x_BTD, *experts.losses_and_metrics(self.config.experts, statistics), max_logits_LH)
 
     def head(self, params: Params) -> jax.Array | SoftCapped:
         """The output head, fp32 w_DV. Its padding columns are zero, so their logits must be masked."""
@@ -428,7 +477,10 @@ class Llama(BaseModel):
         scanned, rest = extras
         statistics = [found for _, found in (*scanned, *rest) if found]
         extras = tuple(extra for extra, _ in scanned), tuple(extra for extra, _ in rest)
-        return frame.norm(x).reshape(*tokens_BT.shape, -1), extras, statistics
+        x = frame.norm(x)
+        if self.width_ratio != 1:  # the multiplier of the logits, for a head that may be the embedding
+            x = x / self.width_ratio
+        return x.reshape(*tokens_BT.shape, -1), extras, statistics
 
     def _rotations(self, positions_BT: jax.Array, dtype: jnp.dtype) -> dict[Kind, tuple[jax.Array, jax.Array] | None]:
         """The rotary tables of each kind of layer; None without rotary positions."""
@@ -532,6 +584,60 @@ class Llama(BaseModel):
                 *(shape.platform.upper(), self.config.dtype),
             )
         return Llama(self.config, self.vocab_size, self.mesh, in_fp8=True)
+
+    def without_width_transfer(self, params: Params) -> tuple["Llama", Params]:
+        """The same function as a model without width transfer, whose weights hold the multipliers."""
+        config = self.config
+        if config.width_transfer == "none":
+            return self, params
+        changes: Any = {"width_transfer": "none", "base_width": None, "base_head_dim": None}
+        model = Llama(dataclasses.replace(config, **changes), self.vocab_size, self.mesh, self.is_fp8)
+        params = jax.tree.map(lambda leaf: leaf, params)  # copies the dicts
+        shift = float(config.norm == "rms_plus_one")
+
+        def normed(leaves: Params, factor: float) -> Params:
+            scale = (leaves["scale"] + shift) * factor - shift
+            return {name: scale if name == "scale" else leaf * factor for name, leaf in leaves.items()}
+
+        params["norm"] = normed(params["norm"], 1 / self.width_ratio)
+        for stack in self.stacks:
+            module = params[stack]["attention"]
+            if config.qk_norm:  # which would undo the scale of the projection
+                module["q_norm"] = normed(module["q_norm"], config.query_scale)
+            else:
+                module["q"] = {name: leaf * config.query_scale for name, leaf in module["q"].items()}
+        return model, params
+
+    def watching_logits(self) -> "Llama":
+        for name in ("qk_norm", "attn_logit_softcapping"):
+            if getattr(self.config, name):
+                raise UserError(f"qk_clip is not for a model with {name}, which already bounds the logits: drop one")
+        model = copy.copy(self)  # shares what this one has found out about its kernels
+        model.watches_logits = True
+        return model
+
+    def clip_logits(self, params: Params, max_logits_LH: jax.Array, threshold: float) -> Params:
+        """QK-clip (Kimi K2, arXiv 2507.20534, algorithm 1): W_q and W_k by sqrt(threshold / largest logit).
+
+        Query heads that share a key head share the largest logit of them all.
+        """
+        config = self.config
+        top_LK = max_logits_LH.reshape(config.num_layers, config.num_kv_heads, -1).max(-1)
+        scale_LK = jnp.sqrt(threshold / jnp.maximum(top_LK, threshold))
+
+        def scaled(leaf: jax.Array, scale_LK: jax.Array, heads: int) -> jax.Array:
+            """leaf: [L, ..., heads * h], a kernel or a bias."""
+            scale_LX = scale_LK.repeat(heads // config.num_kv_heads * config.resolved_head_dim, axis=1)
+            return leaf * scale_LX.reshape(leaf.shape[0], *(1,) * (leaf.ndim - 2), -1)
+
+        params = {**params}
+        for stack, layers in self.stacks.items():
+            module = {**params[stack]["attention"]}
+            for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+                scales = scale_LK[np.array(layers)]
+                module[name] = {leaf: scaled(value, scales, heads) for leaf, value in module[name].items()}
+            params[stack] = {**params[stack], "attention": module}
+        return params
 
     def compiler_options(self, batch_size: int, seq_len: int) -> dict[str, str]:
         names = [self.attention_choice(batch_size, seq_len).name]

@@ -125,8 +125,7 @@ def run(
     per_period = {name: len(found) for name, found in stacks(pattern, period).items()}
     cut = {name: _cut(params[name], repeats * per_period.get(name, 0)) for name in params}
 
-    def some(x: Any, kinds: Sequence[Kind], params: Mapping[str, Any], extras: Sequence[Any]) -> tuple[Any, tuple]:
-        left = {name: _unstacked(stack) for name, stack in params.items()}
+    def some(x: Any, kinds: Sequence[Kind], left: Mapping[str, list[Any]], extras: Sequence[Any]) -> tuple[Any, tuple]:
         outputs = []
         for kind, extra in zip(kinds, extras, strict=True):
             x, output = layers[kind](x, left[kind.stack].pop(0), extra)
@@ -135,14 +134,27 @@ def run(
 
     outputs: tuple[Any, ...] = ()
     if repeats:
+
+        def one_period(x: Any, inputs: tuple[dict[str, Any], Sequence[Any]]) -> tuple[Any, tuple]:
+            left = {name: [stack] if per_period[name] == 1 else _unstacked(stack) for name, stack in inputs[0].items()}
+            return some(x, pattern, left, inputs[1])
+
+        # A stack with one layer in a period stays as it is: XLA on CPUs copies any view of it in every pass.
         periods = {
-            name: jax.tree.map(lambda leaf, name=name: leaf.reshape(repeats, per_period[name], *leaf.shape[1:]), head)
-            for name, (head, _) in cut.items()
-            if name in per_period
+            name: head if count == 1 else jax.tree.map(lambda x, n=count: x.reshape(repeats, n, *x.shape[1:]), head)
+            for name, count in per_period.items()
+            for head, _ in [cut[name]]
         }
-        x, outputs = jax.lax.scan(lambda x, inputs: some(x, pattern, *inputs), x, (periods, scanned))
-    x, after = some(x, rest, {name: tail for name, (_, tail) in cut.items()}, last)
+        x, outputs = jax.lax.scan(one_period, x, (periods, scanned))
+    x, after = some(x, rest, {name: _unstacked(tail) for name, (_, tail) in cut.items()}, last)
     return x, (outputs, after)
+
+
+def in_order(outputs: Extras) -> jax.Array:
+    """The extra outputs of all layers, if each is one array of the same shape, [L, ...]."""
+    scanned, after = outputs
+    periods = [jnp.stack(scanned, axis=1).reshape(-1, *scanned[0].shape[1:])] if scanned else []
+    return jnp.concatenate([*periods, *(output[None] for output in after)])
 
 
 def _cut(stack: Any, at: int) -> tuple[Any, Any]:

@@ -14,7 +14,16 @@ import optax
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import is_axes
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Axes, Mesh, Optimizer, Params, ScheduleConfig
+from jaxtrain.interfaces import (
+    Axes,
+    Mesh,
+    Model,
+    Optimizer,
+    OptimizerConfig,
+    Params,
+    ScheduleConfig,
+    WidthScaledConfig,
+)
 from jaxtrain.plan.schedules import Cosine
 
 
@@ -57,6 +66,52 @@ def from_optax(transformation: Transformation) -> Optimizer:
 
 
 @dataclasses.dataclass(kw_only=True)
+class DecoupledConfig:
+    """An optimizer that moves along a direction of optax, with decoupled weight decay. Base of the built-in ones.
+
+    A subclass adds fields and writes `direction`. A parameter p moves by -learning_rate * (direction + weight_decay
+    * p) (Loshchilov and Hutter, arXiv 1711.05101, in the form of PyTorch and optax: the learning rate multiplies the
+    decay). Norms and biases never decay.
+
+    Attributes:
+        learning_rate: The peak rate, which `schedule` scales.
+        schedule: A dataclass of plan/schedules.py.
+        weight_decay: Of each step, as a multiple of the learning rate.
+        decay_embeddings: Whether the embedding decays. Off as in OLMo 2 (arXiv 2501.00656): a decayed embedding makes
+            hidden states small, and so the gradients of the first layers large. A separate output head always decays.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+
+    def check(self) -> None:
+        check_rate(self.learning_rate)
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay={self.weight_decay}: give 0 or more; 0.1 is usual.")
+
+    def direction(self) -> optax.GradientTransformation:
+        """The transformation of gradients to directions, without learning rate and weight decay."""
+        raise NotImplementedError
+
+    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
+        """The optimizer, whose state is that of `direction`."""
+        return self.build_scaled(axes, mesh, 1.0)
+
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
+        """See interfaces.WidthScaledConfig. The entries of a direction must have a size that no width changes."""
+        direction = self.direction()
+        decays, scales = decay_mask(axes, self.decay_embeddings), rate_scales(axes, 1 / width_ratio)
+
+        def update(grads: Params, state: Any, params: Params, learning_rate: jax.Array) -> tuple[Params, Any]:
+            updates, state = direction.update(grads, state, params)
+            return apply(params, updates, learning_rate, self.weight_decay, decays, scales), state
+
+        return Functions(direction.init, update)
+
+
+@dataclasses.dataclass(kw_only=True)
 class OptaxConfig:
     """The config of an optax optimizer. A subclass adds fields and writes `transformation`.
 
@@ -83,6 +138,20 @@ class OptaxConfig:
     def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
         decays = decay_mask(axes, decay_embeddings=False)
         return from_optax(lambda learning_rate: self.transformation(learning_rate, decays))
+
+
+def built(config: OptimizerConfig, model: Model, mesh: Mesh | None) -> Optimizer:
+    """The optimizer of a model, which may have width transfer.
+
+    Raises:
+        UserError: The optimizer has no rule for width transfer.
+    """
+    ratio = getattr(model, "width_ratio", 1.0)
+    if ratio == 1:
+        return config.build(model.axes, mesh)
+    if not isinstance(config, WidthScaledConfig):
+        raise UserError(f"width_transfer='mup' needs the method `build_scaled`, which {type(config).__name__} lacks")
+    return config.build_scaled(model.axes, mesh, ratio)
 
 
 def state_axes(optimizer: Optimizer, axes: Axes, params: Params) -> Any:
@@ -142,13 +211,48 @@ def decay_mask(axes_tree: Axes, decay_embeddings: bool) -> Params:
     )
 
 
-def apply(params: Any, updates: Any, learning_rate: jax.Array, weight_decay: float, decays: Any) -> Any:
-    """params - learning_rate * (updates + weight_decay * params), the decay where `decays` is True; dtypes are kept."""
+def rate_scales(axes_tree: Axes, scale: float) -> Any:
+    """A learning rate's factor for each parameter: `scale` for the layers' matrices, 1 for all others.
 
-    def step(p: jax.Array, u: jax.Array, decay: bool) -> jax.Array:
-        return (p - learning_rate * (u + weight_decay * p if decay else u)).astype(p.dtype)
+    Of these the fan-in grows with the width (Tensor Programs V, arXiv 2203.03466, table 8). Norms, biases and the
+    embedding have a finite one, and the output multiplier is what the head needs.
+    """
+    return jax.tree.map(lambda axes: scale if is_matrix(axes) else 1.0, axes_tree, is_leaf=is_axes)
 
-    return jax.tree.map(step, params, updates, decays)
+
+def apply(
+    params: Any,
+    updates: Any,
+    learning_rate: jax.Array,
+    weight_decay: float,
+    decays: Any,
+    scales: Any,
+    decayed: Any = None,
+) -> Any:
+    """params - learning_rate * (scale * update + weight_decay * decayed); dtypes are kept.
+
+    Args:
+        decays: Whether each parameter decays.
+        scales: Of `rate_scales`. The decay has none, so that it does not vanish with the width.
+        decayed: What the decay multiplies; None for the parameters themselves.
+    """
+
+    def step(p: jax.Array, u: jax.Array, decay: bool, scale: float, d: jax.Array) -> jax.Array:
+        u = u if scale == 1 else scale * u
+        return (p - learning_rate * (u + weight_decay * d if decay else u)).astype(p.dtype)
+
+    return jax.tree.map(step, params, updates, decays, scales, params if decayed is None else decayed)
+
+
+def check_decay_rates(name: str, rates: tuple[float, ...], example: str) -> None:
+    """Raises UserError if a decay rate of moving averages is not from 0 to below 1."""
+    if not all(0 <= rate < 1 for rate in rates):
+        raise UserError(f"{name}={rates}: give numbers from 0 to below 1, for example {example}.")
+
+
+def check_epsilon(epsilon: float) -> None:
+    if epsilon <= 0:
+        raise UserError(f"epsilon={epsilon}: give a value above 0, or unused parameters divide by zero.")
 
 
 def check_rate(learning_rate: float) -> None:

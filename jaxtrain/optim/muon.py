@@ -38,12 +38,16 @@ class Muon(AdamW):
     Attributes:
         momentum: Decay rate of the matrices' momentum.
         adam_ratio: The learning rate of AdamW's parameters, as a multiple of the matrices' rate.
-        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32". Other fields: see AdamW.
+        newton_schulz_dtype: "bfloat16", which suffices (Jordan 2024), or "float32".
+        qk_clip: After an update, the weights of a head's queries and keys shrink so that its largest attention logit of
+            the step would have been at most this: MuonClip (Kimi K2, arXiv 2507.20534, algorithm 1), which uses 100.
+            None for no clipping. Other fields: see AdamW.
     """
 
     momentum: float = 0.95
     adam_ratio: float = 1.0
     newton_schulz_dtype: str = "bfloat16"
+    qk_clip: float | None = None
 
     def check(self) -> None:
         super().check()
@@ -51,19 +55,28 @@ class Muon(AdamW):
             raise UserError(f"momentum={self.momentum}: give 0 or more, below 1; 0.95 is usual.")
         if self.adam_ratio < 0:
             raise UserError(f"adam_ratio={self.adam_ratio}: give 0 or more; 1 gives AdamW the same rate.")
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            raise UserError(f"qk_clip={self.qk_clip}: give the largest attention logit, for example 100, or none.")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise UserError(f'newton_schulz_dtype={self.newton_schulz_dtype!r}: give "bfloat16" or "float32".')
 
-    def build(self, axes: Axes, mesh: Mesh | None = None) -> Optimizer:
+    def build_scaled(self, axes: Axes, mesh: Mesh | None, width_ratio: float) -> Optimizer:
         """The optimizer. Newton-Schulz spreads layers and experts over the devices of `mesh`.
 
         Its state is {"momentum": matrices, "adam": ScaleByAdamState of the rest}, both as pruned parameter trees.
+
+        Args:
+            axes: The parameters' logical axes.
+            mesh: The device mesh.
+            width_ratio: The spectral norm of a matrix's update should be sqrt(n / m) (arXiv 2310.17813, condition 1),
+                which no width changes in proportion; that of Moonlight's scale grows with its root.
         """
         adam = optax.scale_by_adam(*self.betas, eps=self.epsilon)
         axes = flat(axes)
         matrices = [path for path, leaf in axes.items() if base.is_matrix(leaf)]
         others = [path for path in axes if path not in matrices]
         decays: Any = base.decay_mask(axes, self.decay_embeddings)
+        scales: Any = base.rate_scales(axes, width_ratio**-0.5)
         dtype = jnp.dtype(self.newton_schulz_dtype)
 
         def select(tree: dict[Path, Any], paths: list[Path]) -> dict[Path, Any]:
@@ -87,7 +100,8 @@ class Muon(AdamW):
                 (matrices, directions, learning_rate),
                 (others, flat(updates), learning_rate * self.adam_ratio),
             ):
-                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, select(decays, paths))
+                masks = (select(decays, paths), select(scales, paths))
+                new |= base.apply(select(flat_params, paths), moves, rate, self.weight_decay, *masks)
             return unflatten_dict(new), {"momentum": unflatten_dict(momentum), "adam": adam_state}
 
         return base.Functions(init, update)

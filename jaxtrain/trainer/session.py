@@ -27,10 +27,11 @@ from jaxtrain.distill import teacher
 from jaxtrain.distill.teacher import bytes_per_device
 from jaxtrain.distributed.sharding import AutoMesh, MeshConfig, replicated
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import AttentionModel, EightBitModel, Json, LossFn
+from jaxtrain.interfaces import AttentionModel, ClippableModel, EightBitModel, Json, LossFn
 from jaxtrain.losses.cached import Aligned, Layout
 from jaxtrain.metrics.monitor import Monitor
 from jaxtrain.model.generate import continuation
+from jaxtrain.optim import base as optim
 from jaxtrain.plan import Plan, StepPlan
 from jaxtrain.tokenizers.training import TrainTokenizer
 from jaxtrain.trainer import compatibility, compiler_options, meshes, open_data, scheduled, state, tuning, variants
@@ -410,7 +411,12 @@ def make_components(
         if not isinstance(model, EightBitModel):
             raise UserError(f"precision='fp8' is not for a {type(model).__name__}, which has no `in_fp8`: use 'bf16'")
         model = model.in_fp8()
-    optimizer = config.optimizer.build(model.axes, mesh)
+    optimizer = optim.built(config.optimizer, model, mesh)
+    qk_clip = getattr(config.optimizer, "qk_clip", None)
+    if qk_clip is not None:
+        if not isinstance(model, ClippableModel):
+            raise UserError(f"qk_clip is not for a {type(model).__name__}, which has no `clip_logits`: set it to none")
+        model.watching_logits()  # refused here, if at all
     if frozen is not None:
         frozen.check_stages(plan)
         frozen.check_memory(state.abstract(model, optimizer, mesh), limit)
@@ -438,8 +444,9 @@ def make_components(
     if config.spike_threshold is not None:
         spikes = SpikeRule(config.spike_window, config.spike_threshold, config.on_spike == "skip_update")
     has_chunks = hasattr(config.loss, "chunk_tokens")
+    losses_by_chunk = losses if has_chunks else None
     return StepComponents(
-        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses if has_chunks else None, spikes
+        model, loss, optimizer, mesh, config.clip_norm, distilled, options, losses_by_chunk, spikes, qk_clip
     )
 
 

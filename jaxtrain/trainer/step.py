@@ -27,7 +27,16 @@ from jax.sharding import Mesh
 from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import BATCH_FIELDS, RECORDS, BoundedModel, LossFn, Model, Optimizer, Params
+from jaxtrain.interfaces import (
+    BATCH_FIELDS,
+    RECORDS,
+    AveragingOptimizer,
+    BoundedModel,
+    LossFn,
+    Model,
+    Optimizer,
+    Params,
+)
 from jaxtrain.losses.chunks import NEVER
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.losses.distillation import DistillationFn
@@ -98,6 +107,7 @@ class StepComponents:
         options: XLA options for all programs.
         losses: Builds `loss` and `distilled` with other chunks (positions); None if the loss has no `chunk_tokens`.
         spikes: When a step is a spike; None to compare nothing.
+        qk_clip: The largest attention logit that a step leaves; None for any. `model` is a ClippableModel, then.
     """
 
     model: Model
@@ -109,6 +119,7 @@ class StepComponents:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: Callable[[int], tuple[LossFn, Distilled | None]] | None = None
     spikes: SpikeRule | None = None
+    qk_clip: float | None = None
 
     def arranged(self, variant: Variant) -> "StepComponents":
         """The same step, computed as a variant says."""
@@ -175,6 +186,10 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         micro_batches: Number of micro-batches.
     """
 
+    model: Any = components.model
+    clips = components.qk_clip is not None
+    watching = dataclasses.replace(components, model=model.watching_logits()) if clips else components
+
     def step(
         state: State,
         batch: Batch,
@@ -184,7 +199,9 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         history: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         params, opt, meta = state["params"], state["opt"], state["meta"]
-        grads, sums = _gradients(components, params, batch, micro_batches, teaching)
+        optimizer = components.optimizer
+        point = optimizer.gradient_at(params, opt) if isinstance(optimizer, AveragingOptimizer) else params
+        grads, sums, max_logits = _gradients(watching, point, batch, micro_batches, teaching)
         tokens = batch["loss_mask"].sum(dtype=jnp.int32)
         scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -196,10 +213,12 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         finite = keeps = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         watched = ()
         if components.spikes is not None and history is not None:
-            found = _watch(components, params, batch, micro_batches, history, sums["loss"] * scale, norm)
+            found = _watch(components, point, batch, micro_batches, history, sums["loss"] * scale, norm)
             keeps = finite & ~found["spike"] if components.spikes.skips else finite
             watched = (found,)
-        new = components.optimizer.update(grads, opt, params, learning_rate)
+        new = optimizer.update(grads, opt, params, learning_rate)
+        if clips:
+            new = (model.clip_logits(new[0], max_logits, components.qk_clip), new[1])
         # A select, not a branch: XLA fuses it into the update, and all devices do the same work.
         apply = keeps & (tokens > 0)
         params, opt = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, (params, opt))
@@ -214,6 +233,8 @@ def train_step(components: StepComponents, micro_batches: int) -> Callable[..., 
         }
         metrics = {name: value * scale for name, value in sums.items()}
         metrics |= {"grad_norm": norm, **{name: meta[name] for name in ("fingerprint", "skipped", "skipped_in_a_row")}}
+        if max_logits is not None:
+            metrics["max_logit"] = max_logits.max()
         return {"params": params, "opt": opt, "meta": meta}, metrics, *watched
 
     return step
@@ -271,26 +292,34 @@ def _token_losses(components: StepComponents, params: Params, batch: Batch, micr
 
 def _gradients(
     components: StepComponents, params: Params, batch: Batch, count: int, teaching: Teaching | None
-) -> tuple[Params, Metrics]:
-    """Returns the gradient of the batch's summed loss, accumulated over `count` micro-batches, and all sums, fp32."""
+) -> tuple[Params, Metrics, jax.Array | None]:
+    """Returns the gradient of the batch's summed loss, accumulated over `count` micro-batches, and all sums, fp32.
 
-    def loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        sums = _sums(components, params, batch, teaching)
-        return sums["loss"], sums
+    The last value is the model's `max_logits` over all of them.
+    """
 
-    differentiate = jax.grad(loss, has_aux=True)
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
+        sums, max_logits = _sums(components, params, batch, teaching)
+        return sums["loss"], (sums, max_logits)
+
+    def differentiate(params: Params, batch: Batch) -> tuple[Params, Metrics, jax.Array | None]:
+        grads, (sums, max_logits) = jax.grad(loss, has_aux=True)(params, batch)
+        return grads, sums, max_logits
+
     if count == 1:
         return differentiate(params, batch)
 
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, differentiate(params, micro_batch)), None
+        *added, max_logits = differentiate(params, micro_batch)
+        return (*jax.tree.map(jnp.add, total[:2], tuple(added)), jax.tree.map(jnp.maximum, total[2], max_logits)), None
 
     micro_batches = split_batch(batch, count, components.mesh)
-    shapes = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
+    *shapes, tops = jax.eval_shape(differentiate, params, {name: x[0] for name, x in micro_batches.items()})
     grads, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # Otherwise XLA would replicate the zeros, and with them the sum.
     grads = jax.lax.with_sharding_constraint(grads, sharding.tree_shardings(components.mesh, components.model.axes))
-    return jax.lax.scan(add, (grads, sums), micro_batches)[0]
+    lowest = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -jnp.inf, leaf.dtype), tops)
+    return jax.lax.scan(add, (grads, sums, lowest), micro_batches)[0]
 
 
 def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -303,10 +332,15 @@ def split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
     return {name: split(x_BT) for name, x_BT in batch.items()}
 
 
-def _sums(components: StepComponents, params: Params, batch: Batch, teaching: Teaching | None) -> Metrics:
-    """Returns sums over a micro-batch's tokens with a loss: the loss, its terms, the model's losses and metrics."""
+def _sums(
+    components: StepComponents, params: Params, batch: Batch, teaching: Teaching | None
+) -> tuple[Metrics, jax.Array | None]:
+    """Returns sums over a micro-batch's tokens with a loss: the loss, its terms, the model's losses and metrics.
+
+    The last value is the model's `max_logits`.
+    """
     inputs = (batch["tokens"], batch["segment_ids"], batch["positions"])
-    x_BTD, losses, reports = components.model.hidden(params, *inputs)
+    x_BTD, losses, reports, max_logits = components.model.hidden(params, *inputs)
     head_DV = components.model.head(params)
     if components.distilled is None or teaching is None:
         sums = components.loss(x_BTD, head_DV, batch["targets"], batch["loss_mask"])
@@ -322,10 +356,10 @@ def _sums(components: StepComponents, params: Params, batch: Batch, teaching: Te
     # The model reports means over the micro-batch. Scale them by its tokens, to sum and divide them like the loss.
     tokens = batch["loss_mask"].sum(dtype=jnp.int32).astype(jnp.float32)
     extra = {name: value * tokens for name, value in {**losses, **reports}.items()}
-    taken = extra.keys() & {*sums, "grad_norm", "fingerprint", "skipped", "skipped_in_a_row"}
+    taken = extra.keys() & {*sums, "grad_norm", "max_logit", "fingerprint", "skipped", "skipped_in_a_row"}
     if taken:
         raise ValueError(f"the model reports {', '.join(sorted(taken))}, which the trainer reports: choose other names")
-    return {**sums, **extra, "loss": sum((extra[name] for name in losses), sums["loss"])}
+    return {**sums, **extra, "loss": sum((extra[name] for name in losses), sums["loss"])}, max_logits
 
 
 def eval_step(components: StepComponents) -> Callable[..., Metrics]:

@@ -137,6 +137,15 @@ def test_a_prepared_tokenizer_is_a_function_of_the_text():
     assert len(tokenizer.encode_batch([])[0]) == 0
 
 
+def test_width(numbers):
+    found = numbers("width --widths=16,32 --learning_rates=1e-3,1e-2 --steps=10 --batch_size=2 --seq_len=32")
+    losses = found["losses"]
+    assert list(losses) == ["16", "32"]
+    for width, rates in losses.items():
+        assert 0 < rates["0.01"] < rates["0.001"] < np.log(256)
+        assert found["best_learning_rate"][width] == 0.01
+
+
 @pytest.mark.slow
 def test_step_without_baselines(numbers):
     cores = available_cores()

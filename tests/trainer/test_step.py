@@ -14,11 +14,12 @@ from jaxtrain.data import fingerprint
 from jaxtrain.distributed import sharding
 from jaxtrain.distributed.sharding import MeshConfig
 from jaxtrain.errors import UserError
-from jaxtrain.interfaces import Hidden
+from jaxtrain.interfaces import ClippableModel, Hidden
 from jaxtrain.losses.cross_entropy import CrossEntropy
 from jaxtrain.model.llama import LlamaConfig
 from jaxtrain.optim.adamw import AdamW
 from jaxtrain.optim.muon import Muon
+from jaxtrain.optim.schedule_free import ScheduleFreeAdamW
 from jaxtrain.trainer import state
 from jaxtrain.trainer.step import StepComponents, accumulation, eval_step, lower_train_step
 from tests.tiers import nightly_but
@@ -36,7 +37,11 @@ MODEL = LlamaConfig(
 )
 # With such a large epsilon, a moment near 0 moves a parameter little: rounding cannot change a whole step.
 ADAMW = AdamW(learning_rate=1e-2, epsilon=1e-2)
-MUON = Muon(learning_rate=1e-2, epsilon=1e-2)
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": ADAMW,
+    "muon": Muon(learning_rate=1e-2, epsilon=1e-2),
+    "schedule_free": ScheduleFreeAdamW(betas=(0.5, 0.9), epsilon=1e-2),
+}
 RATE = np.float32(1e-2)
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
 QUICK, SLOW = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (1, 2, 4)]
@@ -49,11 +54,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
 
 
 @functools.cache
-def make_components(*shape: int, muon: bool = False, clip_norm: float | None = 1.0) -> StepComponents:
+def make_components(
+    *shape: int, name: str = "adamw", clip_norm: float | None = 1.0, qk_clip: float | None = None
+) -> StepComponents:
     mesh = make_mesh(*shape)
     model = MODEL.build(VOCAB, mesh)
-    optimizer = (MUON if muon else ADAMW).build(model.axes, mesh)
-    return StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, clip_norm)
+    optimizer = OPTIMIZERS[name].build(model.axes, mesh)
+    return StepComponents(model, CrossEntropy().build(VOCAB, mesh), optimizer, mesh, clip_norm, qk_clip=qk_clip)
 
 
 _COMPILED: dict[tuple[int, int], Any] = {}
@@ -133,7 +140,7 @@ def test_every_mesh_gives_what_one_device_gives(shape: tuple[int, int, int], alo
 @pytest.mark.parametrize("shape", nightly_but([((2, 2, 1, 2),)], zip([(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 1, 8)])))
 def test_every_mesh_with_muon(shape: tuple[int, ...]) -> None:
     batches = [make_batch(1), make_batch(2)]
-    assert_close(run(make_components(*shape, muon=True), batches), run(make_components(muon=True), batches), 1e-3)
+    assert_close(run(make_components(*shape, name="muon"), batches), run(make_components(name="muon"), batches), 1e-3)
 
 
 def test_loss_and_gradient_are_the_plain_ones(alone: Any) -> None:
@@ -205,6 +212,64 @@ def test_clipping(alone: Any) -> None:
     decay = 1 - RATE * ADAMW.weight_decay
     for before, after in zip(jax.tree.leaves(fresh["params"]), jax.tree.leaves(moved["params"]), strict=True):
         assert np.allclose(after, before, atol=1e-8) or np.allclose(after, before * decay, atol=1e-8)
+
+
+def test_qk_clip_scales_what_the_optimizer_gives(alone: Any) -> None:
+    """By the largest logits of all micro-batches, after the update; the loss and the rest are as without."""
+    components, clipping = make_components(name="muon"), make_components(name="muon", qk_clip=4.0)
+    plain, (before,) = run(components, [make_batch(1)])
+    clipped, (measured,) = run(clipping, [make_batch(1)])
+    assert measured["loss"] == before["loss"]
+    assert "max_logit" not in before
+    model = components.model
+    assert isinstance(model, ClippableModel)
+    fresh = state.create(model, components.optimizer, components.mesh, seed=0)["params"]
+    inputs = (make_batch(1)[name] for name in ("tokens", "segment_ids", "positions"))
+    tops = model.watching_logits().hidden(fresh, *inputs).max_logits
+    assert tops is not None
+    np.testing.assert_allclose(measured["max_logit"], tops.max(), rtol=1e-5)
+    assert tops.min() < 4 < tops.max()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        clipped["params"],
+        host(model.clip_logits(plain["params"], tops, 4.0)),
+    )
+    jax.tree.map(np.testing.assert_array_equal, clipped["opt"], plain["opt"])
+    parts, (again,) = run(clipping, [make_batch(1)], micro_batches=4)
+    np.testing.assert_allclose(again["max_logit"], measured["max_logit"], rtol=1e-5)
+    for name in ("q", "k"):
+        found, expected = (after["params"]["layers"]["attention"][name]["kernel"] for after in (parts, clipped))
+        # Muon's products in bfloat16 amplify rounding; without the clip, weights differ by 0.05.
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 1, 4)])
+def test_qk_clip_on_every_mesh(shape: tuple[int, ...]) -> None:
+    alone, sharded = (make_components(*sizes, name="muon", qk_clip=4.0) for sizes in ((), shape))
+    batches = [make_batch(1), make_batch(2)]
+    expected, found = run(alone, batches), run(sharded, batches, micro_batches=2)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(mine["max_logit"], theirs["max_logit"], rtol=1e-3)
+    assert_close(found, expected, tolerance=1e-3)
+
+
+def test_gradients_are_taken_where_the_optimizer_says(alone: Any) -> None:
+    """The third step's loss is that of the point between the average and the newest iterate, equal until then."""
+    components, batch = make_components(name="schedule_free"), make_batch(3)
+    optimizer: Any = components.optimizer
+    after, metrics = run(components, [make_batch(1), make_batch(2)])
+    np.testing.assert_allclose(metrics[0]["loss"], alone[1][0]["loss"], rtol=1e-6)
+    evaluated = jax.jit(eval_step(components))
+    average, newest = after["params"], after["opt"].z
+    losses = [
+        sums["nats"] / sums["tokens"]
+        for params in (optimizer.gradient_at(average, after["opt"]), average, newest)
+        for sums in [evaluated(params, batch, np.zeros(VOCAB, np.int32))]
+    ]
+    _, (third,) = run(components, [batch], start=after)
+    np.testing.assert_allclose(third["loss"], losses[0], rtol=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-4 < abs(losses[0] - losses[2])
 
 
 def test_evaluation_counts_nats_tokens_and_bytes() -> None:

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "stages": "what a stage change costs in a run: steps and waits around it, and programs compiled at a restart",
     "curriculum": "tokens/s of the step and of its data by stage of the ten-stage curriculum, and what bounds each",
     "loss": "memory and time of the chunked cross-entropy, against the plain one",
+    "width": "the best learning rate by width, with and without width transfer",
     "resume": "the cost of resuming at a depth of a parquet stream: requests, bytes, seconds",
     "checkpoint": "how long a save blocks and runs in the background, and how long a restore takes, by size",
     "simulate": "how evenly 16,384 lanes and 100,000 files spread over 1 to 4,096 hosts, without any I/O",
