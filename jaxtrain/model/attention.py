@@ -277,14 +277,15 @@ def _to_heads(context: int, q_BTHh: jax.Array, *keys_BTKh: jax.Array) -> list[ja
     return [jax.lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in arrays]
 
 
-def compiler_options(mesh: Mesh | None, *names: str) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None, *names: str, unrolled: bool = False) -> dict[str, str]:
     """XLA options for `jax.jit` of any function that runs layers with the implementations `names`.
 
     XLA's pass that gathers the next layer's parameters one loop iteration ahead clones the loop body, and the clones
     share its inner loops. A later pass then aborts the process ("Call graph must have been flattened": jaxlib 0.10.2,
-    1B model on 8 A100s). The block rows of attention_xla are such inner loops; without the pass they compile.
+    1B model on 8 A100s). The block rows of attention_xla are such inner loops, and so are the loss's chunks in the loop
+    over micro-batches if layers are unrolled; without the pass they compile.
     """
-    if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or "xla" not in names:
+    if mesh is None or mesh.size == 1 or platform_of(mesh) != "gpu" or not ("xla" in names or unrolled):
         return {}
     return {"xla_disable_hlo_passes": "collective-pipeliner-backward"}
 

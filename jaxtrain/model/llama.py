@@ -25,7 +25,7 @@ from jaxtrain.distributed import consensus, sharding
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import Hidden, Params
 from jaxtrain.losses.head import SoftCapped
-from jaxtrain.model import attention, experts, fp8, pattern, rope
+from jaxtrain.model import attention, embedding, experts, fp8, pattern, rope
 from jaxtrain.model.attention_xla import SAVED
 from jaxtrain.model.base import BaseModel, one_thread_at_a_time
 from jaxtrain.model.experts import Experts
@@ -502,12 +502,15 @@ class Llama(BaseModel):
         """
         split = self.mesh is not None and self.mesh.shape["context"] > 1 and tokens_BT.shape[1] > 1
         flat = attention.platform_of(self.mesh) != "tpu" and not split
-        x = embedding_VD[tokens_BT]
+        # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
+        # device's rows. Neither the table nor its gradient is ever gathered.
+        columns = PartitionSpec(("data", "expert"), "context" if split else None, "fsdp")
+        if embedding.is_wanted(attention.platform_of(self.mesh)):
+            x = embedding.lookup(embedding_VD, tokens_BT, self.mesh, columns)
+        else:
+            x = embedding_VD[tokens_BT]
         if self.mesh is not None:
-            # Each fsdp shard looks up its own columns for the rows of its whole group, and an all-to-all returns each
-            # device's rows. Neither the table nor its gradient is ever gathered.
-            columns = NamedSharding(self.mesh, PartitionSpec(("data", "expert"), "context" if split else None, "fsdp"))
-            x = jax.lax.with_sharding_constraint(x, columns)
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, columns))
         x = x.reshape(-1, x.shape[-1]) if flat else x
         return sharding.constrain(x, self.mesh, activation_axes(x))
 
@@ -640,7 +643,7 @@ class Llama(BaseModel):
         names = [self.attention_choice(batch_size, seq_len).name]
         if self.config.experts is not None and self.mesh is not None and self.mesh.shape["expert"] > 1:
             names.append("xla")  # exchanges of experts are loops inside the loop over layers too
-        options = attention.compiler_options(self.mesh, *names)
+        options = attention.compiler_options(self.mesh, *names, unrolled=self.config.scan_layers is False)
         return options | (fp8.GPU_OPTIONS if self.is_fp8 and attention.platform_of(self.mesh) == "gpu" else {})
 
     def _attention_shape(self, batch_size: int, seq_len: int, kind: Kind) -> attention.Shape:

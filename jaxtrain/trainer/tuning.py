@@ -153,14 +153,9 @@ def _choose_on_cpu(target: Target, stage: StagePlan) -> Choice:
 def _with_later(
     target: Target, plan: Plan, stage: StagePlan, ranked: list[Ranked], choice: Choice, start_step: int
 ) -> Choice:
-    """Adds unrolled layers, which only GPUs gain from: a scan copies what the backward pass keeps.
-
-    Only for one GPU: on several, XLA's collective pipeliner aborts the process (1B, 4B; jaxlib 0.10.2: "Call graph must
-    have been flattened").
-    """
+    """Adds unrolled layers, which only GPUs gain from: a scan copies what the backward pass keeps."""
     assert target.cluster is not None
-    alone = target.cluster.chip.platform == "gpu" and target.cluster.num_chips == 1
-    gains = alone and variants.is_open(target, "scan_layers")
+    gains = target.cluster.chip.platform == "gpu" and variants.is_open(target, "scan_layers")
     if not gains or not ranked or not choice.variants:
         return choice
     unrolled = variants.rank(target, stage, unrolled=True)

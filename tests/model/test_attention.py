@@ -511,3 +511,6 @@ def test_the_pass_that_aborts_on_block_rows_is_spared(platform, devices, names, 
     passes = attention.compiler_options(mesh, *names).get("xla_disable_hlo_passes", "")
     assert ("collective-pipeliner-backward" in passes) == spared
     assert attention.compiler_options(None, "xla") == {}
+    # Without a loop over layers, that over micro-batches has the loss's chunks inside.
+    unrolled = attention.compiler_options(mesh, *names, unrolled=True)
+    assert ("xla_disable_hlo_passes" in unrolled) == (platform == "gpu" and devices > 1)

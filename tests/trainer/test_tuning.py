@@ -170,7 +170,8 @@ def test_gpus_go_over_to_unrolled_layers_at_a_fixed_step() -> None:
     assert choose(make_target(make_config(steps=10), H200)).later is None  # it would be compiled in vain
     scanned = make_config(model=dataclasses.replace(MODEL, scan_layers=True))
     assert choose(make_target(scanned, H200)).later is None
-    assert choose(make_target(make_config(), clusters.parse("h200:1x8", "topology"))).later is None
+    assert choose(make_target(make_config(), clusters.parse("h200:1x8", "topology"))).later is not None
+    assert choose(make_target(make_config(), V5E)).later is None
 
 
 def test_only_the_shape_with_the_most_work_is_compiled() -> None:
