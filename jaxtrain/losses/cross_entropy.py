@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtrain import cli
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import LossFn
-from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, ChunkFn, Sums, Vocabulary, chunked_loss
+from jaxtrain.losses.chunks import CHUNK_TOKENS, NEVER, Arrays, ChunkFn, Sums, Vocabulary, chunked_loss
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,11 +58,7 @@ class CrossEntropy:
             mask_C: jax.Array,
             weight: jax.Array | float = 1.0,
         ) -> tuple[Sums, jax.Array]:
-            logits_CV = jnp.where(vocabulary.columns < vocab_size, logits_CV, NEVER)
-            max_C = vocabulary.max(logits_CV.max(axis=1))
-            z_C = jnp.exp(logits_CV - max_C[:, None]).sum(axis=1)
-            z_C, target_logit_C = vocabulary.sum(jnp.stack([z_C, vocabulary.pick(logits_CV, targets_C)]))
-            log_z_C = jnp.log(z_C) + max_C
+            logits_CV, _, log_z_C, target_logit_C = softmax_terms(logits_CV, vocabulary, targets_C, vocab_size)
             sums = {"ce_loss": jnp.where(mask_C, log_z_C - target_logit_C, 0.0).sum()}
             sums["loss"] = weight * sums["ce_loss"]
             if self.z_loss:
@@ -75,3 +71,19 @@ class CrossEntropy:
             return sums, jnp.where(mask_C[:, None], dlogits_CV, 0.0)
 
         return chunk
+
+
+def softmax_terms(logits_CV: jax.Array, vocabulary: Vocabulary, targets_C: jax.Array, vocab_size: int) -> Arrays:
+    """Returns logits_CV without its padding, their maximum, log(Z), and the targets' logits; the last three [C].
+
+    Args:
+        logits_CV: Logits of a chunk, fp32.
+        vocabulary: The device's slice of the vocabulary.
+        targets_C: Ids.
+        vocab_size: Columns from here on are padding.
+    """
+    logits_CV = jnp.where(vocabulary.columns < vocab_size, logits_CV, NEVER)
+    max_C = vocabulary.max(logits_CV.max(axis=1))
+    z_C = jnp.exp(logits_CV - max_C[:, None]).sum(axis=1)
+    z_C, target_logit_C = vocabulary.sum(jnp.stack([z_C, vocabulary.pick(logits_CV, targets_C)]))
+    return logits_CV, max_C, jnp.log(z_C) + max_C, target_logit_C

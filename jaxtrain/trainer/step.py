@@ -37,10 +37,9 @@ from jaxtrain.interfaces import (
     Optimizer,
     Params,
 )
-from jaxtrain.losses.chunks import NEVER
-from jaxtrain.losses.cross_entropy import CrossEntropy
+from jaxtrain.losses.chunks import Vocabulary, for_each_position
+from jaxtrain.losses.cross_entropy import CrossEntropy, softmax_terms
 from jaxtrain.losses.distillation import DistillationFn
-from jaxtrain.losses.head import logits
 from jaxtrain.trainer.spikes import NO_LOSS, SpikeRule
 from jaxtrain.trainer.state import State, abstract
 
@@ -269,25 +268,38 @@ def _watch(
 
 def _token_losses(components: StepComponents, params: Params, batch: Batch, micro_batches: int) -> jax.Array:
     """Returns the cross-entropy of every token, fp32 [B, T]; NO_LOSS where there is no target."""
-    model, mesh = components.model, components.mesh
 
-    def of_part(part: Batch) -> jax.Array:
+    def loss(logits_CV: jax.Array, vocabulary: Vocabulary, targets_C: jax.Array) -> jax.Array:
+        _, _, log_z_C, target_C = softmax_terms(logits_CV, vocabulary, targets_C, components.model.vocab_size)
+        return log_z_C - target_C
+
+    losses_BT = of_positions(components, loss, params, batch, micro_batches)
+    return jnp.where(batch["loss_mask"], losses_BT, NO_LOSS)
+
+
+def of_positions(
+    components: StepComponents, function: Callable[..., Any], params: Params, batch: Batch, micro_batches: int
+) -> Any:
+    """Returns values of each position, [B, T], that a function makes of the position's logits and target.
+
+    Args:
+        components: The components of the step.
+        function: (logits_CV fp32, vocabulary, targets_C) -> arrays [C].
+        params: The model's parameters.
+        batch: The batch.
+        micro_batches: Number of micro-batches.
+    """
+    model = components.model
+    values = for_each_position(function, components.mesh)
+
+    def of_part(part: Batch) -> Any:
         x_BTD = model.hidden(params, part["tokens"], part["segment_ids"], part["positions"]).x
-        head_DV = sharding.constrain(model.head(params).astype(x_BTD.dtype), mesh, (None, "vocab"))
-        is_id_1V = (jnp.arange(head_DV.shape[1]) < model.vocab_size)[None, :]
-
-        def of_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
-            x_BD, targets_B = column
-            logits_BV = jnp.where(is_id_1V, logits(x_BD, head_DV), NEVER)
-            return optax.softmax_cross_entropy_with_integer_labels(logits_BV, targets_B)
-
-        losses_TB = jax.lax.map(of_column, (x_BTD.swapaxes(0, 1), part["targets"].T))  # no logits of all positions
-        return jnp.where(part["loss_mask"], losses_TB.T, NO_LOSS)
+        return values(x_BTD, model.head(params), part["targets"])
 
     if micro_batches == 1:
         return of_part(batch)
-    losses = jax.lax.map(of_part, split_batch(batch, micro_batches, mesh))
-    return losses.swapaxes(0, 1).reshape(batch["tokens"].shape)
+    found = jax.lax.map(of_part, split_batch(batch, micro_batches, components.mesh))
+    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(batch["tokens"].shape), found)
 
 
 def _gradients(

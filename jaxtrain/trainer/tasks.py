@@ -23,9 +23,10 @@ from jaxtrain.distributed import sharding
 from jaxtrain.distributed.consensus import broadcast_json, on_process_0
 from jaxtrain.errors import UserError
 from jaxtrain.interfaces import AttentionModel, Json, Params, Tokenizer
-from jaxtrain.losses.chunks import NEVER, Vocabulary, for_each_position
+from jaxtrain.losses.chunks import Vocabulary
+from jaxtrain.losses.cross_entropy import softmax_terms
 from jaxtrain.trainer.state import abstract
-from jaxtrain.trainer.step import Batch, StepComponents, abstract_batch, split_batch
+from jaxtrain.trainer.step import Batch, StepComponents, abstract_batch, of_positions
 
 _SHORTEST = 128  # tokens of a row: what attention kernels ask for
 _IN_FLIGHT = 2  # batches queued on the devices, so that they never wait for the host
@@ -39,35 +40,22 @@ def lower_task_step(components: StepComponents, batch_size: int, seq_len: int, m
     The executable maps (params, batch) to values of each position: `nats` fp32 [B, T], the target's negative
     log-likelihood, and `greedy` bool [B, T], whether the target is the likeliest token.
     """
-    mesh, model = components.mesh, components.model
-    whole = sharding.replicated(mesh)
+    vocab_size = components.model.vocab_size
 
     def score(logits_CV: jax.Array, vocabulary: Vocabulary, targets_C: jax.Array) -> Scores:
-        logits_CV = jnp.where(vocabulary.columns < model.vocab_size, logits_CV, NEVER)
-        max_C = vocabulary.max(logits_CV.max(axis=1))
-        z_C = jnp.exp(logits_CV - max_C[:, None]).sum(axis=1)
-        z_C, target_C = vocabulary.sum(jnp.stack([z_C, vocabulary.pick(logits_CV, targets_C)]))
+        logits_CV, max_C, log_z_C, target_C = softmax_terms(logits_CV, vocabulary, targets_C, vocab_size)
         # Of equal logits the first counts, as in argmax.
-        likeliest_CV = jnp.where(logits_CV == max_C[:, None], -vocabulary.columns, -model.vocab_size)
+        likeliest_CV = jnp.where(logits_CV == max_C[:, None], -vocabulary.columns, -vocab_size)
         greedy_C = -vocabulary.max(likeliest_CV.max(axis=1)) == targets_C
-        return {"nats": jnp.log(z_C) + max_C - target_C, "greedy": greedy_C}
-
-    scored = for_each_position(score, mesh)
+        return {"nats": log_z_C - target_C, "greedy": greedy_C}
 
     def step(params: Params, batch: Batch) -> Scores:
-        x_BTD = model.hidden(params, batch["tokens"], batch["segment_ids"], batch["positions"]).x
-        return scored(x_BTD, model.head(params), batch["targets"])
-
-    def all_rows(params: Params, batch: Batch) -> Scores:
-        if micro_batches == 1:
-            return step(params, batch)
-        found = jax.lax.map(lambda part: step(params, part), split_batch(batch, micro_batches, mesh))
-        return {name: values.swapaxes(0, 1).reshape(batch_size, seq_len) for name, values in found.items()}
+        return of_positions(components, score, params, batch, micro_batches)
 
     options = components.compiler_options(batch_size // micro_batches, seq_len)
-    function = jax.jit(all_rows, out_shardings=whole, compiler_options=options)
-    params = abstract(model, components.optimizer, mesh)["params"]
-    return function.lower(params, abstract_batch(mesh, batch_size, seq_len))
+    function = jax.jit(step, out_shardings=sharding.replicated(components.mesh), compiler_options=options)
+    params = abstract(components.model, components.optimizer, components.mesh)["params"]
+    return function.lower(params, abstract_batch(components.mesh, batch_size, seq_len))
 
 
 @dataclasses.dataclass(frozen=True)
