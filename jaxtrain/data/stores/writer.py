@@ -445,6 +445,16 @@ class TeacherWriter(_Writer):
             UserError: The disk is full. Finished shards are kept.
             TransientError, CorruptError: Raised by the source.
         """
+        try:
+            return self._write(score, progress)
+        except FileNotFoundError:
+            if not self.manifest.exists(self.job.folder):
+                raise
+            # This worker's shards were done and it was still counting rows when another one finished the store and
+            # removed the work folder.
+            return True
+
+    def _write(self, score: Score, progress: Progress) -> bool:
         pool = DaemonPool(1, "jaxtrain-cache-teacher")
         try:
             for group in Prefetcher(_grouped(self._unfinished()), pool):

@@ -288,6 +288,21 @@ def test_a_teacher_with_another_tokenizer(theirs: int, ours: int, tmp_path: path
         TeacherWriter(where, dataclasses.replace(planned, vocabulary=None), 0, 1)
 
 
+def test_a_worker_that_still_counts_when_another_finishes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = where, planned = job(source(random_access=False), tmp_path)
+    slow = TeacherWriter(where, planned, 0, 2)
+
+    def counting() -> Iterator[Any]:
+        assert write(made, workers=2)[1]
+        slow._mark_done("0.rows", 1)
+        yield from ()
+
+    monkeypatch.setattr(slow, "_unfinished", counting)
+    assert slow.write(score, lambda documents, tokens: None)
+
+
 def test_a_full_disk_stops_it_and_keeps_what_is_done(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = job(source(), tmp_path)
     free = iter([1 << 40, 1 << 40, 1 << 20])
