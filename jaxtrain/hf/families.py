@@ -283,6 +283,17 @@ def _check_types(values: Json, types: dict[str, type], where: str) -> None:
             raise UserError(f"{where}: {key}={value!r} in config.json is not {_TYPE_NAMES[kind]}.")
 
 
+def kind_of(content: Json, where: str) -> str:
+    """Returns the family of a config.json. Raises UserError, with `where` in the message, if it is none of ours."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type={kind!r} is not supported. Supported architectures: "
+            f"{', '.join(family.architecture for family in FAMILIES.values())}."
+        )
+    return kind
+
+
 def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     """Reads a config.json.
 
@@ -296,12 +307,7 @@ def from_json(content: Json, where: str) -> tuple[LlamaConfig, int]:
     Raises:
         UserError: a key is missing, malformed or unsupported; the message names it.
     """
-    kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type={kind!r} is not supported. Supported architectures: "
-            f"{', '.join(family.architecture for family in FAMILIES.values())}."
-        )
+    kind = kind_of(content, where)
     family = FAMILIES[kind]
     if kind == "gpt_neox":
         content = {_NEOX_KEYS.get(key, key): value for key, value in content.items()}

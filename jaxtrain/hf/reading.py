@@ -185,7 +185,7 @@ class _Files:
             names = sorted(set(_weight_map(folder).values()))
         if not all((folder / name).exists() for name in names):
             folder = _folder(folder_or_id, revision, names)
-        self.kind: str = _json(self._folder / CONFIG).get("model_type", "")
+        self.kind = families.kind_of(_json(self._folder / CONFIG), folder_or_id)
         self._where: dict[str, Any] = {}
         for name in names:
             if not (folder / name).exists():

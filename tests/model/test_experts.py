@@ -198,7 +198,7 @@ def loss_and_grads(config, mesh=None):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
     def loss(params):
-        x_BTD, losses, metrics = model.hidden(params, *batch)
+        x_BTD, losses, metrics, _ = model.hidden(params, *batch)
         targets = jnp.roll(batch[0], -1, axis=1)
         nats = -jnp.take_along_axis(jax.nn.log_softmax(x_BTD @ model.head(params)), targets[..., None], axis=-1)
         return jnp.mean(nats[..., 0], where=batch[1] != 0) + sum(losses.values()), (losses, metrics)

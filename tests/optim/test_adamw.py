@@ -39,6 +39,7 @@ def expected_mask(embedding):
             "out": {"kernel": matrix},
             "up": matrix,
             "down": matrix,
+            "experts": {"up": matrix, "down": matrix, "router": matrix},
         },
     }
 
