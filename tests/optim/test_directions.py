@@ -1,6 +1,6 @@
 """Lion, Signum, Adan and Adafactor against optax's own.
 
-The battery is slow for those that differ by one entrywise transformation; tests/optim/test_from_optax.py has Lion's.
+The battery is slow here; tests/optim/test_from_optax.py has Lion's in the default tier.
 """
 
 import jax
@@ -30,6 +30,7 @@ class TestAdan(Battery):
     wrong_fields = (*Battery.wrong_fields[:2], {"betas": (0.9, 0.9, 1.0)}, {"epsilon": 0.0})
 
 
+@pytest.mark.slow
 class TestAdafactor(Battery):
     config = Adafactor(min_dim_size_to_factor=8, momentum=0.5, weight_decay=0.1)
     unused_size = 1

@@ -214,6 +214,7 @@ def test_clipping(alone: Any) -> None:
         assert np.allclose(after, before, atol=1e-8) or np.allclose(after, before * decay, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_qk_clip_scales_what_the_optimizer_gives(alone: Any) -> None:
     """By the largest logits of all micro-batches, after the update; the loss and the rest are as without."""
     components, clipping = make_components(name="muon"), make_components(name="muon", qk_clip=4.0)
@@ -254,6 +255,7 @@ def test_qk_clip_on_every_mesh(shape: tuple[int, ...]) -> None:
     assert_close(found, expected, tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_are_taken_where_the_optimizer_says(alone: Any) -> None:
     """The third step's loss is that of the point between the average and the newest iterate, equal until then."""
     components, batch = make_components(name="schedule_free"), make_batch(3)
