@@ -112,7 +112,12 @@ class Distillation:
         both = self._with_loss(divergence, vocab_size, mesh, loss)
 
         def distillation(x_BTD, w_DV, teacher_BTE, head_EV, targets_BT, mask_BT, ce_weight, kd_weight) -> Sums:
-            heads = (head_EV.astype(teacher_BTE.dtype),)
+            # Padding of the vocabulary may differ, for example if the teacher is no Llama.
+            columns = w_DV.shape[1]
+            padded = jax.tree.map(
+                lambda w: jnp.pad(w, ((0, 0), (0, max(columns - w.shape[1], 0))))[:, :columns], head_EV
+            )
+            heads = (padded.astype(teacher_BTE.dtype),)
             return both(x_BTD, w_DV, (targets_BT, mask_BT, teacher_BTE), heads, ce_weight, kd_weight)
 
         return distillation
