@@ -292,7 +292,7 @@ def test_a_worker_that_still_counts_when_another_finishes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = where, planned = job(source(random_access=False), tmp_path)
-    slow = TeacherWriter(where, planned, 0, 2)
+    slow: Any = TeacherWriter(where, planned, 0, 2)
 
     def counting() -> Iterator[Any]:
         assert write(made, workers=2)[1]
